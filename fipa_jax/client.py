@@ -1,0 +1,220 @@
+"""What does a client do? It improves the broadcast parameters on its own examples.
+
+A local solver is `solve(outputs, params, data, client, key, hyper, memory, shared) -> LocalResult`: one client, pure,
+jittable; `simulate.map_clients` runs it for many.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from fipa_jax import curvature
+from fipa_jax.simulate import Client, gather, present
+
+# Gradient -> direction, without the learning rate: that is traced, so that a schedule or a sweep does not recompile.
+OPTIMIZERS = {
+    "sgd": lambda momentum: optax.identity(),
+    "momentum": lambda momentum: optax.trace(momentum),
+    "nesterov": lambda momentum: optax.trace(momentum, nesterov=True),
+    "adam": lambda momentum: optax.scale_by_adam(),
+    "yogi": lambda momentum: optax.scale_by_yogi(),
+}
+
+
+class Hyper(NamedTuple):
+    """Hyper-parameters of local work that are traced."""
+
+    lr: jax.Array  # []
+    damping: jax.Array  # [], of the Gauss-Newton step
+    mu: jax.Array  # [], weight of the term
+
+
+class Term(NamedTuple):
+    """An additive term of the client's objective, with a memory of its own for every client.
+
+    The server keeps `shared`, the mean of all T clients' memories, up to date as the cohort's memories change.
+    """
+
+    init: Callable  # params -> memory of a client that has not taken part yet
+    penalty: Callable  # (params, features, batch, anchor, memory, shared) -> scalar, to be weighted by mu
+    update: Callable  # (memory, shared, delta, travelled) -> memory; travelled = sum of the local learning rates
+
+
+class LocalResult(NamedTuple):
+    """What a client has after its local work."""
+
+    delta: Any  # new minus broadcast parameters
+    memory: Any  # of the term
+    loss: jax.Array  # [], mean training loss over its steps
+
+
+_NONE = Term(lambda params: (), lambda *_: 0.0, lambda memory, *_: memory)
+
+
+def none() -> Term:
+    """No term: the plain local objective."""
+    return _NONE
+
+
+def prox() -> Term:
+    """FedProx (Li et al. 2020, eq. 2): mu/2 |params - broadcast|^2."""
+    penalty = lambda params, features, batch, anchor, memory, shared: (
+        optax.tree.norm(optax.tree.sub(params, anchor), squared=True) / 2
+    )
+    return _NONE._replace(penalty=penalty)
+
+
+def scaffold() -> Term:
+    """SCAFFOLD (Karimireddy et al. 2020, eq. 4, option II): mu <c - c_i, params>, with mu = 1 in the paper.
+
+    memory is the control c_i, starting at 0; shared is c = mean_i c_i; c_i <- c_i - c - delta / (lr steps).
+    """
+
+    def penalty(params, features, batch, anchor, memory, shared):
+        return optax.tree.vdot(optax.tree.sub(shared, memory), params)
+
+    def update(memory, shared, delta, travelled):
+        return jax.tree.map(lambda c_i, c, d: c_i - c - d / travelled, memory, shared, delta)
+
+    return Term(optax.tree.zeros_like, penalty, update)
+
+
+TERMS = {"none": none, "prox": prox, "scaffold": scaffold}
+
+
+def first_order(
+    loss: Callable,
+    augment: Callable,
+    *,
+    optimizer: str = "sgd",
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
+    batch_size: int = 50,
+    epochs: int = 1,
+    steps: int = 0,
+    term: Term | None = None,
+) -> Callable:
+    """Local epochs (or steps) of a first-order method on shuffled mini-batches.
+
+    Args:
+      loss: (outputs, batch) -> [B].
+      augment: (key, batch) -> batch.
+      optimizer: a name in `OPTIMIZERS`; its state starts anew each round.
+      momentum: of the optimisers `momentum` and `nesterov`.
+      weight_decay: added to the gradient after clipping, as weight_decay * params.
+      clip_norm: bound on the gradient's norm; 0 for none.
+      batch_size: B; an epoch's last batch may be smaller. 0 takes all of the client's examples at once.
+      epochs: passes over the client's own examples.
+      steps: number of steps instead of epochs, where positive.
+      term: additive term of the objective.
+
+    Raises:
+      ValueError: the optimiser is not known.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"local.optimizer: unknown optimizer {optimizer!r}; known: {', '.join(sorted(OPTIMIZERS))}")
+    term = term or none()
+    direction = optax.chain(
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+        OPTIMIZERS[optimizer](momentum),
+    )
+
+    def solve(outputs, params, data, client: Client, key, hyper: Hyper, memory, shared) -> LocalResult:
+        size = client.indices.shape[0]
+        batch = min(batch_size or size, size)
+        per_epoch = jnp.maximum((client.count + batch - 1) // batch, 1)
+        # An empty client takes no step at all; a client's trip count is its own, so small clients cost little.
+        num_steps = jnp.where(client.count > 0, steps if steps else epochs * per_epoch, 0)
+        order_key, augment_key = jax.random.split(key)
+        in_order = jnp.arange(size + -size % batch)
+
+        def shuffle(epoch):
+            """Positions of the client's examples in a random order, those of the padding behind them."""
+            draw = jax.random.uniform(jax.random.fold_in(order_key, epoch), in_order.shape)
+            return jnp.argsort(jnp.where(in_order < client.count, draw, 2.0))
+
+        def objective(theta, examples, mask):
+            out, features = outputs(theta, examples)
+            mean_loss = jnp.sum(jnp.where(mask, loss(out, examples), 0)) / jnp.maximum(jnp.sum(mask), 1)
+            penalty = term.penalty(theta, features, examples, params, memory, shared)
+            return mean_loss + hyper.mu * penalty, mean_loss
+
+        def step(s, carry):
+            theta, opt_state, order, total = carry
+            epoch, first = s // per_epoch, s % per_epoch * batch
+            if batch < size:
+                order = jax.lax.cond(first == 0, shuffle, lambda _: order, epoch)
+            position = first + jnp.arange(batch)
+            chosen = jax.lax.dynamic_slice(order, (first,), (batch,))
+            examples = gather(data, client.indices[jnp.minimum(chosen, size - 1)])
+            examples = augment(jax.random.fold_in(augment_key, s), examples)
+            gradient, mean_loss = jax.grad(objective, has_aux=True)(theta, examples, position < client.count)
+            update, opt_state = direction.update(gradient, opt_state, theta)
+            theta = jax.tree.map(lambda p, u: (p - hyper.lr * u).astype(p.dtype), theta, update)
+            return theta, opt_state, order, total + mean_loss
+
+        zero = jnp.zeros([], ravel_pytree(params)[0].dtype)
+        start = (params, direction.init(params), in_order, zero)
+        theta, _, _, total = jax.lax.fori_loop(0, num_steps, step, start)
+        delta = optax.tree.sub(theta, params)
+        travelled = jnp.maximum(num_steps, 1) * hyper.lr
+        return LocalResult(delta, term.update(memory, shared, delta, travelled), total / jnp.maximum(num_steps, 1))
+
+    return solve
+
+
+def gauss_newton(
+    loss: Callable, augment: Callable, *, epochs: int = 1, steps: int = 0, term: Term | None = None, **_
+) -> Callable:
+    """Levenberg-Marquardt Gauss-Newton steps on all of the client's examples, for small regression tasks.
+
+        delta = -(J^T L J / N + damping I)^{-1} J^T e / N = -J^T (L J J^T / N + damping I)^{-1} e / N
+
+    e are the loss's gradients in the outputs [N K], J the Jacobian's rows [N K, P]. The right-hand form (push-through
+    identity) solves one [N K, N K] system and never forms [P, P]. Each step is scaled by the learning rate. Terms of
+    the objective, mini-batches and augmentation do not enter.
+
+    Args:
+      loss: (outputs, batch) -> [B].
+      epochs, steps: re-linearised steps a round; an epoch is one step, as it takes all examples.
+
+    Raises:
+      ValueError: a term is asked for.
+    """
+    if term not in (None, _NONE):
+        raise ValueError("local.optimizer = 'gauss_newton' takes no term: set term.name = 'none'")
+    steps = steps or epochs
+
+    def solve(outputs, params, data, client: Client, key, hyper: Hyper, memory, shared) -> LocalResult:
+        examples, mask = gather(data, client.indices), present(client)
+        predict = lambda theta: outputs(theta, examples)[0]
+        flat, unravel = ravel_pytree(params)
+
+        def step(_, carry):
+            theta, total = carry
+            out = predict(unravel(theta))
+            weight = mask.astype(theta.dtype) / jnp.maximum(client.count, 1)
+            residual, hessian = curvature.loss_derivatives(loss, out, examples, weight)
+            rows = curvature.jacobian_rows(lambda p, b: outputs(p, b)[0], unravel(theta), examples)
+            rows = rows.reshape(-1, theta.size)  # [N K, P]
+            with jax.default_matmul_precision("highest"):
+                gram = jax.vmap(lambda t: ravel_pytree(hessian(t))[0], in_axes=2, out_axes=1)
+                system = gram((rows @ rows.T).reshape(*out.shape, -1))
+                system = system + hyper.damping * jnp.eye(rows.shape[0], dtype=theta.dtype)
+                update = rows.T @ jnp.linalg.solve(system, residual.reshape(-1))
+            mean_loss = jnp.sum(weight * loss(out, examples))
+            return theta - hyper.lr * update, total + mean_loss
+
+        theta, total = jax.lax.fori_loop(0, steps, step, (flat, jnp.zeros([], flat.dtype)))
+        return LocalResult(unravel(theta - flat), memory, total / steps)
+
+    return solve
+
+
+LOCAL_SOLVERS = {**{name: first_order for name in OPTIMIZERS}, "gauss_newton": gauss_newton}

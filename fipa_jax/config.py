@@ -1,0 +1,216 @@
+"""All defaults, and what is checked about a config before anything is computed.
+
+A file in `configs/` starts from `default()` and overrides what differs. The ConfigDict is locked: a field that does
+not exist is an error that names the nearest one.
+"""
+
+import difflib
+import os
+
+from ml_collections import ConfigDict
+
+# Compared rules: what each changes in the FIPA phase. Local work, cohort and rounds stay the same for all.
+RULES = {
+    "fipa": {},
+    "fedavg": {"aggregator.name": "mean"},
+    "fipa_pinv": {"aggregator.form": "pinv"},
+    "fipa_tikhonov": {"aggregator.form": "tikhonov"},
+    "fipa_damped": {"aggregator.form": "damped"},
+}
+
+
+def default() -> ConfigDict:
+    """Every field there is, with its default."""
+    config = ConfigDict()
+    config.seed = 0  # of initialisation, cohorts, batches and sketches
+    config.precision = "float32"  # or "float64"
+    config.cohort = 0  # clients a round; 0 for all
+    config.chunk = 1  # clients side by side in one vmap; 1 one after another, 0 all
+    config.devices = 1  # devices over which the clients of a round are spread
+    config.compare = ("fipa", "fedavg")  # rules run side by side from the warm-up's end: NAME[:field=value...]
+    config.init_from = ""  # a saved model (model.msgpack) to start from instead of a fresh initialisation
+    config.first_round = 0  # number of the first round: a schedule goes on where the saved model's run stopped
+
+    config.task = ConfigDict()
+    config.task.name = "sine"
+    config.task.num_clients = 2  # sine: equal intervals of [0, 1]
+    config.task.examples_per_client = 50
+    config.task.seed = 0  # of the examples' positions
+
+    config.data = ConfigDict()
+    config.data.name = "cifar10"  # of a TFDS data set
+    config.data.dir = ""  # where TFDS has prepared it; "" for TFDS's own default
+    config.data.cache_dir = ""  # decoded images; "" for the user's cache
+    config.data.test_split = "test"
+    config.data.holdout = 0.0  # fraction of the training set apart from it, evaluated as `holdout_*`, for tuning
+    config.data.augment = True  # random crop with padding 4 and horizontal flip
+
+    config.partition = ConfigDict()
+    config.partition.name = "dirichlet"
+    config.partition.num_clients = 100
+    config.partition.alpha = 0.1
+    config.partition.shards_per_client = 2
+    config.partition.seed = 0
+
+    config.model = ConfigDict()
+    config.model.name = "mlp"
+    config.model.widths = (16, 16)  # of the mlp's hidden layers
+    config.model.activation = "tanh"
+
+    config.warmup = phase(rounds=0, aggregator="mean")
+    config.fipa = phase(rounds=100, aggregator="fipa")
+
+    config.eval = ConfigDict()
+    config.eval.every = 1  # rounds between evaluations on the test set; the last round of a phase always is
+    config.eval.clients_every = 10  # rounds between evaluations on every client's own examples; 0 for never
+    config.eval.batch_size = 1000
+    return config.lock()
+
+
+def phase(rounds: int, aggregator: str) -> ConfigDict:
+    """One phase's fields: who learns what, how, and how uploads become a step."""
+    return ConfigDict(
+        {
+            "rounds": rounds,
+            "trainable": ".*",  # regular expression over parameter paths, e.g. "Dense_1/" for one layer
+            "local": {
+                "optimizer": "sgd",  # sgd, momentum, nesterov, adam, yogi, gauss_newton
+                "lr": 0.1,
+                "lr_decay": 1.0,  # the learning rate of round k is lr * lr_decay^k, counted over both phases
+                "momentum": 0.9,
+                "weight_decay": 0.0,
+                "clip_norm": 0.0,  # bound on the gradient's norm; 0 for none
+                "batch_size": 50,  # 0 for all of the client's examples
+                "epochs": 5,
+                "steps": 0,  # instead of epochs, where positive
+                "damping": 1e-4,  # of the gauss_newton step
+            },
+            "term": {"name": "none", "mu": 0.01},
+            "sketch": {
+                "solver": "subspace",
+                "rank": 20,
+                "oversample": 10,
+                "power_steps": 2,
+                "micro_batch": 0,  # examples at a time; 0 for all
+                "jacobian": "matrix_free",  # or "rows": explicit, faster for convolutions with few classes
+                "examples": 0,  # of a client that enter its sketch; 0 for all
+            },
+            "aggregator": {
+                "name": aggregator,
+                "weighting": "examples",  # or "uniform"
+                "form": "damped",  # pinv, tikhonov, damped
+                "damping": 1e-3,
+                "relative": True,  # damping in units of the largest eigenvalue of H
+                "rcond": 1e-5,  # pinv's cut-off
+                "max_step": 5.0,  # bound on |step| / max |delta|
+            },
+            "server": {"optimizer": "sgd", "momentum": 0.9, "lr": 1.0},
+        }
+    )
+
+
+def rule(config: ConfigDict, spec: str) -> ConfigDict:
+    """The FIPA phase as changed by a compared rule, `NAME` or `NAME:field=value:field=value`.
+
+    Example:
+      rule(config, "fedavg:server.lr=0.3").
+
+    Raises:
+      ValueError: the rule or a field is not known, or a value is not of the field's type.
+    """
+    name, *overrides = spec.split(":")
+    if name not in RULES:
+        raise ValueError(f"config.compare: unknown rule {name!r}; known: {', '.join(sorted(RULES))}")
+    changed = config.fipa.copy_and_resolve_references()
+    for path, value in RULES[name].items():
+        _set(changed, path, value, spec)
+    for override in overrides:
+        path, found, text = override.partition("=")
+        if not found:
+            raise ValueError(f"config.compare: {spec!r} needs NAME:field=value, got {override!r}")
+        _set(changed, path, text, spec)
+    return changed
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks what can be checked without data.
+
+    Raises:
+      ValueError: names the field, what was needed and what arrived.
+    """
+    _one_of("precision", config.precision, ("float32", "float64"))
+    _at_least("seed", config.seed, 0)
+    _at_least("cohort", config.cohort, 0)
+    _at_least("chunk", config.chunk, 0)
+    _at_least("devices", config.devices, 1)
+    _at_least("eval.every", config.eval.every, 1)
+    _at_least("eval.clients_every", config.eval.clients_every, 0)
+    _at_least("eval.batch_size", config.eval.batch_size, 1)
+    _at_least("task.num_clients", config.task.num_clients, 1)
+    _at_least("task.examples_per_client", config.task.examples_per_client, 1)
+    if not 0 <= config.data.holdout < 1:
+        raise ValueError(f"config.data.holdout: needs a fraction in [0, 1), got {config.data.holdout}")
+    if isinstance(config.compare, str) or not config.compare:
+        raise ValueError(f"config.compare: needs a tuple of rules such as ('fipa', 'fedavg'), got {config.compare!r}")
+    if len(set(config.compare)) != len(config.compare):
+        raise ValueError(f"config.compare: names a rule twice: {config.compare}")
+    phases = {"warmup": config.warmup} | {f"fipa as {spec!r}": rule(config, spec) for spec in config.compare}
+    for name, settings in phases.items():
+        _at_least(f"{name}.rounds", settings.rounds, 0)
+        for field in ("lr", "lr_decay", "momentum", "weight_decay", "clip_norm", "batch_size", "steps", "damping"):
+            _at_least(f"{name}.local.{field}", settings.local[field], 0)
+        if not settings.local.steps:
+            _at_least(f"{name}.local.epochs", settings.local.epochs, 1)
+        _at_least(f"{name}.sketch.rank", settings.sketch.rank, 1)
+        for field in ("oversample", "power_steps", "micro_batch", "examples"):
+            _at_least(f"{name}.sketch.{field}", settings.sketch[field], 0)
+        for field in ("damping", "rcond", "max_step"):
+            _at_least(f"{name}.aggregator.{field}", settings.aggregator[field], 0)
+    if config.warmup.rounds + config.fipa.rounds < 1:
+        raise ValueError("config.warmup.rounds and config.fipa.rounds are both 0: nothing to run")
+
+
+def prepare_process(devices: int = 1) -> None:
+    """Sets what must stand in the environment before jax starts; call it first in a script.
+
+    Batched LAPACK calls can deadlock XLA's CPU thread pool on machines with few cores unless its concurrent scheduler
+    is off, and OpenBLAS's own threads slow small factorisations up to a hundred times. Values the user has set win.
+    """
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    flags = os.environ.get("XLA_FLAGS", "")
+    wanted = ["--xla_cpu_enable_concurrency_optimized_scheduler=false"]
+    if devices > 1:
+        wanted.append(f"--xla_force_host_platform_device_count={devices}")
+    missing = [flag for flag in wanted if flag.split("=")[0] not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+
+
+def _set(config, path, value, spec):
+    *parents, last = path.split(".")
+    for parent in parents:
+        config = config[parent] if parent in config else _unknown(config, parent, spec)
+    if last not in config or isinstance(config[last], ConfigDict):
+        _unknown(config, last, spec)
+    kind = type(config[last])
+    try:
+        parsed = {"true": True, "false": False}[value.lower()] if kind is bool and value is not True else kind(value)
+    except (KeyError, ValueError):
+        raise ValueError(f"config.compare: {spec!r} needs {kind.__name__} for {path}, got {value!r}") from None
+    config[last] = parsed
+
+
+def _unknown(config, field, spec):
+    near = difflib.get_close_matches(field, list(config), 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(config)}"
+    raise ValueError(f"config.compare: {spec!r} names no field {field!r} of the FIPA phase; {hint}")
+
+
+def _at_least(field, value, least):
+    if value < least:
+        raise ValueError(f"config.{field}: needs at least {least}, got {value}")
+
+
+def _one_of(field, value, known):
+    if value not in known:
+        raise ValueError(f"config.{field}: unknown {value!r}; known: {', '.join(known)}")

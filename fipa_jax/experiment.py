@@ -1,0 +1,308 @@
+"""A config becomes a run: the only file that imports all sides.
+
+`build` makes the problem and the compiled stages; `run` goes through warm-up and the compared rules, and leaves in the
+work directory: config.json, metrics.jsonl, summary.json, curves.png, split.png and the models.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import AxisType
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fipa_jax import aggregate, checkpoint, metrics, partition, plots, rounds, sketch, tasks, trees
+from fipa_jax import client as client_lib
+from fipa_jax import config as config_lib
+from fipa_jax.simulate import Client
+
+# Fields of a phase that are traced or only steer the loop: rules that differ in these alone share compiled programs.
+TRACED = ("rounds", "local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr", "aggregator.damping",
+          "aggregator.rcond", "aggregator.max_step")  # fmt: skip
+
+
+class Experiment(NamedTuple):
+    """A config made real: the data on the device and the functions of a run."""
+
+    config: ConfigDict
+    problem: tasks.Problem
+    train: dict  # {field: [N, ...]} on the device
+    held: dict  # {"test" | "holdout": {field: [N, ...]}} on the device
+    clients: Client  # all clients, [T, ...]
+    evaluate: Callable  # (params, data) -> {name: [N]}, compiled
+    compiled: dict  # static part of a phase -> its compiled stages
+    root: jax.Array  # the key from which all others derive
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Checks the config, loads the data, splits them, and builds what a run needs.
+
+    Raises:
+      ValueError, FileNotFoundError, ImportError: naming the config field and what to change.
+    """
+    config_lib.validate(config)
+    problem = tasks.build(config)
+    indices, counts = partition.pad(problem.clients)
+    if config.cohort > len(counts):
+        raise ValueError(f"config.cohort: {config.cohort} is above the number of clients, {len(counts)}")
+    on_device = lambda data: {name: jnp.asarray(field) for name, field in data.items()}
+    held = {"test": problem.test} | ({} if problem.holdout is None else {"holdout": problem.holdout})
+    held = {prefix: on_device(data) for prefix, data in held.items()}
+    evaluate = jax.jit(metrics.make_evaluate(problem.task, config.eval.batch_size))
+    clients = Client(jnp.asarray(indices), jnp.asarray(counts))
+    return Experiment(
+        config, problem, on_device(problem.train), held, clients, evaluate, {}, jax.random.key(config.seed)
+    )
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Runs the config and prints the rules side by side."""
+    summary = run(config, workdir)
+    print(f"\n{table(summary)}\n\nmetrics, models and plots are in {workdir}")
+
+
+def run(config: ConfigDict, workdir: Path) -> dict:
+    """Runs warm-up and every compared rule; returns what `summary.json` holds.
+
+    Jax's precision is set for the run alone, from `config.precision`.
+    """
+    config_lib.validate(config)
+    with jax.enable_x64(config.precision == "float64"):
+        experiment = build(config)
+        workdir = fresh(Path(workdir))
+        (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+        draw_split(experiment, workdir)
+        writer = metrics.Writer(workdir / "metrics.jsonl")
+        try:
+            summary = {"runs": run_phases(experiment, workdir, writer)}
+        finally:
+            writer.close()
+        (workdir / "summary.json").write_text(json.dumps(metrics.jsonable(summary), indent=2) + "\n")
+        rows = metrics.read(workdir / "metrics.jsonl")
+        figures = dict.fromkeys(name for row in rows for name in row if name.startswith("test_"))
+        plots.curves(rows, list(figures), workdir / "curves.png")
+    return summary
+
+
+def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) -> dict:
+    """The warm-up, then each compared rule from the model it ends with: {NAME: {final, best, config}}."""
+    config = experiment.config
+    params = experiment.problem.task.init(jax.random.fold_in(experiment.root, 2**31))
+    params = jax.tree.map(lambda leaf: leaf.astype(config.precision), params)
+    if config.init_from:
+        params = checkpoint.load_model(config.init_from, params)
+    describe(experiment, params)
+    first = config.first_round
+    params, rows = run_phase(experiment, config.warmup, "warmup", params, first, writer)
+    if config.warmup.rounds:
+        checkpoint.save_model(workdir / "warmup.msgpack", params)
+    if not config.fipa.rounds:
+        return {"warmup": metrics.summarise(rows, metrics.direction) | {"config": json.loads(config.to_json_best_effort())}}
+    runs = {}
+    for spec in config.compare:
+        settings = config_lib.rule(config, spec)
+        final, rows = run_phase(experiment, settings, spec, params, first + config.warmup.rounds, writer)
+        checkpoint.save_model(workdir / f"{spec.replace(':', '_').replace('=', '-')}.msgpack", final)
+        as_run = config.copy_and_resolve_references()
+        as_run.fipa, as_run.compare = settings, (spec,)
+        runs[spec] = metrics.summarise(rows, metrics.direction) | {"config": json.loads(as_run.to_json_best_effort())}
+    return runs
+
+
+def run_phase(experiment: Experiment, settings: ConfigDict, name: str, params, first: int, writer):
+    """Runs one phase from `params`; returns (params, its metrics rows)."""
+    config = experiment.config
+    if not settings.rounds:
+        return params, []
+    plan, rates = make_plan(experiment, settings), make_rates(settings, config.precision)
+    stages = rounds.make_stages(plan)
+    train, sketch_, aggregate_ = compiled(experiment, settings, stages)
+    state = stages.init(params, experiment.clients.count.shape[0], first)
+    data, clients, root = experiment.train, experiment.clients, experiment.root
+    rows, last = [], first + settings.rounds - 1
+    with tqdm(total=settings.rounds, desc=f"{name:<12}", unit="round") as bar:
+        for k in range(first, last + 1):
+            clock = Clock()
+            ids, results = clock("train", train(state, rates, data, clients, root))
+            sketches = clock("sketch", sketch_(state, data, clients, ids, root))
+            traffic = traffic_of(state, results, sketches, plan)
+            state, info = clock("aggregate", aggregate_(state, rates, clients, ids, results, sketches))
+            row = {"run": name, "round": k} | evaluate(experiment, state.params, k, k == last)
+            clock("evaluate", row)
+            info = jax.device_get(info)
+            report_rejected(name, k, info)
+            row |= {key: value for key, value in info.items() if key not in ("ids", "rejected")}
+            row |= {"clients_rejected": int(info["rejected"].sum())} | traffic | clock.seconds
+            rows.append(metrics.jsonable(row))
+            writer.write(row)
+            bar.set_postfix_str(progress(rows[-1]), refresh=False)
+            bar.update()
+    return state.params, rows
+
+
+def make_plan(experiment: Experiment, settings: ConfigDict) -> rounds.Plan:
+    """A phase's static choices, from its config."""
+    config, task = experiment.config, experiment.problem.task
+    find = lambda table, field, name: table[name] if name in table else unknown(field, name, table)
+    local, term = dict(settings.local), find(client_lib.TERMS, "term.name", settings.term.name)()
+    solver = find(client_lib.LOCAL_SOLVERS, "local.optimizer", local["optimizer"])
+    local = {key: value for key, value in local.items() if key not in ("lr", "lr_decay", "damping")}
+    rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
+    options = {key: value for key, value in settings.aggregator.items() if key != "name"}
+    is_mean = settings.aggregator.name == "mean"
+    of_sketch = {key: value for key, value in settings.sketch.items() if key != "examples"}
+    server = find(client_lib.OPTIMIZERS, "server.optimizer", settings.server.optimizer)
+    return rounds.Plan(
+        task=task,
+        local=solver(task.loss, task.augment, term=term, **local),
+        term=term,
+        sketch=None if is_mean else lambda outputs: sketch.make_sketch(outputs, task.loss, **of_sketch),
+        aggregator=rule(options["weighting"]) if is_mean else rule(**options),
+        server=server(settings.server.momentum),
+        cohort=config.cohort or experiment.clients.count.shape[0],
+        trainable=settings.trainable,
+        sketch_examples=settings.sketch.examples,
+        chunk=config.chunk,
+        mesh=make_mesh(config.devices),
+    )
+
+
+def make_rates(settings: ConfigDict, dtype: str) -> rounds.Rates:
+    """A phase's traced hyper-parameters, from its config."""
+    array = lambda value: jnp.asarray(value, dtype)
+    hyper = client_lib.Hyper(array(settings.local.lr), array(settings.local.damping), array(settings.term.mu))
+    return rounds.Rates(hyper, array(settings.local.lr_decay), array(settings.server.lr))
+
+
+def compiled(experiment: Experiment, settings: ConfigDict, stages: rounds.Stages):
+    """The phase's stages, jitted once for all phases that differ in traced hyper-parameters only."""
+    static = json.loads(settings.to_json_best_effort())
+    for path in TRACED:
+        *parents, last = path.split(".")
+        inner = static
+        for parent in parents:
+            inner = inner[parent]
+        del inner[last]
+    key = json.dumps(static, sort_keys=True)
+    if key not in experiment.compiled:
+        experiment.compiled[key] = jax.jit(stages.train), jax.jit(stages.sketch), jax.jit(stages.aggregate)
+    return experiment.compiled[key]
+
+
+def evaluate(experiment: Experiment, params, k: int, last: bool) -> dict:
+    """The figures of a round that are due: on the test set, the held-out set, and every client's own examples."""
+    every, row = experiment.config.eval, {}
+    if last or k % every.every == 0:
+        for prefix, data in experiment.held.items():
+            row |= metrics.overall(experiment.evaluate(params, data), prefix)
+    if every.clients_every and (last or k % every.clients_every == 0):
+        row |= metrics.over_clients(experiment.evaluate(params, experiment.train), experiment.clients)
+    return row
+
+
+class Clock:
+    """Seconds of each stage; waits for the device, so that a stage's time is its own."""
+
+    def __init__(self):
+        self.seconds, self._last = {}, time.perf_counter()
+
+    def __call__(self, stage: str, result):
+        jax.block_until_ready(result)
+        now = time.perf_counter()
+        self.seconds[f"seconds_{stage}"], self._last = round(now - self._last, 6), now
+        return result
+
+
+def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> dict:
+    """Bytes that the server sends and receives in the round, over all clients of the cohort."""
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    down = size(trees.select(state.params, plan.trainable)) + size(state.shared)
+    residuals = 0 if sketches is None else size(sketches.residuals)
+    up = size((results.delta, results.memory, sketches)) - residuals
+    return {"bytes_down": plan.cohort * down, "bytes_up": up}
+
+
+def report_rejected(name: str, k: int, info: dict) -> None:
+    """Says which clients were set aside: a fallback is never silent."""
+    if info["rejected"].any():
+        ids = info["ids"][info["rejected"]].tolist()
+        logging.warning("%s, round %d: left out clients %s: update or sketch is not finite", name, k, ids)
+
+
+def progress(row: dict) -> str:
+    """The round's figures in one line."""
+    shown = {name: value for name, value in row.items() if name.startswith(("test_", "step_ratio"))}
+    return ", ".join(f"{name}={value:.3g}" for name, value in shown.items() if value is not None)
+
+
+def table(summary: dict) -> str:
+    """The compared rules side by side, as printed at the end of a run."""
+    runs = summary["runs"]
+    names = [name for name in next(iter(runs.values()))["final"] if name.startswith(("test_", "holdout_"))]
+    heads = [f"{kind} {name}" for name, kind in itertools.product(names, ("final", "best"))]
+    width = max(len(name) for name in ["rule", *runs])
+    lines = ["  ".join([f"{'rule':<{width}}", *heads])]
+    for run_name, result in runs.items():
+        cells = [f"{result[kind][name]:>{len(kind) + len(name) + 1}.4g}" for name, kind in
+                 itertools.product(names, ("final", "best"))]  # fmt: skip
+        lines.append("  ".join([f"{run_name:<{width}}", *cells]))
+    return "\n".join(lines)
+
+
+def describe(experiment: Experiment, params) -> None:
+    """Prints what is about to run: data, clients, parameters and the trainable share."""
+    counts = np.asarray(experiment.clients.count)
+    total = optax.tree.size(params)
+    size = optax.tree.size(trees.select(params, experiment.config.fipa.trainable))
+    print(
+        f"{experiment.config.task.name}: {counts.size} clients with {counts.min()}-{counts.max()} examples, "
+        f"{total:,} parameters, {size:,} ({size / total:.1%}) trained in the FIPA phase, on {jax.devices()[0].platform}"
+    )
+
+
+def draw_split(experiment: Experiment, workdir: Path) -> None:
+    """Draws who owns which data."""
+    train, clients = experiment.problem.train, experiment.problem.clients
+    if "label" in train:
+        labels = np.asarray(train["label"])
+        counts = partition.class_counts(clients, labels, int(labels.max()) + 1)
+        plots.split_by_class(counts, workdir / "split.png")
+    elif train["x"].shape[1] <= 2:
+        plots.split_by_position(train["x"], train["y"], clients, workdir / "split.png")
+
+
+def fresh(workdir: Path) -> Path:
+    """Makes the work directory; an earlier run's files in it are moved into `previous-N`, never written over."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    earlier = [path for path in workdir.iterdir() if not path.name.startswith("previous-")]
+    if earlier:
+        number = next(n for n in itertools.count(1) if not (workdir / f"previous-{n}").exists())
+        aside = workdir / f"previous-{number}"
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        logging.warning("%s held an earlier run: moved to %s", workdir, aside)
+    return workdir
+
+
+def make_mesh(devices: int):
+    """`devices` devices along an axis `clients`; None for one."""
+    if devices == 1:
+        return None
+    if devices > len(jax.devices()):
+        raise ValueError(f"config.devices: {devices} asked for, {len(jax.devices())} there")
+    return jax.make_mesh((devices,), ("clients",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+def unknown(field: str, name: str, table_) -> None:
+    """Raises the error for a name that is not in a table."""
+    raise ValueError(f"config.{field}: unknown {name!r}; known: {', '.join(sorted(table_))}")

@@ -1,0 +1,115 @@
+"""How good is a model, overall and for each client? And the file that keeps it, one row a round."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fipa_jax.simulate import Client, present
+
+
+def make_evaluate(task, batch_size: int) -> Callable:
+    """Builds `evaluate(params, data) -> {name: [N]}`: the task's metrics of every example, in batches; jit it."""
+
+    def evaluate(params, data: dict):
+        num_examples = jax.tree.leaves(data)[0].shape[0]
+
+        def one(example):
+            batch = jax.tree.map(lambda field: field[None], example)
+            values = task.metrics(task.outputs(params, batch)[0], batch)
+            return jax.tree.map(lambda value: value[0], values)
+
+        # lax.map runs the remainder as a batch of its own: no example is padded or counted twice.
+        return jax.lax.map(one, data, batch_size=min(batch_size, num_examples))
+
+    return evaluate
+
+
+def overall(values: dict, prefix: str) -> dict:
+    """{prefix_name: mean over examples} of {name: [N]}."""
+    return {f"{prefix}_{name}": jnp.mean(value) for name, value in values.items()}
+
+
+def over_clients(values: dict, clients: Client) -> dict:
+    """Mean, standard deviation and worst decile over clients of their own means, from {name: [N]} of all examples.
+
+    The worst decile is the mean over the tenth of the clients (at least one) with the lowest accuracy, or the highest
+    value of any other figure. Clients without examples do not count.
+    """
+    mask = jax.vmap(present)(clients)
+    result = {}
+    for name, value in values.items():
+        totals = jnp.sum(jnp.where(mask, value[clients.indices], 0), axis=1)
+        counts = clients.count
+        means = totals / jnp.maximum(counts, 1)
+        there = counts > 0
+        number = jnp.maximum(jnp.sum(there), 1)
+        mean = jnp.sum(jnp.where(there, means, 0)) / number
+        spread = jnp.sqrt(jnp.sum(jnp.where(there, (means - mean) ** 2, 0)) / number)
+        badness = jnp.where(there, -means if name == "accuracy" else means, -jnp.inf)
+        worst = means[jnp.argsort(-badness)]
+        decile = jnp.arange(worst.size) < jnp.maximum(number // 10, 1)
+        result[f"client_{name}_mean"] = mean
+        result[f"client_{name}_std"] = spread
+        result[f"client_{name}_worst_decile"] = jnp.sum(jnp.where(decile, worst, 0)) / jnp.sum(decile)
+    return result
+
+
+class Writer:
+    """Appends rows to a JSON-lines file, each on the disk when `write` returns."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("w")
+
+    def write(self, row: dict) -> None:
+        """Writes one row; values are numbers, strings or lists; a NaN is written as null."""
+        self._file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read(path: Path) -> list[dict]:
+    """All rows of a metrics file."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def jsonable(value):
+    """Arrays to numbers and lists, and what JSON has no word for (NaN, infinity) to null."""
+    if isinstance(value, dict):
+        return {name: jsonable(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(inner) for inner in value]
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        return jsonable(np.asarray(value).tolist())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def summarise(rows: list[dict], better: Callable[[str], int]) -> dict:
+    """{"final": last value of each evaluated figure, "best": its best}, of the rows of one run.
+
+    Args:
+      rows: of the metrics file.
+      better: figure name -> +1 where higher is better, -1 where lower is, 0 for figures that are left out.
+    """
+    series = {}
+    for row in rows:
+        for name, value in row.items():
+            if better(name) and value is not None:
+                series.setdefault(name, []).append(value)
+    best = {name: (max if better(name) > 0 else min)(values) for name, values in series.items()}
+    return {"final": {name: values[-1] for name, values in series.items()}, "best": best}
+
+
+def direction(name: str) -> int:
+    """+1 for accuracies, -1 for other figures of evaluation, 0 for what is not one."""
+    if not name.startswith(("test_", "holdout_", "client_")) or name.endswith("_std"):
+        return 0
+    return 1 if "accuracy" in name else -1

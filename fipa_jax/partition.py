@@ -1,0 +1,182 @@
+"""Who owns which example? Splits of a labelled data set over clients; NumPy only.
+
+Two Dirichlet splits are in use and are not the same: `dirichlet` gives every client equally many examples and skews
+its classes, `dirichlet_by_class` spreads every class over the clients and leaves their sizes ragged.
+"""
+
+import numpy as np
+
+
+def partition(
+    name: str,
+    labels: np.ndarray,
+    num_clients: int,
+    seed: int,
+    *,
+    alpha: float | None = None,
+    shards_per_client: int | None = None,
+) -> list[np.ndarray]:
+    """Splits the examples over clients by the rule `name`, a key of `PARTITIONS`.
+
+    Args:
+      name: the rule.
+      labels: [N] integer classes.
+      num_clients: T.
+      seed: seed of the split; the same seed gives the same split.
+      alpha: Dirichlet concentration, positive; the smaller, the fewer classes a client sees.
+      shards_per_client: shards a client is dealt, for `shards`.
+
+    Returns:
+      For each of the T clients the sorted indices of its examples: disjoint, none empty.
+
+    Raises:
+      ValueError: the name is not known, or the split asked for does not exist.
+    """
+    if name not in PARTITIONS:
+        raise ValueError(f"config.partition.name: unknown split {name!r}; known: {', '.join(sorted(PARTITIONS))}")
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"a split needs integer labels [N], got {labels.dtype} {list(labels.shape)}")
+    if not 1 <= num_clients <= len(labels):
+        raise ValueError(
+            f"config.partition.num_clients: needs 1 to {len(labels)} clients, one example each, got {num_clients}"
+        )
+    rule, fields = PARTITIONS[name]
+    given = {"alpha": alpha, "shards_per_client": shards_per_client}
+    for field in fields:
+        if given[field] is None or not given[field] > 0:
+            raise ValueError(f"config.partition.{field}: split {name!r} needs a positive number, got {given[field]}")
+    clients = rule(np.random.default_rng(seed), labels, num_clients, **{field: given[field] for field in fields})
+    return [np.sort(client) for client in clients]
+
+
+def dirichlet(rng: np.random.Generator, labels: np.ndarray, num_clients: int, alpha: float) -> list[np.ndarray]:
+    """Equal sizes: client after client draws p ~ Dir(alpha 1_K), then N // T of the examples left, their classes ~ p.
+
+    When a class is exhausted, p is renormalised over the classes still open; where a small alpha left no mass on any of
+    them, p is drawn anew over them. The N % T examples left at the end belong to nobody.
+    """
+    _, classes = np.unique(labels, return_inverse=True)
+    left = [rng.permutation(np.flatnonzero(classes == k)) for k in range(classes.max() + 1)]
+    clients = []
+    for _ in range(num_clients):
+        mine, wanted = [], len(labels) // num_clients
+        proportions = rng.dirichlet(np.full(len(left), alpha))  # [K]
+        while wanted:
+            is_open = np.array([len(indices) > 0 for indices in left])  # [K]
+            proportions = np.where(is_open, proportions, 0.0)
+            if not proportions.any():
+                proportions[is_open] = rng.dirichlet(np.full(is_open.sum(), alpha))
+            proportions = proportions / proportions.sum()
+            for k, count in enumerate(rng.multinomial(wanted, proportions)):
+                taken, left[k] = np.split(left[k], [count])  # a class with fewer examples gives what it has
+                mine.append(taken)
+                wanted -= len(taken)
+        clients.append(np.concatenate(mine))
+    return clients
+
+
+def dirichlet_by_class(
+    rng: np.random.Generator,
+    labels: np.ndarray,
+    num_clients: int,
+    alpha: float,
+    min_examples: int = 1,
+    tries: int = 1000,
+) -> list[np.ndarray]:
+    """Ragged sizes: class after class is spread over the clients by p ~ Dir(alpha 1_T).
+
+    Drawn again, up to `tries` times, until every client has `min_examples` examples.
+    """
+    _, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    for _ in range(tries):
+        proportions = rng.dirichlet(np.full(num_clients, alpha), size=len(sizes))  # [K, T]
+        # The last edge is the class's size itself, whatever the rounding of the sum.
+        edges = np.round(np.cumsum(proportions, axis=1)[:, :-1] * sizes[:, None]).astype(int)  # [K, T - 1]
+        counts = np.diff(edges, axis=1, prepend=0, append=sizes[:, None]).sum(axis=0)
+        if counts.min() >= min_examples:
+            break
+    else:
+        raise ValueError(
+            f"in {tries} draws of a Dirichlet split by class, {num_clients} clients never had {min_examples} or more "
+            f"of the {len(labels)} examples each: raise config.partition.alpha ({alpha}), lower "
+            f"config.partition.num_clients, or take the balanced split 'dirichlet'"
+        )
+    parts = [np.split(rng.permutation(np.flatnonzero(classes == k)), edges[k]) for k in range(len(sizes))]
+    return [np.concatenate(client) for client in zip(*parts, strict=True)]
+
+
+def shards(rng: np.random.Generator, labels: np.ndarray, num_clients: int, shards_per_client: int) -> list[np.ndarray]:
+    """Sorts the examples by class, cuts them into T s nearly equal shards and deals s of them to each client."""
+    num_shards = num_clients * shards_per_client
+    if num_shards > len(labels):
+        raise ValueError(
+            f"config.partition.shards_per_client: {num_clients} clients x {shards_per_client} shards need at least as "
+            f"many examples, got {len(labels)}"
+        )
+    shuffled = rng.permutation(len(labels))
+    by_class = np.array_split(shuffled[np.argsort(labels[shuffled], kind="stable")], num_shards)
+    hands = rng.permutation(num_shards).reshape(num_clients, shards_per_client)
+    return [np.concatenate([by_class[shard] for shard in hand]) for hand in hands]
+
+
+def iid(rng: np.random.Generator, labels: np.ndarray, num_clients: int) -> list[np.ndarray]:
+    """Deals the shuffled examples out, to sizes that differ by at most one."""
+    return np.array_split(rng.permutation(len(labels)), num_clients)
+
+
+# Each rule with the fields of config.partition that it reads.
+PARTITIONS = {
+    "dirichlet": (dirichlet, ("alpha",)),
+    "dirichlet_by_class": (dirichlet_by_class, ("alpha",)),
+    "shards": (shards, ("shards_per_client",)),
+    "iid": (iid, ()),
+}
+
+
+def pad(clients: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Stacks ragged index lists into one rectangle.
+
+    Args:
+      clients: for each of the T clients its indices [N_m].
+
+    Returns:
+      indices [T, N_max] int32, each row filled up with the client's first index (valid, but no example of its own:
+      `num_examples` masks it), and num_examples [T] int32.
+
+    Raises:
+      ValueError: there are no clients, or a client has no examples.
+    """
+    num_examples = np.array([len(client) for client in clients], np.int32)
+    if not len(clients) or num_examples.min() == 0:
+        empty = np.flatnonzero(num_examples == 0).tolist()
+        raise ValueError(
+            f"every client needs an example, but of {len(clients)} clients these have none: {empty}; lower "
+            f"config.partition.num_clients or choose another config.partition.name"
+        )
+    indices = np.empty([len(clients), num_examples.max()], np.int32)
+    for row, client in zip(indices, clients, strict=True):
+        row[: len(client)], row[len(client) :] = client, client[0]
+    return indices, num_examples
+
+
+def class_counts(clients: list[np.ndarray], labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts the examples of each class at each client: [T, K]."""
+    return np.stack([np.bincount(labels[client], minlength=num_classes) for client in clients])
+
+
+def heterogeneity(counts: np.ndarray) -> dict[str, float]:
+    """Says how unlike the clients are.
+
+    Args:
+      counts: [T, K] examples of each class at each client, no row all zero.
+
+    Returns:
+      label_entropy: mean over clients of -sum_k p_mk log p_mk, in nats: log K for even clients, 0 for one class each.
+      total_variation: mean over clients of (1/2) sum_k |p_mk - p_k|, p being the distribution of all clients' labels.
+    """
+    local = counts / counts.sum(axis=1, keepdims=True)  # [T, K]
+    overall = counts.sum(axis=0) / counts.sum()  # [K]
+    entropy = -np.sum(local * np.log(np.where(local > 0, local, 1.0)), axis=1)
+    variation = np.abs(local - overall[None]).sum(axis=1) / 2
+    return {"label_entropy": float(entropy.mean()), "total_variation": float(variation.mean())}

@@ -1,0 +1,66 @@
+"""Pictures of a run: its curves, and who owns which data. Needs matplotlib (`pip install 'fipa_jax[plots]'`)."""
+
+from pathlib import Path
+
+import numpy as np
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def curves(rows: list[dict], figures: list[str], path: Path) -> None:
+    """Draws each figure against the round, one line a compared run; the warm-up leads into all of them.
+
+    Args:
+      rows: of the metrics file.
+      figures: names of columns, one panel each; errors and losses on a logarithmic axis.
+      path: of the PNG.
+    """
+    plt = _pyplot()
+    fig, axes = plt.subplots(1, len(figures), figsize=(5 * len(figures), 3.8), squeeze=False, layout="constrained")
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    for axis, figure in zip(axes[0], figures, strict=True):
+        for run in runs:
+            points = [(row["round"], row[figure]) for row in rows if row["run"] == run and row.get(figure) is not None]
+            if points:
+                style = {"color": "0.6"} if run == "warmup" else {}
+                axis.plot(*zip(*points, strict=True), label=run, marker="." if len(points) < 2 else "", **style)
+        if "accuracy" not in figure:
+            axis.set_yscale("log")
+        axis.set(xlabel="round", ylabel=figure.replace("_", " "))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(frameon=False)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def split_by_class(counts: np.ndarray, path: Path) -> None:
+    """Draws how many examples of each class every client owns, from counts [T, K]."""
+    plt = _pyplot()
+    clients, classes = counts.shape
+    fig, axis = plt.subplots(figsize=(min(3 + 0.09 * clients, 12), min(2 + 0.18 * classes, 9)), layout="constrained")
+    image = axis.imshow(counts.T, aspect="auto", cmap="viridis", interpolation="nearest")
+    axis.set(xlabel="client", ylabel="class")
+    fig.colorbar(image, label="examples")
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def split_by_position(x: np.ndarray, y: np.ndarray, clients: list[np.ndarray], path: Path) -> None:
+    """Draws the clients' examples of a regression task: x [N, 1] against y [N, 1], or x [N, 2] in the plane."""
+    plt = _pyplot()
+    fig, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
+    for number, indices in enumerate(clients):
+        horizontal, vertical = (x[indices, 0], y[indices, 0]) if x.shape[1] == 1 else (x[indices, 0], x[indices, 1])
+        axis.scatter(horizontal, vertical, s=8, label=f"client {number}")
+    axis.set(xlabel="x" if x.shape[1] == 1 else "x1", ylabel="y" if x.shape[1] == 1 else "x2")
+    axis.legend(frameon=False, fontsize="small")
+    fig.savefig(path, dpi=150)
+    plt.close(fig)

@@ -1,0 +1,158 @@
+"""What is one round? Broadcast, local training, sketches, aggregation, server step: pure stages, and their composition.
+
+The stages are apart so that a run can time each; `compose` makes them one jittable function.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fipa_jax import trees
+from fipa_jax.aggregate import Aggregator, Uploads
+from fipa_jax.client import Hyper, LocalResult, Term
+from fipa_jax.simulate import Client, gather, map_clients, present, sample_cohort
+from fipa_jax.sketch import Sketch
+
+
+class State(NamedTuple):
+    """All that the next round needs; a pytree of arrays."""
+
+    params: Any  # the global model
+    aggregator: Any
+    server: optax.OptState
+    memory: Any  # of the term, stacked over all clients [T, ...]
+    shared: Any  # the mean of `memory` over all T clients
+    round: jax.Array  # [], int32, counted over all phases
+
+
+class Plan(NamedTuple):
+    """A phase's static choices and functions."""
+
+    task: Any  # tasks.Task
+    local: Callable  # a local solver of `client`
+    term: Term
+    sketch: Callable | None  # outputs -> (key, params, batch, mask) -> Sketch; None if the rule needs none
+    aggregator: Aggregator
+    server: optax.GradientTransformation  # on the negative step, without the learning rate
+    cohort: int  # C
+    trainable: str  # regular expression over parameter paths
+    sketch_examples: int = 0  # examples of a client that enter its sketch; 0 for all
+    chunk: int = 1
+    mesh: Any = None
+
+
+class Rates(NamedTuple):
+    """A phase's traced hyper-parameters."""
+
+    local: Hyper
+    lr_decay: jax.Array  # [], the local learning rate is lr * lr_decay ** round
+    server_lr: jax.Array  # [], gamma
+
+
+class Stages(NamedTuple):
+    """One round, stage by stage; `data` is the training set {field: [N, ...]}, `clients` all clients stacked [T, ...].
+
+    Keys derive from the root key, the round number and the client's id: neither the order of the clients nor a resume
+    changes them.
+    """
+
+    init: Callable  # (params, num_clients, round=0) -> State
+    train: Callable  # (state, rates, data, clients, root) -> (ids [C], LocalResult [C, ...])
+    sketch: Callable  # (state, data, clients, ids, root) -> Sketch [C, ...] or None
+    aggregate: Callable  # (state, rates, clients, ids, results, sketches) -> (state, info)
+
+
+def make_stages(plan: Plan) -> Stages:
+    """Builds a round's stages, all pure."""
+
+    def restrict(params):
+        """The trainable subset, and the model's outputs as a function of it alone."""
+        chosen = trees.select(params, plan.trainable)
+        return chosen, lambda theta, batch: plan.task.outputs(trees.replace(params, theta), batch)
+
+    def init(params, num_clients: int, round: int = 0) -> State:
+        chosen = trees.select(params, plan.trainable)
+        blank = plan.term.init(chosen)
+        memory = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_clients, axis=0), blank)
+        server = plan.server.init(chosen)
+        return State(params, plan.aggregator.init(chosen), server, memory, blank, jnp.asarray(round, jnp.int32))
+
+    def keys(state, root, ids=None):
+        """Of the round: (cohort, clients' training [C], clients' sketches [C])."""
+        cohort, train, sketch = jax.random.split(jax.random.fold_in(root, state.round), 3)
+        if ids is None:
+            return cohort
+        per_client = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        return per_client(train, ids), per_client(sketch, ids)
+
+    def train(state: State, rates: Rates, data: dict, clients: Client, root):
+        ids = sample_cohort(keys(state, root), clients.count.shape[0], plan.cohort)
+        chosen, outputs = restrict(state.params)
+        hyper = rates.local._replace(lr=rates.local.lr * rates.lr_decay**state.round)
+
+        def one(client, key, memory):
+            return plan.local(outputs, chosen, data, client, key, hyper, memory, state.shared)
+
+        stacked = take(clients, ids), keys(state, root, ids)[0], take(state.memory, ids)
+        return ids, map_clients(one, *stacked, chunk=plan.chunk, mesh=plan.mesh)
+
+    def sketch(state: State, data: dict, clients: Client, ids, root) -> Sketch | None:
+        if plan.sketch is None:
+            return None
+        chosen, outputs = restrict(state.params)
+        solve = plan.sketch(lambda theta, batch: outputs(theta, batch)[0])
+
+        def one(client, key):
+            draw_key, solve_key = jax.random.split(key)
+            client = subsample(draw_key, client, plan.sketch_examples)
+            return solve(solve_key, chosen, gather(data, client.indices), present(client))
+
+        return map_clients(one, take(clients, ids), keys(state, root, ids)[1], chunk=plan.chunk, mesh=plan.mesh)
+
+    def aggregate(state: State, rates: Rates, clients: Client, ids, results: LocalResult, sketches):
+        chosen = trees.select(state.params, plan.trainable)
+        uploads = Uploads(results.delta, clients.count[ids], sketches)
+        step, rule_state, info = plan.aggregator.apply(uploads, state.aggregator, chosen)
+        update, server = plan.server.update(optax.tree.scale(-1, step), state.server, chosen)
+        chosen = jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update)
+        # A client set aside keeps its old memory, so that one bad upload does not poison the shared mean.
+        accepted = ~info["rejected"] & trees.is_finite((results.loss, results.memory))
+        change = trees.zero_unless(accepted, optax.tree.sub(results.memory, take(state.memory, ids)))
+        memory = jax.tree.map(lambda all_, d: all_.at[ids].add(d), state.memory, change)
+        num_clients = clients.count.shape[0]
+        shared = jax.tree.map(lambda mean, d: mean + jnp.sum(d, axis=0) / num_clients, state.shared, change)
+        info |= {"ids": ids, "local_loss": jnp.mean(results.loss)}
+        params = trees.replace(state.params, chosen)
+        return State(params, rule_state, server, memory, shared, state.round + 1), info
+
+    return Stages(init, train, sketch, aggregate)
+
+
+def compose(stages: Stages) -> Callable:
+    """The round as one function: (state, rates, data, clients, root) -> (state, info). Jit it, or scan over it."""
+
+    def round_(state: State, rates: Rates, data: dict, clients: Client, root):
+        ids, results = stages.train(state, rates, data, clients, root)
+        sketches = stages.sketch(state, data, clients, ids, root)
+        return stages.aggregate(state, rates, clients, ids, results, sketches)
+
+    return round_
+
+
+def take(stacked, ids):
+    """Rows `ids` of every leaf."""
+    return jax.tree.map(lambda leaf: leaf[ids], stacked)
+
+
+def subsample(key, client: Client, examples: int) -> Client:
+    """A client with at most `examples` of its own examples, drawn without replacement; 0 keeps all."""
+    size = client.indices.shape[0]
+    if not 0 < examples < size:
+        return client
+    draw = jnp.where(present(client), jax.random.uniform(key, [size]), 2.0)
+    return Client(client.indices[jnp.argsort(draw)[:examples]], jnp.minimum(client.count, examples))
+
+

@@ -1,0 +1,60 @@
+"""How are many clients run? Stacked, padded and masked, and mapped in chunks over one or several devices."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+
+class Client(NamedTuple):
+    """Which examples of the data set a client owns; stacked over clients: [T, N] and [T]."""
+
+    indices: jax.Array  # [N] int32, padded by valid indices
+    count: jax.Array  # [], the first `count` indices are its own
+
+
+def gather(data: dict, indices: jax.Array) -> dict:
+    """The examples at `indices` of every field: {field: [N_total, ...]} -> {field: [B, ...]}."""
+    return {name: field[indices] for name, field in data.items()}
+
+
+def present(client: Client) -> jax.Array:
+    """[N] bool: which of the padded examples are the client's own."""
+    return jnp.arange(client.indices.shape[0]) < client.count
+
+
+def sample_cohort(key: jax.Array, num_clients: int, cohort: int) -> jax.Array:
+    """[C] ids of the clients that take part: distinct, uniformly drawn; all of them in order if C = T."""
+    if cohort == num_clients:
+        return jnp.arange(num_clients)
+    return jax.random.choice(key, num_clients, [cohort], replace=False)
+
+
+def map_clients(fn: Callable, *args, chunk: int = 1, mesh: Mesh | None = None):
+    """Applies `fn` to every client: each leaf of `args` has a leading clients axis [C, ...], so have the results.
+
+    Args:
+      fn: the program of one client.
+      *args: stacked pytrees.
+      chunk: clients side by side in one `vmap`; 1 runs one client's program after another, 0 all at once.
+      mesh: devices with an axis `clients`, over which the clients are spread; C is padded to a multiple of it by
+        repeating clients whose results are dropped. The result does not depend on it.
+    """
+    clients = jax.tree.leaves(args)[0].shape[0]
+
+    def local(*args):
+        count = jax.tree.leaves(args)[0].shape[0]
+        if chunk == 0 or chunk >= count > 1:
+            return jax.vmap(fn)(*args)
+        return jax.lax.map(lambda one: fn(*one), args, batch_size=None if chunk == 1 else chunk)
+
+    if mesh is None:
+        return local(*args)
+    devices = mesh.shape["clients"]
+    wrap = jnp.arange(clients + -clients % devices) % clients
+    padded = jax.tree.map(lambda leaf: leaf[wrap], args)
+    spec = PartitionSpec("clients")
+    spread = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.tree.map(lambda leaf: leaf[:clients], spread(*padded))

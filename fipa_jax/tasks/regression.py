@@ -1,0 +1,78 @@
+"""Regression of a function known in closed form, on split domains (arXiv 2601.13608, sections on regression)."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from fipa_jax import models
+from fipa_jax.tasks import Problem, Task
+
+
+def regression(module, example) -> Task:
+    """A task from a flax module: half-squared error 1/2 |y_hat - y|^2, so that L_n is the identity.
+
+    Args:
+      module: flax module, x [B, d] -> (y_hat [B, K], features).
+      example: array [d], an input of the right width.
+    """
+
+    def metrics(outputs, batch):
+        return {"mse": jnp.mean((outputs - batch["y"]) ** 2, axis=-1)}
+
+    return Task(
+        init=lambda key: module.init(key, jnp.asarray(example)[None])["params"],
+        outputs=lambda params, batch: module.apply({"params": params}, batch["x"]),
+        loss=lambda outputs, batch: jnp.sum((outputs - batch["y"]) ** 2, axis=-1) / 2,
+        metrics=metrics,
+    )
+
+
+def build(config) -> Problem:
+    """Builds the task `config.task.name`: `sine` or `gaussians_2d`."""
+    x, y, x_test, y_test, clients = {"sine": _sine, "gaussians_2d": _gaussians_2d}[config.task.name](config.task)
+    dtype = np.dtype(config.precision)
+    module = models.build(config.model, num_outputs=y.shape[1])
+    pack = lambda x, y: {"x": x.astype(dtype), "y": y.astype(dtype)}
+    task = regression(module, x[0].astype(dtype))
+    return Problem(task, pack(x, y), pack(x_test, y_test), None, clients)
+
+
+def _sine(task):
+    """sin(2 pi x) on [0, 1]; each client an interval of equal length and a uniform grid on it."""
+    function = lambda x: np.sin(2 * np.pi * x)
+    edges = np.linspace(0, 1, task.num_clients + 1)
+    x = np.concatenate([np.linspace(a, b, task.examples_per_client) for a, b in zip(edges, edges[1:], strict=False)])
+    clients = np.split(np.arange(x.size), task.num_clients)
+    x, x_test = x[:, None], np.linspace(0, 1, 1000)[:, None]
+    return x, function(x), x_test, function(x_test), clients
+
+
+# (A, mx, my, sx, sy) of the six anisotropic Gaussians of the published experiment.
+GAUSSIANS = np.array(
+    [
+        (1.40, 0.18, 0.28, 0.06, 0.05),
+        (0.90, 0.50, 0.28, 0.10, 0.06),
+        (0.95, 0.82, 0.28, 0.11, 0.07),
+        (0.75, 0.18, 0.72, 0.07, 0.06),
+        (0.70, 0.50, 0.82, 0.07, 0.07),
+        (0.80, 0.82, 0.74, 0.10, 0.07),
+    ]
+)
+
+
+def _gaussians_2d(task):
+    """A sum of six Gaussians on [0, 1]^2; six clients own the cells of a 2 x 3 grid, one peak in each."""
+
+    def function(x):
+        height, mx, my, sx, sy = GAUSSIANS.T
+        return (height * np.exp(-(((x[:, :1] - mx) / sx) ** 2 + ((x[:, 1:] - my) / sy) ** 2) / 2)).sum(1, keepdims=True)
+
+    rows, columns, n = 2, 3, task.examples_per_client
+    corners = [(c / columns, r / rows) for r in range(rows) for c in range(columns)]
+    draw = np.random.default_rng(task.seed)
+    size = np.array([1 / columns, 1 / rows])
+    x = np.concatenate([np.array(corner) + size * draw.random((n, 2)) for corner in corners])
+    grid = np.linspace(0, 1, 256)
+    x_test = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
+    return x, function(x), x_test, function(x_test), np.split(np.arange(x.shape[0]), len(corners))
+
+

@@ -1,0 +1,62 @@
+"""The tree arithmetic that `optax.tree` lacks; ravelling happens here and only at the border of a function.
+
+A *stacked* tree carries a leading clients axis on every leaf: [C, ...].
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+
+def ravel(tree) -> jax.Array:
+    """Concatenates all leaves to one vector [P], in the order of `jax.tree.leaves`."""
+    return ravel_pytree(tree)[0]
+
+
+def ravel_stacked(stacked) -> jax.Array:
+    """Concatenates the leaves [C, ...] of a stacked tree to [C, P]."""
+    return jax.vmap(ravel)(stacked)
+
+
+def weighted_sum(weights: jax.Array, stacked):
+    """sum_m weights[m] tree_m, for weights [C] and a stacked tree."""
+    return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, axes=1), stacked)
+
+
+def is_finite(stacked) -> jax.Array:
+    """[C] bool: the client's leaves hold neither NaN nor infinity."""
+    finite = [jnp.all(jnp.isfinite(leaf.reshape(leaf.shape[0], -1)), axis=1) for leaf in jax.tree.leaves(stacked)]
+    return jnp.all(jnp.stack(finite), axis=0)
+
+
+def zero_unless(keep: jax.Array, stacked):
+    """Sets the clients' trees with keep[m] false to zero; a NaN there does not survive, as it would a product."""
+    expand = lambda leaf: keep.reshape(keep.shape + (1,) * (leaf.ndim - 1))
+    return jax.tree.map(lambda leaf: jnp.where(expand(leaf), leaf, jnp.zeros((), leaf.dtype)), stacked)
+
+
+def paths(tree) -> dict:
+    """{path: leaf} with paths such as `Dense_0/kernel`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def select(params, pattern: str) -> dict:
+    """The trainable subset: {path: leaf} of the leaves whose path contains the regular expression `pattern`.
+
+    Raises:
+      ValueError: no path matches.
+    """
+    found = paths(params)
+    chosen = {path: leaf for path, leaf in found.items() if re.search(pattern, path)}
+    if not chosen:
+        raise ValueError(f"trainable: no parameter path matches {pattern!r}; the paths are: {', '.join(found)}")
+    return chosen
+
+
+def replace(params, chosen: dict):
+    """The inverse of `select`: `params` with the leaves of `chosen` put in their places."""
+    leaves = [chosen.get(path, leaf) for path, leaf in paths(params).items()]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)

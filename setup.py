@@ -1,0 +1,35 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(line for line in (HERE / "fipa_jax/__init__.py").read_text().splitlines() if "__version__" in line)
+TFDS = ["tensorflow-datasets>=4.9.9", "array_record>=0.8", "importlib_resources>=6", "pillow>=10"]
+PLOTS = ["matplotlib>=3.8"]
+
+setup(
+    name="fipa_jax",
+    version=VERSION.split('"')[1],
+    description="Federated learning in JAX with Fisher-informed parameterwise aggregation (FIPA)",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fipa_jax", "fipa_jax.*"]),
+    install_requires=[
+        "absl-py>=2",
+        "chex>=0.1.90",
+        "flax>=0.12",
+        "jax>=0.10,<0.12",
+        "jaxlib>=0.10,<0.12",
+        "ml-collections>=1.0",
+        "numpy>=2",
+        "optax>=0.2.6",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tfds": TFDS,
+        "plots": PLOTS,
+        "test": [*TFDS, *PLOTS, "pytest>=8", "pytest-timeout>=2.3"],
+    },
+)

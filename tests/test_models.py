@@ -1,0 +1,149 @@
+"""The networks and their convolution, against XLA's own convolution and pooling."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from fipa_jax import models
+
+
+def _normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _close(a, b):
+    chex.assert_trees_all_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+def _config(name, widths=(5, 4), activation="tanh"):
+    return ml_collections.ConfigDict({"name": name, "widths": widths, "activation": activation})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "strides", "padding"),
+    [
+        ((3, 3), (1, 1), "VALID"),
+        ((3, 3), (1, 1), "SAME"),
+        ((3, 3), (2, 2), "SAME"),
+        ((1, 1), (2, 2), "SAME"),
+        ((5, 2), (1, 3), "VALID"),
+        ((2, 3), (2, 1), ((1, 0), (2, 1))),
+    ],
+)
+def test_conv_equals_xlas_in_value_tangents_and_cotangents(kernel, strides, padding):
+    x, dx = _normal(0, 2, 9, 8, 3), _normal(1, 2, 9, 8, 3)
+    w, dw = _normal(2, *kernel, 3, 4), _normal(3, *kernel, 3, 4)
+
+    def derivatives(function):
+        y, tangent = jax.jvp(function, (x, w), (dx, dw))
+        return y, tangent, jax.vjp(function, x, w)[1](jnp.sin(y))
+
+    ours = jax.jit(lambda: derivatives(lambda x, w: models._conv_by_matmul(x, w, strides, padding, None)))()
+    xlas = derivatives(lambda x, w: lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=models.LAYOUT))
+    _close(ours, xlas)
+
+
+def test_conv_under_vmap_over_kernels_is_a_loop_over_kernels():
+    x, w = _normal(0, 5, 2, 6, 6, 3), _normal(1, 5, 3, 3, 3, 4)
+    gradient = jax.grad(lambda w, x: jnp.sum(models.conv(x, w, (1, 1), "SAME") ** 2))
+    _close(jax.vmap(gradient)(w, x), jnp.stack([gradient(w[c], x[c]) for c in range(5)]))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_conv_inside_flax_equals_flaxs_own(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    x = _normal(0, 2, 7, 7, 3)
+    own, ours = nn.Conv(4, (3, 3), 2), nn.Conv(4, (3, 3), 2, conv_general_dilated=models.conv)
+    variables = own.init(jax.random.key(0), x)
+    _close(ours.apply(variables, x), own.apply(variables, x))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"feature_group_count": 3},
+        {"rhs_dilation": (2, 1)},
+        {"lhs_dilation": (1, 2)},
+        {"dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+    ],
+)
+def test_conv_refuses_what_it_does_not_do(option):
+    with pytest.raises(ValueError, match="conv needs"):
+        models.conv(_normal(0, 1, 6, 6, 3), _normal(1, 3, 3, 3, 4), (1, 1), "SAME", **option)
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_max_pool_equals_the_window_reduction_in_value_tangents_and_cotangents(size):
+    x, dx = _normal(0, 2, size, size, 3), _normal(1, 2, size, size, 3)
+
+    def derivatives(pool):
+        y, tangent = jax.jvp(pool, (x,), (dx,))
+        return y, tangent, jax.vjp(pool, x)[1](jnp.sin(y))
+
+    _close(derivatives(models.max_pool), derivatives(lambda x: nn.max_pool(x, (2, 2), (2, 2))))
+
+
+def test_max_pool_gives_a_tie_to_the_first_maximum():
+    gradient = jax.grad(lambda x: models.max_pool(x).sum())(jnp.ones((1, 2, 2, 1)))
+    np.testing.assert_array_equal(gradient[0, :, :, 0], [[1, 0], [0, 0]])
+
+
+@pytest.mark.parametrize(("name", "count"), [("cnn_6k", 5_956), ("cnn_23k", 23_711), ("cnn_200k", 197_984)])
+def test_cnns_have_the_stated_size(name, count):
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    params = jax.eval_shape(models.build(_config(name), 10).init, jax.random.key(0), images)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+@pytest.mark.parametrize(("name", "shape"), [("mlp", (3, 2, 4)), ("cnn_6k", (3, 12, 12, 1))])
+def test_the_last_feature_is_the_input_of_the_last_layer(name, shape):
+    module = models.build(_config(name), 7)
+    x = _normal(0, *shape)
+    variables = module.init(jax.random.key(1), x)
+    outputs, features = module.apply(variables, x)
+    chex.assert_shape(outputs, (3, 7))
+    chex.assert_shape(features, [(3, 5), (3, 4)] if name == "mlp" else [(3, 12), (3, 8), (3, 16)])
+    head = variables["params"]["Dense_2" if name == "mlp" else "Dense_1"]
+    _close(outputs, features[-1] @ head["kernel"] + jnp.reshape(head.get("bias", jnp.zeros(7)), (1, 7)))
+
+
+def test_without_hidden_layers_the_feature_is_the_flattened_input():
+    x = _normal(0, 3, 2, 2)
+    _, features = models.MLP((), 7).init_with_output(jax.random.key(1), x)[0]
+    chex.assert_trees_all_equal(features, (x.reshape(3, 4),))
+
+
+def test_a_gauss_newton_product_and_the_jacobians_of_examples_agree():
+    module = models.build(_config("cnn_6k"), 3)
+    x = _normal(0, 4, 12, 12, 2)
+    params = module.init(jax.random.key(1), x)
+    tangent = jax.tree.map(jnp.sin, params)
+
+    @jax.jit
+    def gauss_newton(params, tangent):
+        outputs, jvp = jax.linearize(lambda p: module.apply(p, x)[0], params)
+        return outputs, jax.linear_transpose(jvp, params)(jvp(tangent))[0]
+
+    outputs, product = gauss_newton(params, tangent)
+
+    def outputs_of_one(params, x):
+        return module.apply(params, x[None])[0][0]
+
+    jacobians = jax.jit(jax.vmap(jax.jacrev(outputs_of_one), (None, 0)))(params, x)  # leaves [B, K, ...]
+    dense = jnp.concatenate([leaf.reshape(outputs.size, -1) for leaf in jax.tree.leaves(jacobians)], axis=1)
+    flat = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tangent)])
+    expected = dense.T @ (dense @ flat)
+    actual = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(product)])
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(ValueError, match=r"config\.model\.name: unknown model 'cnn'; known: cnn_200k, .*mlp"):
+        models.build(_config("cnn"), 10)
+    with pytest.raises(ValueError, match=r"config\.model\.activation: unknown activation 'tan'; known: gelu, "):
+        models.build(_config("mlp", activation="tan"), 10)
