@@ -30,6 +30,6 @@ setup(
     extras_require={
         "tfds": TFDS,
         "plots": PLOTS,
-        "test": [*TFDS, *PLOTS, "pytest>=8", "pytest-timeout>=2.3"],
+        "test": [*TFDS, *PLOTS, "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9"],
     },
 )

@@ -30,7 +30,8 @@ class Aggregator(NamedTuple):
     """A rule as two pure functions; `state` is what the next round needs, `info` what a person needs."""
 
     init: Callable  # params -> state
-    apply: Callable  # (uploads, state, params) -> (step, state, info: {name: array})
+    apply: Callable  # (uploads, state, params) -> (step, state, info: {name: array}, with `rejected` [C] bool)
+    needs_sketch: bool = False  # whether the clients have to send their sketches
 
 
 class FipaState(NamedTuple):
@@ -88,7 +89,7 @@ def fipa(
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
 
     Raises:
-      ValueError: an unknown form or weighting, a negative damping or rcond; in `apply`, shapes that do not fit.
+      ValueError: an unknown form or weighting; in `apply`, shapes that do not fit.
     """
     if form not in FORMS:
         raise ValueError(f"aggregator.form: unknown form {form!r}; known: {', '.join(sorted(FORMS))}")
@@ -110,6 +111,7 @@ def fipa(
             base, targets = (dbar, deltas - dbar[None, :]) if form == "damped" else (jnp.zeros_like(dbar), deltas)
             spectrum = merged.singular_values**2
             beta = state.damping * spectrum[0] if relative else state.damping
+            beta = jnp.zeros_like(beta) if form == "pinv" else beta
             gain = FORMS[form](merged.singular_values, beta, state.rcond)
             step = base + merged.left @ (merged.rotation @ (gain * (merged.right @ merged.project(targets))))
         step = _bound(step, state.max_step * _longest(deltas))
@@ -119,7 +121,7 @@ def fipa(
         step, dbar = unravel(step), unravel(dbar)
         return step, state, info | _compare(step, dbar, uploads.delta)
 
-    return Aggregator(init, apply)
+    return Aggregator(init, apply, needs_sketch=True)
 
 
 def _damped_gain(singular_values, beta, rcond):

@@ -25,6 +25,9 @@ OPTIMIZERS = {
 }
 
 
+TRIES = 10  # dampings that a Gauss-Newton step tries
+
+
 class Hyper(NamedTuple):
     """Hyper-parameters of local work that are traced."""
 
@@ -170,15 +173,16 @@ def first_order(
 
 
 def gauss_newton(
-    loss: Callable, augment: Callable, *, epochs: int = 1, steps: int = 0, term: Term | None = None, **_
+    loss: Callable, augment: Callable, *, epochs: int = 1, steps: int = 0, term: Term | None = None
 ) -> Callable:
     """Levenberg-Marquardt Gauss-Newton steps on all of the client's examples, for small regression tasks.
 
         delta = -(J^T L J / N + damping I)^{-1} J^T e / N = -J^T (L J J^T / N + damping I)^{-1} e / N
 
     e are the loss's gradients in the outputs [N K], J the Jacobian's rows [N K, P]. The right-hand form (push-through
-    identity) solves one [N K, N K] system and never forms [P, P]. Each step is scaled by the learning rate. Terms of
-    the objective, mini-batches and augmentation do not enter.
+    identity) solves one [N K, N K] system and never forms [P, P]. Each step is scaled by the learning rate. Where it
+    would raise the client's loss, it is tried again with ten times the damping (Marquardt 1963); after `TRIES` of that
+    the client stays where it is. Mini-batches and augmentation do not enter.
 
     Args:
       loss: (outputs, batch) -> [B].
@@ -193,25 +197,48 @@ def gauss_newton(
 
     def solve(outputs, params, data, client: Client, key, hyper: Hyper, memory, shared) -> LocalResult:
         examples, mask = gather(data, client.indices), present(client)
-        predict = lambda theta: outputs(theta, examples)[0]
         flat, unravel = ravel_pytree(params)
+        weight = mask.astype(flat.dtype) / jnp.maximum(client.count, 1)
+        predict = lambda params, batch: outputs(params, batch)[0]
+        mean_loss = lambda theta: jnp.sum(weight * loss(predict(unravel(theta), examples), examples))
 
-        def step(_, carry):
-            theta, total = carry
-            out = predict(unravel(theta))
-            weight = mask.astype(theta.dtype) / jnp.maximum(client.count, 1)
-            residual, hessian = curvature.loss_derivatives(loss, out, examples, weight)
-            rows = curvature.jacobian_rows(lambda p, b: outputs(p, b)[0], unravel(theta), examples)
-            rows = rows.reshape(-1, theta.size)  # [N K, P]
+        def linearise(theta):
+            """damping -> the step, from one Jacobian and one Gram matrix."""
+            out = predict(unravel(theta), examples)
+            gradient, hessian = curvature.loss_derivatives(loss, out, examples, weight)
+            rows = curvature.jacobian_rows(predict, unravel(theta), examples)  # [N, K, P]
+            num_outputs, rows = rows.shape[1], rows.reshape(-1, theta.size)
+            curve = jax.vmap(lambda tangent: ravel_pytree(hessian(tangent))[0], in_axes=-1, out_axes=-1)
             with jax.default_matmul_precision("highest"):
-                gram = jax.vmap(lambda t: ravel_pytree(hessian(t))[0], in_axes=2, out_axes=1)
-                system = gram((rows @ rows.T).reshape(*out.shape, -1))
-                system = system + hyper.damping * jnp.eye(rows.shape[0], dtype=theta.dtype)
-                update = rows.T @ jnp.linalg.solve(system, residual.reshape(-1))
-            mean_loss = jnp.sum(weight * loss(out, examples))
-            return theta - hyper.lr * update, total + mean_loss
+                system = curve((rows @ rows.T).reshape(*out.shape, -1))
+            # A padded example's equation reads 0 = 0: with a one on the diagonal it can be solved.
+            padding = jnp.repeat(~mask, num_outputs).astype(theta.dtype)
 
-        theta, total = jax.lax.fori_loop(0, steps, step, (flat, jnp.zeros([], flat.dtype)))
+            def step_for(damping):
+                with jax.default_matmul_precision("highest"):
+                    solution = jnp.linalg.solve(system + jnp.diag(damping + padding), gradient.reshape(-1))
+                    return -hyper.lr * (solution @ rows)
+
+            return step_for, jnp.trace(system) * jnp.finfo(theta.dtype).eps
+
+        def improve(_, carry):
+            theta, total = carry
+            before = mean_loss(theta)
+            step_for, least = linearise(theta)
+
+            def again(attempt):
+                damping, _, tries = attempt
+                damping = jnp.where(tries == 0, damping, jnp.maximum(10 * damping, least))
+                return damping, step_for(damping), tries + 1
+
+            # NaN compares false, and so is no improvement.
+            worse = lambda step: ~(mean_loss(theta + step) <= before)
+            failed = lambda attempt: (attempt[2] == 0) | ((attempt[2] < TRIES) & worse(attempt[1]))
+            start = (hyper.damping, jnp.zeros_like(theta), 0)
+            _, step, _ = jax.lax.while_loop(failed, again, start)
+            return jnp.where(worse(step), theta, theta + step), total + before
+
+        theta, total = jax.lax.fori_loop(0, steps, improve, (flat, jnp.zeros([], flat.dtype)))
         return LocalResult(unravel(theta - flat), memory, total / steps)
 
     return solve

@@ -6,6 +6,7 @@ not exist is an error that names the nearest one.
 
 import difflib
 import os
+import re
 
 from ml_collections import ConfigDict
 
@@ -63,7 +64,7 @@ def default() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every = 1  # rounds between evaluations on the test set; the last round of a phase always is
     config.eval.clients_every = 10  # rounds between evaluations on every client's own examples; 0 for never
-    config.eval.batch_size = 1000
+    config.eval.batch_size = 50  # small batches stay in a CPU's cache; raise it on an accelerator
     return config.lock()
 
 
@@ -143,6 +144,7 @@ def validate(config: ConfigDict) -> None:
     _at_least("cohort", config.cohort, 0)
     _at_least("chunk", config.chunk, 0)
     _at_least("devices", config.devices, 1)
+    _at_least("first_round", config.first_round, 0)
     _at_least("eval.every", config.eval.every, 1)
     _at_least("eval.clients_every", config.eval.clients_every, 0)
     _at_least("eval.batch_size", config.eval.batch_size, 1)
@@ -154,18 +156,13 @@ def validate(config: ConfigDict) -> None:
         raise ValueError(f"config.compare: needs a tuple of rules such as ('fipa', 'fedavg'), got {config.compare!r}")
     if len(set(config.compare)) != len(config.compare):
         raise ValueError(f"config.compare: names a rule twice: {config.compare}")
-    phases = {"warmup": config.warmup} | {f"fipa as {spec!r}": rule(config, spec) for spec in config.compare}
-    for name, settings in phases.items():
-        _at_least(f"{name}.rounds", settings.rounds, 0)
-        for field in ("lr", "lr_decay", "momentum", "weight_decay", "clip_norm", "batch_size", "steps", "damping"):
-            _at_least(f"{name}.local.{field}", settings.local[field], 0)
-        if not settings.local.steps:
-            _at_least(f"{name}.local.epochs", settings.local.epochs, 1)
-        _at_least(f"{name}.sketch.rank", settings.sketch.rank, 1)
-        for field in ("oversample", "power_steps", "micro_batch", "examples"):
-            _at_least(f"{name}.sketch.{field}", settings.sketch[field], 0)
-        for field in ("damping", "rcond", "max_step"):
-            _at_least(f"{name}.aggregator.{field}", settings.aggregator[field], 0)
+    _validate_phase("warmup", config.warmup, least_rounds=0)
+    for spec in config.compare:
+        settings = rule(config, spec)
+        try:
+            _validate_phase("fipa", settings, least_rounds=min(config.fipa.rounds, 1))
+        except ValueError as error:
+            raise ValueError(f"{error} (in the rule {spec!r})") from None
     if config.warmup.rounds + config.fipa.rounds < 1:
         raise ValueError("config.warmup.rounds and config.fipa.rounds are both 0: nothing to run")
 
@@ -186,10 +183,30 @@ def prepare_process(devices: int = 1) -> None:
     os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
 
 
+def _validate_phase(name, settings, least_rounds):
+    _at_least(f"{name}.rounds", settings.rounds, least_rounds)
+    try:
+        re.compile(settings.trainable)
+    except re.error as error:
+        found = f"got {settings.trainable!r} ({error})"
+        raise ValueError(f"config.{name}.trainable: needs a regular expression, {found}") from None
+    for field in ("lr", "lr_decay", "momentum", "weight_decay", "clip_norm", "batch_size", "steps", "damping"):
+        _at_least(f"{name}.local.{field}", settings.local[field], 0)
+    if not settings.local.steps:
+        _at_least(f"{name}.local.epochs", settings.local.epochs, 1)
+    _at_least(f"{name}.term.mu", settings.term.mu, 0)
+    _at_least(f"{name}.sketch.rank", settings.sketch.rank, 1)
+    for field in ("oversample", "power_steps", "micro_batch", "examples"):
+        _at_least(f"{name}.sketch.{field}", settings.sketch[field], 0)
+    for field in ("damping", "rcond", "max_step"):
+        _at_least(f"{name}.aggregator.{field}", settings.aggregator[field], 0)
+    _at_least(f"{name}.server.lr", settings.server.lr, 0)
+
+
 def _set(config, path, value, spec):
     *parents, last = path.split(".")
     for parent in parents:
-        config = config[parent] if parent in config else _unknown(config, parent, spec)
+        config = config[parent] if isinstance(config.get(parent), ConfigDict) else _unknown(config, parent, spec)
     if last not in config or isinstance(config[last], ConfigDict):
         _unknown(config, last, spec)
     kind = type(config[last])
@@ -201,6 +218,9 @@ def _set(config, path, value, spec):
 
 
 def _unknown(config, field, spec):
+    if field in config:
+        kind = "a group of fields" if isinstance(config[field], ConfigDict) else "a value, not a group of fields"
+        raise ValueError(f"config.compare: {spec!r}: {field!r} is {kind}")
     near = difflib.get_close_matches(field, list(config), 1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(config)}"
     raise ValueError(f"config.compare: {spec!r} names no field {field!r} of the FIPA phase; {hint}")

@@ -4,12 +4,14 @@
 work directory: config.json, metrics.jsonl, summary.json, curves.png, split.png and the models.
 """
 
+import inspect
 import itertools
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,7 @@ class Experiment(NamedTuple):
     train: dict  # {field: [N, ...]} on the device
     held: dict  # {"test" | "holdout": {field: [N, ...]}} on the device
     clients: Client  # all clients, [T, ...]
+    params: Any  # that the run starts from
     evaluate: Callable  # (params, data) -> {name: [N]}, compiled
     compiled: dict  # static part of a phase -> its compiled stages
     root: jax.Array  # the key from which all others derive
@@ -56,12 +59,28 @@ def build(config: ConfigDict) -> Experiment:
         raise ValueError(f"config.cohort: {config.cohort} is above the number of clients, {len(counts)}")
     on_device = lambda data: {name: jnp.asarray(field) for name, field in data.items()}
     held = {"test": problem.test} | ({} if problem.holdout is None else {"holdout": problem.holdout})
-    held = {prefix: on_device(data) for prefix, data in held.items()}
-    evaluate = jax.jit(metrics.make_evaluate(problem.task, config.eval.batch_size))
-    clients = Client(jnp.asarray(indices), jnp.asarray(counts))
-    return Experiment(
-        config, problem, on_device(problem.train), held, clients, evaluate, {}, jax.random.key(config.seed)
+    root = jax.random.key(config.seed)
+    params = problem.task.init(jax.random.fold_in(root, 2**31))
+    params = jax.tree.map(lambda leaf: leaf.astype(config.precision), params)
+    if config.init_from:
+        params = checkpoint.load_model(config.init_from, params)
+    experiment = Experiment(
+        config=config,
+        problem=problem,
+        train=on_device(problem.train),
+        held={prefix: on_device(data) for prefix, data in held.items()},
+        clients=Client(jnp.asarray(indices), jnp.asarray(counts)),
+        params=params,
+        evaluate=jax.jit(metrics.make_evaluate(problem.task, config.eval.batch_size)),
+        compiled={},
+        root=root,
     )
+    # A mistake in the last of the phases must show now, not after hours of the first.
+    phases = [config.warmup] if config.warmup.rounds else []
+    phases += [config_lib.rule(config, spec) for spec in config.compare] if config.fipa.rounds else []
+    for settings in phases:
+        trace(experiment, settings)
+    return experiment
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
@@ -96,25 +115,22 @@ def run(config: ConfigDict, workdir: Path) -> dict:
 def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) -> dict:
     """The warm-up, then each compared rule from the model it ends with: {NAME: {final, best, config}}."""
     config = experiment.config
-    params = experiment.problem.task.init(jax.random.fold_in(experiment.root, 2**31))
-    params = jax.tree.map(lambda leaf: leaf.astype(config.precision), params)
-    if config.init_from:
-        params = checkpoint.load_model(config.init_from, params)
-    describe(experiment, params)
+    describe(experiment)
     first = config.first_round
-    params, rows = run_phase(experiment, config.warmup, "warmup", params, first, writer)
+    params, rows = run_phase(experiment, config.warmup, "warmup", experiment.params, first, writer)
     if config.warmup.rounds:
         checkpoint.save_model(workdir / "warmup.msgpack", params)
     if not config.fipa.rounds:
-        return {"warmup": metrics.summarise(rows, metrics.direction) | {"config": json.loads(config.to_json_best_effort())}}
+        as_run = json.loads(config.to_json_best_effort())
+        return {"warmup": metrics.summarise(rows) | {"config": as_run}}
     runs = {}
     for spec in config.compare:
         settings = config_lib.rule(config, spec)
         final, rows = run_phase(experiment, settings, spec, params, first + config.warmup.rounds, writer)
-        checkpoint.save_model(workdir / f"{spec.replace(':', '_').replace('=', '-')}.msgpack", final)
+        checkpoint.save_model(workdir / (re.sub(r"[^\w.-]", "_", spec.replace("=", "-")) + ".msgpack"), final)
         as_run = config.copy_and_resolve_references()
         as_run.fipa, as_run.compare = settings, (spec,)
-        runs[spec] = metrics.summarise(rows, metrics.direction) | {"config": json.loads(as_run.to_json_best_effort())}
+        runs[spec] = metrics.summarise(rows) | {"config": json.loads(as_run.to_json_best_effort())}
     return runs
 
 
@@ -152,21 +168,20 @@ def run_phase(experiment: Experiment, settings: ConfigDict, name: str, params, f
 def make_plan(experiment: Experiment, settings: ConfigDict) -> rounds.Plan:
     """A phase's static choices, from its config."""
     config, task = experiment.config, experiment.problem.task
-    find = lambda table, field, name: table[name] if name in table else unknown(field, name, table)
-    local, term = dict(settings.local), find(client_lib.TERMS, "term.name", settings.term.name)()
-    solver = find(client_lib.LOCAL_SOLVERS, "local.optimizer", local["optimizer"])
-    local = {key: value for key, value in local.items() if key not in ("lr", "lr_decay", "damping")}
+    term = find(client_lib.TERMS, "term.name", settings.term.name)()
+    solver = find(client_lib.LOCAL_SOLVERS, "local.optimizer", settings.local.optimizer)
     rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
-    options = {key: value for key, value in settings.aggregator.items() if key != "name"}
-    is_mean = settings.aggregator.name == "mean"
-    of_sketch = {key: value for key, value in settings.sketch.items() if key != "examples"}
+    aggregator = rule(**fields_for(rule, settings.aggregator))
+    of_sketch = fields_for(sketch.make_sketch, settings.sketch)
     server = find(client_lib.OPTIMIZERS, "server.optimizer", settings.server.optimizer)
     return rounds.Plan(
         task=task,
-        local=solver(task.loss, task.augment, term=term, **local),
+        local=solver(task.loss, task.augment, term=term, **fields_for(solver, settings.local)),
         term=term,
-        sketch=None if is_mean else lambda outputs: sketch.make_sketch(outputs, task.loss, **of_sketch),
-        aggregator=rule(options["weighting"]) if is_mean else rule(**options),
+        sketch=(lambda outputs: sketch.make_sketch(outputs, task.loss, **of_sketch))
+        if aggregator.needs_sketch
+        else None,
+        aggregator=aggregator,
         server=server(settings.server.momentum),
         cohort=config.cohort or experiment.clients.count.shape[0],
         trainable=settings.trainable,
@@ -174,6 +189,11 @@ def make_plan(experiment: Experiment, settings: ConfigDict) -> rounds.Plan:
         chunk=config.chunk,
         mesh=make_mesh(config.devices),
     )
+
+
+def fields_for(factory: Callable, fields: ConfigDict) -> dict:
+    """Those of the config's fields that a factory takes: it asks for a field by naming a parameter after it."""
+    return {name: value for name, value in fields.items() if name in inspect.signature(factory).parameters}
 
 
 def make_rates(settings: ConfigDict, dtype: str) -> rounds.Rates:
@@ -196,6 +216,18 @@ def compiled(experiment: Experiment, settings: ConfigDict, stages: rounds.Stages
     if key not in experiment.compiled:
         experiment.compiled[key] = jax.jit(stages.train), jax.jit(stages.sketch), jax.jit(stages.aggregate)
     return experiment.compiled[key]
+
+
+def trace(experiment: Experiment, settings: ConfigDict) -> None:
+    """Goes through one round of a phase by shapes alone, which brings out what does not fit in its config."""
+    plan, rates = make_plan(experiment, settings), make_rates(settings, experiment.config.precision)
+    stages = rounds.make_stages(plan)
+    train, sketch_, aggregate_ = compiled(experiment, settings, stages)
+    data, clients, root = experiment.train, experiment.clients, experiment.root
+    state = stages.init(experiment.params, clients.count.shape[0])
+    ids, results = train.eval_shape(state, rates, data, clients, root)
+    sketches = sketch_.eval_shape(state, data, clients, ids, root)
+    aggregate_.eval_shape(state, rates, clients, ids, results, sketches)
 
 
 def evaluate(experiment: Experiment, params, k: int, last: bool) -> dict:
@@ -235,7 +267,8 @@ def report_rejected(name: str, k: int, info: dict) -> None:
     """Says which clients were set aside: a fallback is never silent."""
     if info["rejected"].any():
         ids = info["ids"][info["rejected"]].tolist()
-        logging.warning("%s, round %d: left out clients %s: update or sketch is not finite", name, k, ids)
+        words = "%s, round %d: left out clients %s: update or sketch is not finite (all cases are in metrics.jsonl)"
+        logging.log_first_n(logging.WARNING, words, 10, name, k, ids)
 
 
 def progress(row: dict) -> str:
@@ -252,31 +285,32 @@ def table(summary: dict) -> str:
     width = max(len(name) for name in ["rule", *runs])
     lines = ["  ".join([f"{'rule':<{width}}", *heads])]
     for run_name, result in runs.items():
-        cells = [f"{result[kind][name]:>{len(kind) + len(name) + 1}.4g}" for name, kind in
-                 itertools.product(names, ("final", "best"))]  # fmt: skip
+        values = [result[kind][name] for name, kind in itertools.product(names, ("final", "best"))]
+        cells = [f"{float('nan') if x is None else x:>{len(head)}.4g}" for x, head in zip(values, heads, strict=True)]
         lines.append("  ".join([f"{run_name:<{width}}", *cells]))
     return "\n".join(lines)
 
 
-def describe(experiment: Experiment, params) -> None:
+def describe(experiment: Experiment) -> None:
     """Prints what is about to run: data, clients, parameters and the trainable share."""
     counts = np.asarray(experiment.clients.count)
-    total = optax.tree.size(params)
-    size = optax.tree.size(trees.select(params, experiment.config.fipa.trainable))
+    sizes = str(counts.min()) if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    total = optax.tree.size(experiment.params)
+    size = optax.tree.size(trees.select(experiment.params, experiment.config.fipa.trainable))
     print(
-        f"{experiment.config.task.name}: {counts.size} clients with {counts.min()}-{counts.max()} examples, "
-        f"{total:,} parameters, {size:,} ({size / total:.1%}) trained in the FIPA phase, on {jax.devices()[0].platform}"
+        f"{experiment.config.task.name}: {counts.size} clients with {sizes} examples each, {total:,} parameters, "
+        f"{size:,} ({size / total:.1%}) trained in the FIPA phase, on {jax.devices()[0].platform}"
     )
 
 
 def draw_split(experiment: Experiment, workdir: Path) -> None:
-    """Draws who owns which data."""
+    """Draws who owns which data, where there are classes or at most two inputs to draw."""
     train, clients = experiment.problem.train, experiment.problem.clients
     if "label" in train:
         labels = np.asarray(train["label"])
         counts = partition.class_counts(clients, labels, int(labels.max()) + 1)
         plots.split_by_class(counts, workdir / "split.png")
-    elif train["x"].shape[1] <= 2:
+    elif {"x", "y"} <= set(train) and train["x"].ndim == 2 and train["x"].shape[1] <= 2:
         plots.split_by_position(train["x"], train["y"], clients, workdir / "split.png")
 
 
@@ -299,10 +333,15 @@ def make_mesh(devices: int):
     if devices == 1:
         return None
     if devices > len(jax.devices()):
-        raise ValueError(f"config.devices: {devices} asked for, {len(jax.devices())} there")
+        raise ValueError(
+            f"config.devices: {devices} asked for, {len(jax.devices())} there; on a CPU, set in the environment "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}"
+        )
     return jax.make_mesh((devices,), ("clients",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
-def unknown(field: str, name: str, table_) -> None:
-    """Raises the error for a name that is not in a table."""
-    raise ValueError(f"config.{field}: unknown {name!r}; known: {', '.join(sorted(table_))}")
+def find(table_: dict, field: str, name: str):
+    """The entry of a table; the error for a name that is not in it lists those that are."""
+    if name not in table_:
+        raise ValueError(f"config.{field}: unknown {name!r}; known: {', '.join(sorted(table_))}")
+    return table_[name]

@@ -92,20 +92,27 @@ def jsonable(value):
     return value
 
 
-def summarise(rows: list[dict], better: Callable[[str], int]) -> dict:
-    """{"final": last value of each evaluated figure, "best": its best}, of the rows of one run.
-
-    Args:
-      rows: of the metrics file.
-      better: figure name -> +1 where higher is better, -1 where lower is, 0 for figures that are left out.
-    """
-    series = {}
+def series(rows: list[dict]) -> dict:
+    """{(run, figure): its values, evaluation by evaluation}; None where an evaluation gave no number."""
+    found = {}
     for row in rows:
         for name, value in row.items():
-            if better(name) and value is not None:
-                series.setdefault(name, []).append(value)
-    best = {name: (max if better(name) > 0 else min)(values) for name, values in series.items()}
-    return {"final": {name: values[-1] for name, values in series.items()}, "best": best}
+            if direction(name):
+                found.setdefault((row["run"], name), []).append(value)
+    return found
+
+
+def summarise(rows: list[dict]) -> dict:
+    """{"final": last value of each evaluated figure, "best": its best}, of the rows of one run.
+
+    The final value is None where the last evaluation gave no number, the best where none did: a run that diverged does
+    not show the last figure from before.
+    """
+    final, best = {}, {}
+    for (_, name), values in series(rows).items():
+        numbers = [value for value in values if value is not None]
+        final[name], best[name] = values[-1], (max if direction(name) > 0 else min)(numbers, default=None)
+    return {"final": final, "best": best}
 
 
 def direction(name: str) -> int:

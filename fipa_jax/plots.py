@@ -6,8 +6,10 @@ import numpy as np
 
 
 def _pyplot():
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("a run draws its curves and needs matplotlib: pip install 'fipa_jax[plots]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -19,24 +21,32 @@ def curves(rows: list[dict], figures: list[str], path: Path) -> None:
 
     Args:
       rows: of the metrics file.
-      figures: names of columns, one panel each; errors and losses on a logarithmic axis.
+      figures: names of columns, one panel each; an error or loss that spans a decade on a logarithmic axis.
       path: of the PNG.
     """
     plt = _pyplot()
     fig, axes = plt.subplots(1, len(figures), figsize=(5 * len(figures), 3.8), squeeze=False, layout="constrained")
     runs = list(dict.fromkeys(row["run"] for row in rows))
     for axis, figure in zip(axes[0], figures, strict=True):
+        points = {run: [] for run in runs}
+        for row in rows:
+            if row.get(figure) is not None:
+                points[row["run"]].append((row["round"], row[figure]))
+        before = points.get("warmup", [])[-1:]
         for run in runs:
-            points = [(row["round"], row[figure]) for row in rows if row["run"] == run and row.get(figure) is not None]
-            if points:
+            line = points[run] if run == "warmup" else before + points[run]
+            if line:
                 style = {"color": "0.6"} if run == "warmup" else {}
-                axis.plot(*zip(*points, strict=True), label=run, marker="." if len(points) < 2 else "", **style)
-        if "accuracy" not in figure:
+                axis.plot(*zip(*line, strict=True), label=run, marker="." if len(line) < 3 else "", **style)
+        values = [value for line in points.values() for _, value in line]
+        if "accuracy" not in figure and values and min(values) > 0 and max(values) > 10 * min(values):
             axis.set_yscale("log")
         axis.set(xlabel="round", ylabel=figure.replace("_", " "))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False)
+    if axes[0][0].get_legend_handles_labels()[0]:
+        axes[0][0].legend(frameon=False, fontsize="small")
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
@@ -61,6 +71,7 @@ def split_by_position(x: np.ndarray, y: np.ndarray, clients: list[np.ndarray], p
         horizontal, vertical = (x[indices, 0], y[indices, 0]) if x.shape[1] == 1 else (x[indices, 0], x[indices, 1])
         axis.scatter(horizontal, vertical, s=8, label=f"client {number}")
     axis.set(xlabel="x" if x.shape[1] == 1 else "x1", ylabel="y" if x.shape[1] == 1 else "x2")
-    axis.legend(frameon=False, fontsize="small")
+    axis.spines[["top", "right"]].set_visible(False)
+    fig.legend(frameon=False, fontsize="small", loc="outside right upper")
     fig.savefig(path, dpi=150)
     plt.close(fig)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fipa_jax import trees
 from fipa_jax.aggregate import Aggregator, Uploads
@@ -78,7 +79,9 @@ def make_stages(plan: Plan) -> Stages:
         blank = plan.term.init(chosen)
         memory = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_clients, axis=0), blank)
         server = plan.server.init(chosen)
-        return State(params, plan.aggregator.init(chosen), server, memory, blank, jnp.asarray(round, jnp.int32))
+        state = State(params, plan.aggregator.init(chosen), server, memory, blank, jnp.asarray(round, jnp.int32))
+        # Placed where a round leaves it, or the second round would compile anew.
+        return state if plan.mesh is None else jax.device_put(state, NamedSharding(plan.mesh, PartitionSpec()))
 
     def keys(state, root, ids=None):
         """Of the round: (cohort, clients' training [C], clients' sketches [C])."""
@@ -118,8 +121,10 @@ def make_stages(plan: Plan) -> Stages:
         step, rule_state, info = plan.aggregator.apply(uploads, state.aggregator, chosen)
         update, server = plan.server.update(optax.tree.scale(-1, step), state.server, chosen)
         chosen = jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update)
-        # A client set aside keeps its old memory, so that one bad upload does not poison the shared mean.
-        accepted = ~info["rejected"] & trees.is_finite((results.loss, results.memory))
+        # A client set aside keeps its old memory, so that one bad upload does not poison the shared mean; so does one
+        # without examples, whose memory would change although it took no step.
+        took_part = (uploads.num_examples > 0) & ~info["rejected"]
+        accepted = took_part & trees.is_finite((results.loss, results.memory))
         change = trees.zero_unless(accepted, optax.tree.sub(results.memory, take(state.memory, ids)))
         memory = jax.tree.map(lambda all_, d: all_.at[ids].add(d), state.memory, change)
         num_clients = clients.count.shape[0]
@@ -154,5 +159,3 @@ def subsample(key, client: Client, examples: int) -> Client:
         return client
     draw = jnp.where(present(client), jax.random.uniform(key, [size]), 2.0)
     return Client(client.indices[jnp.argsort(draw)[:examples]], jnp.minimum(client.count, examples))
-
-

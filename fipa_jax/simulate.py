@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class Client(NamedTuple):
@@ -57,4 +57,6 @@ def map_clients(fn: Callable, *args, chunk: int = 1, mesh: Mesh | None = None):
     padded = jax.tree.map(lambda leaf: leaf[wrap], args)
     spec = PartitionSpec("clients")
     spread = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    return jax.tree.map(lambda leaf: leaf[:clients], spread(*padded))
+    # Every device gets all results: a sum over clients that is itself spread would change its order with the devices.
+    gathered = jax.lax.with_sharding_constraint(spread(*padded), NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda leaf: leaf[:clients], gathered)

@@ -54,6 +54,49 @@ def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Callab
     return solve
 
 
+def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Callable:
+    """Block Lanczos: the best eigenpairs within the whole Krylov space [Q, H Q, H^2 Q, ...] (Golub & Underwood 1977).
+
+    For the same products as `subspace` it forgets none of them: far more exact where the spectrum falls slowly. Every
+    block is orthogonalised twice against all before it, so that rounding does not bring found directions back.
+
+    Args:
+      rank: R.
+      oversample: s, columns of the Krylov space beyond (q + 1) R.
+      power_steps: q; the space has about (q + 1) R + s columns, all of which are kept in memory, with their products.
+
+    Returns:
+      solve(key, product, size, dtype) -> Sketch, see `subspace`. It costs about (q + 1) R + s products with H.
+
+    Raises:
+      ValueError: rank is below 1 or above P.
+    """
+    if rank < 1:
+        raise ValueError(f"sketch.rank: needs at least 1, got {rank}")
+
+    def solve(key, product, size, dtype):
+        if rank > size:
+            raise ValueError(f"sketch.rank: {rank} is above the number of trainable parameters, {size}; lower it")
+        block = -(-rank // 4)
+        depth = min(-(-((power_steps + 1) * rank + oversample) // block), size // block)
+        with jax.default_matmul_precision("highest"):
+
+            def extend(j, carry):
+                basis, images, new = carry
+                for _ in range(2):
+                    new = jnp.linalg.qr(new - basis @ (basis.T @ new))[0]
+                image = product(new)
+                write = lambda all_, part: jax.lax.dynamic_update_slice(all_, part, (0, j * block))
+                return write(basis, new), write(images, image), image
+
+            empty = jnp.zeros([size, depth * block], dtype)
+            start = jax.random.normal(key, [size, block], dtype)
+            basis, images, _ = jax.lax.fori_loop(0, depth, extend, (empty, empty, start))
+            return rayleigh_ritz(basis, images, rank)
+
+    return solve
+
+
 def rayleigh_ritz(basis, image, rank: int) -> Sketch:
     """The best eigenpairs within span(basis), given image = H basis, both [P, B]; masked below the rounding level."""
     projected = basis.T @ image
@@ -70,7 +113,7 @@ def rayleigh_ritz(basis, image, rank: int) -> Sketch:
     return Sketch(mask(eigenvalues) + poison, jnp.where(keep[None, :], vectors, 0), mask(relative))
 
 
-SOLVERS = {"subspace": subspace}
+SOLVERS = {"lanczos": lanczos, "subspace": subspace}
 
 
 def make_sketch(

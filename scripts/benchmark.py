@@ -1,8 +1,10 @@
 """Times this package beside others, on one core, in alternation.
 
 python scripts/benchmark.py round --torch-python=OTHER/bin/python --out=round.json
+python scripts/benchmark.py sketch --data-dir=DIR
 
 `round`: one client's work in a round, one epoch of plain SGD on 500 images 32x32x3, against plain PyTorch.
+`sketch`: errors of the sketch against the dense float64 GGN of a small CNN, and its time beside local training.
 """
 
 import argparse
@@ -34,7 +36,18 @@ def main():
     one.add_argument("--cpu", type=int, default=max(os.sched_getaffinity(0)), help="the core to run on")
     one.add_argument("--torch-python", default=sys.executable, help="interpreter that can import torch")
     one.add_argument("--out", default="", help="JSON file for the results")
+    other = commands.add_parser("sketch", help="the sketch against the dense matrix, and beside local training")
+    other.add_argument("--data-dir", required=True, help="where TFDS has prepared CIFAR-10")
+    other.add_argument(
+        "--model", default="cnn_6k", help="a CNN of fipa_jax.models; its dense matrix must fit in memory"
+    )
+    other.add_argument("--examples", type=int, default=500, help="of a client")
+    other.add_argument("--epochs", type=int, default=5, help="of local training")
+    other.add_argument("--cpu", type=int, default=max(os.sched_getaffinity(0)), help="the core to run on")
     args = parser.parse_args()
+    if args.command == "sketch":
+        use_one_core(args.cpu)
+        return measure_sketch(args)
     if args.command == "torch-worker":
         return torch_worker(args.spec)
     use_one_core(args.cpu)
@@ -88,6 +101,78 @@ def time_round(args) -> dict:
         "elapsed": elapsed,
         "seconds": seconds,
     }
+
+
+def measure_sketch(args):
+    """Prints eigenvalue errors, subspace angles and seconds of the sketch at a trained model, for R = 5 and 20."""
+    import jax
+    import jax.numpy as jnp
+    from scipy.linalg import eigh
+
+    from fipa_jax import client, data, models, simulate, sketch, trees
+    from fipa_jax.tasks import images
+
+    train = {
+        name: jnp.asarray(field[: args.examples])
+        for name, field in data.load("cifar10", "train", args.data_dir).items()
+    }
+    mean, std = data.standardise("cifar10", np.asarray(train["image"]))
+    task = images.classifier(models.MODELS[args.model](None, NUM_CLASSES), (32, 32, 3), mean, std, augmented=False)
+    outputs = lambda params, batch: task.outputs(params, batch)[0]
+    solve = client.first_order(task.loss, task.augment, batch_size=50, epochs=args.epochs)
+    own = simulate.Client(jnp.arange(args.examples), jnp.asarray(args.examples))
+    hyper = client.Hyper(lr=jnp.float32(LR), damping=jnp.float32(0), mu=jnp.float32(0))
+    local = jax.jit(lambda params, key: solve(task.outputs, params, train, own, key, hyper, (), ()).delta)
+    params = task.init(jax.random.key(0))
+    params = jax.tree.map(jnp.add, params, local(params, jax.random.key(1)))
+    training = timed(local, params, jax.random.key(2))
+
+    logits = np.float64(jax.jit(outputs)(params, train))
+    rows = jax.jit(
+        lambda p, batch: jax.vmap(trees.ravel, in_axes=0)(jax.jacrev(lambda p: outputs(p, batch).ravel())(p))
+    )
+    chunks = [jax.tree.map(lambda field: field[i : i + 20], train) for i in range(0, args.examples, 20)]
+    jacobian = np.concatenate([np.float64(rows(params, chunk)) for chunk in chunks])  # [N K, P]
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    root = np.sqrt(p)[:, :, None] * (np.eye(p.shape[1]) - np.sqrt(p[:, :, None] * p[:, None, :]))  # L = root root^T
+    scaled = np.einsum("nij,nip->njp", root, jacobian.reshape(*p.shape, -1)).reshape(jacobian.shape)
+    dense = scaled.T @ scaled / args.examples
+    size = dense.shape[0]
+    values, vectors = eigh(dense, subset_by_index=[size - 20, size - 1])
+    values, vectors = values[::-1], vectors[:, ::-1]
+    print(f"{args.model}, P = {size}, {args.examples} examples; {args.epochs} local epochs take {training:.2f} s")
+    print(
+        f"{'solver':10}{'jacobian':12}{'R':>4}{'power steps':>12}"
+        f"{'eigenvalue error':>18}{'sine of angle':>15}{'seconds':>9}{'to training':>13}"
+    )
+    settings = [("subspace", "rows", rank, steps) for rank in (5, 20) for steps in (2, 5)]
+    settings += [("lanczos", "rows", rank, 2) for rank in (5, 20)] + [("subspace", "matrix_free", 5, 2)]
+    for solver, jacobian_name, rank, steps in settings:
+        options = {"rank": rank, "power_steps": steps, "micro_batch": 50, "jacobian": jacobian_name}
+        run = jax.jit(sketch.make_sketch(outputs, task.loss, solver=solver, **options))
+        found = run(jax.random.key(3), params, train)
+        error = np.max(np.abs(np.asarray(found.eigenvalues) - values[:rank]) / values[:rank])
+        basis = np.float64(found.basis)
+        sine = np.linalg.norm(basis - vectors[:, :rank] @ (vectors[:, :rank].T @ basis), 2)
+        seconds = timed(run, jax.random.key(3), params, train, repeats=1)
+        print(
+            f"{solver:10}{jacobian_name:12}{rank:4}{steps:12}{error:18.1e}{sine:15.1e}{seconds:9.2f}"
+            f"{seconds / training:13.2f}",
+            flush=True,
+        )
+
+
+def timed(function, *args, repeats: int = 3) -> float:
+    """The median of the user CPU seconds of a compiled function."""
+    import jax
+
+    seconds = []
+    for _ in range(repeats + 1):
+        start = user_seconds()
+        jax.block_until_ready(function(*args))
+        seconds.append(user_seconds() - start)
+    return statistics.median(seconds[1:])  # the first call compiles
 
 
 def jax_variants(module, examples: int, batch: int, clients: int) -> tuple[dict, float]:
@@ -237,7 +322,7 @@ def report(result: dict, out: str):
     baseline = medians.get("torch, default")
     described = ", ".join(f"{name} {value}" for name, value in {**result["setting"], **result["versions"]}.items())
     print(f"{result['what']}, {flops / 1e9:.2f} GFLOP in matrix products\n{described}")
-    print(f"{'':36}{'median':>8}{'min':>8}{'max':>8}{'GFLOP/s':>9}{'to torch, default':>19}")
+    print(f"{'':36}{'median':>8}{'min':>8}{'max':>8}{'GFLOP/s':>9}" + ("  to torch, default" if baseline else ""))
     for name, median in medians.items():
         ratio = f"{median / baseline:19.2f}" if baseline else ""
         values = seconds[name]

@@ -15,8 +15,26 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "sine.py"
-CONFIG = config_flags.DEFINE_config_file("config", str(DEFAULT), "What to run; any field: --config.a.b=value.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, by default configs/sine.py; --config.a.b=value.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Where the results go; by default runs/NAME-OF-THE-CONFIG.")
+
+
+def parse(argv):
+    """Parses the flags; a mistake in them, or in the config file, ends in one line."""
+    if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv):
+        argv = [argv[0], f"--config={DEFAULT}", *argv[1:]]  # as the flag's own default, it would be read before parsing
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        _ = CONFIG.value.seed  # a config file that could not be read shows itself only here
+    except AttributeError as error:  # ml_collections wraps a KeyError, whose text names the nearest field
+        cause = error.args[0]
+        text = cause.args[0] if isinstance(cause, KeyError) else str(error)
+        sys.exit(f"error: there is no such config field: {' '.join(text.split())}")
+    except OSError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING  # not the libraries' reports on what they are doing
+    return rest
 
 
 def main(argv):
@@ -27,10 +45,10 @@ def main(argv):
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
     try:
         experiment.main(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"))
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         logging.debug("traceback", exc_info=True)  # shown by --verbosity=1
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -349,7 +349,7 @@ def test_build_sets_the_holdout_apart_and_learns(prepared, tmp_path):
 
 
 def test_the_holdout_depends_on_the_seed_alone(prepared, tmp_path):
-    build = lambda **changes: images.build(toy_config(prepared, tmp_path, **changes))  # noqa: E731
+    build = lambda **changes: images.build(toy_config(prepared, tmp_path, **changes))
     first = build().holdout
     assert same(first, build(**{"partition.name": "shards", "partition.num_clients": 2}).holdout)
     assert not same(first, build(**{"partition.seed": 1}).holdout)

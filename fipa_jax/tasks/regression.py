@@ -1,5 +1,7 @@
 """Regression of a function known in closed form, on split domains (arXiv 2601.13608, sections on regression)."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,7 +42,7 @@ def _sine(task):
     """sin(2 pi x) on [0, 1]; each client an interval of equal length and a uniform grid on it."""
     function = lambda x: np.sin(2 * np.pi * x)
     edges = np.linspace(0, 1, task.num_clients + 1)
-    x = np.concatenate([np.linspace(a, b, task.examples_per_client) for a, b in zip(edges, edges[1:], strict=False)])
+    x = np.concatenate([np.linspace(a, b, task.examples_per_client) for a, b in itertools.pairwise(edges)])
     clients = np.split(np.arange(x.size), task.num_clients)
     x, x_test = x[:, None], np.linspace(0, 1, 1000)[:, None]
     return x, function(x), x_test, function(x_test), clients
@@ -74,5 +76,3 @@ def _gaussians_2d(task):
     grid = np.linspace(0, 1, 256)
     x_test = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
     return x, function(x), x_test, function(x_test), np.split(np.arange(x.shape[0]), len(corners))
-
-

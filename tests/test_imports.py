@@ -1,0 +1,133 @@
+"""Who imports whom: the arrows of the layout, walked by `ast`, and what an import pulls in and sets."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "fipa_jax"
+
+# module -> the modules of the package that it may import: trees -> curvature -> sketch -> aggregate, trees -> client,
+# simulate; partition, data, models -> tasks; all sides meet in experiment alone.
+ARROWS = {
+    "__init__": set(),
+    "trees": set(),
+    "curvature": {"trees"},
+    "sketch": {"trees", "curvature"},
+    "aggregate": {"trees", "curvature", "sketch"},
+    "simulate": set(),
+    "client": {"trees", "curvature", "simulate"},
+    "rounds": {"trees", "curvature", "sketch", "aggregate", "client", "simulate"},
+    "partition": set(),
+    "data": set(),
+    "models": set(),
+    "tasks": set(),
+    "tasks.regression": {"tasks", "models"},
+    "tasks.images": {"tasks", "models", "data", "partition"},
+    "config": set(),
+    "checkpoint": set(),
+    "plots": set(),
+    "metrics": {"simulate"},
+    "experiment": {
+        "aggregate", "checkpoint", "client", "config", "metrics", "partition", "plots", "rounds", "simulate", "sketch",
+        "tasks", "trees",
+    },
+}  # fmt: skip
+LIGHT = {"jax", "optax", "numpy", "chex"}  # what the modules for other people's loops may need
+FOR_IMPORTERS = ("trees", "curvature", "sketch", "aggregate", "simulate", "client", "rounds")
+
+
+def name_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1]) if parts[-1] == "__init__" and len(parts) > 1 else ".".join(parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(path):
+    """(modules of the package, top-level names of other packages) imported anywhere in a file, functions included."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [name if name.removeprefix("fipa_jax.") in MODULES else node.module for name in whole]
+        else:
+            continue
+        for name in found:
+            if name.split(".")[0] == "fipa_jax":
+                ours.add(name.removeprefix("fipa_jax.") if name != "fipa_jax" else "__init__")
+            else:
+                others.add(name.split(".")[0])
+    return ours, others
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_the_layout_allows(module):
+    assert module in ARROWS, f"{module} is new: give it its arrows here"
+    ours, _ = imports(MODULES[module])
+    assert ours <= ARROWS[module], f"{module} must not import {sorted(ours - ARROWS[module])}"
+
+
+@pytest.mark.parametrize("module", FOR_IMPORTERS)
+def test_the_mathematics_needs_jax_optax_and_numpy_alone(module):
+    _, others = imports(MODULES[module])
+    assert others <= LIGHT | set(sys.stdlib_module_names)
+
+
+def test_numpy_is_enough_for_the_splits():
+    assert imports(MODULES["partition"])[1] == {"numpy"}
+
+
+def test_scripts_and_configs_import_the_package_only():
+    """`python scripts/train.py` has only scripts/ on its path."""
+    for path in [*(ROOT / "configs").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        _, others = imports(path)
+        assert not others & {"configs", "scripts", "tests"}, path
+
+
+def python(code):
+    """Runs code in a fresh process; returns what it prints."""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_aggregate_pulls_in_nothing_heavy():
+    heavy = {"flax", "tensorflow_datasets", "tensorflow", "matplotlib", "ml_collections", "tqdm", "absl.app", "PIL"}
+    loaded = set(python("import sys, fipa_jax.aggregate; print(*sys.modules)"))
+    assert not loaded & heavy
+    assert "jax" in loaded
+
+
+def test_importing_the_package_loads_and_sets_nothing():
+    code = "import os, sys; before = dict(os.environ); import fipa_jax; assert before == dict(os.environ);"
+    assert not set(python(code + "print(*sys.modules)")) & {"jax", "numpy", "optax", "ml_collections"}
+
+
+def test_importing_a_module_leaves_jax_as_it_was():
+    """No environment variable, no precision, no backend: that is the caller's."""
+    python(
+        "import os; before = dict(os.environ)\n"
+        "import jax; settings = dict(jax.config.values)\n"
+        "import fipa_jax.aggregate, fipa_jax.rounds, fipa_jax.config\n"
+        "assert before == dict(os.environ) and settings == dict(jax.config.values)\n"
+        "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()\n"
+    )
+
+
+def test_preparing_the_process_keeps_what_the_user_has_set():
+    code = (
+        "import os; os.environ.update(XLA_FLAGS='--xla_cpu_enable_concurrency_optimized_scheduler=true', "
+        "OMP_NUM_THREADS='3')\n"
+        "from fipa_jax import config; config.prepare_process(devices=2); config.prepare_process(devices=2)\n"
+        "print(os.environ['XLA_FLAGS'], os.environ['OMP_NUM_THREADS'], os.environ['OPENBLAS_NUM_THREADS'])"
+    )
+    kept = ["--xla_cpu_enable_concurrency_optimized_scheduler=true", "--xla_force_host_platform_device_count=2"]
+    assert python(code) == [*kept, "3", "1"]

@@ -1,0 +1,83 @@
+"""Many clients, run in chunks and over devices, against one client after another; cohorts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from fipa_jax import simulate
+
+CLIENTS = 5  # a multiple of no number of devices and of no chunk
+
+
+def _mesh(devices):
+    return jax.make_mesh((devices,), ("clients",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+def _program(one, key):
+    """One client's work: products, a factorisation, a loop of its own length, and its own key."""
+    noise = jax.random.normal(key, one["a"].shape)
+    basis = jnp.linalg.qr(one["a"] + 0.1 * noise)[0]
+    power = jax.lax.fori_loop(0, one["trips"], lambda _, b: jnp.sin(one["a"] @ b), basis)
+    return {"basis": basis, "norm": jnp.linalg.norm(power), "trips": one["trips"] + 1}
+
+
+def _clients():
+    a = np.random.default_rng(0).normal(size=(CLIENTS, 6, 6)).astype(np.float32)
+    stacked = {"a": jnp.asarray(a), "trips": jnp.arange(CLIENTS)}
+    return stacked, jax.random.split(jax.random.key(0), CLIENTS)
+
+
+@functools.cache
+def _mapped(chunk, devices):
+    mesh = _mesh(devices) if devices else None
+    run = jax.jit(lambda *args: simulate.map_clients(_program, *args, chunk=chunk, mesh=mesh))
+    return jax.tree.map(np.asarray, run(*_clients()))
+
+
+@pytest.mark.parametrize(("chunk", "devices"), [(1, 0), (2, 0), (0, 0), (16, 0), (1, 4), (2, 2), (2, 4), (0, 2)])
+def test_every_way_gives_each_clients_own_result(chunk, devices):
+    single = jax.jit(_program)
+    wanted = [single(*jax.tree.map(lambda leaf: leaf[m], _clients())) for m in range(CLIENTS)]
+    wanted = jax.tree.map(lambda *leaves: np.stack(leaves), *wanted)
+    found = _mapped(chunk, devices)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)  # vmap changes the order of sums
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_one_after_another_the_devices_do_not_change_a_bit(devices):
+    for got, want in zip(jax.tree.leaves(_mapped(1, devices)), jax.tree.leaves(_mapped(1, 0)), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_single_client_keeps_its_axis():
+    one = jax.tree.map(lambda leaf: leaf[:1], _clients())
+    for chunk in (0, 1, 2):
+        result = simulate.map_clients(_program, *one, chunk=chunk)
+        np.testing.assert_allclose(result["basis"], _mapped(1, 0)["basis"][:1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_cohort_is_distinct_and_fair():
+    total, cohort, draws = 10, 4, 500
+    ids = np.asarray(
+        jax.vmap(lambda key: simulate.sample_cohort(key, total, cohort))(jax.random.split(jax.random.key(0), draws))
+    )
+    assert ids.shape == (draws, cohort) and ids.min() >= 0 and ids.max() < total
+    assert all(len(set(row)) == cohort for row in ids)
+    expected, deviation = draws * 0.4, np.sqrt(draws * 0.4 * 0.6)
+    assert np.all(np.abs(np.bincount(ids.reshape(-1), minlength=total) - expected) < 5 * deviation)
+    np.testing.assert_array_equal(simulate.sample_cohort(jax.random.key(1), total, total), np.arange(total))
+
+
+def test_present_and_gather():
+    client = simulate.Client(jnp.array([4, 2, 2, 0]), jnp.array(2))
+    np.testing.assert_array_equal(simulate.present(client), [True, True, False, False])
+    data = {"x": jnp.arange(10.0).reshape(5, 2), "y": jnp.arange(5)}
+    found = simulate.gather(data, client.indices)
+    np.testing.assert_array_equal(found["x"], np.arange(10.0).reshape(5, 2)[[4, 2, 2, 0]])
+    np.testing.assert_array_equal(found["y"], [4, 2, 2, 0])

@@ -1,0 +1,142 @@
+"""The script as a user starts it: what a run leaves behind, and what a mistake says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fipa_jax import metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+RULES = ("fipa", "fedavg:server.lr=0.5:trainable=Dense_1/")
+TINY = (
+    "--config.task.examples_per_client=8",
+    "--config.model.widths=(3,)",
+    "--config.fipa.local.optimizer=sgd",
+    "--config.fipa.sketch.rank=3",
+    "--config.fipa.rounds=2",
+)
+
+
+def train(*flags, folder):
+    """Runs the script without standard input; returns the finished process."""
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *flags]
+    # The tests' own flags, such as four devices, are not a user's.
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "TFDS_DATA_DIR")}
+    return subprocess.run(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run twice into one directory, by the default config and work directory, and what the second printed."""
+    folder = tmp_path_factory.mktemp("train")
+    for _ in range(2):
+        result = train(*TINY, "--config.warmup.rounds=1", f"--config.compare={RULES}", folder=folder)
+        assert result.returncode == 0, result.stderr
+    return folder / "runs/sine", folder / "runs/sine/previous-1", result
+
+
+def figures(row):
+    """What of a row does not depend on the machine's speed."""
+    return {name: value for name, value in row.items() if not name.startswith("seconds_")}
+
+
+def test_a_row_for_every_round_of_every_run(runs):
+    rows = metrics.read(runs[0] / "metrics.jsonl")
+    fipa, fedavg = RULES
+    assert [(row["run"], row["round"]) for row in rows] == [
+        ("warmup", 0), (fipa, 1), (fipa, 2), (fedavg, 1), (fedavg, 2),
+    ]  # fmt: skip
+    for row in rows:
+        assert {"test_mse", "step_ratio", "bytes_up", "bytes_down", "clients_rejected", "seconds_train"} <= set(row)
+        assert row["test_mse"] > 0 and row["clients_rejected"] == 0
+    assert {"spectrum", "condition", "effective_rank"} <= set(rows[1])
+
+
+def test_bytes_are_those_of_what_is_sent(runs):
+    """Two clients, float64, 10 parameters: an update each, and for FIPA three eigenpairs; one layer is four."""
+    rows = {row["run"]: row for row in metrics.read(runs[0] / "metrics.jsonl")}
+    assert [rows[name]["bytes_down"] for name in ("warmup", *RULES)] == [2 * 8 * 10, 2 * 8 * 10, 2 * 8 * 4]
+    assert [rows[name]["bytes_up"] for name in ("warmup", *RULES)] == [160, 160 + 2 * 8 * 3 * (10 + 1), 64]
+
+
+def test_summary_names_every_rule_with_its_figures_and_config(runs):
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    assert list(summary) == ["runs"]
+    assert list(summary["runs"]) == list(RULES)
+    rows = metrics.read(runs[0] / "metrics.jsonl")
+    for name, result in summary["runs"].items():
+        assert set(result) == {"final", "best", "config"}
+        series = [row["test_mse"] for row in rows if row["run"] == name]
+        assert (result["final"]["test_mse"], result["best"]["test_mse"]) == (series[-1], min(series))
+        assert result["config"]["compare"] == [name]
+    assert summary["runs"][RULES[1]]["config"]["fipa"]["server"]["lr"] == 0.5
+
+
+def test_config_and_pictures_are_there(runs):
+    config = json.loads((runs[0] / "config.json").read_text())
+    assert config["fipa"]["rounds"] == 2 and config["compare"] == list(RULES)
+    for name in ("curves.png", "split.png"):
+        image = pytest.importorskip("PIL.Image").open(runs[0] / name)
+        image.verify()
+        assert min(image.size) > 300
+
+
+def test_the_same_seed_gives_the_same_figures_and_the_first_run_is_kept(runs):
+    second, first, _ = runs
+    assert [figures(row) for row in metrics.read(second / "metrics.jsonl")] == [
+        figures(row) for row in metrics.read(first / "metrics.jsonl")
+    ]
+    names = [sorted(path.name for path in folder.iterdir() if path != first) for folder in (first, second)]
+    assert names[0] == names[1]
+    assert {"warmup.msgpack", "fipa.msgpack", "fedavg_server.lr-0.5_trainable-Dense_1_.msgpack"} <= set(names[0])
+
+
+def test_what_the_user_sees(runs):
+    result = runs[2]
+    for name in RULES:
+        assert name in result.stdout
+    assert "test_mse" in result.stdout and "runs/sine" in result.stdout
+    assert "moved to" in result.stderr, "a second run says where the first one's files went"
+    assert "initialize backend" not in result.stderr, "the libraries' own reports are not shown"
+
+
+def test_a_saved_model_goes_on_as_the_run_did(runs, tmp_path):
+    """The FIPA phase from the warm-up's saved model, in a process of its own, is that of the run in one go."""
+    flags = [f"--config.init_from={runs[0] / 'warmup.msgpack'}", "--config.first_round=1"]
+    result = train(*TINY, *flags, "--config.compare=('fipa',)", "--workdir=here", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    expected = [figures(row) for row in metrics.read(runs[0] / "metrics.jsonl") if row["run"] == "fipa"]
+    assert [figures(row) for row in metrics.read(tmp_path / "here/metrics.jsonl")] == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.model.name=nonesuch"], ["config.model.name", "'nonesuch'", "known: cnn_200k", "mlp"]),
+        (["--config.fipa.rouns=3"], ["no such config field", "'rouns'", '"rounds"']),
+        ([f"--config={ROOT}/configs/nonesuch.py"], ["configs/nonesuch.py", "No such file"]),
+        ([f"--config={ROOT}/configs/cifar10.py", "--config.data.dir=nowhere"],
+         ["'cifar10' is not prepared", "config.data.dir", "nowhere/cifar10", "tfds build cifar10"]),
+    ],
+    ids=["unknown name", "misspelt field", "no config file", "no data"],
+)  # fmt: skip
+def test_a_mistake_is_one_line_that_says_what_to_do(flags, said, tmp_path):
+    result = train(*flags, folder=tmp_path)
+    assert result.returncode != 0
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    for text in said:
+        assert text in line
+    assert not list(tmp_path.iterdir()), "nothing is written or moved"
+
+
+def test_a_mistake_leaves_an_earlier_run_where_it_is(runs):
+    before = sorted(runs[0].iterdir())
+    assert train(*TINY, "--config.fipa.sketch.rank=99", folder=runs[0].parent.parent).returncode != 0
+    assert sorted(runs[0].iterdir()) == before
