@@ -20,7 +20,8 @@ def get_config():
         phase.local.lr_decay = 0.998
         phase.local.weight_decay = 1e-3
         phase.local.clip_norm = 10.0
-    config.warmup.rounds = 200
+    config.warmup.rounds = 300
+    config.eval.clients_every = 10
     config.fipa.rounds = 20
     config.fipa.sketch.jacobian = "rows"
     config.fipa.sketch.micro_batch = 50

@@ -13,17 +13,20 @@ def get_config(local_solver: str = "gauss_newton"):
     config = config_lib.default()
     config.task.name = "sine"
     config.precision = "float64"
-    config.fipa.rounds = 300
-    config.fipa.aggregator.max_step = 2.0
-    if local_solver == "gauss_newton":
-        config.fipa.local.optimizer = "gauss_newton"
-        config.fipa.local.lr = 1.0
-        config.fipa.local.epochs = 1
-        config.fipa.aggregator.damping = 1e-6
-    elif local_solver == "sgd":
-        config.fipa.local.batch_size = 0
-        config.fipa.local.steps = 500
-        config.fipa.aggregator.damping = 1e-4
-    else:
-        raise ValueError(f"configs/sine.py: unknown variant {local_solver!r}; known: gauss_newton, sgd")
+    # From a random start the Gauss-Newton model of the loss does not hold as far as the step: first some of the mean.
+    config.warmup.rounds = 30
+    config.fipa.rounds = 270
+    config.fipa.aggregator.max_step = 1.0
+    for phase in (config.warmup, config.fipa):
+        phase.local.batch_size = 0
+        if local_solver == "gauss_newton":
+            phase.local.optimizer = "gauss_newton"
+            phase.local.lr = 1.0
+            phase.local.epochs = 1
+            config.fipa.aggregator.damping = 1e-6
+        elif local_solver == "sgd":
+            phase.local.steps = 500
+            config.fipa.aggregator.damping = 1e-4
+        else:
+            raise ValueError(f"configs/sine.py: unknown variant {local_solver!r}; known: gauss_newton, sgd")
     return config

@@ -39,7 +39,7 @@ class FipaState(NamedTuple):
 
     damping: jax.Array  # [], beta, absolute or relative to H's largest eigenvalue
     rcond: jax.Array  # [], pinv drops eigenvalues of H below rcond times the largest
-    max_step: jax.Array  # [], bound on |step| / max_m |delta_m|
+    max_step: jax.Array  # [], bound on |step| / max_m |delta_m|; 0 for none
 
 
 def mean(weighting: str = "examples") -> Aggregator:
@@ -85,7 +85,7 @@ def fipa(
       relative: whether beta counts in units of H's largest eigenvalue.
       rcond: for pinv, the cut-off of H's eigenvalues relative to the largest.
       max_step: the step is shortened to at most this many times the longest client update: nearly collinear clients
-        can otherwise amplify noise.
+        can otherwise amplify noise. 0 for no bound.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
 
     Raises:
@@ -114,10 +114,12 @@ def fipa(
             beta = jnp.zeros_like(beta) if form == "pinv" else beta
             gain = FORMS[form](merged.singular_values, beta, state.rcond)
             step = base + merged.left @ (merged.rotation @ (gain * (merged.right @ merged.project(targets))))
-        step = _bound(step, state.max_step * _longest(deltas))
+        bound = jnp.where(state.max_step > 0, state.max_step * _longest(deltas), jnp.inf)
+        step = _bound(step, bound)
         kept = jnp.sum(gain * merged.singular_values)
         condition = _ratio(spectrum[0] + beta, jnp.min(jnp.where(gain > 0, spectrum, spectrum[0])) + beta)
-        info |= {"effective_rank": kept, "condition": condition, "spectrum": spectrum}
+        pairs = jnp.sum(uploads.sketch.eigenvalues > 0)  # fewer than C R where a client's own rank is below R
+        info |= {"effective_rank": kept, "merged_pairs": pairs, "condition": condition, "spectrum": spectrum}
         step, dbar = unravel(step), unravel(dbar)
         return step, state, info | _compare(step, dbar, uploads.delta)
 
@@ -159,7 +161,8 @@ def merge(weights: jax.Array, sketch: Sketch) -> Merged:
       sketch: eigenvalues [C, R], basis [C, P, R].
     """
     clients, size, rank = sketch.basis.shape
-    scale = jnp.sqrt(weights[:, None] * sketch.eigenvalues)  # [C, R]
+    # A zero eigenvalue may come out of a solver as a slightly negative one.
+    scale = jnp.sqrt(weights[:, None] * jnp.maximum(sketch.eigenvalues, 0))  # [C, R]
     factor = jnp.transpose(sketch.basis * scale[:, None, :], (1, 0, 2)).reshape(size, clients * rank)
     left, triangle = jnp.linalg.qr(factor)
     rotation, singular_values, right = jnp.linalg.svd(triangle, full_matrices=False)
@@ -201,18 +204,22 @@ def _screen(uploads: Uploads, params, weighting: str):
       are 0, and so is the step.
     """
     _check_shapes(uploads, params)
+    num_examples, dtype = jnp.asarray(uploads.num_examples), ravel_pytree(params)[0].dtype
+    as_params = lambda leaf: jnp.asarray(leaf, dtype)  # a sketch in float64 must not turn a float32 model into one
+    uploads = Uploads(uploads.delta, num_examples, jax.tree.map(as_params, uploads.sketch))
     present = uploads.num_examples > 0
-    accepted = present & trees.is_finite((uploads.delta, uploads.sketch))
+    # The norm as well: it can overflow where no entry does, and the step would.
+    lengths = jax.vmap(optax.tree.norm)(uploads.delta)
+    accepted = present & jnp.isfinite(lengths) & trees.is_finite((uploads.delta, uploads.sketch))
     counts = uploads.num_examples if weighting == "examples" else present
-    dtype = ravel_pytree(params)[0].dtype
     counts = jnp.where(accepted, counts, 0).astype(dtype)
     weights = _ratio(counts, jnp.sum(counts))
     delta, sketch = trees.zero_unless(accepted, (uploads.delta, uploads.sketch))
-    return weights, Uploads(delta, uploads.num_examples, sketch), {"rejected": present & ~accepted}
+    return weights, Uploads(delta, num_examples, sketch), {"rejected": present & ~accepted}
 
 
 def _check_shapes(uploads: Uploads, params):
-    clients = uploads.num_examples.shape
+    clients = jnp.shape(uploads.num_examples)
     if len(clients) != 1:
         raise ValueError(f"uploads.num_examples: needed shape [C], got {clients}")
     want = jax.tree.map(lambda leaf: clients + jnp.shape(leaf), params)

@@ -1,18 +1,22 @@
-"""A model as one portable file: flax's msgpack of the parameter pytree."""
+"""A model as one portable file: flax's msgpack of {path: array}, whatever the parameter pytree is made of."""
 
 import os
 from pathlib import Path
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import serialization
+
+from fipa_jax import trees
 
 
 def save_model(path: Path, params) -> None:
     """Writes the parameters; the file is either there whole or not at all."""
     path = Path(path)
     temporary = path.with_suffix(".partial")
-    temporary.write_bytes(serialization.msgpack_serialize(jax.tree.map(np.asarray, params)))
+    temporary.write_bytes(
+        serialization.msgpack_serialize({path: np.asarray(leaf) for path, leaf in trees.paths(params).items()})
+    )
     os.replace(temporary, path)
 
 
@@ -34,7 +38,10 @@ def load_model(path: Path, like):
         found = serialization.msgpack_restore(path.read_bytes())
     except Exception as error:
         raise ValueError(f"config.init_from: {path} is not a model file, or is damaged ({error})") from error
-    describe = lambda tree: jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree)
-    if describe(found) != describe(like):
-        raise ValueError(f"config.init_from: {path} holds {describe(found)}, the config's model is {describe(like)}")
-    return jax.tree.map(jax.numpy.asarray, found)
+    describe = lambda leaves: {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
+    saved, wanted = describe(found), describe(trees.paths(like))
+    if saved != wanted:
+        differ = sorted(path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path))
+        lines = "; ".join(f"{path}: {saved.get(path, 'absent')}, needed {wanted.get(path, 'none')}" for path in differ)
+        raise ValueError(f"config.init_from: {path} does not fit config.model and config.precision: {lines}")
+    return trees.replace(like, {path: jnp.asarray(leaf) for path, leaf in found.items()})

@@ -43,7 +43,7 @@ class Term(NamedTuple):
     """
 
     init: Callable  # params -> memory of a client that has not taken part yet
-    penalty: Callable  # (params, features, batch, anchor, memory, shared) -> scalar, to be weighted by mu
+    penalty: Callable  # (params, features, batch, anchor, memory, shared, mu) -> scalar
     update: Callable  # (memory, shared, delta, travelled) -> memory; travelled = sum of the local learning rates
 
 
@@ -65,19 +65,19 @@ def none() -> Term:
 
 def prox() -> Term:
     """FedProx (Li et al. 2020, eq. 2): mu/2 |params - broadcast|^2."""
-    penalty = lambda params, features, batch, anchor, memory, shared: (
-        optax.tree.norm(optax.tree.sub(params, anchor), squared=True) / 2
+    penalty = lambda params, features, batch, anchor, memory, shared, mu: (
+        mu / 2 * optax.tree.norm(optax.tree.sub(params, anchor), squared=True)
     )
     return _NONE._replace(penalty=penalty)
 
 
 def scaffold() -> Term:
-    """SCAFFOLD (Karimireddy et al. 2020, eq. 4, option II): mu <c - c_i, params>, with mu = 1 in the paper.
+    """SCAFFOLD (Karimireddy et al. 2020, eq. 4, option II): <c - c_i, params>. It has no weight mu.
 
     memory is the control c_i, starting at 0; shared is c = mean_i c_i; c_i <- c_i - c - delta / (lr steps).
     """
 
-    def penalty(params, features, batch, anchor, memory, shared):
+    def penalty(params, features, batch, anchor, memory, shared, mu):
         return optax.tree.vdot(optax.tree.sub(shared, memory), params)
 
     def update(memory, shared, delta, travelled):
@@ -131,22 +131,22 @@ def first_order(
     def solve(outputs, params, data, client: Client, key, hyper: Hyper, memory, shared) -> LocalResult:
         size = client.indices.shape[0]
         batch = min(batch_size or size, size)
-        per_epoch = jnp.maximum((client.count + batch - 1) // batch, 1)
+        per_epoch = jnp.maximum((client.num_examples + batch - 1) // batch, 1)
         # An empty client takes no step at all; a client's trip count is its own, so small clients cost little.
-        num_steps = jnp.where(client.count > 0, steps if steps else epochs * per_epoch, 0)
+        num_steps = jnp.where(client.num_examples > 0, steps if steps else epochs * per_epoch, 0)
         order_key, augment_key = jax.random.split(key)
         in_order = jnp.arange(size + -size % batch)
 
         def shuffle(epoch):
             """Positions of the client's examples in a random order, those of the padding behind them."""
             draw = jax.random.uniform(jax.random.fold_in(order_key, epoch), in_order.shape)
-            return jnp.argsort(jnp.where(in_order < client.count, draw, 2.0))
+            return jnp.argsort(jnp.where(in_order < client.num_examples, draw, 2.0))
 
         def objective(theta, examples, mask):
             out, features = outputs(theta, examples)
             mean_loss = jnp.sum(jnp.where(mask, loss(out, examples), 0)) / jnp.maximum(jnp.sum(mask), 1)
-            penalty = term.penalty(theta, features, examples, params, memory, shared)
-            return mean_loss + hyper.mu * penalty, mean_loss
+            penalty = term.penalty(theta, features, examples, params, memory, shared, hyper.mu)
+            return mean_loss + penalty, mean_loss
 
         def step(s, carry):
             theta, opt_state, order, total = carry
@@ -157,7 +157,7 @@ def first_order(
             chosen = jax.lax.dynamic_slice(order, (first,), (batch,))
             examples = gather(data, client.indices[jnp.minimum(chosen, size - 1)])
             examples = augment(jax.random.fold_in(augment_key, s), examples)
-            gradient, mean_loss = jax.grad(objective, has_aux=True)(theta, examples, position < client.count)
+            gradient, mean_loss = jax.grad(objective, has_aux=True)(theta, examples, position < client.num_examples)
             update, opt_state = direction.update(gradient, opt_state, theta)
             theta = jax.tree.map(lambda p, u: (p - hyper.lr * u).astype(p.dtype), theta, update)
             return theta, opt_state, order, total + mean_loss
@@ -173,7 +173,14 @@ def first_order(
 
 
 def gauss_newton(
-    loss: Callable, augment: Callable, *, epochs: int = 1, steps: int = 0, term: Term | None = None
+    loss: Callable,
+    augment: Callable,
+    *,
+    weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
+    epochs: int = 1,
+    steps: int = 0,
+    term: Term | None = None,
 ) -> Callable:
     """Levenberg-Marquardt Gauss-Newton steps on all of the client's examples, for small regression tasks.
 
@@ -189,8 +196,12 @@ def gauss_newton(
       epochs, steps: re-linearised steps a round; an epoch is one step, as it takes all examples.
 
     Raises:
-      ValueError: a term is asked for.
+      ValueError: a term, weight decay or clipping is asked for.
     """
+    if weight_decay or clip_norm:
+        raise ValueError(
+            "local.optimizer = 'gauss_newton' takes no local.weight_decay and no local.clip_norm: set both to 0"
+        )
     if term not in (None, _NONE):
         raise ValueError("local.optimizer = 'gauss_newton' takes no term: set term.name = 'none'")
     steps = steps or epochs
@@ -198,7 +209,7 @@ def gauss_newton(
     def solve(outputs, params, data, client: Client, key, hyper: Hyper, memory, shared) -> LocalResult:
         examples, mask = gather(data, client.indices), present(client)
         flat, unravel = ravel_pytree(params)
-        weight = mask.astype(flat.dtype) / jnp.maximum(client.count, 1)
+        weight = mask.astype(flat.dtype) / jnp.maximum(client.num_examples, 1)
         predict = lambda params, batch: outputs(params, batch)[0]
         mean_loss = lambda theta: jnp.sum(weight * loss(predict(unravel(theta), examples), examples))
 

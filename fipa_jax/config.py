@@ -63,7 +63,7 @@ def default() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.every = 1  # rounds between evaluations on the test set; the last round of a phase always is
-    config.eval.clients_every = 10  # rounds between evaluations on every client's own examples; 0 for never
+    config.eval.clients_every = 1  # rounds between evaluations on every client's own examples; 0 for never
     config.eval.batch_size = 50  # small batches stay in a CPU's cache; raise it on an accelerator
     return config.lock()
 
@@ -86,9 +86,9 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "steps": 0,  # instead of epochs, where positive
                 "damping": 1e-4,  # of the gauss_newton step
             },
-            "term": {"name": "none", "mu": 0.01},
+            "term": {"name": "none", "mu": 0.01},  # none, prox (mu is its weight), scaffold
             "sketch": {
-                "solver": "subspace",
+                "solver": "subspace",  # or "lanczos": more exact for the same products
                 "rank": 20,
                 "oversample": 10,
                 "power_steps": 2,
@@ -103,7 +103,7 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "damping": 1e-3,
                 "relative": True,  # damping in units of the largest eigenvalue of H
                 "rcond": 1e-5,  # pinv's cut-off
-                "max_step": 5.0,  # bound on |step| / max |delta|
+                "max_step": 5.0,  # bound on |step| / max |delta|; 0 for none
             },
             "server": {"optimizer": "sgd", "momentum": 0.9, "lr": 1.0},
         }
@@ -156,6 +156,7 @@ def validate(config: ConfigDict) -> None:
         raise ValueError(f"config.compare: needs a tuple of rules such as ('fipa', 'fedavg'), got {config.compare!r}")
     if len(set(config.compare)) != len(config.compare):
         raise ValueError(f"config.compare: names a rule twice: {config.compare}")
+    _at_least("fipa.rounds", config.fipa.rounds, 0)
     _validate_phase("warmup", config.warmup, least_rounds=0)
     for spec in config.compare:
         settings = rule(config, spec)
@@ -227,7 +228,7 @@ def _unknown(config, field, spec):
 
 
 def _at_least(field, value, least):
-    if value < least:
+    if not value >= least:  # NaN is not
         raise ValueError(f"config.{field}: needs at least {least}, got {value}")
 
 

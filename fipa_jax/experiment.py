@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -28,8 +28,9 @@ from fipa_jax import config as config_lib
 from fipa_jax.simulate import Client
 
 # Fields of a phase that are traced or only steer the loop: rules that differ in these alone share compiled programs.
-TRACED = ("rounds", "local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr", "aggregator.damping",
-          "aggregator.rcond", "aggregator.max_step")  # fmt: skip
+TRACED = ("rounds", "local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr")
+# What a run writes, and so what may be moved aside when the next one comes.
+WRITTEN = ("config.json", "metrics.jsonl", "summary.json", "*.png", "*.msgpack")
 
 
 class Experiment(NamedTuple):
@@ -53,11 +54,18 @@ def build(config: ConfigDict) -> Experiment:
       ValueError, FileNotFoundError, ImportError: naming the config field and what to change.
     """
     config_lib.validate(config)
+    if jnp.zeros([], config.precision).dtype != config.precision:
+        raise ValueError(
+            f"config.precision: {config.precision} needs `with jax.enable_x64(True):` around build; run has it"
+        )
+    plots.pyplot()  # its absence must show now
     problem = tasks.build(config)
     indices, counts = partition.pad(problem.clients)
     if config.cohort > len(counts):
         raise ValueError(f"config.cohort: {config.cohort} is above the number of clients, {len(counts)}")
-    on_device = lambda data: {name: jnp.asarray(field) for name, field in data.items()}
+    mesh = make_mesh(config.devices)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    on_device = lambda data: jax.device_put(jax.tree.map(np.asarray, data), everywhere)
     held = {"test": problem.test} | ({} if problem.holdout is None else {"holdout": problem.holdout})
     root = jax.random.key(config.seed)
     params = problem.task.init(jax.random.fold_in(root, 2**31))
@@ -69,7 +77,7 @@ def build(config: ConfigDict) -> Experiment:
         problem=problem,
         train=on_device(problem.train),
         held={prefix: on_device(data) for prefix, data in held.items()},
-        clients=Client(jnp.asarray(indices), jnp.asarray(counts)),
+        clients=on_device(Client(indices, counts)),
         params=params,
         evaluate=jax.jit(metrics.make_evaluate(problem.task, config.eval.batch_size)),
         compiled={},
@@ -102,47 +110,49 @@ def run(config: ConfigDict, workdir: Path) -> dict:
         draw_split(experiment, workdir)
         writer = metrics.Writer(workdir / "metrics.jsonl")
         try:
-            summary = {"runs": run_phases(experiment, workdir, writer)}
+            return run_phases(experiment, workdir, writer)
         finally:
             writer.close()
-        (workdir / "summary.json").write_text(json.dumps(metrics.jsonable(summary), indent=2) + "\n")
-        rows = metrics.read(workdir / "metrics.jsonl")
-        figures = dict.fromkeys(name for row in rows for name in row if name.startswith("test_"))
-        plots.curves(rows, list(figures), workdir / "curves.png")
-    return summary
 
 
 def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) -> dict:
-    """The warm-up, then each compared rule from the model it ends with: {NAME: {final, best, config}}."""
+    """The warm-up, then each compared rule from the model it ends with: {"runs": {NAME: {final, best, config}}}.
+
+    Model, summary and curves are written as soon as a phase is done: an error in a later one does not cost them.
+    """
     config = experiment.config
     describe(experiment)
-    first = config.first_round
-    params, rows = run_phase(experiment, config.warmup, "warmup", experiment.params, first, writer)
+    first, summary = config.first_round, {"runs": {}}
+
+    def finish(name: str, params, rows: list[dict], as_run: ConfigDict) -> None:
+        file = re.sub(r"[^\w.-]", "_", name.replace("=", "-"))
+        checkpoint.save_model(workdir / f"{file}.msgpack", params)
+        if name != "warmup" or not config.fipa.rounds:
+            summary["runs"][name] = metrics.summarise(rows) | {"config": json.loads(as_run.to_json_best_effort())}
+            (workdir / "summary.json").write_text(json.dumps(metrics.jsonable(summary), indent=2) + "\n")
+        rows = metrics.read(workdir / "metrics.jsonl")
+        figures = dict.fromkeys(name for row in rows for name in row if name.startswith("test_"))
+        plots.curves(rows, list(figures), workdir / "curves.png")
+
+    params = experiment.params
     if config.warmup.rounds:
-        checkpoint.save_model(workdir / "warmup.msgpack", params)
-    if not config.fipa.rounds:
-        as_run = json.loads(config.to_json_best_effort())
-        return {"warmup": metrics.summarise(rows) | {"config": as_run}}
-    runs = {}
-    for spec in config.compare:
-        settings = config_lib.rule(config, spec)
-        final, rows = run_phase(experiment, settings, spec, params, first + config.warmup.rounds, writer)
-        checkpoint.save_model(workdir / (re.sub(r"[^\w.-]", "_", spec.replace("=", "-")) + ".msgpack"), final)
+        params, rows = run_phase(experiment, config.warmup, "warmup", params, first, writer)
+        finish("warmup", params, rows, config)
+    for spec in config.compare if config.fipa.rounds else ():
         as_run = config.copy_and_resolve_references()
-        as_run.fipa, as_run.compare = settings, (spec,)
-        runs[spec] = metrics.summarise(rows) | {"config": json.loads(as_run.to_json_best_effort())}
-    return runs
+        as_run.fipa, as_run.compare = config_lib.rule(config, spec), (spec,)
+        final, rows = run_phase(experiment, as_run.fipa, spec, params, first + config.warmup.rounds, writer)
+        finish(spec, final, rows, as_run)
+    return summary
 
 
 def run_phase(experiment: Experiment, settings: ConfigDict, name: str, params, first: int, writer):
     """Runs one phase from `params`; returns (params, its metrics rows)."""
     config = experiment.config
-    if not settings.rounds:
-        return params, []
     plan, rates = make_plan(experiment, settings), make_rates(settings, config.precision)
     stages = rounds.make_stages(plan)
-    train, sketch_, aggregate_ = compiled(experiment, settings, stages)
-    state = stages.init(params, experiment.clients.count.shape[0], first)
+    state = stages.init(params, experiment.clients.num_examples.shape[0], first)
+    train, sketch_, aggregate_ = compiled(experiment, settings, stages, state)
     data, clients, root = experiment.train, experiment.clients, experiment.root
     rows, last = [], first + settings.rounds - 1
     with tqdm(total=settings.rounds, desc=f"{name:<12}", unit="round") as bar:
@@ -183,7 +193,7 @@ def make_plan(experiment: Experiment, settings: ConfigDict) -> rounds.Plan:
         else None,
         aggregator=aggregator,
         server=server(settings.server.momentum),
-        cohort=config.cohort or experiment.clients.count.shape[0],
+        cohort=config.cohort or experiment.clients.num_examples.shape[0],
         trainable=settings.trainable,
         sketch_examples=settings.sketch.examples,
         chunk=config.chunk,
@@ -203,15 +213,17 @@ def make_rates(settings: ConfigDict, dtype: str) -> rounds.Rates:
     return rounds.Rates(hyper, array(settings.local.lr_decay), array(settings.server.lr))
 
 
-def compiled(experiment: Experiment, settings: ConfigDict, stages: rounds.Stages):
+def compiled(experiment: Experiment, settings: ConfigDict, stages: rounds.Stages, state: rounds.State):
     """The phase's stages, jitted once for all phases that differ in traced hyper-parameters only."""
     static = json.loads(settings.to_json_best_effort())
-    for path in TRACED:
+    # A rule's own numbers are traced if it keeps them in its state, as `FipaState` does.
+    traced = [f"aggregator.{name}" for name in getattr(state.aggregator, "_fields", ())]
+    for path in (*TRACED, *traced):
         *parents, last = path.split(".")
         inner = static
         for parent in parents:
             inner = inner[parent]
-        del inner[last]
+        inner.pop(last, None)
     key = json.dumps(static, sort_keys=True)
     if key not in experiment.compiled:
         experiment.compiled[key] = jax.jit(stages.train), jax.jit(stages.sketch), jax.jit(stages.aggregate)
@@ -222,9 +234,9 @@ def trace(experiment: Experiment, settings: ConfigDict) -> None:
     """Goes through one round of a phase by shapes alone, which brings out what does not fit in its config."""
     plan, rates = make_plan(experiment, settings), make_rates(settings, experiment.config.precision)
     stages = rounds.make_stages(plan)
-    train, sketch_, aggregate_ = compiled(experiment, settings, stages)
     data, clients, root = experiment.train, experiment.clients, experiment.root
-    state = stages.init(experiment.params, clients.count.shape[0])
+    state = stages.init(experiment.params, clients.num_examples.shape[0])
+    train, sketch_, aggregate_ = compiled(experiment, settings, stages, state)
     ids, results = train.eval_shape(state, rates, data, clients, root)
     sketches = sketch_.eval_shape(state, data, clients, ids, root)
     aggregate_.eval_shape(state, rates, clients, ids, results, sketches)
@@ -258,8 +270,8 @@ def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> dic
     """Bytes that the server sends and receives in the round, over all clients of the cohort."""
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     down = size(trees.select(state.params, plan.trainable)) + size(state.shared)
-    residuals = 0 if sketches is None else size(sketches.residuals)
-    up = size((results.delta, results.memory, sketches)) - residuals
+    sent = () if sketches is None else (sketches.eigenvalues, sketches.basis)
+    up = size((results.delta, results.memory, sent))
     return {"bytes_down": plan.cohort * down, "bytes_up": up}
 
 
@@ -293,7 +305,7 @@ def table(summary: dict) -> str:
 
 def describe(experiment: Experiment) -> None:
     """Prints what is about to run: data, clients, parameters and the trainable share."""
-    counts = np.asarray(experiment.clients.count)
+    counts = np.asarray(experiment.clients.num_examples)
     sizes = str(counts.min()) if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     total = optax.tree.size(experiment.params)
     size = optax.tree.size(trees.select(experiment.params, experiment.config.fipa.trainable))
@@ -301,23 +313,44 @@ def describe(experiment: Experiment) -> None:
         f"{experiment.config.task.name}: {counts.size} clients with {sizes} examples each, {total:,} parameters, "
         f"{size:,} ({size / total:.1%}) trained in the FIPA phase, on {jax.devices()[0].platform}"
     )
+    counts = class_counts(experiment.problem)
+    if counts is not None:
+        figures = partition.heterogeneity(counts)
+        print(", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items()) + " over clients")
+
+
+def class_counts(problem: tasks.Problem):
+    """[T, K], how many examples of each class every client owns; None for a task without classes."""
+    if "label" not in problem.train:
+        return None
+    labels = np.asarray(problem.train["label"])
+    return partition.class_counts(problem.clients, labels, int(labels.max()) + 1)
 
 
 def draw_split(experiment: Experiment, workdir: Path) -> None:
     """Draws who owns which data, where there are classes or at most two inputs to draw."""
-    train, clients = experiment.problem.train, experiment.problem.clients
-    if "label" in train:
-        labels = np.asarray(train["label"])
-        counts = partition.class_counts(clients, labels, int(labels.max()) + 1)
+    train, clients, counts = experiment.problem.train, experiment.problem.clients, class_counts(experiment.problem)
+    if counts is not None:
         plots.split_by_class(counts, workdir / "split.png")
     elif {"x", "y"} <= set(train) and train["x"].ndim == 2 and train["x"].shape[1] <= 2:
         plots.split_by_position(train["x"], train["y"], clients, workdir / "split.png")
 
 
 def fresh(workdir: Path) -> Path:
-    """Makes the work directory; an earlier run's files in it are moved into `previous-N`, never written over."""
+    """Makes the work directory; an earlier run's files in it are moved into `previous-N`, never written over.
+
+    Raises:
+      ValueError: the directory holds something else than runs.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
-    earlier = [path for path in workdir.iterdir() if not path.name.startswith("previous-")]
+    foreign = [
+        path.name for path in workdir.iterdir() if not any(path.match(name) for name in (*WRITTEN, "previous-*"))
+    ]
+    if foreign:
+        raise ValueError(
+            f"--workdir: {workdir} holds {sorted(foreign)[0]!r}, no run's file; name an empty or a new folder"
+        )
+    earlier = [path for path in workdir.iterdir() if not path.match("previous-*")]
     if earlier:
         number = next(n for n in itertools.count(1) if not (workdir / f"previous-{n}").exists())
         aside = workdir / f"previous-{number}"

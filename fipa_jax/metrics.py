@@ -37,19 +37,19 @@ def over_clients(values: dict, clients: Client) -> dict:
     """Mean, standard deviation and worst decile over clients of their own means, from {name: [N]} of all examples.
 
     The worst decile is the mean over the tenth of the clients (at least one) with the lowest accuracy, or the highest
-    value of any other figure. Clients without examples do not count.
+    value of any other figure (NaN is worst). Clients without examples do not count.
     """
     mask = jax.vmap(present)(clients)
     result = {}
     for name, value in values.items():
         totals = jnp.sum(jnp.where(mask, value[clients.indices], 0), axis=1)
-        counts = clients.count
+        counts = clients.num_examples
         means = totals / jnp.maximum(counts, 1)
         there = counts > 0
         number = jnp.maximum(jnp.sum(there), 1)
         mean = jnp.sum(jnp.where(there, means, 0)) / number
         spread = jnp.sqrt(jnp.sum(jnp.where(there, (means - mean) ** 2, 0)) / number)
-        badness = jnp.where(there, -means if name == "accuracy" else means, -jnp.inf)
+        badness = jnp.where(there, jnp.nan_to_num(-direction(f"client_{name}") * means, nan=jnp.inf), -jnp.inf)
         worst = means[jnp.argsort(-badness)]
         decile = jnp.arange(worst.size) < jnp.maximum(number // 10, 1)
         result[f"client_{name}_mean"] = mean

@@ -5,15 +5,20 @@ from pathlib import Path
 import numpy as np
 
 
-def _pyplot():
+def pyplot():
+    """matplotlib.pyplot, drawing to files.
+
+    Raises:
+      ImportError: it is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
         raise ImportError("a run draws its curves and needs matplotlib: pip install 'fipa_jax[plots]'") from error
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot as module
 
-    return pyplot
+    return module
 
 
 def curves(rows: list[dict], figures: list[str], path: Path) -> None:
@@ -24,7 +29,7 @@ def curves(rows: list[dict], figures: list[str], path: Path) -> None:
       figures: names of columns, one panel each; an error or loss that spans a decade on a logarithmic axis.
       path: of the PNG.
     """
-    plt = _pyplot()
+    plt = pyplot()
     fig, axes = plt.subplots(1, len(figures), figsize=(5 * len(figures), 3.8), squeeze=False, layout="constrained")
     runs = list(dict.fromkeys(row["run"] for row in rows))
     for axis, figure in zip(axes[0], figures, strict=True):
@@ -53,7 +58,7 @@ def curves(rows: list[dict], figures: list[str], path: Path) -> None:
 
 def split_by_class(counts: np.ndarray, path: Path) -> None:
     """Draws how many examples of each class every client owns, from counts [T, K]."""
-    plt = _pyplot()
+    plt = pyplot()
     clients, classes = counts.shape
     fig, axis = plt.subplots(figsize=(min(3 + 0.09 * clients, 12), min(2 + 0.18 * classes, 9)), layout="constrained")
     image = axis.imshow(counts.T, aspect="auto", cmap="viridis", interpolation="nearest")
@@ -65,7 +70,7 @@ def split_by_class(counts: np.ndarray, path: Path) -> None:
 
 def split_by_position(x: np.ndarray, y: np.ndarray, clients: list[np.ndarray], path: Path) -> None:
     """Draws the clients' examples of a regression task: x [N, 1] against y [N, 1], or x [N, 2] in the plane."""
-    plt = _pyplot()
+    plt = pyplot()
     fig, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
     for number, indices in enumerate(clients):
         horizontal, vertical = (x[indices, 0], y[indices, 0]) if x.shape[1] == 1 else (x[indices, 0], x[indices, 1])

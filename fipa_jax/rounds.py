@@ -92,32 +92,34 @@ def make_stages(plan: Plan) -> Stages:
         return per_client(train, ids), per_client(sketch, ids)
 
     def train(state: State, rates: Rates, data: dict, clients: Client, root):
-        ids = sample_cohort(keys(state, root), clients.count.shape[0], plan.cohort)
-        chosen, outputs = restrict(state.params)
+        ids = sample_cohort(keys(state, root), clients.num_examples.shape[0], plan.cohort)
         hyper = rates.local._replace(lr=rates.local.lr * rates.lr_decay**state.round)
 
-        def one(client, key, memory):
-            return plan.local(outputs, chosen, data, client, key, hyper, memory, state.shared)
+        def one(params, data, hyper, shared, client, key, memory):
+            chosen, outputs = restrict(params)
+            return plan.local(outputs, chosen, data, client, key, hyper, memory, shared)
 
+        common = state.params, data, hyper, state.shared
         stacked = take(clients, ids), keys(state, root, ids)[0], take(state.memory, ids)
-        return ids, map_clients(one, *stacked, chunk=plan.chunk, mesh=plan.mesh)
+        return ids, map_clients(one, common, *stacked, chunk=plan.chunk, mesh=plan.mesh)
 
     def sketch(state: State, data: dict, clients: Client, ids, root) -> Sketch | None:
         if plan.sketch is None:
             return None
-        chosen, outputs = restrict(state.params)
-        solve = plan.sketch(lambda theta, batch: outputs(theta, batch)[0])
 
-        def one(client, key):
+        def one(params, data, client, key):
+            chosen, outputs = restrict(params)
+            solve = plan.sketch(lambda theta, batch: outputs(theta, batch)[0])
             draw_key, solve_key = jax.random.split(key)
             client = subsample(draw_key, client, plan.sketch_examples)
             return solve(solve_key, chosen, gather(data, client.indices), present(client))
 
-        return map_clients(one, take(clients, ids), keys(state, root, ids)[1], chunk=plan.chunk, mesh=plan.mesh)
+        stacked = take(clients, ids), keys(state, root, ids)[1]
+        return map_clients(one, (state.params, data), *stacked, chunk=plan.chunk, mesh=plan.mesh)
 
     def aggregate(state: State, rates: Rates, clients: Client, ids, results: LocalResult, sketches):
         chosen = trees.select(state.params, plan.trainable)
-        uploads = Uploads(results.delta, clients.count[ids], sketches)
+        uploads = Uploads(results.delta, clients.num_examples[ids], sketches)
         step, rule_state, info = plan.aggregator.apply(uploads, state.aggregator, chosen)
         update, server = plan.server.update(optax.tree.scale(-1, step), state.server, chosen)
         chosen = jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update)
@@ -127,7 +129,7 @@ def make_stages(plan: Plan) -> Stages:
         accepted = took_part & trees.is_finite((results.loss, results.memory))
         change = trees.zero_unless(accepted, optax.tree.sub(results.memory, take(state.memory, ids)))
         memory = jax.tree.map(lambda all_, d: all_.at[ids].add(d), state.memory, change)
-        num_clients = clients.count.shape[0]
+        num_clients = clients.num_examples.shape[0]
         shared = jax.tree.map(lambda mean, d: mean + jnp.sum(d, axis=0) / num_clients, state.shared, change)
         info |= {"ids": ids, "local_loss": jnp.mean(results.loss)}
         params = trees.replace(state.params, chosen)
@@ -158,4 +160,4 @@ def subsample(key, client: Client, examples: int) -> Client:
     if not 0 < examples < size:
         return client
     draw = jnp.where(present(client), jax.random.uniform(key, [size]), 2.0)
-    return Client(client.indices[jnp.argsort(draw)[:examples]], jnp.minimum(client.count, examples))
+    return Client(client.indices[jnp.argsort(draw)[:examples]], jnp.minimum(client.num_examples, examples))

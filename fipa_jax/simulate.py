@@ -12,7 +12,7 @@ class Client(NamedTuple):
     """Which examples of the data set a client owns; stacked over clients: [T, N] and [T]."""
 
     indices: jax.Array  # [N] int32, padded by valid indices
-    count: jax.Array  # [], the first `count` indices are its own
+    num_examples: jax.Array  # [], so many of the indices, the first ones, are its own
 
 
 def gather(data: dict, indices: jax.Array) -> dict:
@@ -22,7 +22,7 @@ def gather(data: dict, indices: jax.Array) -> dict:
 
 def present(client: Client) -> jax.Array:
     """[N] bool: which of the padded examples are the client's own."""
-    return jnp.arange(client.indices.shape[0]) < client.count
+    return jnp.arange(client.indices.shape[0]) < client.num_examples
 
 
 def sample_cohort(key: jax.Array, num_clients: int, cohort: int) -> jax.Array:
@@ -32,31 +32,32 @@ def sample_cohort(key: jax.Array, num_clients: int, cohort: int) -> jax.Array:
     return jax.random.choice(key, num_clients, [cohort], replace=False)
 
 
-def map_clients(fn: Callable, *args, chunk: int = 1, mesh: Mesh | None = None):
-    """Applies `fn` to every client: each leaf of `args` has a leading clients axis [C, ...], so have the results.
+def map_clients(fn: Callable, common: tuple, *args, chunk: int = 1, mesh: Mesh | None = None):
+    """Applies `fn(*common, *client)` to every client, and stacks the results [C, ...].
 
     Args:
-      fn: the program of one client.
-      *args: stacked pytrees.
+      fn: the program of one client. Arrays that it needs come as arguments: over a mesh it must not close over them.
+      common: pytrees that are the same for all clients.
+      *args: stacked pytrees, a leading clients axis [C, ...] on each leaf.
       chunk: clients side by side in one `vmap`; 1 runs one client's program after another, 0 all at once.
       mesh: devices with an axis `clients`, over which the clients are spread; C is padded to a multiple of it by
         repeating clients whose results are dropped. The result does not depend on it.
     """
     clients = jax.tree.leaves(args)[0].shape[0]
 
-    def local(*args):
+    def local(common, args):
         count = jax.tree.leaves(args)[0].shape[0]
         if chunk == 0 or chunk >= count > 1:
-            return jax.vmap(fn)(*args)
-        return jax.lax.map(lambda one: fn(*one), args, batch_size=None if chunk == 1 else chunk)
+            return jax.vmap(lambda *one: fn(*common, *one))(*args)
+        return jax.lax.map(lambda one: fn(*common, *one), args, batch_size=None if chunk == 1 else chunk)
 
     if mesh is None:
-        return local(*args)
+        return local(common, args)
     devices = mesh.shape["clients"]
     wrap = jnp.arange(clients + -clients % devices) % clients
     padded = jax.tree.map(lambda leaf: leaf[wrap], args)
-    spec = PartitionSpec("clients")
-    spread = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    everywhere, split = PartitionSpec(), PartitionSpec("clients")
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(everywhere, split), out_specs=split, check_vma=False)
     # Every device gets all results: a sum over clients that is itself spread would change its order with the devices.
-    gathered = jax.lax.with_sharding_constraint(spread(*padded), NamedSharding(mesh, PartitionSpec()))
+    gathered = jax.lax.with_sharding_constraint(spread(common, padded), NamedSharding(mesh, everywhere))
     return jax.tree.map(lambda leaf: leaf[:clients], gathered)

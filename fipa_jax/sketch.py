@@ -18,7 +18,7 @@ class Sketch(NamedTuple):
 
     eigenvalues: jax.Array  # [R], descending, non-negative
     basis: jax.Array  # [P, R], orthonormal columns
-    residuals: jax.Array  # [R], |H u - lam u| / lam_max: an upper bound on each pair's relative eigenvalue error
+    residuals: jax.Array | None = None  # [R], |H u - lam u| / lam_max: bounds the distance to the nearest eigenvalue
 
 
 def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Callable:
@@ -58,7 +58,7 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Callabl
     """Block Lanczos: the best eigenpairs within the whole Krylov space [Q, H Q, H^2 Q, ...] (Golub & Underwood 1977).
 
     For the same products as `subspace` it forgets none of them: far more exact where the spectrum falls slowly. Every
-    block is orthogonalised twice against all before it, so that rounding does not bring found directions back.
+    block is orthogonalised against all before it again and again, so that rounding does not bring back what is found.
 
     Args:
       rank: R.
@@ -77,14 +77,25 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Callabl
     def solve(key, product, size, dtype):
         if rank > size:
             raise ValueError(f"sketch.rank: {rank} is above the number of trainable parameters, {size}; lower it")
-        block = -(-rank // 4)
-        depth = min(-(-((power_steps + 1) * rank + oversample) // block), size // block)
+        wanted = min((power_steps + 1) * rank + oversample, size)
+        # A quarter of the rank, or less where P is so small that such blocks do not fill the space.
+        block = next(b for b in range(-(-rank // 4), 0, -1) if size // b * b >= wanted)
+        depth = -(-wanted // block)
         with jax.default_matmul_precision("highest"):
+
+            def orthonormal(new, basis):
+                return jnp.linalg.qr(new - basis @ (basis.T @ new))
 
             def extend(j, carry):
                 basis, images, new = carry
+                scale = jnp.max(jnp.linalg.norm(new, axis=0))
+                new, triangle = orthonormal(new, basis)
+                # Where the Krylov space ends (H has a low rank) only rounding noise is left: start from fresh columns.
+                exhausted = jnp.abs(jnp.diag(triangle)) <= 100 * jnp.finfo(dtype).eps * scale
+                fresh = jax.random.normal(jax.random.fold_in(key, j), [size, block], dtype)
+                new = jnp.where(exhausted[None, :], fresh, new)
                 for _ in range(2):
-                    new = jnp.linalg.qr(new - basis @ (basis.T @ new))[0]
+                    new, _ = orthonormal(new, basis)
                 image = product(new)
                 write = lambda all_, part: jax.lax.dynamic_update_slice(all_, part, (0, j * block))
                 return write(basis, new), write(images, image), image

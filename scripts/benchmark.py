@@ -18,6 +18,8 @@ import time
 
 import numpy as np
 
+from fipa_jax import config
+
 LR = 0.1
 NUM_CLASSES = 10
 
@@ -58,6 +60,7 @@ def use_one_core(cpu: int):
     """Pins this process and its children to a core, with one thread each; must come before jax or torch start."""
     os.sched_setaffinity(0, {cpu})
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    config.prepare_process()
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 
 
@@ -193,7 +196,7 @@ def jax_variants(module, examples: int, batch: int, clients: int) -> tuple[dict,
     solve = client.first_order(task.loss, task.augment, batch_size=batch, epochs=1)
     owned = simulate.Client(
         indices=jnp.arange(examples * clients, dtype=jnp.int32).reshape(clients, examples),
-        count=jnp.full(clients, examples),
+        num_examples=jnp.full(clients, examples),
     )
     keys = jax.random.split(jax.random.key(0), clients)
     params = task.init(jax.random.key(1))
@@ -203,9 +206,7 @@ def jax_variants(module, examples: int, batch: int, clients: int) -> tuple[dict,
         return solve(task.outputs, params, train, owned, key, hyper, (), ()).delta
 
     def stacked(chunk):
-        return lambda params, train, owned, keys: simulate.map_clients(
-            lambda one, key: local(params, train, one, key), owned, keys, chunk=chunk
-        )
+        return lambda params, train, owned, keys: simulate.map_clients(local, (params, train), owned, keys, chunk=chunk)
 
     each = [(params, train, jax.tree.map(lambda leaf: leaf[c], owned), keys[c]) for c in range(clients)]
     programs = {

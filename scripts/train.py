@@ -27,10 +27,11 @@ def parse(argv):
         rest = app.parse_flags_with_usage(argv)
         _ = CONFIG.value.seed  # a config file that could not be read shows itself only here
     except AttributeError as error:  # ml_collections wraps a KeyError, whose text names the nearest field
-        cause = error.args[0]
-        text = cause.args[0] if isinstance(cause, KeyError) else str(error)
-        sys.exit(f"error: there is no such config field: {' '.join(text.split())}")
-    except OSError as error:
+        cause = error.args[0] if error.args else None
+        if not isinstance(cause, KeyError):
+            raise
+        sys.exit(f"error: there is no such config field: {' '.join(cause.args[0].split())}")
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = logging.WARNING  # not the libraries' reports on what they are doing

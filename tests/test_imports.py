@@ -28,7 +28,7 @@ ARROWS = {
     "tasks.regression": {"tasks", "models"},
     "tasks.images": {"tasks", "models", "data", "partition"},
     "config": set(),
-    "checkpoint": set(),
+    "checkpoint": {"trees"},
     "plots": set(),
     "metrics": {"simulate"},
     "experiment": {

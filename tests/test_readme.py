@@ -20,7 +20,7 @@ def test_snippet_runs(number, tmp_path, monkeypatch):
     """Each snippet alone, as a module of its own; the tables that it adds to are restored."""
     monkeypatch.chdir(tmp_path)
     for table in (tasks.TASKS, client.TERMS, aggregate.AGGREGATORS):
-        for name in ("logistic", "ridge", "median"):
+        for name in ("logistic", "ridge", "clipped_median"):
             monkeypatch.setitem(table, name, None)
             monkeypatch.delitem(table, name)
     module = types.ModuleType(f"readme_snippet_{number}")

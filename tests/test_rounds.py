@@ -165,7 +165,7 @@ def test_controls_of_clients_without_work_or_sense_are_kept(x64):
     chex.assert_trees_all_close(
         state.shared, jax.tree.map(lambda m: m.mean(axis=0), state.memory), rtol=1e-10, atol=1e-13
     )
-    without, _ = _run(plan, 2, problem=(data, clients._replace(count=clients.count.at[3].set(0))), step=step)
+    without, _ = _run(plan, 2, problem=(data, clients._replace(count=clients.num_examples.at[3].set(0))), step=step)
     chex.assert_trees_all_close(state, without, rtol=1e-10, atol=1e-13)
 
 
@@ -236,7 +236,7 @@ def test_least_squares_is_solved_in_one_round(x64):
     problem = data, clients = _problem(12, np.array([12, 6, 9, 7, 10]))
     plan, damping = _exact(LINEAR, rank=(WIDTH + 1) * NUM_OUTPUTS), 1e-9
     state, infos = _run(plan, 1, rates=_rates(lr=1.0, damping=damping), problem=problem)
-    own = np.asarray(clients.indices)[np.arange(12)[None] < np.asarray(clients.count)[:, None]]
+    own = np.asarray(clients.indices)[np.arange(12)[None] < np.asarray(clients.num_examples)[:, None]]
     x, y = np.asarray(data["x"])[own], np.asarray(data["y"])[own]
     solution = np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=None)[0]
     found = np.r_[state.params["head"]["w"], state.params["head"]["b"][None]]

@@ -34,7 +34,7 @@ def _clients():
 @functools.cache
 def _mapped(chunk, devices):
     mesh = _mesh(devices) if devices else None
-    run = jax.jit(lambda *args: simulate.map_clients(_program, *args, chunk=chunk, mesh=mesh))
+    run = jax.jit(lambda *args: simulate.map_clients(_program, (), *args, chunk=chunk, mesh=mesh))
     return jax.tree.map(np.asarray, run(*_clients()))
 
 
@@ -58,7 +58,7 @@ def test_one_after_another_the_devices_do_not_change_a_bit(devices):
 def test_a_single_client_keeps_its_axis():
     one = jax.tree.map(lambda leaf: leaf[:1], _clients())
     for chunk in (0, 1, 2):
-        result = simulate.map_clients(_program, *one, chunk=chunk)
+        result = simulate.map_clients(_program, (), *one, chunk=chunk)
         np.testing.assert_allclose(result["basis"], _mapped(1, 0)["basis"][:1], rtol=1e-4, atol=1e-5)
 
 

@@ -22,8 +22,8 @@ def _matrix(spectrum):
 
 
 @functools.cache
-def _compiled(**options):
-    solve = sketch.subspace(RANK, **options)
+def _compiled(solver="subspace", **options):
+    solve = sketch.SOLVERS[solver](RANK, **options)
     return jax.jit(lambda key, a: solve(key, lambda v: a @ v, SIZE, a.dtype))
 
 
@@ -65,12 +65,27 @@ def test_residuals_are_the_true_ones_and_bound_the_error(x64):
     assert np.all(nearest <= true * (1 + 1e-10))
 
 
+def test_lanczos_is_far_more_exact_than_subspace_iteration_for_as_many_products(x64):
+    spectrum = 1.0 / (1 + np.arange(SIZE))
+    matrix, vectors = _matrix(spectrum)
+    # (q + 1) (R + s) products: 20 for both.
+    slow = _solve(matrix, oversample=5, power_steps=1)
+    found = _solve(matrix, solver="lanczos", oversample=10, power_steps=1)
+    np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(RANK), atol=1e-13)
+    assert _sine(found.basis, vectors[:, :RANK]) < _sine(slow.basis, vectors[:, :RANK]) / 10
+    error = lambda sketch: np.max(np.abs(sketch.eigenvalues - spectrum[:RANK]) / spectrum[:RANK])
+    assert error(found) < error(slow) / 10
+    whole = _solve(matrix, solver="lanczos", oversample=SIZE, power_steps=3)  # the Krylov space is the whole space
+    np.testing.assert_allclose(whole.eigenvalues, spectrum[:RANK], rtol=1e-12)
+
+
+@pytest.mark.parametrize("solver", sorted(sketch.SOLVERS))
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_pairs_beyond_the_matrix_rank_are_exactly_zero(x64, rank, dtype):
+def test_pairs_beyond_the_matrix_rank_are_exactly_zero(x64, rank, dtype, solver):
     spectrum = np.array([4.0, 2.0, 1.0])[:rank]
     matrix, vectors = _matrix(spectrum)
-    found = _solve(matrix.astype(dtype))
+    found = _solve(matrix.astype(dtype), solver=solver)
     assert found.eigenvalues.dtype == found.basis.dtype == found.residuals.dtype == dtype
     for field in (found.eigenvalues[rank:], found.basis[:, rank:], found.residuals[rank:]):
         np.testing.assert_array_equal(field, 0)
@@ -82,10 +97,11 @@ def test_pairs_beyond_the_matrix_rank_are_exactly_zero(x64, rank, dtype):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("where", [slice(None), (3, 7)])
-def test_a_product_that_is_not_finite_gives_a_sketch_that_is_not(value, where):
+@pytest.mark.parametrize("solver", sorted(sketch.SOLVERS))
+def test_a_product_that_is_not_finite_gives_a_sketch_that_is_not(value, where, solver):
     matrix = _matrix(GEOMETRIC)[0].astype(np.float32)
     matrix[where] = value
-    found = _solve(matrix)
+    found = _solve(matrix, solver=solver)
     assert not trees.is_finite(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], found))[0]
 
 

@@ -108,7 +108,7 @@ def test_what_the_user_sees(runs):
 
 def test_a_saved_model_goes_on_as_the_run_did(runs, tmp_path):
     """The FIPA phase from the warm-up's saved model, in a process of its own, is that of the run in one go."""
-    flags = [f"--config.init_from={runs[0] / 'warmup.msgpack'}", "--config.first_round=1"]
+    flags = [f"--config.init_from={runs[0] / 'warmup.msgpack'}", "--config.first_round=1", "--config.warmup.rounds=0"]
     result = train(*TINY, *flags, "--config.compare=('fipa',)", "--workdir=here", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     expected = [figures(row) for row in metrics.read(runs[0] / "metrics.jsonl") if row["run"] == "fipa"]

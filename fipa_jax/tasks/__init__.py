@@ -21,7 +21,7 @@ class Task(NamedTuple):
     init: Callable  # key -> params
     outputs: Callable  # (params, batch) -> (outputs [B, K], features: pytree [B, ...], () if there are none)
     loss: Callable  # (outputs, batch) -> [B], loss of each example
-    metrics: Callable  # (outputs, batch) -> {name: [B]}, figures to be averaged over examples
+    metrics: Callable  # (outputs, batch) -> {name: [B]}; averaged over examples; `accuracy` in a name: higher is better
     augment: Callable = lambda key, batch: batch  # a random view of a training batch
 
 
