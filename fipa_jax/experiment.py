@@ -54,7 +54,7 @@ def build(config: ConfigDict) -> Experiment:
       ValueError, FileNotFoundError, ImportError: naming the config field and what to change.
     """
     config_lib.validate(config)
-    if jnp.zeros([], config.precision).dtype != config.precision:
+    if jnp.asarray(np.zeros([], config.precision)).dtype != config.precision:
         raise ValueError(
             f"config.precision: {config.precision} needs `with jax.enable_x64(True):` around build; run has it"
         )

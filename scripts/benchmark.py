@@ -18,8 +18,6 @@ import time
 
 import numpy as np
 
-from fipa_jax import config
-
 LR = 0.1
 NUM_CLASSES = 10
 
@@ -58,6 +56,8 @@ def main():
 
 def use_one_core(cpu: int):
     """Pins this process and its children to a core, with one thread each; must come before jax or torch start."""
+    from fipa_jax import config  # here, as the interpreter that has PyTorch may not have this package
+
     os.sched_setaffinity(0, {cpu})
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     config.prepare_process()

@@ -160,6 +160,22 @@ def test_a_client_that_is_not_finite_is_set_aside(x64, name, value, field):
     np.testing.assert_array_equal(info["rejected"], np.arange(CLIENTS) == 2)
 
 
+def test_an_update_whose_norm_overflows_is_set_aside():
+    deltas, counts, eigenvalues, basis = _round(2)
+    deltas[2] = 1e25
+    _, info = _apply("damped", _uploads(deltas, counts, eigenvalues, basis, np.float32), np.float32)
+    np.testing.assert_array_equal(info["rejected"], np.arange(CLIENTS) == 2)
+    chex.assert_tree_all_finite(info)
+
+
+def test_an_eigenvalue_rounded_below_zero_is_zero(x64):
+    deltas, counts, eigenvalues, basis = _round(2)
+    eigenvalues[1, -1] = 0
+    expected, _ = _apply("damped", _uploads(deltas, counts, eigenvalues, basis))
+    eigenvalues[1, -1] = -1e-9
+    _close(_apply("damped", _uploads(deltas, counts, eigenvalues, basis))[0], expected)
+
+
 @each_rule
 def test_without_any_client_left_the_step_is_zero(x64, name):
     deltas, counts, eigenvalues, basis = _round(2)

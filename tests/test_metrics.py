@@ -164,5 +164,7 @@ def test_a_damaged_model_is_refused(tmp_path, damage):
 )
 def test_another_models_parameters_are_refused(tmp_path, other):
     checkpoint.save_model(tmp_path / "model.msgpack", PARAMS)
-    with pytest.raises(ValueError, match=r"config\.init_from: .* does not fit config\.model and config\.precision: .*Dense_"):
+    with pytest.raises(
+        ValueError, match=r"config\.init_from: .* does not fit config\.model and config\.precision: .*Dense_"
+    ):
         checkpoint.load_model(tmp_path / "model.msgpack", other)

@@ -56,6 +56,10 @@ def test_compared_rules_shown_in_the_readme_are_valid():
     assert set(re.findall(r"`(fedavg|fipa\w*)`", README)) - {"fipa_jax"} == set(config_lib.RULES)
 
 
+def test_no_place_is_left_to_fill_in():
+    assert not re.search(r"[A-Z]+(_[A-Z]+)+_HERE|TODO|TBD", README)
+
+
 def test_both_commands_set_everything_up():
     """One line each, from nothing: .ci/run follows the second."""
     commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)

@@ -80,6 +80,16 @@ def test_lanczos_is_far_more_exact_than_subspace_iteration_for_as_many_products(
 
 
 @pytest.mark.parametrize("solver", sorted(sketch.SOLVERS))
+@pytest.mark.parametrize("rank", [SIZE, SIZE - 1, 11])
+def test_ranks_up_to_the_whole_matrix_give_as_many_pairs(x64, solver, rank):
+    matrix, _ = _matrix(GEOMETRIC)
+    solve = sketch.SOLVERS[solver](rank)
+    found = jax.jit(lambda a: solve(jax.random.key(0), lambda v: a @ v, SIZE, a.dtype))(jnp.asarray(matrix))
+    assert found.eigenvalues.shape == (rank,) and found.basis.shape == (SIZE, rank)
+    np.testing.assert_allclose(found.eigenvalues, GEOMETRIC[:rank], atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", sorted(sketch.SOLVERS))
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_pairs_beyond_the_matrix_rank_are_exactly_zero(x64, rank, dtype, solver):
