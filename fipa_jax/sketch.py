@@ -38,20 +38,15 @@ def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Callab
     Raises:
       ValueError: rank is below 1 or above P.
     """
-    if rank < 1:
-        raise ValueError(f"sketch.rank: needs at least 1, got {rank}")
 
-    def solve(key, product, size, dtype):
-        if rank > size:
-            raise ValueError(f"sketch.rank: {rank} is above the number of trainable parameters, {size}; lower it")
+    def space(key, product, size, dtype):
         block = min(rank + oversample, size)
-        with jax.default_matmul_precision("highest"):
-            orthonormal = lambda y: jnp.linalg.qr(y)[0]
-            start = orthonormal(jax.random.normal(key, [size, block], dtype))
-            basis = jax.lax.fori_loop(0, power_steps, lambda _, q: orthonormal(product(q)), start)
-            return rayleigh_ritz(basis, product(basis), rank)
+        orthonormal = lambda y: jnp.linalg.qr(y)[0]
+        start = orthonormal(jax.random.normal(key, [size, block], dtype))
+        basis = jax.lax.fori_loop(0, power_steps, lambda _, q: orthonormal(product(q)), start)
+        return basis, product(basis)
 
-    return solve
+    return _solver(rank, space)
 
 
 def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Callable:
@@ -71,39 +66,48 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Callabl
     Raises:
       ValueError: rank is below 1 or above P.
     """
+
+    def space(key, product, size, dtype):
+        wanted = min((power_steps + 1) * rank + oversample, size)
+        # A quarter of the rank, or less where P is so small that such blocks do not fill the space.
+        block = next(b for b in range(-(-rank // 4), 0, -1) if size // b * b >= wanted)
+        depth = -(-wanted // block)
+
+        def orthonormal(new, basis):
+            return jnp.linalg.qr(new - basis @ (basis.T @ new))
+
+        def extend(j, carry):
+            basis, images, new = carry
+            scale = jnp.max(jnp.linalg.norm(new, axis=0))
+            new, triangle = orthonormal(new, basis)
+            # Where the Krylov space ends (H has a low rank) only rounding noise is left: start from fresh columns.
+            exhausted = jnp.abs(jnp.diag(triangle)) <= 100 * jnp.finfo(dtype).eps * scale
+            fresh = jax.random.normal(jax.random.fold_in(key, j), [size, block], dtype)
+            new = jnp.where(exhausted[None, :], fresh, new)
+            for _ in range(2):
+                new, _ = orthonormal(new, basis)
+            image = product(new)
+            write = lambda all_, part: jax.lax.dynamic_update_slice(all_, part, (0, j * block))
+            return write(basis, new), write(images, image), image
+
+        empty = jnp.zeros([size, depth * block], dtype)
+        start = jax.random.normal(key, [size, block], dtype)
+        basis, images, _ = jax.lax.fori_loop(0, depth, extend, (empty, empty, start))
+        return basis, images
+
+    return _solver(rank, space)
+
+
+def _solver(rank: int, space: Callable) -> Callable:
+    """The best R eigenpairs within a space built from products; space: (...) -> (basis, H basis), both [P, B]."""
     if rank < 1:
         raise ValueError(f"sketch.rank: needs at least 1, got {rank}")
 
     def solve(key, product, size, dtype):
         if rank > size:
             raise ValueError(f"sketch.rank: {rank} is above the number of trainable parameters, {size}; lower it")
-        wanted = min((power_steps + 1) * rank + oversample, size)
-        # A quarter of the rank, or less where P is so small that such blocks do not fill the space.
-        block = next(b for b in range(-(-rank // 4), 0, -1) if size // b * b >= wanted)
-        depth = -(-wanted // block)
         with jax.default_matmul_precision("highest"):
-
-            def orthonormal(new, basis):
-                return jnp.linalg.qr(new - basis @ (basis.T @ new))
-
-            def extend(j, carry):
-                basis, images, new = carry
-                scale = jnp.max(jnp.linalg.norm(new, axis=0))
-                new, triangle = orthonormal(new, basis)
-                # Where the Krylov space ends (H has a low rank) only rounding noise is left: start from fresh columns.
-                exhausted = jnp.abs(jnp.diag(triangle)) <= 100 * jnp.finfo(dtype).eps * scale
-                fresh = jax.random.normal(jax.random.fold_in(key, j), [size, block], dtype)
-                new = jnp.where(exhausted[None, :], fresh, new)
-                for _ in range(2):
-                    new, _ = orthonormal(new, basis)
-                image = product(new)
-                write = lambda all_, part: jax.lax.dynamic_update_slice(all_, part, (0, j * block))
-                return write(basis, new), write(images, image), image
-
-            empty = jnp.zeros([size, depth * block], dtype)
-            start = jax.random.normal(key, [size, block], dtype)
-            basis, images, _ = jax.lax.fori_loop(0, depth, extend, (empty, empty, start))
-            return rayleigh_ritz(basis, images, rank)
+            return rayleigh_ritz(*space(key, product, size, dtype), rank)
 
     return solve
 
