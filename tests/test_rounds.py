@@ -165,7 +165,7 @@ def test_controls_of_clients_without_work_or_sense_are_kept(x64):
     chex.assert_trees_all_close(
         state.shared, jax.tree.map(lambda m: m.mean(axis=0), state.memory), rtol=1e-10, atol=1e-13
     )
-    without, _ = _run(plan, 2, problem=(data, clients._replace(count=clients.num_examples.at[3].set(0))), step=step)
+    without, _ = _run(plan, 2, problem=(data, clients._replace(num_examples=clients.num_examples.at[3].set(0))), step=step)
     chex.assert_trees_all_close(state, without, rtol=1e-10, atol=1e-13)
 
 
@@ -248,10 +248,10 @@ def test_a_sketch_of_some_examples_is_of_its_own_examples():
     client = Client(jnp.arange(10, 18), jnp.array(5))
     draws = [rounds.subsample(jax.random.key(seed), client, 3) for seed in range(8)]
     for drawn in draws:
-        assert drawn.indices.shape == (3,) and int(drawn.count) == 3
+        assert drawn.indices.shape == (3,) and int(drawn.num_examples) == 3
         assert len(set(np.asarray(drawn.indices).tolist())) == 3 and np.all(drawn.indices < 15)
     assert len({tuple(np.asarray(drawn.indices)) for drawn in draws}) > 1
-    small = rounds.subsample(jax.random.key(0), client._replace(count=jnp.array(2)), 3)
+    small = rounds.subsample(jax.random.key(0), client._replace(num_examples=jnp.array(2)), 3)
     assert int(small.count) == 2 and set(np.asarray(small.indices[:2]).tolist()) == {10, 11}
     for examples in (0, 8, 9):
         chex.assert_trees_all_equal(rounds.subsample(jax.random.key(0), client, examples), client)
