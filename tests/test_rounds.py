@@ -252,6 +252,6 @@ def test_a_sketch_of_some_examples_is_of_its_own_examples():
         assert len(set(np.asarray(drawn.indices).tolist())) == 3 and np.all(drawn.indices < 15)
     assert len({tuple(np.asarray(drawn.indices)) for drawn in draws}) > 1
     small = rounds.subsample(jax.random.key(0), client._replace(num_examples=jnp.array(2)), 3)
-    assert int(small.count) == 2 and set(np.asarray(small.indices[:2]).tolist()) == {10, 11}
+    assert int(small.num_examples) == 2 and set(np.asarray(small.indices[:2]).tolist()) == {10, 11}
     for examples in (0, 8, 9):
         chex.assert_trees_all_equal(rounds.subsample(jax.random.key(0), client, examples), client)
