@@ -36,6 +36,8 @@ def load_model(path: Path, like):
         raise FileNotFoundError(f"config.init_from: no model file at {path}")
     try:
         found = serialization.msgpack_restore(path.read_bytes())
+        if not all(isinstance(leaf, np.ndarray) for leaf in found.values()):
+            raise TypeError("its values are not arrays")
     except Exception as error:
         raise ValueError(f"config.init_from: {path} is not a model file, or is damaged ({error})") from error
     describe = lambda leaves: {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}

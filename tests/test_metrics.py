@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 
 from fipa_jax import checkpoint, metrics, plots, tasks
 from fipa_jax.simulate import Client
@@ -143,7 +144,10 @@ def test_a_missing_model_is_named(tmp_path):
         checkpoint.load_model(tmp_path, PARAMS)
 
 
-@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:-9], lambda whole: b"not a model"])
+OTHER_FILES = [b"", b"not a model", b"\x05", serialization.msgpack_serialize({"a": {"b": np.ones(2)}})]
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-9], *(lambda _, other=other: other for other in OTHER_FILES)])
 def test_a_damaged_model_is_refused(tmp_path, damage):
     path = tmp_path / "model.msgpack"
     checkpoint.save_model(path, PARAMS)

@@ -165,7 +165,9 @@ def test_controls_of_clients_without_work_or_sense_are_kept(x64):
     chex.assert_trees_all_close(
         state.shared, jax.tree.map(lambda m: m.mean(axis=0), state.memory), rtol=1e-10, atol=1e-13
     )
-    without, _ = _run(plan, 2, problem=(data, clients._replace(num_examples=clients.num_examples.at[3].set(0))), step=step)
+    without, _ = _run(
+        plan, 2, problem=(data, clients._replace(num_examples=clients.num_examples.at[3].set(0))), step=step
+    )
     chex.assert_trees_all_close(state, without, rtol=1e-10, atol=1e-13)
 
 
