@@ -24,13 +24,16 @@ def parse(argv):
     if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv):
         argv = [argv[0], f"--config={DEFAULT}", *argv[1:]]  # as the flag's own default, it would be read before parsing
     try:
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
         _ = CONFIG.value.seed  # a config file that could not be read shows itself only here
-    except AttributeError as error:  # ml_collections wraps a KeyError, whose text names the nearest field
-        cause = error.args[0] if error.args else None
+    except (AttributeError, KeyError) as error:
+        # ml_collections raises a KeyError, whose text names the nearest field, or wraps one.
+        cause = error if isinstance(error, KeyError) else (error.args or (None,))[0]
         if not isinstance(cause, KeyError):
             raise
         sys.exit(f"error: there is no such config field: {' '.join(cause.args[0].split())}")
+    except flags.Error as error:  # its last line says what is wrong, those before it how the config file got there
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     if flags.FLAGS["verbosity"].using_default_value:

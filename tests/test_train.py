@@ -120,11 +120,14 @@ def test_a_saved_model_goes_on_as_the_run_did(runs, tmp_path):
     [
         (["--config.model.name=nonesuch"], ["config.model.name", "'nonesuch'", "known: cnn_200k", "mlp"]),
         (["--config.fipa.rouns=3"], ["no such config field", "'rouns'", '"rounds"']),
+        (["--config.fipa.loca.lr=3"], ["no such config field", "'loca'", '"local"']),
+        ([f"--config={ROOT}/configs/sine.py:newton"], ["configs/sine.py", "'newton'", "known: gauss_newton, sgd"]),
+        (["--workdri=here"], ["'workdri'", "workdir"]),
         ([f"--config={ROOT}/configs/nonesuch.py"], ["configs/nonesuch.py", "No such file"]),
         ([f"--config={ROOT}/configs/cifar10.py", "--config.data.dir=nowhere"],
          ["'cifar10' is not prepared", "config.data.dir", "nowhere/cifar10", "tfds build cifar10"]),
     ],
-    ids=["unknown name", "misspelt field", "no config file", "no data"],
+    ids=["unknown name", "misspelt field", "misspelt group", "unknown variant", "misspelt flag", "no file", "no data"],
 )  # fmt: skip
 def test_a_mistake_is_one_line_that_says_what_to_do(flags, said, tmp_path):
     result = train(*flags, folder=tmp_path)
