@@ -4,7 +4,7 @@ Reproduces: the two-phase recipe of arXiv 2601.13608 (5 local epochs of SGD, 0.1
 gradients clipped at norm 10), with the step sizes of FIPA and of the FedAvg beside it tuned on a held-out tenth of the
 training data. FIPA takes the form and the step of the authors' code, gamma = beta = 0.5, at a thirtieth of the
 published learning rate and with rank 50.
-Hardware: two CPU cores, about 25 minutes. Expected: see README, Results.
+Hardware: two CPU cores, about 20 minutes. Expected: see README, Results.
 Needs CIFAR-10 as prepared by TFDS.
 Command: python scripts/train.py --config=configs/cifar10.py --config.data.dir=DIR
 """
@@ -34,7 +34,7 @@ def get_config():
     config.fipa.sketch.solver = "lanczos"
     config.fipa.sketch.rank = 50
     config.fipa.sketch.jacobian = "rows"
-    config.fipa.sketch.micro_batch = 25
+    config.fipa.sketch.micro_batch = 10
     config.fipa.sketch.examples = 250
     config.fipa.aggregator.form = "tikhonov"
     config.fipa.aggregator.relative = False

@@ -92,7 +92,7 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "rank": 20,
                 "oversample": 10,
                 "power_steps": 2,
-                "micro_batch": 0,  # examples at a time; 0 for all
+                "micro_batch": 0,  # examples at a time, about 10 for rows on a CPU; 0 for all
                 "jacobian": "matrix_free",  # or "rows": explicit, faster for convolutions with few classes
                 "examples": 0,  # of a client that enter its sketch; 0 for all
             },

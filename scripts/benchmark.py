@@ -152,7 +152,7 @@ def measure_sketch(args):
     settings = [("subspace", "rows", rank, steps) for rank in (5, 20) for steps in (2, 5)]
     settings += [("lanczos", "rows", rank, 2) for rank in (5, 20)] + [("subspace", "matrix_free", 5, 2)]
     for solver, jacobian_name, rank, steps in settings:
-        options = {"rank": rank, "power_steps": steps, "micro_batch": 50, "jacobian": jacobian_name}
+        options = {"rank": rank, "power_steps": steps, "micro_batch": 10, "jacobian": jacobian_name}
         run = jax.jit(sketch.make_sketch(outputs, task.loss, solver=solver, **options))
         found = run(jax.random.key(3), params, train)
         error = np.max(np.abs(np.asarray(found.eigenvalues) - values[:rank]) / values[:rank])
