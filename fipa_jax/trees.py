@@ -22,7 +22,8 @@ def ravel_stacked(stacked) -> jax.Array:
 
 def weighted_sum(weights: jax.Array, stacked):
     """sum_m weights[m] tree_m, for weights [C] and a stacked tree."""
-    return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, axes=1), stacked)
+    dot = lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, axes=1, precision="highest")
+    return jax.tree.map(dot, stacked)
 
 
 def is_finite(stacked) -> jax.Array:
