@@ -207,7 +207,9 @@ def _validate_phase(name, settings, least_rounds):
 def _set(config, path, value, spec):
     *parents, last = path.split(".")
     for parent in parents:
-        config = config[parent] if isinstance(config.get(parent), ConfigDict) else _unknown(config, parent, spec)
+        if parent not in config or not isinstance(config[parent], ConfigDict):
+            _unknown(config, parent, spec)
+        config = config[parent]
     if last not in config or isinstance(config[last], ConfigDict):
         _unknown(config, last, spec)
     kind = type(config[last])
