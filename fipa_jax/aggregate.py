@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from fipa_jax import merge as merging
 from fipa_jax import trees
-from fipa_jax.sketch import Sketch
+from fipa_jax.sketch import Diagonal, Sketch
 
 WEIGHTINGS = ("examples", "uniform")
 
@@ -23,7 +24,8 @@ class Uploads(NamedTuple):
 
     delta: Any  # parameter pytree [C, ...]: the client's new minus the broadcast parameters
     num_examples: jax.Array  # [C]; a client with 0 takes no part
-    sketch: Sketch | None = None  # eigenvalues [C, R], basis [C, P, R] in the order of jax.tree.leaves; None for `mean`
+    # Stacked, P in the order of jax.tree.leaves: eigenvalues [C, R] and basis [C, P, R], or values [C, P].
+    sketch: Sketch | Diagonal | None = None
 
 
 class Aggregator(NamedTuple):
@@ -31,7 +33,8 @@ class Aggregator(NamedTuple):
 
     init: Callable  # params -> state
     apply: Callable  # (uploads, state, params) -> (step, state, info: {name: array}, with `rejected` [C] bool)
-    needs_sketch: bool = False  # whether the clients have to send their sketches
+    curvature: str = "none"  # what the clients have to send of it: none, sketch or diagonal
+    at: str = "broadcast"  # the parameters at which they see it: broadcast, or local, those after their training
 
 
 class FipaState(NamedTuple):
@@ -62,6 +65,7 @@ def fipa(
     rcond: float = 1e-5,
     max_step: float = 5.0,
     weighting: str = "examples",
+    merge: str = "auto",
 ) -> Aggregator:
     """Fisher-informed parameterwise aggregation (arXiv 2601.13608, eq. 6): B_m = w_m H^+ H_m, H = sum_m w_m H_m.
 
@@ -76,8 +80,8 @@ def fipa(
                                                             so sum_m B_m = I: beta -> inf is FedAvg, beta -> 0 is pinv
                                                             inside span(F), and outside it FedAvg
 
-    All three are one filter on the singular values of F, which come from a QR merge F = Q R and an SVD of R [D, D]
-    (never from F^T F, which would halve the digits); nothing of size [P, P] exists.
+    All three are one filter on the singular values of F, see `merge`; nothing of size [P, P] or [P, D] exists. With a
+    client's Gauss-Newton steps as local training (`client.gauss_newton`) it is the mixing of FedPM (arXiv 2511.09100).
 
     Args:
       form: `damped`, `tikhonov` or `pinv`.
@@ -87,9 +91,10 @@ def fipa(
       max_step: the step is shortened to at most this many times the longest client update: nearly collinear clients
         can otherwise amplify noise. 0 for no bound.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
+      merge: how the clients' sketches are merged, see `merge.merge`.
 
     Raises:
-      ValueError: an unknown form or weighting; in `apply`, shapes that do not fit.
+      ValueError: an unknown form, weighting or merge; in `apply`, shapes that do not fit.
     """
     if form not in FORMS:
         raise ValueError(f"aggregator.form: unknown form {form!r}; known: {', '.join(sorted(FORMS))}")
@@ -100,74 +105,103 @@ def fipa(
         return FipaState(*(jnp.asarray(x, dtype) for x in (damping, rcond, max_step)))
 
     def apply(uploads, state, params):
-        if uploads.sketch is None:
-            raise ValueError("fipa needs uploads.sketch (eigenvalues [C, R], basis [C, P, R]); it is None")
+        if not isinstance(uploads.sketch, Sketch):
+            raise ValueError("fipa needs uploads.sketch, a Sketch of eigenvalues [C, R] and basis [C, P, R]")
         weights, uploads, info = _screen(uploads, params, weighting)
         _, unravel = ravel_pytree(params)
+        deltas = trees.ravel_stacked(uploads.delta)  # [C, P]
+        dbar = jnp.matmul(weights, deltas, precision="highest")
+        base = dbar if form == "damped" else jnp.zeros_like(dbar)
+
+        def targets(start, rows):  # [C, b]
+            part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows, axis=-1)
+            return part(deltas) - part(base)[None]
+
+        merged = merging.merge(weights, uploads.sketch, targets, merge)
+        spectrum = merged.singular_values**2
+        beta = state.damping * spectrum[0] if relative else state.damping
+        beta = jnp.zeros_like(beta) if form == "pinv" else beta
+        inverse = FORMS[form](spectrum, beta, state.rcond)
         with jax.default_matmul_precision("highest"):
-            deltas = trees.ravel_stacked(uploads.delta)  # [C, P]
-            dbar = weights @ deltas
-            merged = merge(weights, uploads.sketch)
-            base, targets = (dbar, deltas - dbar[None, :]) if form == "damped" else (jnp.zeros_like(dbar), deltas)
-            spectrum = merged.singular_values**2
-            beta = state.damping * spectrum[0] if relative else state.damping
-            beta = jnp.zeros_like(beta) if form == "pinv" else beta
-            gain = FORMS[form](merged.singular_values, beta, state.rcond)
-            step = base + merged.left @ (merged.rotation @ (gain * (merged.right @ merged.project(targets))))
+            step = base + merged.combine(merged.right.T @ (inverse * (merged.right @ merged.projected)))
         bound = jnp.where(state.max_step > 0, state.max_step * _longest(deltas), jnp.inf)
         step = _bound(step, bound)
-        kept = jnp.sum(gain * merged.singular_values)
-        condition = _ratio(spectrum[0] + beta, jnp.min(jnp.where(gain > 0, spectrum, spectrum[0])) + beta)
-        pairs = jnp.sum(uploads.sketch.eigenvalues > 0)  # fewer than C R where a client's own rank is below R
-        info |= {"effective_rank": kept, "merged_pairs": pairs, "condition": condition, "spectrum": spectrum}
+        info |= {
+            "effective_rank": jnp.sum(inverse * spectrum),
+            "merged_pairs": jnp.sum((uploads.sketch.eigenvalues > 0) & (weights > 0)[:, None]),
+            "condition": _ratio(spectrum[0] + beta, jnp.min(jnp.where(inverse > 0, spectrum, spectrum[0])) + beta),
+            "spectrum": spectrum,
+        }
+        info |= _describe(uploads.sketch, weights)
         step, dbar = unravel(step), unravel(dbar)
         return step, state, info | _compare(step, dbar, uploads.delta)
 
-    return Aggregator(init, apply, needs_sketch=True)
+    return Aggregator(init, apply, curvature="sketch")
 
 
-def _damped_gain(singular_values, beta, rcond):
-    """s / (s^2 + beta): from z to the step, along each singular direction of F."""
+def _damped_inverse(spectrum, beta, rcond):
+    """1 / (lam + beta), for H's eigenvalues lam."""
     # A direction at rounding level carries no information; with beta = 0 it must not be divided by.
-    floor = jnp.finfo(singular_values.dtype).eps * singular_values.shape[0] * singular_values[0]
-    keep = singular_values > floor
-    return jnp.where(keep, singular_values / jnp.where(keep, singular_values**2 + beta, 1), 0)
+    keep = spectrum > (jnp.finfo(spectrum.dtype).eps * spectrum.shape[0]) ** 2 * spectrum[0]
+    return jnp.where(keep, 1 / jnp.where(keep, spectrum + beta, 1), 0)
 
 
-def _pinv_gain(singular_values, beta, rcond):
-    """1 / s where s^2 > rcond s_max^2, else 0."""
-    keep = singular_values**2 > rcond * singular_values[0] ** 2
-    return jnp.where(keep, _damped_gain(singular_values, 0.0, rcond), 0)
+def _pinv_inverse(spectrum, beta, rcond):
+    """1 / lam where lam > rcond lam_max, else 0."""
+    return jnp.where(spectrum > rcond * spectrum[0], _damped_inverse(spectrum, 0.0, rcond), 0)
 
 
-FORMS = {"pinv": _pinv_gain, "tikhonov": _damped_gain, "damped": _damped_gain}
+FORMS = {"pinv": _pinv_inverse, "tikhonov": _damped_inverse, "damped": _damped_inverse}
 
 
-class Merged(NamedTuple):
-    """The singular value decomposition of the merged factor, F = (left rotation) diag(singular_values) right."""
+class DiagonalState(NamedTuple):
+    """The diagonal rule's hyper-parameter, as an array."""
 
-    left: jax.Array  # [P, D], orthonormal columns
-    rotation: jax.Array  # [D, D]
-    singular_values: jax.Array  # [D], descending; their squares are the non-zero eigenvalues of H
-    right: jax.Array  # [D, D]
-    project: Callable  # updates [C, P] -> z [D]
+    damping: jax.Array  # [], beta, absolute or relative to the largest diagonal entry of H
 
 
-def merge(weights: jax.Array, sketch: Sketch) -> Merged:
-    """QR merge of the clients' sketches, H = sum_m w_m U_m diag(lam_m) U_m^T = F F^T.
+def diagonal(
+    *, damping: float = 1e-3, relative: bool = True, at: str = "local", weighting: str = "examples"
+) -> Aggregator:
+    """FIPA with the curvatures' diagonals alone, entry by entry: f_m = diag H_m [P], beta as in the damped form.
+
+        step = (sum_m w_m f_m delta_m + beta dbar) / (sum_m w_m f_m + beta)
+
+    Seen at the clients' own trained parameters this is Fisher merging (Matena & Raffel 2022, arXiv 2111.09832, eq. 4)
+    and the minimum of FedFisher's diagonal form (Jhunjhunwala et al. 2024), with the mean where no client has any
+    curvature: beta -> 0 is theirs, beta -> inf is FedAvg.
 
     Args:
-      weights: [C], summing to one.
-      sketch: eigenvalues [C, R], basis [C, P, R].
+      damping: beta.
+      relative: whether beta counts in units of the largest entry of sum_m w_m f_m.
+      at: `local`, or `broadcast` as FIPA's own sketches.
+      weighting: see `fipa`.
+
+    Raises:
+      ValueError: an unknown weighting or `at`; in `apply`, shapes that do not fit.
     """
-    clients, size, rank = sketch.basis.shape
-    # A zero eigenvalue may come out of a solver as a slightly negative one.
-    scale = jnp.sqrt(weights[:, None] * jnp.maximum(sketch.eigenvalues, 0))  # [C, R]
-    factor = jnp.transpose(sketch.basis * scale[:, None, :], (1, 0, 2)).reshape(size, clients * rank)
-    left, triangle = jnp.linalg.qr(factor)
-    rotation, singular_values, right = jnp.linalg.svd(triangle, full_matrices=False)
-    project = lambda updates: (scale * jnp.einsum("cpr,cp->cr", sketch.basis, updates)).reshape(-1)
-    return Merged(left, rotation, singular_values, right, project)
+    _check_weighting(weighting)
+    if at not in PLACES:
+        raise ValueError(f"aggregator.at: unknown {at!r}; known: {', '.join(PLACES)}")
+
+    def init(params):
+        return DiagonalState(jnp.asarray(damping, ravel_pytree(params)[0].dtype))
+
+    def apply(uploads, state, params):
+        if not isinstance(uploads.sketch, Diagonal):
+            raise ValueError("diagonal needs uploads.sketch, a Diagonal of values [C, P]")
+        weights, uploads, info = _screen(uploads, params, weighting)
+        deltas = trees.ravel_stacked(uploads.delta)
+        dbar = jnp.matmul(weights, deltas, precision="highest")
+        values = jnp.where((weights > 0)[:, None], jnp.maximum(uploads.sketch.values, 0), 0).astype(dbar.dtype)
+        total = jnp.matmul(weights, values, precision="highest")
+        beta = state.damping * jnp.max(total) if relative else state.damping
+        # In the form dbar + ..., which passes identical updates through unchanged.
+        pull = jnp.einsum("c,cp,cp->p", weights, values, deltas - dbar[None], precision="highest")
+        step, dbar = (ravel_pytree(params)[1](x) for x in (dbar + _ratio(pull, total + beta), dbar))
+        return step, state, info | _compare(step, dbar, uploads.delta)
+
+    return Aggregator(init, apply, curvature="diagonal", at=at)
 
 
 def fipa_step(delta, sketch: Sketch, num_examples: jax.Array, **options):
@@ -188,7 +222,8 @@ def fipa_step(delta, sketch: Sketch, num_examples: jax.Array, **options):
     return step, info
 
 
-AGGREGATORS = {"mean": mean, "fipa": fipa}
+AGGREGATORS = {"diagonal": diagonal, "fipa": fipa, "mean": mean}
+PLACES = ("broadcast", "local")
 
 
 def _check_weighting(weighting):
@@ -200,21 +235,24 @@ def _screen(uploads: Uploads, params, weighting: str):
     """Checks shapes, and sets aside the clients that must not take part: no examples, or anything not finite.
 
     Returns:
-      (weights [C], uploads with those clients zeroed, info with `rejected` [C] bool). If no client is left all weights
-      are 0, and so is the step.
+      (weights [C], uploads with those clients' updates zeroed, info with `rejected` [C] bool). If no client is left
+      all weights are 0, and so is the step.
     """
     _check_shapes(uploads, params)
     num_examples, dtype = jnp.asarray(uploads.num_examples), ravel_pytree(params)[0].dtype
-    as_params = lambda leaf: jnp.asarray(leaf, dtype)  # a sketch in float64 must not turn a float32 model into one
-    uploads = Uploads(uploads.delta, num_examples, jax.tree.map(as_params, uploads.sketch))
-    present = uploads.num_examples > 0
+    sketch = uploads.sketch
+    present = num_examples > 0
     # The norm as well: it can overflow where no entry does, and the step would.
     lengths = jax.vmap(optax.tree.norm)(uploads.delta)
-    accepted = present & jnp.isfinite(lengths) & trees.is_finite((uploads.delta, uploads.sketch))
-    counts = uploads.num_examples if weighting == "examples" else present
+    sent = sketch._replace(report=None) if isinstance(sketch, Sketch) else sketch
+    accepted = present & jnp.isfinite(lengths) & trees.is_finite((uploads.delta, sent))
+    if isinstance(sketch, Sketch) and sketch.report is not None:
+        accepted &= ~sketch.report.flags["not_finite"]
+    counts = num_examples if weighting == "examples" else present
     counts = jnp.where(accepted, counts, 0).astype(dtype)
     weights = _ratio(counts, jnp.sum(counts))
-    delta, sketch = trees.zero_unless(accepted, (uploads.delta, uploads.sketch))
+    delta = trees.zero_unless(accepted, uploads.delta)
+    # The sketches are not zeroed, which would copy all of them: whoever reads them skips those of weight 0.
     return weights, Uploads(delta, num_examples, sketch), {"rejected": present & ~accepted}
 
 
@@ -226,14 +264,31 @@ def _check_shapes(uploads: Uploads, params):
     got = jax.tree.map(jnp.shape, uploads.delta)
     if want != got:
         raise ValueError(f"uploads.delta: needed the parameters' tree with a leading clients axis, {want}, got {got}")
-    if uploads.sketch is not None:
-        size = ravel_pytree(params)[0].size
+    size = ravel_pytree(params)[0].size
+    if isinstance(uploads.sketch, Diagonal) and uploads.sketch.values.shape != (*clients, size):
+        raise ValueError(f"uploads.sketch: needed values {(*clients, size)}, got {uploads.sketch.values.shape}")
+    if isinstance(uploads.sketch, Sketch):
         eigenvalues, basis = uploads.sketch.eigenvalues.shape, uploads.sketch.basis.shape
         if eigenvalues[:1] != clients or len(eigenvalues) != 2 or basis != (*clients, size, *eigenvalues[1:]):
             raise ValueError(
                 f"uploads.sketch: needed eigenvalues [C, R] and basis [C, P, R] with C = {clients[0]}, P = {size}, "
                 f"got {eigenvalues} and {basis}"
             )
+
+
+def _describe(sketch: Sketch, weights) -> dict:
+    """What the clients' reports say of their sketches, over the clients that take part."""
+    if sketch.report is None:
+        return {}
+    report, there = sketch.report, weights > 0
+    share = _ratio(jnp.sum(sketch.eigenvalues, axis=1), report.trace)
+    return {
+        "captured": jnp.dot(weights, jnp.where(there, share, 0)),  # of the trace of the clients' curvature
+        "sketch_residual": jnp.max(jnp.where(there[:, None], report.residuals, 0)),
+        "sketch_products": jnp.sum(report.products),
+        "sketches_unconverged": jnp.sum(there & ~report.converged),
+        "flags": report.flags,
+    }
 
 
 def _longest(deltas):

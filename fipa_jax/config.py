@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 RULES = {
     "fipa": {},
     "fedavg": {"aggregator.name": "mean"},
+    "fisher_diagonal": {"aggregator.name": "diagonal"},
     "fipa_pinv": {"aggregator.form": "pinv"},
     "fipa_tikhonov": {"aggregator.form": "tikhonov"},
     "fipa_damped": {"aggregator.form": "damped"},
@@ -88,12 +89,19 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
             },
             "term": {"name": "none", "mu": 0.01},  # none, prox (mu is its weight), scaffold
             "sketch": {
-                "solver": "subspace",  # or "lanczos": more exact for the same products
+                "solver": "subspace",  # auto, subspace (the paper's), lanczos, rows (exact), head (the last layer)
                 "rank": 20,
                 "oversample": 10,
                 "power_steps": 2,
-                "micro_batch": 0,  # examples at a time, about 10 for rows on a CPU; 0 for all
+                "tolerance": 1e-3,  # of the residuals |H u - lam u| / lam_max, at which lanczos stops
+                "micro_batch": 0,  # examples at a time, about 5 for rows on a CPU; 0 for all
                 "jacobian": "matrix_free",  # or "rows": explicit, faster for convolutions with few classes
+                "loss_rank": 0,  # eigendirections of each example's loss Hessian that rows take; 0 for all
+                "probes": 4,  # for the estimate of the curvature that the rank misses
+                "energy": 0.0,  # keep only the pairs that reach this share of the trace; 0 for all
+                "gradient_scale": 0.0,  # c of the published rank rule, by the gradients' norms; 0 for none
+                "store": "",  # dtype of the basis as it is sent: bfloat16 halves it; "" for the parameters' own
+                "memory": 2.0,  # GiB that explicit rows may take, for auto
                 "examples": 0,  # of a client that enter its sketch; 0 for all
             },
             "aggregator": {
@@ -104,6 +112,8 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "relative": True,  # damping in units of the largest eigenvalue of H
                 "rcond": 1e-5,  # pinv's cut-off
                 "max_step": 5.0,  # bound on |step| / max |delta|; 0 for none
+                "merge": "auto",  # of the sketches: auto, qr, tsqr, gram
+                "at": "local",  # where the diagonal rule sees the curvature: local or broadcast parameters
             },
             "server": {"optimizer": "sgd", "momentum": 0.9, "lr": 1.0},
         }
@@ -197,8 +207,12 @@ def _validate_phase(name, settings, least_rounds):
         _at_least(f"{name}.local.epochs", settings.local.epochs, 1)
     _at_least(f"{name}.term.mu", settings.term.mu, 0)
     _at_least(f"{name}.sketch.rank", settings.sketch.rank, 1)
-    for field in ("oversample", "power_steps", "micro_batch", "examples"):
+    for field in ("oversample", "power_steps", "tolerance", "micro_batch", "loss_rank", "probes", "gradient_scale"):
         _at_least(f"{name}.sketch.{field}", settings.sketch[field], 0)
+    for field in ("memory", "examples"):
+        _at_least(f"{name}.sketch.{field}", settings.sketch[field], 0)
+    if not 0 <= settings.sketch.energy <= 1:
+        raise ValueError(f"config.{name}.sketch.energy: needs a share in [0, 1], got {settings.sketch.energy}")
     for field in ("damping", "rcond", "max_step"):
         _at_least(f"{name}.aggregator.{field}", settings.aggregator[field], 0)
     _at_least(f"{name}.server.lr", settings.server.lr, 0)

@@ -9,51 +9,76 @@ generalised Gauss-Newton matrix (GGN) and the Fisher matrix (arXiv 2601.13608, s
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
-JACOBIANS = ("matrix_free", "rows")
+JACOBIANS = ("head", "matrix_free", "rows")
 
 
-def make_ggn(outputs: Callable, loss: Callable, *, micro_batch: int = 0, jacobian: str = "matrix_free") -> Callable:
-    """Builds `ggn(params, batch, mask) -> product`, with product: V [P, R] -> H V [P, R].
+class Curvature(NamedTuple):
+    """A client's H [P, P], seen without being formed; it lives inside one traced function."""
+
+    product: Callable  # V [P, B] -> H V [P, B]
+    size: int  # P
+    dtype: Any
+    rows: jax.Array | None = None  # A [M, P] with H = A^T A, where it is held
+    trace: jax.Array | None = None  # [], tr H, where it comes for free
+    indefinite: jax.Array | bool = False  # [] bool: some L_n has a negative eigenvalue, which `rows` sets to zero
+
+
+def make_ggn(
+    outputs: Callable,
+    loss: Callable,
+    *,
+    micro_batch: int = 0,
+    jacobian: str = "matrix_free",
+    features: Callable | None = None,
+    loss_rank: int = 0,
+) -> Callable:
+    """Builds `ggn(params, batch, mask=None) -> Curvature` of the mask's examples (all of the batch without one).
 
     Args:
       outputs: (params, batch) -> pytree [B, ...], each example's outputs depending on that example alone.
       loss: (outputs, batch) -> [B], loss of each example.
       micro_batch: examples whose activations (or Jacobian rows) are computed at a time; 0 takes all at once.
       jacobian: `matrix_free` linearises the network anew in each product: memory of one micro-batch. `rows` computes
-        the rows of all J_n once, [N, K, P] in memory, and each product is two large matrix products: for networks
-        whose weights are used many times per example (convolutions) and few outputs this is much the faster.
+        the scaled rows A = [L_n^{1/2} J_n / sqrt(N)] once, [N K, P] in memory, and each product is two large matrix
+        products: for networks whose weights are used many times per example (convolutions) and few outputs this is
+        much the faster. `head`, where the parameters are those of the last dense layer: the closed form
+        1/N sum_n (phi_n phi_n^T) kron L_n over cached features phi_n, no network in the loop.
+      features: (params, batch) -> [B, F], the inputs phi of the last layer; for `head`.
+      loss_rank: for `rows`, how many eigendirections of each L_n are pulled back, the largest first: the work and the
+        memory are proportional to it, and what is left out is positive semi-definite. 0 takes all K.
 
     Raises:
-      ValueError: the name of `jacobian` is not known.
+      ValueError: the name of `jacobian` is not known; `head` without features, or with other parameters than a last
+        layer's.
     """
     if jacobian not in JACOBIANS:
         raise ValueError(f"sketch.jacobian: unknown {jacobian!r}; known: {', '.join(JACOBIANS)}")
+    if jacobian == "head" and features is None:
+        raise ValueError("sketch.jacobian: head needs the model's features, the inputs of its last layer")
 
-    def ggn(params, batch, mask=None):
-        num_examples = jax.tree.leaves(batch)[0].shape[0]
-        if mask is None:
-            mask = jnp.ones([num_examples], bool)
-        dtype = ravel_pytree(params)[0].dtype
-        # 1/N over the examples that are there; an empty client has H = 0.
-        weight = mask.astype(dtype) / jnp.maximum(jnp.sum(mask), 1).astype(dtype)
-        size = micro_batch or num_examples
-        # Padding repeats the last example (never an input the network has not seen) and weighs nothing.
-        micro = _split(batch, size, mode="edge"), _split(weight, size, mode="constant")
-        return (_matrix_free if jacobian == "matrix_free" else _rows)(outputs, loss, params, micro)
+    def ggn(params, batch, mask=None) -> Curvature:
+        micro = _micro_batches(params, batch, mask, micro_batch)
+        if jacobian == "head":
+            return _head(outputs, loss, features, params, micro)
+        if jacobian == "rows":
+            return _rows(outputs, loss, params, micro, loss_rank)
+        return _matrix_free(outputs, loss, params, micro)
 
     return ggn
 
 
 def _matrix_free(outputs, loss, params, micro):
     """H V by one linearisation per micro-batch: J by jvp, J^T by its transpose, columns by vmap."""
-    _, unravel = ravel_pytree(params)
+    flat, unravel = ravel_pytree(params)
 
-    def product(vectors):  # [P, R] -> [P, R]
+    def product(vectors):  # [P, B] -> [P, B]
         def add(total, micro_batch):
             batch, weight = micro_batch
             out, push = jax.linearize(lambda p: outputs(p, batch), params)
@@ -64,42 +89,141 @@ def _matrix_free(outputs, loss, params, micro):
 
         return jax.lax.scan(add, jnp.zeros_like(vectors), micro)[0]
 
-    return product
+    return Curvature(product, flat.size, flat.dtype)
 
 
-def _rows(outputs, loss, params, micro):
-    """H V by explicit rows J [N, K, P], computed once, micro-batch by micro-batch."""
-    evaluate = lambda batch: (outputs(params, batch), jacobian_rows(outputs, params, batch))
-    out, jacobian = _merge(jax.lax.map(evaluate, micro[0]))  # [N, ...], [N, K, P]
-    hessian = loss_derivatives(loss, out, *_merge(micro))[1]
-    _, unravel_example = ravel_pytree(jax.tree.map(lambda x: x[0], out))
-    ravel_examples = jax.vmap(lambda tree: ravel_pytree(tree)[0])
-    curve = lambda tangent: ravel_examples(hessian(jax.vmap(unravel_example)(tangent)))  # [N, K] -> [N, K]
-    # Two axes only: with three, XLA's matrix product on CPU is four times slower.
-    num_examples, num_outputs, size = jacobian.shape
-    jacobian = jacobian.reshape(-1, size)
+def _rows(outputs, loss, params, micro, loss_rank):
+    """H = A^T A by explicit scaled rows A, computed once, micro-batch by micro-batch."""
+    rows, negative = jax.lax.map(lambda m: scaled_rows(outputs, loss, params, *m, loss_rank), micro)
+    rows = rows.reshape(-1, rows.shape[-1])
 
-    def product(vectors):  # [P, R] -> [P, R]
-        pushed = (jacobian @ vectors).reshape(num_examples, num_outputs, -1)
-        curved = jax.vmap(curve, in_axes=2, out_axes=2)(pushed)
-        return jacobian.T @ curved.reshape(num_examples * num_outputs, -1)
+    def product(vectors):  # [P, B] -> [P, B]
+        # A^T (A V) as ((A V)^T A)^T: left to itself XLA transposes within the products, at half the speed on CPU.
+        apart = jax.lax.optimization_barrier
+        return apart(apart(rows @ vectors).T @ rows).T
 
-    return product
+    return Curvature(product, rows.shape[1], rows.dtype, rows, jnp.vdot(rows, rows), jnp.any(negative))
+
+
+def scaled_rows(outputs, loss, params, batch, weight, loss_rank: int = 0):
+    """The rows A with sum_n weight_n J_n^T L_n J_n = A^T A: for each example n, sqrt(weight_n) L_n^{1/2} J_n.
+
+    Returns:
+      (A [B K', P], whether an L_n has a negative eigenvalue), K' = loss_rank or K.
+    """
+    out, pull_back = _linearise_each(outputs, params, batch)
+    roots, negative = _roots(loss, out, batch, weight)
+    rows = pull_back(roots[: loss_rank or None])
+    return rows.reshape(-1, rows.shape[-1]), negative
 
 
 def jacobian_rows(outputs, params, batch) -> jax.Array:
-    """[N, K, P]: d outputs_n / d params for each example, its outputs ravelled to [K]; one forward, K pullbacks each.
+    """[N, K, P]: d outputs_n / d params for each example, its outputs ravelled to [K]; one forward and K pullbacks."""
+    out, pull_back = _linearise_each(outputs, params, batch)
+    flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(out)
+    return pull_back(jnp.broadcast_to(jnp.eye(flat.shape[1], dtype=flat.dtype)[:, None], flat.shape[1:] + flat.shape))
 
-    The outputs are pulled back one after another, for all examples at once: side by side, the activations' cotangents
-    of all K leave a CPU's cache, which makes a convolution's rows 2.4 times slower.
+
+def _linearise_each(outputs, params, batch):
+    """(out [B, ...], cotangents [K', B, K] -> rows [B, K', P]), by one forward pass.
+
+    The cotangents are pulled back one after another, for all examples at once: side by side, those of the activations
+    leave a CPU's cache, which makes a convolution's rows 2.4 times slower.
     """
 
     def linearise(example):
-        return jax.vjp(lambda p: ravel_pytree(outputs(p, jax.tree.map(lambda x: x[None], example)))[0], params)
+        single = jax.tree.map(lambda x: x[None], example)
+        return jax.vjp(lambda p: jax.tree.map(lambda x: x[0], outputs(p, single)), params)
 
     out, pulls = jax.vmap(linearise)(batch)
-    pull_back = lambda unit: jax.vmap(lambda pull: ravel_pytree(pull(unit)[0])[0])(pulls)
-    return jnp.moveaxis(jax.lax.map(pull_back, jnp.eye(out.shape[1], dtype=out.dtype)), 0, 1)
+    _, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], out))
+    pull_all = jax.vmap(lambda pull, cotangent: ravel_pytree(pull(unravel(cotangent))[0])[0])
+    return out, lambda cotangents: jnp.moveaxis(jax.lax.map(lambda c: pull_all(pulls, c), cotangents), 0, 1)
+
+
+def _roots(loss, out, batch, weight):
+    """The columns [K, B, K] of (weight_n L_n)^{1/2} = V diag(mu)^{1/2}, the largest mu first; is an L_n indefinite?"""
+    hessian = loss_derivatives(loss, out, batch, weight)[1]
+    ravel = jax.vmap(lambda tree: ravel_pytree(tree)[0])
+    _, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], out))
+    examples, size = ravel(out).shape
+    units = jnp.broadcast_to(jnp.eye(size, dtype=weight.dtype)[:, None], [size, examples, size])
+    columns = jax.vmap(lambda unit: ravel(hessian(jax.vmap(unravel)(unit))))(units)
+    eigenvalues, directions = jnp.linalg.eigh(jnp.moveaxis(columns, 0, 2))
+    roots = directions * jnp.sqrt(jnp.maximum(eigenvalues, 0))[:, None, :]
+    return jnp.moveaxis(roots, 2, 0)[::-1], jnp.any(indefinite(eigenvalues))
+
+
+def _head(outputs, loss, features, params, micro):
+    """H V for the last dense layer, out_n = W^T phi_n + b: J_n = phi_n^T kron I, so that no network is in the loop."""
+    flat, unravel = ravel_pytree(params)
+    evaluate = lambda m: (outputs(params, m[0]), features(params, m[0]))
+    out, phi = jax.lax.map(evaluate, micro)  # [n, B, K], [n, B, F]
+    if not is_last_layer(params, out[0], phi[0]):
+        shapes = [list(leaf.shape) for leaf in jax.tree.leaves(params)]
+        raise ValueError(
+            f"sketch.jacobian: head needs the trainable parameters to be the last layer's kernel "
+            f"{[*phi.shape[2:], *out.shape[2:]]} and at most its bias, got {shapes}; set trainable to that layer"
+        )
+    has_bias = len(jax.tree.leaves(params)) == 2
+
+    def product(vectors):  # [P, B] -> [P, B]
+        columns = jax.vmap(unravel, in_axes=1, out_axes=-1)(vectors)
+
+        def add(total, m):
+            out, phi, (batch, weight) = m
+            # The kernel's tangent is [F, K, B] and the bias's [K, B]; one product for all columns.
+            push = lambda leaf: jnp.tensordot(phi, leaf, 1) if leaf.ndim == 3 else leaf[None]
+            tangent = sum(push(leaf) for leaf in jax.tree.leaves(columns))
+            hessian = loss_derivatives(loss, out, batch, weight)[1]
+            curved = jax.vmap(hessian, in_axes=2, out_axes=2)(jnp.broadcast_to(tangent, (*out.shape, tangent.shape[2])))
+            pull = lambda leaf: jnp.tensordot(phi, curved, [[0], [0]]) if leaf.ndim == 3 else jnp.sum(curved, 0)
+            return jax.tree.map(lambda t, leaf: t + pull(leaf), total, columns), None
+
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, columns), (out, phi, micro))
+        return jax.vmap(lambda tree: ravel_pytree(tree)[0], in_axes=-1, out_axes=1)(total)
+
+    def trace(m):
+        """sum_n weight_n tr(L_n) (|phi_n|^2 + 1 with a bias)."""
+        out, phi, (batch, weight) = m
+        hessian = loss_derivatives(loss, out, batch, weight)[1]
+        diagonal = jax.lax.map(lambda unit: hessian(jnp.broadcast_to(unit, out.shape)) @ unit, jnp.eye(out.shape[1]))
+        return jnp.vdot(jnp.sum(diagonal, 0), jnp.sum(phi**2, axis=1) + has_bias)
+
+    return Curvature(product, flat.size, flat.dtype, trace=jnp.sum(jax.lax.map(trace, (out, phi, micro))))
+
+
+def is_last_layer(params, out, features) -> bool:
+    """Whether the parameters have a dense layer's shapes, [F, K] and at most [K]: features [B, F] to out [B, K]."""
+    if not all(hasattr(x, "shape") and len(x.shape) == 2 for x in (out, features)):
+        return False
+    bias, shapes = out.shape[1:], [leaf.shape for leaf in jax.tree.leaves(params)]
+    kernel = (*features.shape[1:], *bias)
+    return sorted(shapes, key=len) in ([kernel], [bias, kernel])
+
+
+def make_diagonal(outputs: Callable, loss: Callable, *, micro_batch: int = 0) -> Callable:
+    """Builds `diagonal(params, batch, mask=None) -> [P]`, the diagonal of H, from the squares of its scaled rows.
+
+    Args and Raises: see `make_ggn`.
+    """
+
+    def diagonal(params, batch, mask=None):
+        micro = _micro_batches(params, batch, mask, micro_batch)
+        add = lambda total, m: (total + jnp.sum(scaled_rows(outputs, loss, params, *m)[0] ** 2, axis=0), None)
+        return jax.lax.scan(add, jnp.zeros_like(ravel_pytree(params)[0]), micro)[0]
+
+    return diagonal
+
+
+def make_gradient(outputs: Callable, loss: Callable) -> Callable:
+    """Builds `gradient(params, batch, mask=None) -> [P]`, of the mean loss over the mask's examples."""
+
+    def gradient(params, batch, mask=None):
+        weight = _weights(params, batch, mask)
+        return ravel_pytree(jax.grad(lambda p: jnp.sum(weight * loss(outputs(p, batch), batch)))(params))[0]
+
+    return gradient
 
 
 def loss_derivatives(loss, out, batch, weight):
@@ -108,11 +232,52 @@ def loss_derivatives(loss, out, batch, weight):
     return gradient(out), lambda tangent: jax.jvp(gradient, (out,), (tangent,))[1]
 
 
-def _split(tree, size, mode):
-    """Leaves [N, ...] to [N / size, size, ...], padded at the end."""
-    pad = lambda x: jnp.pad(x, [(0, -x.shape[0] % size)] + [(0, 0)] * (x.ndim - 1), mode=mode)
-    return jax.tree.map(lambda x: pad(x).reshape(-1, size, *x.shape[1:]), tree)
+def indefinite(eigenvalues: jax.Array) -> jax.Array:
+    """Whether the eigenvalues [..., B] of a matrix reach further below zero than rounding explains."""
+    size = jnp.max(jnp.abs(eigenvalues), axis=-1)
+    return jnp.min(eigenvalues, axis=-1) < -jnp.sqrt(jnp.finfo(eigenvalues.dtype).eps) * size
 
 
-def _merge(micro):
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), micro)
+def forward_flops(outputs: Callable, params, batch) -> float:
+    """The floating-point operations of `outputs`' matrix products and convolutions, over the whole batch."""
+    return _flops(jax.make_jaxpr(outputs)(params, batch))
+
+
+def _flops(jaxpr) -> float:
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            contracted = _contracted(eqn)
+            total += 2 * eqn.outvars[0].aval.size * contracted
+        # Calls hold their programs among their parameters; a loop's body runs `length` times.
+        inner = sum(_flops(sub) for sub in jax.tree.leaves(list(eqn.params.values())) if hasattr(sub, "eqns"))
+        total += inner * eqn.params.get("length", 1)
+    return total
+
+
+def _contracted(eqn) -> int:
+    """Multiplications that each entry of a product's result takes."""
+    if eqn.primitive.name == "dot_general":
+        (axes, _), _ = eqn.params["dimension_numbers"]
+        return int(np.prod([eqn.invars[0].aval.shape[axis] for axis in axes]))
+    numbers = eqn.params["dimension_numbers"]
+    kernel = eqn.invars[1].aval
+    return kernel.size // kernel.shape[numbers.rhs_spec[0]]
+
+
+def _weights(params, batch, mask):
+    """[N], 1/N for the examples that are there; an empty client has H = 0."""
+    num_examples = jax.tree.leaves(batch)[0].shape[0]
+    mask = jnp.ones([num_examples], bool) if mask is None else mask
+    dtype = ravel_pytree(params)[0].dtype
+    return mask.astype(dtype) / jnp.maximum(jnp.sum(mask), 1).astype(dtype)
+
+
+def _micro_batches(params, batch, mask, size):
+    """(batch, weights) in micro-batches: leaves [n, size, ...]. Padding repeats the last example and weighs nothing."""
+    weight = _weights(params, batch, mask)
+    size = size or weight.shape[0]
+    pad = lambda x, mode: jnp.pad(x, [(0, -x.shape[0] % size)] + [(0, 0)] * (x.ndim - 1), mode=mode)
+    split = lambda x, mode: pad(x, mode).reshape(-1, size, *x.shape[1:])
+    # Never an input the network has not seen, not even as padding: its derivatives may not be finite.
+    return jax.tree.map(lambda x: split(x, "edge"), batch), split(weight, "constant")

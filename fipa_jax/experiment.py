@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fipa_jax import aggregate, checkpoint, metrics, partition, plots, rounds, sketch, tasks, trees
+from fipa_jax import aggregate, checkpoint, metrics, partition, plots, report, rounds, sketch, tasks, trees
 from fipa_jax import client as client_lib
 from fipa_jax import config as config_lib
 from fipa_jax.simulate import Client
@@ -94,7 +93,7 @@ def build(config: ConfigDict) -> Experiment:
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the config and prints the rules side by side."""
     summary = run(config, workdir)
-    print(f"\n{table(summary)}\n\nmetrics, models and plots are in {workdir}")
+    print(f"\n{report.table(summary)}\n\nmetrics, models and plots are in {workdir}")
 
 
 def run(config: ConfigDict, workdir: Path) -> dict:
@@ -107,7 +106,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
         experiment = build(config)
         workdir = fresh(Path(workdir))
         (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
-        draw_split(experiment, workdir)
+        report.draw_split(experiment.problem, workdir)
         writer = metrics.Writer(workdir / "metrics.jsonl")
         try:
             return run_phases(experiment, workdir, writer)
@@ -121,7 +120,7 @@ def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) ->
     Model, summary and curves are written as soon as a phase is done: an error in a later one does not cost them.
     """
     config = experiment.config
-    describe(experiment)
+    report.describe(config, experiment.problem, experiment.params)
     first, summary = config.first_round, {"runs": {}}
 
     def finish(name: str, params, rows: list[dict], as_run: ConfigDict) -> None:
@@ -159,18 +158,17 @@ def run_phase(experiment: Experiment, settings: ConfigDict, name: str, params, f
         for k in range(first, last + 1):
             clock = Clock()
             ids, results = clock("train", train(state, rates, data, clients, root))
-            sketches = clock("sketch", sketch_(state, data, clients, ids, root))
+            sketches = clock("sketch", sketch_(state, data, clients, ids, results, root))
             traffic = traffic_of(state, results, sketches, plan)
             state, info = clock("aggregate", aggregate_(state, rates, clients, ids, results, sketches))
             row = {"run": name, "round": k} | evaluate(experiment, state.params, k, k == last)
             clock("evaluate", row)
             info = jax.device_get(info)
-            report_rejected(name, k, info)
-            row |= {key: value for key, value in info.items() if key not in ("ids", "rejected")}
-            row |= {"clients_rejected": int(info["rejected"].sum())} | traffic | clock.seconds
+            report.warn(name, k, info)
+            row |= report.figures(info) | traffic | clock.seconds
             rows.append(metrics.jsonable(row))
             writer.write(row)
-            bar.set_postfix_str(progress(rows[-1]), refresh=False)
+            bar.set_postfix_str(report.progress(rows[-1]), refresh=False)
             bar.update()
     return state.params, rows
 
@@ -182,23 +180,31 @@ def make_plan(experiment: Experiment, settings: ConfigDict) -> rounds.Plan:
     solver = find(client_lib.LOCAL_SOLVERS, "local.optimizer", settings.local.optimizer)
     rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
     aggregator = rule(**fields_for(rule, settings.aggregator))
-    of_sketch = fields_for(sketch.make_sketch, settings.sketch)
+    makers = {"none": None, "sketch": sketch.make_sketch, "diagonal": sketch.make_diagonal}
+    make = makers[aggregator.curvature]
     server = find(client_lib.OPTIMIZERS, "server.optimizer", settings.server.optimizer)
     return rounds.Plan(
         task=task,
         local=solver(task.loss, task.augment, term=term, **fields_for(solver, settings.local)),
         term=term,
-        sketch=(lambda outputs: sketch.make_sketch(outputs, task.loss, **of_sketch))
-        if aggregator.needs_sketch
-        else None,
+        sketch=None if make is None else sketch_of(make, task.loss, settings.sketch),
         aggregator=aggregator,
         server=server(settings.server.momentum),
         cohort=config.cohort or experiment.clients.num_examples.shape[0],
         trainable=settings.trainable,
         sketch_examples=settings.sketch.examples,
+        gradient_scale=settings.sketch.gradient_scale if aggregator.curvature == "sketch" else 0.0,
         chunk=config.chunk,
         mesh=make_mesh(config.devices),
     )
+
+
+def sketch_of(make: Callable, loss: Callable, settings: ConfigDict) -> Callable:
+    """(outputs, features) -> a client's sketch, or diagonal, with the config's fields."""
+    fields = fields_for(make, settings)
+    if "features" not in inspect.signature(make).parameters:
+        return lambda outputs, features: make(outputs, loss, **fields)
+    return lambda outputs, features: make(outputs, loss, features=features, **fields)
 
 
 def fields_for(factory: Callable, fields: ConfigDict) -> dict:
@@ -238,7 +244,7 @@ def trace(experiment: Experiment, settings: ConfigDict) -> None:
     state = stages.init(experiment.params, clients.num_examples.shape[0])
     train, sketch_, aggregate_ = compiled(experiment, settings, stages, state)
     ids, results = train.eval_shape(state, rates, data, clients, root)
-    sketches = sketch_.eval_shape(state, data, clients, ids, root)
+    sketches = sketch_.eval_shape(state, data, clients, ids, results, root)
     aggregate_.eval_shape(state, rates, clients, ids, results, sketches)
 
 
@@ -267,73 +273,20 @@ class Clock:
 
 
 def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> dict:
-    """Bytes that the server sends and receives in the round, over all clients of the cohort."""
+    """Bytes that the server sends and receives in the round, over all clients of the cohort.
+
+    Of a sketch only the pairs that are kept count, and its report; the gradient too where the rank adapts to it.
+    """
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    down = size(trees.select(state.params, plan.trainable)) + size(state.shared)
-    sent = () if sketches is None else (sketches.eigenvalues, sketches.basis)
-    up = size((results.delta, results.memory, sent))
-    return {"bytes_down": plan.cohort * down, "bytes_up": up}
-
-
-def report_rejected(name: str, k: int, info: dict) -> None:
-    """Says which clients were set aside: a fallback is never silent."""
-    if info["rejected"].any():
-        ids = info["ids"][info["rejected"]].tolist()
-        words = "%s, round %d: left out clients %s: update or sketch is not finite (all cases are in metrics.jsonl)"
-        logging.log_first_n(logging.WARNING, words, 10, name, k, ids)
-
-
-def progress(row: dict) -> str:
-    """The round's figures in one line."""
-    shown = {name: value for name, value in row.items() if name.startswith(("test_", "step_ratio"))}
-    return ", ".join(f"{name}={value:.3g}" for name, value in shown.items() if value is not None)
-
-
-def table(summary: dict) -> str:
-    """The compared rules side by side, as printed at the end of a run."""
-    runs = summary["runs"]
-    names = [name for name in next(iter(runs.values()))["final"] if name.startswith(("test_", "holdout_"))]
-    heads = [f"{kind} {name}" for name, kind in itertools.product(names, ("final", "best"))]
-    width = max(len(name) for name in ["rule", *runs])
-    lines = ["  ".join([f"{'rule':<{width}}", *heads])]
-    for run_name, result in runs.items():
-        values = [result[kind][name] for name, kind in itertools.product(names, ("final", "best"))]
-        cells = [f"{float('nan') if x is None else x:>{len(head)}.4g}" for x, head in zip(values, heads, strict=True)]
-        lines.append("  ".join([f"{run_name:<{width}}", *cells]))
-    return "\n".join(lines)
-
-
-def describe(experiment: Experiment) -> None:
-    """Prints what is about to run: data, clients, parameters and the trainable share."""
-    counts = np.asarray(experiment.clients.num_examples)
-    sizes = str(counts.min()) if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
-    total = optax.tree.size(experiment.params)
-    size = optax.tree.size(trees.select(experiment.params, experiment.config.fipa.trainable))
-    print(
-        f"{experiment.config.task.name}: {counts.size} clients with {sizes} examples each, {total:,} parameters, "
-        f"{size:,} ({size / total:.1%}) trained in the FIPA phase, on {jax.devices()[0].platform}"
-    )
-    counts = class_counts(experiment.problem)
-    if counts is not None:
-        figures = partition.heterogeneity(counts)
-        print(", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items()) + " over clients")
-
-
-def class_counts(problem: tasks.Problem):
-    """[T, K], how many examples of each class every client owns; None for a task without classes."""
-    if "label" not in problem.train:
-        return None
-    labels = np.asarray(problem.train["label"])
-    return partition.class_counts(problem.clients, labels, int(labels.max()) + 1)
-
-
-def draw_split(experiment: Experiment, workdir: Path) -> None:
-    """Draws who owns which data, where there are classes or at most two inputs to draw."""
-    train, clients, counts = experiment.problem.train, experiment.problem.clients, class_counts(experiment.problem)
-    if counts is not None:
-        plots.split_by_class(counts, workdir / "split.png")
-    elif {"x", "y"} <= set(train) and train["x"].ndim == 2 and train["x"].shape[1] <= 2:
-        plots.split_by_position(train["x"], train["y"], clients, workdir / "split.png")
+    model = size(trees.select(state.params, plan.trainable))
+    up = size((results.delta, results.memory))
+    if isinstance(sketches, sketch.Sketch):
+        share = float(jnp.mean(sketches.eigenvalues > 0))
+        up += round(share * size((sketches.eigenvalues, sketches.basis))) + size(sketches.report)
+        up += plan.cohort * model if plan.gradient_scale else 0
+    else:
+        up += size(sketches)
+    return {"bytes_down": plan.cohort * (model + size(state.shared)), "bytes_up": up}
 
 
 def fresh(workdir: Path) -> Path:

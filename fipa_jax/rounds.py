@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fipa_jax import trees
+from fipa_jax import curvature, trees
 from fipa_jax.aggregate import Aggregator, Uploads
 from fipa_jax.client import Hyper, LocalResult, Term
 from fipa_jax.simulate import Client, gather, map_clients, present, sample_cohort
-from fipa_jax.sketch import Sketch
+from fipa_jax.sketch import Diagonal, Sketch, above_gradient, truncate
 
 
 class State(NamedTuple):
@@ -35,12 +35,14 @@ class Plan(NamedTuple):
     task: Any  # tasks.Task
     local: Callable  # a local solver of `client`
     term: Term
-    sketch: Callable | None  # outputs -> (key, params, batch, mask) -> Sketch; None if the rule needs none
+    # (outputs, features) -> (key, params, batch, mask) -> Sketch or Diagonal, as the rule needs; None if it needs none
+    sketch: Callable | None
     aggregator: Aggregator
     server: optax.GradientTransformation  # on the negative step, without the learning rate
     cohort: int  # C
     trainable: str  # regular expression over parameter paths
     sketch_examples: int = 0  # examples of a client that enter its sketch; 0 for all
+    gradient_scale: float = 0.0  # c of `sketch.above_gradient`, by which the sketches' rank adapts; 0 for none
     chunk: int = 1
     mesh: Any = None
 
@@ -62,7 +64,7 @@ class Stages(NamedTuple):
 
     init: Callable  # (params, num_clients, round=0) -> State
     train: Callable  # (state, rates, data, clients, root) -> (ids [C], LocalResult [C, ...])
-    sketch: Callable  # (state, data, clients, ids, root) -> Sketch [C, ...] or None
+    sketch: Callable  # (state, data, clients, ids, results, root) -> Sketch or Diagonal [C, ...], or None
     aggregate: Callable  # (state, rates, clients, ids, results, sketches) -> (state, info)
 
 
@@ -103,19 +105,31 @@ def make_stages(plan: Plan) -> Stages:
         stacked = take(clients, ids), keys(state, root, ids)[0], take(state.memory, ids)
         return ids, map_clients(one, common, *stacked, chunk=plan.chunk, mesh=plan.mesh)
 
-    def sketch(state: State, data: dict, clients: Client, ids, root) -> Sketch | None:
+    def sketch(state: State, data: dict, clients: Client, ids, results, root) -> Sketch | Diagonal | None:
         if plan.sketch is None:
             return None
 
-        def one(params, data, client, key):
-            chosen, outputs = restrict(params)
-            solve = plan.sketch(lambda theta, batch: outputs(theta, batch)[0])
+        def one(params, data, client, key, delta):
+            theta, outputs = restrict(params)
+            if plan.aggregator.at == "local":
+                theta = optax.tree.add(theta, delta)
+            only_outputs = lambda theta, batch: outputs(theta, batch)[0]
+            last_inputs = lambda theta, batch: outputs(theta, batch)[1][-1]
             draw_key, solve_key = jax.random.split(key)
             client = subsample(draw_key, client, plan.sketch_examples)
-            return solve(solve_key, chosen, gather(data, client.indices), present(client))
+            batch, mask = gather(data, client.indices), present(client)
+            found = plan.sketch(only_outputs, last_inputs)(solve_key, theta, batch, mask)
+            if not plan.gradient_scale:
+                return found, ()
+            return found, curvature.make_gradient(only_outputs, plan.task.loss)(theta, batch, mask)
 
-        stacked = take(clients, ids), keys(state, root, ids)[1]
-        return map_clients(one, (state.params, data), *stacked, chunk=plan.chunk, mesh=plan.mesh)
+        stacked = take(clients, ids), keys(state, root, ids)[1], results.delta
+        found, gradients = map_clients(one, (state.params, data), *stacked, chunk=plan.chunk, mesh=plan.mesh)
+        if not plan.gradient_scale:
+            return found
+        lengths, total = jnp.linalg.norm(gradients, axis=1), jnp.linalg.norm(jnp.sum(gradients, axis=0))
+        rule = lambda sketch, length: above_gradient(sketch, length, total, state.round + 1, plan.gradient_scale)
+        return jax.vmap(truncate)(found, jax.vmap(rule)(found, lengths))
 
     def aggregate(state: State, rates: Rates, clients: Client, ids, results: LocalResult, sketches):
         chosen = trees.select(state.params, plan.trainable)
@@ -143,7 +157,7 @@ def compose(stages: Stages) -> Callable:
 
     def round_(state: State, rates: Rates, data: dict, clients: Client, root):
         ids, results = stages.train(state, rates, data, clients, root)
-        sketches = stages.sketch(state, data, clients, ids, root)
+        sketches = stages.sketch(state, data, clients, ids, results, root)
         return stages.aggregate(state, rates, clients, ids, results, sketches)
 
     return round_

@@ -1,4 +1,4 @@
-"""The top eigenpairs of a client's curvature: H ~= U diag(lam) U^T, from products with H alone."""
+"""What does a client say about its curvature? Its top eigenpairs, H ~= U diag(lam) U^T, and how good they are."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,128 +7,46 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax import curvature
+from fipa_jax import curvature, eigen
+
+# What a flag of the report means, in words.
+FLAGS = {
+    "not_finite": "products with the curvature are not finite; the sketch is empty",
+    "asymmetric": "products with the curvature are not symmetric",
+    "indefinite": "the curvature has negative eigenvalues, which are left out: the loss is not convex in the outputs",
+    "rank_deficient": "the curvature's numerical rank is below the rank asked for; the surplus pairs are zero",
+    "empty": "the client has no examples; the sketch is empty",
+}
+
+
+# The solver names that fix how the curvature is seen too.
+FIXED = {"head": ("lanczos", "head"), "rows": ("exact", "rows")}
+SOLVERS = ("auto", "head", "lanczos", "rows", "subspace")
+
+
+class Report(NamedTuple):
+    """How good a sketch is: computed by the client, a few numbers to send."""
+
+    residuals: jax.Array  # [R], |H u - lam u| / lam_max: bounds the distance to the nearest eigenvalue
+    products: jax.Array  # [] int32, columns multiplied by H
+    converged: jax.Array  # [] bool, all residuals are within the tolerance
+    trace: jax.Array  # [], tr H, or its estimate; the curvature that the sketch misses is trace - sum(eigenvalues)
+    trace_error: jax.Array  # [], one standard deviation of that estimate; 0 where it is exact
+    flags: dict[str, jax.Array]  # [] bool each, see `FLAGS`
 
 
 class Sketch(NamedTuple):
-    """The top R eigenpairs of a symmetric positive semi-definite [P, P] matrix.
-
-    A numerically zero pair (the matrix has a lower rank than asked for) is masked: eigenvalue and basis column are 0.
-    """
+    """The top R eigenpairs of a symmetric positive semi-definite [P, P] matrix; left-out pairs are zero."""
 
     eigenvalues: jax.Array  # [R], descending, non-negative
     basis: jax.Array  # [P, R], orthonormal columns
-    residuals: jax.Array | None = None  # [R], |H u - lam u| / lam_max: bounds the distance to the nearest eigenvalue
+    report: Report | None = None
 
 
-def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Callable:
-    """Randomised subspace iteration with a Rayleigh-Ritz finish (arXiv 2601.13608, section 3; Halko et al. 2011).
+class Diagonal(NamedTuple):
+    """The diagonal of a client's curvature, for the diagonal rules."""
 
-        Q = qr(Omega);  power_steps times: Q = qr(H Q);  T = Q^T H Q = S diag(lam) S^T;  U = Q S
-
-    Args:
-      rank: R, the eigenpairs kept; where it exceeds the matrix's rank the surplus pairs are masked.
-      oversample: s, further columns carried through the iteration and dropped at the end.
-      power_steps: q, products before the last one.
-
-    Returns:
-      solve(key, product, size, dtype) -> Sketch, for product: [P, B] -> [P, B] and size = P. Jit it with the product
-      inside. It costs (q + 1) (R + s) products with H.
-
-    Raises:
-      ValueError: rank is below 1 or above P.
-    """
-
-    def space(key, product, size, dtype):
-        block = min(rank + oversample, size)
-        orthonormal = lambda y: jnp.linalg.qr(y)[0]
-        start = orthonormal(jax.random.normal(key, [size, block], dtype))
-        basis = jax.lax.fori_loop(0, power_steps, lambda _, q: orthonormal(product(q)), start)
-        return basis, product(basis)
-
-    return _solver(rank, space)
-
-
-def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Callable:
-    """Block Lanczos: the best eigenpairs within the whole Krylov space [Q, H Q, H^2 Q, ...] (Golub & Underwood 1977).
-
-    For the same products as `subspace` it forgets none of them: far more exact where the spectrum falls slowly. Every
-    block is orthogonalised against all before it again and again, so that rounding does not bring back what is found.
-
-    Args:
-      rank: R.
-      oversample: s, columns of the Krylov space beyond (q + 1) R.
-      power_steps: q; the space has about (q + 1) R + s columns, all of which are kept in memory, with their products.
-
-    Returns:
-      solve(key, product, size, dtype) -> Sketch, see `subspace`. It costs about (q + 1) R + s products with H.
-
-    Raises:
-      ValueError: rank is below 1 or above P.
-    """
-
-    def space(key, product, size, dtype):
-        wanted = min((power_steps + 1) * rank + oversample, size)
-        # A quarter of the rank, or less where P is so small that such blocks do not fill the space.
-        block = next(b for b in range(-(-rank // 4), 0, -1) if size // b * b >= wanted)
-        depth = -(-wanted // block)
-
-        def orthonormal(new, basis):
-            return jnp.linalg.qr(new - basis @ (basis.T @ new))
-
-        def extend(j, carry):
-            basis, images, new = carry
-            scale = jnp.max(jnp.linalg.norm(new, axis=0))
-            new, triangle = orthonormal(new, basis)
-            # Where the Krylov space ends (H has a low rank) only rounding noise is left: start from fresh columns.
-            exhausted = jnp.abs(jnp.diag(triangle)) <= 100 * jnp.finfo(dtype).eps * scale
-            fresh = jax.random.normal(jax.random.fold_in(key, j), [size, block], dtype)
-            new = jnp.where(exhausted[None, :], fresh, new)
-            for _ in range(2):
-                new, _ = orthonormal(new, basis)
-            image = product(new)
-            write = lambda all_, part: jax.lax.dynamic_update_slice(all_, part, (0, j * block))
-            return write(basis, new), write(images, image), image
-
-        empty = jnp.zeros([size, depth * block], dtype)
-        start = jax.random.normal(key, [size, block], dtype)
-        basis, images, _ = jax.lax.fori_loop(0, depth, extend, (empty, empty, start))
-        return basis, images
-
-    return _solver(rank, space)
-
-
-def _solver(rank: int, space: Callable) -> Callable:
-    """The best R eigenpairs within a space built from products; space: (...) -> (basis, H basis), both [P, B]."""
-    if rank < 1:
-        raise ValueError(f"sketch.rank: needs at least 1, got {rank}")
-
-    def solve(key, product, size, dtype):
-        if rank > size:
-            raise ValueError(f"sketch.rank: {rank} is above the number of trainable parameters, {size}; lower it")
-        with jax.default_matmul_precision("highest"):
-            return rayleigh_ritz(*space(key, product, size, dtype), rank)
-
-    return solve
-
-
-def rayleigh_ritz(basis, image, rank: int) -> Sketch:
-    """The best eigenpairs within span(basis), given image = H basis, both [P, B]; masked below the rounding level."""
-    projected = basis.T @ image
-    eigenvalues, rotation = jnp.linalg.eigh((projected + projected.T) / 2)
-    eigenvalues, rotation = eigenvalues[::-1][:rank], rotation[:, ::-1][:, :rank]
-    largest = jnp.maximum(eigenvalues[0], 0)
-    keep = eigenvalues > largest * jnp.finfo(basis.dtype).eps * basis.shape[1]
-    vectors = basis @ rotation
-    residuals = jnp.linalg.norm(image @ rotation - vectors * eigenvalues[None, :], axis=0)
-    relative = residuals / jnp.where(largest > 0, largest, 1)
-    mask = lambda x: jnp.where(keep, x, 0)
-    # NaN compares false: products that are not finite must not pass for an empty sketch.
-    poison = jnp.where(jnp.all(jnp.isfinite(image)), 0, jnp.nan).astype(basis.dtype)
-    return Sketch(mask(eigenvalues) + poison, jnp.where(keep[None, :], vectors, 0), mask(relative))
-
-
-SOLVERS = {"lanczos": lanczos, "subspace": subspace}
+    values: jax.Array  # [P]
 
 
 def make_sketch(
@@ -139,26 +57,186 @@ def make_sketch(
     solver: str = "subspace",
     oversample: int = 10,
     power_steps: int = 2,
+    tolerance: float = eigen.TOLERANCE,
     micro_batch: int = 0,
     jacobian: str = "matrix_free",
+    features: Callable | None = None,
+    loss_rank: int = 0,
+    probes: int = 4,
+    energy: float = 0.0,
+    store: str = "",
+    memory: float = 2.0,
 ) -> Callable:
-    """Builds `sketch(key, params, batch, mask=None) -> Sketch` of the loss's Gauss-Newton matrix; jit or vmap it.
+    """Builds `sketch(key, params, batch, mask=None, start=None) -> Sketch` of the loss's Gauss-Newton matrix.
+
+    Jit or vmap it. `start` is a basis [P, R] from which an iterative solver begins, such as that of the last round.
 
     Args:
-      outputs, loss, micro_batch, jacobian: see `curvature.make_ggn`.
-      rank, oversample, power_steps: see `subspace`.
-      solver: a name in `SOLVERS`.
+      outputs, loss, micro_batch, jacobian, features, loss_rank: see `curvature.make_ggn`.
+      rank: R, or its upper bound where `energy` is set.
+      solver: `subspace` (the paper's) or `lanczos`, on products as `jacobian` says; `rows`, the exact eigenpairs from
+        the explicit rows; `head`, block Lanczos on the last layer's closed form; `auto` picks by `choose`.
+      oversample, power_steps, tolerance: see `eigen`.
+      probes: random vectors for Hutchinson's estimate of the trace, one product each, where it is not known exactly.
+      energy: keep only as many pairs as reach this share of the trace; 0 keeps all.
+      store: dtype of the basis that is sent, e.g. `bfloat16`, which rounds each entry by at most 2^-9 of itself, the
+        step by about as much; empty for the parameters' own.
+      memory: GiB that explicit rows may take, for `auto`.
 
     Raises:
       ValueError: a name is not known, or the rank does not fit.
     """
     if solver not in SOLVERS:
-        raise ValueError(f"sketch.solver: unknown solver {solver!r}; known: {', '.join(sorted(SOLVERS))}")
-    ggn = curvature.make_ggn(outputs, loss, micro_batch=micro_batch, jacobian=jacobian)
-    solve = SOLVERS[solver](rank, oversample=oversample, power_steps=power_steps)
+        raise ValueError(f"sketch.solver: unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
+    if store and not jnp.issubdtype(store, jnp.floating):
+        raise ValueError(f"sketch.store: needs a floating-point dtype such as bfloat16, got {store!r}")
 
-    def sketch(key, params, batch, mask=None):
-        flat, _ = ravel_pytree(params)
-        return solve(key, ggn(params, batch, mask), flat.size, flat.dtype)
+    options = {
+        "exact": {},
+        "lanczos": {"power_steps": power_steps, "tolerance": tolerance},
+        "subspace": {"power_steps": power_steps},
+    }
+
+    def resolve(params, batch) -> tuple[str, str]:
+        """(a solver of `eigen`, how the curvature is seen)"""
+        if solver in FIXED:
+            return FIXED[solver]
+        if solver != "auto":
+            return solver, jacobian
+        out = jax.eval_shape(outputs, params, batch)
+        phi = None if features is None else jax.eval_shape(features, params, batch)
+        return choose(
+            examples=jax.tree.leaves(batch)[0].shape[0],
+            outputs=sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(out)),
+            size=sum(leaf.size for leaf in jax.tree.leaves(params)),
+            rank=rank,
+            products=(power_steps + 1) * rank + oversample,
+            flops=curvature.forward_flops(outputs, params, batch),
+            itemsize=ravel_pytree(params)[0].dtype.itemsize,
+            memory=memory,
+            is_head=phi is not None and curvature.is_last_layer(params, out, phi),
+        )
+
+    def sketch(key, params, batch, mask=None, start=None) -> Sketch:
+        name, seen = resolve(params, batch)
+        solve = eigen.SOLVERS[name](rank, oversample=oversample, **options[name])
+        ggn = curvature.make_ggn(
+            outputs, loss, micro_batch=micro_batch, jacobian=seen, features=features, loss_rank=loss_rank
+        )
+        solve_key, probe_key = jax.random.split(key)
+        with jax.default_matmul_precision("highest"):
+            matrix = ggn(params, batch, mask)
+            pairs = solve(solve_key, matrix, start)
+            left, error = trace_left(probe_key, matrix, pairs, probes)
+        trace = jnp.sum(pairs.eigenvalues) + left
+        flags = {name: getattr(pairs, name) for name in ("not_finite", "asymmetric", "indefinite")}
+        flags["indefinite"] |= matrix.indefinite
+        flags["empty"] = jnp.zeros([], bool) if mask is None else ~jnp.any(mask)
+        flags["rank_deficient"] = jnp.any(pairs.eigenvalues == 0) & ~flags["empty"] & ~flags["not_finite"]
+        flags["not_finite"] |= ~jnp.isfinite(trace)
+        converged = jnp.all(pairs.residuals <= tolerance) & ~flags["not_finite"]
+        finite = lambda x: jnp.where(jnp.isfinite(x), x, 0)
+        products = pairs.products + (probes if matrix.trace is None else 0)
+        report = Report(pairs.residuals, products, converged, finite(trace), finite(error), flags)
+        found = Sketch(pairs.eigenvalues, pairs.vectors.astype(store or pairs.vectors.dtype), report)
+        return truncate(found, enough(found, energy)) if energy else found
 
     return sketch
+
+
+def choose(
+    *,
+    examples: int,
+    outputs: int,
+    size: int,
+    rank: int,
+    products: int,
+    flops: float,
+    itemsize: int,
+    memory: float,
+    is_head: bool,
+) -> tuple[str, str]:
+    """The rule of `auto`: (solver, jacobian), by the floating-point operations of each and the memory of the rows.
+
+    1. The last layer alone is seen in closed form.
+    2. Rows [N K, P] that do not fit in the memory allowed: block Lanczos on matrix-free products.
+    3. At most 256 rows or parameters: the exact pairs, one small decomposition.
+    4. Otherwise the cheapest of, with f the operations of one forward pass over all N examples:
+         matrix-free Lanczos   4 f B                            for B products
+         Lanczos on the rows   2 f K + 4 N K P B                K pullbacks, then B products
+         exact                 2 f K + 2 n^2 max(N K, P) + 25 n^3   with n = min(N K, P): a Gram matrix and its
+                                                                eigenvectors, at a third of a product's speed
+
+    Args:
+      examples, outputs, size, rank: N, K, P, R.
+      products: B, that Lanczos may take.
+      flops: f.
+      itemsize: bytes of an entry.
+      memory: GiB that the rows may take.
+      is_head: whether the parameters are those of the last layer, with its inputs at hand.
+    """
+    if is_head:
+        return "lanczos", "head"
+    rows = examples * outputs
+    if rows * size * itemsize > memory * 2**30:
+        return "lanczos", "matrix_free"
+    narrow, wide = sorted((rows, size))
+    if narrow <= 256:
+        return "exact", "rows"
+    work = {
+        ("lanczos", "matrix_free"): 4 * flops * products,
+        ("lanczos", "rows"): 2 * flops * outputs + 4 * rows * size * products,
+        ("exact", "rows"): 2 * flops * outputs + 2 * narrow**2 * wide + 25 * narrow**3,
+    }
+    return min(work, key=work.get)
+
+
+def trace_left(key, matrix: curvature.Curvature, pairs: eigen.Eigenpairs, probes: int):
+    """tr((I - U U^T) H (I - U U^T)), the curvature that the pairs miss, and the standard deviation of its estimate.
+
+    Exact where the trace is known. Else by Hutchinson's method on what is left, w = z - U U^T z with random signs z:
+    H w = H z - (H U) U^T z needs one product for each probe and the images H U that the solver has at hand. The pairs'
+    part, which is the largest by far, adds no variance. NaN without probes.
+    """
+    if matrix.trace is not None:
+        return jnp.maximum(matrix.trace - jnp.sum(pairs.eigenvalues), 0), jnp.zeros([], matrix.dtype)
+    if not probes:
+        return jnp.full([], jnp.nan, matrix.dtype), jnp.full([], jnp.nan, matrix.dtype)
+    signs = jax.random.rademacher(key, [matrix.size, probes], matrix.dtype)
+    inside = pairs.vectors.T @ signs
+    left = signs - pairs.vectors @ inside
+    image = matrix.product(signs) - pairs.images @ inside
+    each = jnp.sum(left * image, axis=0)
+    error = jnp.std(each) / jnp.sqrt(max(probes - 1, 1))
+    return jnp.maximum(jnp.mean(each), 0), error
+
+
+def enough(sketch: Sketch, energy) -> jax.Array:
+    """[R] bool: the fewest pairs whose eigenvalues reach `energy` times the trace."""
+    before = jnp.cumsum(sketch.eigenvalues) - sketch.eigenvalues
+    return before < energy * sketch.report.trace
+
+
+def above_gradient(sketch: Sketch, gradient_norm, total_norm, round, scale=1.0) -> jax.Array:
+    """[R] bool: lam >= lam_max min(0.99, c / (k (|g_m| + |sum_m g_m|))), the rule of the paper's regression runs.
+
+    Args:
+      gradient_norm: |g_m|, of the client's mean loss at the broadcast parameters.
+      total_norm: |sum_m g_m|, over the cohort.
+      round: k, counted from 1.
+      scale: c.
+    """
+    bound = scale / (jnp.maximum(round, 1) * jnp.maximum(gradient_norm + total_norm, 1e-30))
+    return sketch.eigenvalues >= sketch.eigenvalues[0] * jnp.minimum(0.99, bound)
+
+
+def truncate(sketch: Sketch, keep: jax.Array) -> Sketch:
+    """Zeroes the pairs with keep [R] false: shapes stay, and a pair that is zero need not be sent."""
+    zero = lambda x, mask: jnp.where(mask, x, jnp.zeros((), x.dtype))
+    return sketch._replace(eigenvalues=zero(sketch.eigenvalues, keep), basis=zero(sketch.basis, keep[None]))
+
+
+def make_diagonal(outputs: Callable, loss: Callable, *, micro_batch: int = 0) -> Callable:
+    """Builds `diagonal(key, params, batch, mask=None) -> Diagonal` of the Gauss-Newton matrix; see `curvature`."""
+    diagonal = curvature.make_diagonal(outputs, loss, micro_batch=micro_batch)
+    return lambda key, params, batch, mask=None: Diagonal(diagonal(params, batch, mask))

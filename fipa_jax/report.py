@@ -1,0 +1,85 @@
+"""What does a person see of a run? Its description, its progress line, its warnings, its tables and its split."""
+
+import itertools
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from ml_collections import ConfigDict
+
+from fipa_jax import partition, plots, sketch, tasks, trees
+
+
+def warn(name: str, k: int, info: dict) -> None:
+    """Says which clients were set aside and whose sketches are flagged, and why: a fallback is never silent."""
+    if info["rejected"].any():
+        ids = info["ids"][info["rejected"]].tolist()
+        words = "%s, round %d: left out clients %s: update or sketch is not finite (all cases are in metrics.jsonl)"
+        logging.log_first_n(logging.WARNING, words, 10, name, k, ids)
+    for flag, clients in info.get("flags", {}).items():
+        # A rank beyond the curvature's own is no fault: its surplus pairs are not even sent.
+        if clients.any() and flag != "rank_deficient":
+            ids = info["ids"][clients].tolist()
+            logging.log_first_n(logging.WARNING, "%s, round %d: clients %s: %s", 10, name, k, ids, sketch.FLAGS[flag])
+
+
+def figures(info: dict) -> dict:
+    """The numbers of a round's `info` that go into its metrics row."""
+    row = {key: value for key, value in info.items() if key not in ("ids", "rejected", "flags")}
+    row |= {f"sketches_{flag}": int(clients.sum()) for flag, clients in info.get("flags", {}).items()}
+    return row | {"clients_rejected": int(info["rejected"].sum())}
+
+
+def progress(row: dict) -> str:
+    """The round's figures in one line."""
+    shown = {name: value for name, value in row.items() if name.startswith(("test_", "step_ratio"))}
+    return ", ".join(f"{name}={value:.3g}" for name, value in shown.items() if value is not None)
+
+
+def table(summary: dict) -> str:
+    """The compared rules side by side, as printed at the end of a run."""
+    runs = summary["runs"]
+    names = [name for name in next(iter(runs.values()))["final"] if name.startswith(("test_", "holdout_"))]
+    heads = [f"{kind} {name}" for name, kind in itertools.product(names, ("final", "best"))]
+    width = max(len(name) for name in ["rule", *runs])
+    lines = ["  ".join([f"{'rule':<{width}}", *heads])]
+    for run_name, result in runs.items():
+        values = [result[kind][name] for name, kind in itertools.product(names, ("final", "best"))]
+        cells = [f"{float('nan') if x is None else x:>{len(head)}.4g}" for x, head in zip(values, heads, strict=True)]
+        lines.append("  ".join([f"{run_name:<{width}}", *cells]))
+    return "\n".join(lines)
+
+
+def describe(config: ConfigDict, problem: tasks.Problem, params) -> None:
+    """Prints what is about to run: data, clients, parameters and the trainable share."""
+    counts = [len(own) for own in problem.clients]
+    sizes = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    total = optax.tree.size(params)
+    size = optax.tree.size(trees.select(params, config.fipa.trainable))
+    print(
+        f"{config.task.name}: {len(counts)} clients with {sizes} examples each, {total:,} parameters, "
+        f"{size:,} ({size / total:.1%}) trained in the FIPA phase, on {jax.devices()[0].platform}"
+    )
+    by_class = class_counts(problem)
+    if by_class is not None:
+        spread = partition.heterogeneity(by_class)
+        print(", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in spread.items()) + " over clients")
+
+
+def class_counts(problem: tasks.Problem):
+    """[T, K], how many examples of each class every client owns; None for a task without classes."""
+    if "label" not in problem.train:
+        return None
+    labels = np.asarray(problem.train["label"])
+    return partition.class_counts(problem.clients, labels, int(labels.max()) + 1)
+
+
+def draw_split(problem: tasks.Problem, workdir: Path) -> None:
+    """Draws who owns which data, where there are classes or at most two inputs to draw."""
+    train, clients, counts = problem.train, problem.clients, class_counts(problem)
+    if counts is not None:
+        plots.split_by_class(counts, workdir / "split.png")
+    elif {"x", "y"} <= set(train) and train["x"].ndim == 2 and train["x"].shape[1] <= 2:
+        plots.split_by_position(train["x"], train["y"], clients, workdir / "split.png")

@@ -1,0 +1,1 @@
+"""The measurements of scripts/benchmark.py: a module for each command, with run(options) -> what it measured."""
