@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax import curvature
 from fipa_jax.simulate import Client, gather, present
+from fipa_jax.terms import Done, Local, Term, none
 
 # Gradient -> direction, without the learning rate: that is traced, so that a schedule or a sweep does not recompile.
 OPTIMIZERS = {
@@ -36,57 +37,12 @@ class Hyper(NamedTuple):
     mu: jax.Array  # [], weight of the term
 
 
-class Term(NamedTuple):
-    """An additive term of the client's objective, with a memory of its own for every client.
-
-    The server keeps `shared`, the mean of all T clients' memories, up to date as the cohort's memories change.
-    """
-
-    init: Callable  # params -> memory of a client that has not taken part yet
-    penalty: Callable  # (params, features, batch, anchor, memory, shared, mu) -> scalar
-    update: Callable  # (memory, shared, delta, travelled) -> memory; travelled = sum of the local learning rates
-
-
 class LocalResult(NamedTuple):
     """What a client has after its local work."""
 
     delta: Any  # new minus broadcast parameters
     memory: Any  # of the term
     loss: jax.Array  # [], mean training loss over its steps
-
-
-_NONE = Term(lambda params: (), lambda *_: 0.0, lambda memory, *_: memory)
-
-
-def none() -> Term:
-    """No term: the plain local objective."""
-    return _NONE
-
-
-def prox() -> Term:
-    """FedProx (Li et al. 2020, eq. 2): mu/2 |params - broadcast|^2."""
-    penalty = lambda params, features, batch, anchor, memory, shared, mu: (
-        mu / 2 * optax.tree.norm(optax.tree.sub(params, anchor), squared=True)
-    )
-    return _NONE._replace(penalty=penalty)
-
-
-def scaffold() -> Term:
-    """SCAFFOLD (Karimireddy et al. 2020, eq. 4, option II): <c - c_i, params>. It has no weight mu.
-
-    memory is the control c_i, starting at 0; shared is c = mean_i c_i; c_i <- c_i - c - delta / (lr steps).
-    """
-
-    def penalty(params, features, batch, anchor, memory, shared, mu):
-        return optax.tree.vdot(optax.tree.sub(shared, memory), params)
-
-    def update(memory, shared, delta, travelled):
-        return jax.tree.map(lambda c_i, c, d: c_i - c - d / travelled, memory, shared, delta)
-
-    return Term(optax.tree.zeros_like, penalty, update)
-
-
-TERMS = {"none": none, "prox": prox, "scaffold": scaffold}
 
 
 def first_order(
@@ -145,7 +101,10 @@ def first_order(
         def objective(theta, examples, mask):
             out, features = outputs(theta, examples)
             mean_loss = jnp.sum(jnp.where(mask, loss(out, examples), 0)) / jnp.maximum(jnp.sum(mask), 1)
-            penalty = term.penalty(theta, features, examples, params, memory, shared, hyper.mu)
+            there = present(client)
+            own = lambda field: data[field][client.indices]
+            at = Local(theta, params, memory, shared, hyper.mu, examples, mask, out, features, outputs, own, there)
+            penalty = term.penalty(at)
             return mean_loss + penalty, mean_loss
 
         def step(s, carry):
@@ -167,7 +126,8 @@ def first_order(
         theta, _, _, total = jax.lax.fori_loop(0, num_steps, step, start)
         delta = optax.tree.sub(theta, params)
         travelled = jnp.maximum(num_steps, 1) * hyper.lr
-        return LocalResult(delta, term.update(memory, shared, delta, travelled), total / jnp.maximum(num_steps, 1))
+        memory = term.update(Done(memory, shared, params, delta, travelled, hyper.mu))
+        return LocalResult(delta, memory, total / jnp.maximum(num_steps, 1))
 
     return solve
 
@@ -202,7 +162,7 @@ def gauss_newton(
         raise ValueError(
             "local.optimizer = 'gauss_newton' takes no local.weight_decay and no local.clip_norm: set both to 0"
         )
-    if term not in (None, _NONE):
+    if term not in (None, none()):
         raise ValueError("local.optimizer = 'gauss_newton' takes no term: set term.name = 'none'")
     steps = steps or epochs
 

@@ -58,6 +58,8 @@ def default() -> ConfigDict:
     config.model.name = "mlp"
     config.model.widths = (16, 16)  # of the mlp's hidden layers
     config.model.activation = "tanh"
+    config.model.head_width = 0  # of a hidden layer in a ResNet's head; 0 for none
+    config.model.compute_dtype = ""  # of a ResNet's computation, e.g. bfloat16; "" for config.precision
 
     config.warmup = phase(rounds=0, aggregator="mean")
     config.fipa = phase(rounds=100, aggregator="fipa")
@@ -74,7 +76,8 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
     return ConfigDict(
         {
             "rounds": rounds,
-            "trainable": ".*",  # regular expression over parameter paths, e.g. "Dense_1/" for one layer
+            "trainable": ".*",  # regular expression over parameter paths, e.g. "^head/" for one layer
+            "cache_body": False,  # where only the head is trained: run it on features computed once, not augmented
             "local": {
                 "optimizer": "sgd",  # sgd, momentum, nesterov, adam, yogi, gauss_newton
                 "lr": 0.1,
@@ -87,7 +90,8 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "steps": 0,  # instead of epochs, where positive
                 "damping": 1e-4,  # of the gauss_newton step
             },
-            "term": {"name": "none", "mu": 0.01},  # none, prox (mu is its weight), scaffold
+            # none, prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1); mu is its weight
+            "term": {"name": "none", "mu": 0.01},
             "sketch": {
                 "solver": "subspace",  # auto, subspace (the paper's), lanczos, rows (exact), head (the last layer)
                 "rank": 20,
@@ -115,6 +119,7 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "merge": "auto",  # of the sketches: auto, qr, tsqr, gram
                 "at": "local",  # where the diagonal rule sees the curvature: local or broadcast parameters
             },
+            # sgd, momentum (FedAvgM), adam (FedAdam), yogi (FedYogi), acg (FedACG, with the term prox), exp (FedExP)
             "server": {"optimizer": "sgd", "momentum": 0.9, "lr": 1.0},
         }
     )
@@ -206,6 +211,8 @@ def _validate_phase(name, settings, least_rounds):
     if not settings.local.steps:
         _at_least(f"{name}.local.epochs", settings.local.epochs, 1)
     _at_least(f"{name}.term.mu", settings.term.mu, 0)
+    if settings.term.name == "dyn" and not settings.term.mu:
+        raise ValueError(f"config.{name}.term.mu: the term dyn divides by it and needs more than 0, got 0")
     _at_least(f"{name}.sketch.rank", settings.sketch.rank, 1)
     for field in ("oversample", "power_steps", "tolerance", "micro_batch", "loss_rank", "probes", "gradient_scale"):
         _at_least(f"{name}.sketch.{field}", settings.sketch[field], 0)

@@ -21,7 +21,20 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fipa_jax import aggregate, checkpoint, metrics, partition, plots, report, rounds, sketch, tasks, trees
+from fipa_jax import (
+    aggregate,
+    checkpoint,
+    metrics,
+    partition,
+    plots,
+    report,
+    rounds,
+    server,
+    sketch,
+    tasks,
+    terms,
+    trees,
+)
 from fipa_jax import client as client_lib
 from fipa_jax import config as config_lib
 from fipa_jax.simulate import Client
@@ -122,6 +135,13 @@ def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) ->
     config = experiment.config
     report.describe(config, experiment.problem, experiment.params)
     first, summary = config.first_round, {"runs": {}}
+    views = {}
+
+    def view(phase: str, settings: ConfigDict, params) -> Experiment:
+        """The experiment, or what the head sees of it from the phase's first model, the same for all its rules."""
+        if settings.cache_body and phase not in views:
+            views[phase] = cached(experiment, params)
+        return views[phase] if settings.cache_body else experiment
 
     def finish(name: str, params, rows: list[dict], as_run: ConfigDict) -> None:
         file = re.sub(r"[^\w.-]", "_", name.replace("=", "-"))
@@ -135,12 +155,14 @@ def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) ->
 
     params = experiment.params
     if config.warmup.rounds:
-        params, rows = run_phase(experiment, config.warmup, "warmup", params, first, writer)
+        seen = view("warmup", config.warmup, params)
+        params, rows = run_phase(seen, config.warmup, "warmup", params, first, writer)
         finish("warmup", params, rows, config)
     for spec in config.compare if config.fipa.rounds else ():
         as_run = config.copy_and_resolve_references()
         as_run.fipa, as_run.compare = config_lib.rule(config, spec), (spec,)
-        final, rows = run_phase(experiment, as_run.fipa, spec, params, first + config.warmup.rounds, writer)
+        seen = view("fipa", as_run.fipa, params)
+        final, rows = run_phase(seen, as_run.fipa, spec, params, first + config.warmup.rounds, writer)
         finish(spec, final, rows, as_run)
     return summary
 
@@ -173,23 +195,58 @@ def run_phase(experiment: Experiment, settings: ConfigDict, name: str, params, f
     return state.params, rows
 
 
+def check_head(experiment: Experiment, settings: ConfigDict) -> None:
+    """Raises ValueError where the body's features cannot be cached: no head, or more than it is trained."""
+    task = experiment.problem.task
+    if task.head is None:
+        raise ValueError("config.fipa.cache_body: this task's model has no head; set it to False")
+    trained = trees.select(experiment.params, settings.trainable)
+    beyond = [path for path in trained if not re.search(task.head_pattern, path)]
+    if beyond:
+        raise ValueError(
+            f"config.fipa.cache_body needs config.fipa.trainable to select parameters of the head alone, "
+            f"{task.head_pattern!r}; it selects {beyond[0]!r}"
+        )
+
+
+def cached(experiment: Experiment, params, run: Callable = lambda f, *args: f(*args)) -> Experiment:
+    """The experiment seen by the model's head alone: the body's features of every example are computed once.
+
+    The body does not move in such a phase, so no network is in its loop; augmentation is left out.
+
+    Args:
+      run: (function, *args) -> its result; `jax.eval_shape` gives shapes alone.
+    """
+    task, batch_size = experiment.problem.task, experiment.config.eval.batch_size
+    body = jax.jit(metrics.over_examples(lambda params, batch: task.outputs(params, batch)[1].body, batch_size))
+    seen = lambda data: {name: field for name, field in data.items() if name != "image"}
+    replace = lambda data: seen(data) | {"body": run(body, params, data)}
+    head = tasks.head_only(task)
+    return experiment._replace(
+        problem=experiment.problem._replace(task=head),
+        train=replace(experiment.train),
+        held={prefix: replace(data) for prefix, data in experiment.held.items()},
+        evaluate=jax.jit(metrics.make_evaluate(head, batch_size)),
+        compiled={},
+    )
+
+
 def make_plan(experiment: Experiment, settings: ConfigDict) -> rounds.Plan:
     """A phase's static choices, from its config."""
     config, task = experiment.config, experiment.problem.task
-    term = find(client_lib.TERMS, "term.name", settings.term.name)()
+    term = find(terms.TERMS, "term.name", settings.term.name)()
     solver = find(client_lib.LOCAL_SOLVERS, "local.optimizer", settings.local.optimizer)
     rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
     aggregator = rule(**fields_for(rule, settings.aggregator))
     makers = {"none": None, "sketch": sketch.make_sketch, "diagonal": sketch.make_diagonal}
     make = makers[aggregator.curvature]
-    server = find(client_lib.OPTIMIZERS, "server.optimizer", settings.server.optimizer)
     return rounds.Plan(
         task=task,
         local=solver(task.loss, task.augment, term=term, **fields_for(solver, settings.local)),
         term=term,
         sketch=None if make is None else sketch_of(make, task.loss, settings.sketch),
         aggregator=aggregator,
-        server=server(settings.server.momentum),
+        server=server.make(settings.server.optimizer, settings.server.momentum),
         cohort=config.cohort or experiment.clients.num_examples.shape[0],
         trainable=settings.trainable,
         sketch_examples=settings.sketch.examples,
@@ -238,6 +295,9 @@ def compiled(experiment: Experiment, settings: ConfigDict, stages: rounds.Stages
 
 def trace(experiment: Experiment, settings: ConfigDict) -> None:
     """Goes through one round of a phase by shapes alone, which brings out what does not fit in its config."""
+    if settings.cache_body:
+        check_head(experiment, settings)
+        experiment = cached(experiment, experiment.params, run=jax.eval_shape)
     plan, rates = make_plan(experiment, settings), make_rates(settings, experiment.config.precision)
     stages = rounds.make_stages(plan)
     data, clients, root = experiment.train, experiment.clients, experiment.root
@@ -279,14 +339,14 @@ def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> dic
     """
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     model = size(trees.select(state.params, plan.trainable))
-    up = size((results.delta, results.memory))
+    up = size((results.delta, results.memory if plan.term.travels else ()))
     if isinstance(sketches, sketch.Sketch):
         share = float(jnp.mean(sketches.eigenvalues > 0))
         up += round(share * size((sketches.eigenvalues, sketches.basis))) + size(sketches.report)
         up += plan.cohort * model if plan.gradient_scale else 0
     else:
         up += size(sketches)
-    return {"bytes_down": plan.cohort * (model + size(state.shared)), "bytes_up": up}
+    return {"bytes_down": plan.cohort * (model + size(state.shared if plan.term.travels else ())), "bytes_up": up}
 
 
 def fresh(workdir: Path) -> Path:

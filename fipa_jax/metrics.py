@@ -13,19 +13,23 @@ from fipa_jax.simulate import Client, present
 
 def make_evaluate(task, batch_size: int) -> Callable:
     """Builds `evaluate(params, data) -> {name: [N]}`: the task's metrics of every example, in batches; jit it."""
+    return over_examples(lambda params, batch: task.metrics(task.outputs(params, batch)[0], batch), batch_size)
 
-    def evaluate(params, data: dict):
+
+def over_examples(function: Callable, batch_size: int) -> Callable:
+    """Builds `run(params, data)`: function(params, batch), whose arrays have an example axis, of all, in batches."""
+
+    def run(params, data: dict):
         num_examples = jax.tree.leaves(data)[0].shape[0]
 
         def one(example):
             batch = jax.tree.map(lambda field: field[None], example)
-            values = task.metrics(task.outputs(params, batch)[0], batch)
-            return jax.tree.map(lambda value: value[0], values)
+            return jax.tree.map(lambda value: value[0], function(params, batch))
 
         # lax.map runs the remainder as a batch of its own: no example is padded or counted twice.
         return jax.lax.map(one, data, batch_size=min(batch_size, num_examples))
 
-    return evaluate
+    return run
 
 
 def overall(values: dict, prefix: str) -> dict:

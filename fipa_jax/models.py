@@ -1,6 +1,7 @@
 """The networks, each giving its outputs and its features in one pass, and the convolution they share."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,14 @@ from jax import lax
 
 ACTIVATIONS = {"gelu": nn.gelu, "relu": nn.relu, "sigmoid": nn.sigmoid, "silu": nn.silu, "tanh": nn.tanh}
 LAYOUT = ("NHWC", "HWIO", "NHWC")  # of images, kernels and results
+
+
+class Features(NamedTuple):
+    """What a network computes on its way to the outputs."""
+
+    levels: tuple  # of [B, ...]: hidden values, of convolutions globally averaged before their ReLU
+    body: jax.Array  # [B, F], the input of the head
+    last: jax.Array  # [B, F'], the input of the last layer; the body's where the head is one layer
 
 
 def conv(
@@ -112,7 +121,7 @@ def _windows(x):
 
 
 class MLP(nn.Module):
-    """A fully connected network; its features are the hidden layers' values (the input, if there is none).
+    """A fully connected network; its levels are the hidden layers' values, its head is the last layer.
 
     Parameters take the dtype of the inputs they are initialised with, here and below: float64 in, float64 throughout.
     """
@@ -123,13 +132,18 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """Maps inputs [B, ...], flattened, to outputs [B, K] and features, one [B, width] for each hidden layer."""
+        """Maps inputs [B, ...], flattened, to outputs [B, K] and features."""
         x = x.reshape(x.shape[0], -1)
-        features = ()
+        levels = ()
         for width in self.widths:
             x = ACTIVATIONS[self.activation](nn.Dense(width, param_dtype=x.dtype)(x))
-            features += (x,)
-        return nn.Dense(self.num_outputs, param_dtype=x.dtype)(x), features or (x,)
+            levels += (x,)
+        return nn.Dense(self.num_outputs, param_dtype=x.dtype)(x), Features(levels, x, x)
+
+    @property
+    def head_layers(self) -> tuple[str, ...]:
+        """The names of the head's dense layers, for `apply_head`."""
+        return (f"Dense_{len(self.widths)}",)
 
 
 class CNN(nn.Module):
@@ -141,23 +155,111 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """Maps images [B, H, W, C] to outputs [B, K] and features.
-
-        Returns:
-          Outputs [B, K]; features, for each convolution its pooled values before the ReLU, averaged over the image
-          [B, channels], and last the input of the last layer [B, hidden].
-        """
-        features = ()
+        """Maps images [B, H, W, C] to outputs [B, K] and features; the levels are those of the convolutions."""
+        levels = ()
         for channels in self.channels:
             x = nn.Conv(
                 channels, (3, 3), padding="VALID", use_bias=False, param_dtype=x.dtype, conv_general_dilated=conv
             )(x)
             x = max_pool(x)
-            features += (x.mean((1, 2)),)
+            levels += (x.mean((1, 2)),)
             x = nn.relu(x)  # after the pooling, with which it commutes: a quarter of the work
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(self.hidden, use_bias=False, param_dtype=x.dtype)(x))
-        return nn.Dense(self.num_outputs, use_bias=False, param_dtype=x.dtype)(x), (*features, x)
+        return nn.Dense(self.num_outputs, use_bias=False, param_dtype=x.dtype)(x), Features(levels, x, x)
+
+    head_layers = ("Dense_1",)
+
+
+class ResNet(nn.Module):
+    """A residual network with group normalisation (2 groups) in place of batch normalisation (He et al. 2016).
+
+    A 3x3 stem without pooling, then stages of basic blocks, all but the first starting with stride 2; global average
+    pooling; the head is one dense layer, or two with `hidden` units between. Parameter names are those of the stages,
+    and `head`: the last layer alone is `head/`, the whole head with a hidden layer `(hidden|head)/`.
+    """
+
+    widths: Sequence[int]  # channels of each stage
+    blocks: int  # a stage
+    num_outputs: int
+    hidden: int = 0
+    dtype: str = ""  # of the computation, e.g. bfloat16; empty for the parameters' own
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps images [B, H, W, C] to outputs [B, K] and features; the levels are the stem's and each stage's."""
+        param_dtype, given = x.dtype, x.dtype
+        x = x.astype(self.dtype or given)
+        x, before = _ConvNorm(self.widths[0], param_dtype=param_dtype, name="stem")(x, activate=True)
+        levels = (before.mean((1, 2)),)
+        for i, width in enumerate(self.widths):
+            for j in range(self.blocks):
+                stride = 2 if i > 0 and j == 0 else 1
+                x, before = _Block(width, stride, param_dtype, name=f"stage{i + 1}_block{j + 1}")(x)
+            levels += (before.mean((1, 2)),)
+        # The head in full precision: it is cheap, and so are its sketches.
+        levels, body = jax.tree.map(lambda level: level.astype(given), (levels, x.mean((1, 2))))
+        last = body
+        if self.hidden:
+            last = nn.relu(nn.Dense(self.hidden, param_dtype=param_dtype, name="hidden")(body))
+        return nn.Dense(self.num_outputs, param_dtype=param_dtype, name="head")(last), Features(levels, body, last)
+
+    @property
+    def head_layers(self) -> tuple[str, ...]:
+        """The names of the head's dense layers, for `apply_head`."""
+        return ("hidden", "head") if self.hidden else ("head",)
+
+
+def apply_head(layers: Sequence[str], params, body):
+    """The head alone: dense layers with ReLU between them, from the body's features [B, F] to (outputs, features)."""
+    *hidden, final = layers
+    dense = lambda layer, x: x @ layer["kernel"] + (layer["bias"][None] if "bias" in layer else 0)
+    last = body
+    for name in hidden:
+        last = nn.relu(dense(params[name], last))
+    return dense(params[final], last), Features((), body, last)
+
+
+class _ConvNorm(nn.Module):
+    """A convolution without bias and its group normalisation; returns the values after and before the ReLU."""
+
+    width: int
+    kernel: int = 3
+    stride: int = 1
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, activate: bool):
+        pad = self.kernel // 2
+        x = nn.Conv(
+            self.width,
+            (self.kernel, self.kernel),
+            (self.stride, self.stride),
+            padding=((pad, pad), (pad, pad)),
+            use_bias=False,
+            param_dtype=self.param_dtype,
+            dtype=x.dtype,
+            conv_general_dilated=conv,
+        )(x)
+        x = nn.GroupNorm(num_groups=2, epsilon=1e-5, param_dtype=self.param_dtype, dtype=x.dtype)(x)
+        return (nn.relu(x) if activate else x), x
+
+
+class _Block(nn.Module):
+    """Two convolutions and a shortcut, by a 1x1 convolution where the shape changes."""
+
+    width: int
+    stride: int
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        layer = lambda *args, name: _ConvNorm(self.width, *args, param_dtype=self.param_dtype, name=name)
+        y, _ = layer(3, self.stride, name="conv1")(x, activate=True)
+        y, _ = layer(3, 1, name="conv2")(y, activate=False)
+        if self.stride > 1 or x.shape[-1] != self.width:
+            x, _ = layer(1, self.stride, name="shortcut")(x, activate=False)
+        return nn.relu(x + y), x + y
 
 
 # The CNNs are named after their numbers of parameters with images 32x32x3 and ten outputs: 5,956, 23,711 and 197,984.
@@ -168,6 +270,12 @@ MODELS = {
     "cnn_6k": lambda config, num_outputs: CNN((12, 8), num_outputs, hidden=16),
     "cnn_23k": lambda config, num_outputs: CNN((29, 16), num_outputs, hidden=32),
     "cnn_200k": lambda config, num_outputs: CNN((32, 40), num_outputs, hidden=128),
+    "resnet20": lambda config, num_outputs: ResNet(
+        (16, 32, 64), 3, num_outputs, config.head_width, config.compute_dtype
+    ),
+    "resnet18": lambda config, num_outputs: ResNet(
+        (64, 128, 256, 512), 2, num_outputs, config.head_width, config.compute_dtype
+    ),
 }
 
 
@@ -175,7 +283,8 @@ def build(config_model, num_outputs: int) -> nn.Module:
     """Builds the network `config_model.name`.
 
     Args:
-      config_model: the fields `name`, and for the MLP `widths` and `activation`.
+      config_model: the fields `name`, for the MLP `widths` and `activation`, for a ResNet `head_width` and
+        `compute_dtype`.
       num_outputs: K.
 
     Returns:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fipa_jax import curvature, trees
+from fipa_jax import curvature, terms, trees
 from fipa_jax.aggregate import Aggregator, Uploads
-from fipa_jax.client import Hyper, LocalResult, Term
+from fipa_jax.client import Hyper, LocalResult
 from fipa_jax.simulate import Client, gather, map_clients, present, sample_cohort
 from fipa_jax.sketch import Diagonal, Sketch, above_gradient, truncate
 
@@ -34,11 +34,11 @@ class Plan(NamedTuple):
 
     task: Any  # tasks.Task
     local: Callable  # a local solver of `client`
-    term: Term
+    term: terms.Term
     # (outputs, features) -> (key, params, batch, mask) -> Sketch or Diagonal, as the rule needs; None if it needs none
     sketch: Callable | None
     aggregator: Aggregator
-    server: optax.GradientTransformation  # on the negative step, without the learning rate
+    server: optax.GradientTransformationExtraArgs  # on the negative step, without the learning rate; see `server`
     cohort: int  # C
     trainable: str  # regular expression over parameter paths
     sketch_examples: int = 0  # examples of a client that enter its sketch; 0 for all
@@ -114,7 +114,7 @@ def make_stages(plan: Plan) -> Stages:
             if plan.aggregator.at == "local":
                 theta = optax.tree.add(theta, delta)
             only_outputs = lambda theta, batch: outputs(theta, batch)[0]
-            last_inputs = lambda theta, batch: outputs(theta, batch)[1][-1]
+            last_inputs = lambda theta, batch: getattr(outputs(theta, batch)[1], "last", None)
             draw_key, solve_key = jax.random.split(key)
             client = subsample(draw_key, client, plan.sketch_examples)
             batch, mask = gather(data, client.indices), present(client)
@@ -135,8 +135,6 @@ def make_stages(plan: Plan) -> Stages:
         chosen = trees.select(state.params, plan.trainable)
         uploads = Uploads(results.delta, clients.num_examples[ids], sketches)
         step, rule_state, info = plan.aggregator.apply(uploads, state.aggregator, chosen)
-        update, server = plan.server.update(optax.tree.scale(-1, step), state.server, chosen)
-        chosen = jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update)
         # A client set aside keeps its old memory, so that one bad upload does not poison the shared mean; so does one
         # without examples, whose memory would change although it took no step.
         took_part = (uploads.num_examples > 0) & ~info["rejected"]
@@ -145,6 +143,9 @@ def make_stages(plan: Plan) -> Stages:
         memory = jax.tree.map(lambda all_, d: all_.at[ids].add(d), state.memory, change)
         num_clients = clients.num_examples.shape[0]
         shared = jax.tree.map(lambda mean, d: mean + jnp.sum(d, axis=0) / num_clients, state.shared, change)
+        step = plan.term.correct(step, shared, rates.local.mu)
+        update, server = plan.server.update(optax.tree.scale(-1, step), state.server, chosen, deltas=results.delta)
+        chosen = jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update)
         info |= {"ids": ids, "local_loss": jnp.mean(results.loss)}
         params = trees.replace(state.params, chosen)
         return State(params, rule_state, server, memory, shared, state.round + 1), info

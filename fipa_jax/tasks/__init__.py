@@ -19,10 +19,19 @@ class Task(NamedTuple):
     """
 
     init: Callable  # key -> params
-    outputs: Callable  # (params, batch) -> (outputs [B, K], features: pytree [B, ...], () if there are none)
+    outputs: Callable  # (params, batch) -> (outputs [B, K], features: `models.Features`, or () if there are none)
     loss: Callable  # (outputs, batch) -> [B], loss of each example
     metrics: Callable  # (outputs, batch) -> {name: [B]}; averaged over examples; `accuracy` in a name: higher is better
     augment: Callable = lambda key, batch: batch  # a random view of a training batch
+    head: Callable | None = None  # (params, body's features [B, F]) -> (outputs, features): the head alone
+    head_pattern: str = ""  # regular expression for the paths of the head's parameters
+
+
+def head_only(task: Task) -> Task:
+    """The task seen by the head alone: its batches hold the body's features, `body` [B, F], instead of the inputs."""
+    return task._replace(
+        outputs=lambda params, batch: task.head(params, batch["body"]), augment=lambda key, batch: batch
+    )
 
 
 class Problem(NamedTuple):

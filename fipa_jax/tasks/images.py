@@ -1,5 +1,7 @@
 """Image classification: labelled uint8 images, a classifier, and a split of the training set over clients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +71,9 @@ def classifier(module, image_shape: tuple[int, int, int], mean: np.ndarray, std:
         return {**batch, "image": crop_and_flip(key, batch["image"], fill)}
 
     fill = np.round(255 * mean).astype(np.uint8)
-    return Task(init, outputs, loss, metrics, augment) if augmented else Task(init, outputs, loss, metrics)
+    head = functools.partial(models.apply_head, module.head_layers)
+    task = Task(init, outputs, loss, metrics, head=head, head_pattern=f"^({'|'.join(module.head_layers)})/")
+    return task._replace(augment=augment) if augmented else task
 
 
 def loss(outputs: jax.Array, batch: dict) -> jax.Array:

@@ -1,0 +1,54 @@
+"""What does the server make of the step? Optimisers on it, optax transforms; any of them composes with any aggregator.
+
+The gradient that they see is the negative step; the learning rate, `server.lr`, is applied outside, as it is traced.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fipa_jax import trees
+
+
+def fedexp(epsilon: float = 1e-3) -> optax.GradientTransformationExtraArgs:
+    """FedExP's extrapolation (Jhunjhunwala et al. 2023, eq. 6): the step times
+
+        max(1, sum_m |delta_m|^2 / (2 C (|step|^2 + epsilon)))
+
+    over the C clients whose updates are finite: the more they disagree, the longer the step.
+    """
+
+    def update(updates, state, params=None, *, deltas, **_):
+        present = trees.is_finite(deltas)
+        squares = jax.vmap(lambda delta: optax.tree.norm(delta, squared=True))(trees.zero_unless(present, deltas))
+        mean_square = jnp.sum(squares) / jnp.maximum(jnp.sum(present), 1)
+        scale = jnp.maximum(1, mean_square / (2 * (optax.tree.norm(updates, squared=True) + epsilon)))
+        return optax.tree.scale(scale, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+# name -> (momentum -> transform). FedAvgM (Hsu et al. 2019) is `momentum`. `acg` is FedACG (Kim et al. 2024), whose
+# lookahead theta + lambda m, held as the parameters, moves by Nesterov's momentum; its clients add the term `prox`.
+# FedAdam and FedYogi (Reddi et al. 2021) with their beta_2 = 0.99 and tau = 1e-3.
+OPTIMIZERS: dict[str, Callable] = {
+    "acg": lambda momentum: optax.trace(momentum, nesterov=True),
+    "adam": lambda momentum: optax.scale_by_adam(b1=momentum, b2=0.99, eps=1e-3),
+    "exp": lambda momentum: fedexp(),
+    "momentum": lambda momentum: optax.trace(momentum),
+    "sgd": lambda momentum: optax.identity(),
+    "yogi": lambda momentum: optax.scale_by_yogi(b1=momentum, b2=0.99, eps=1e-3),
+}
+
+
+def make(name: str, momentum: float) -> optax.GradientTransformationExtraArgs:
+    """The optimiser `name`, which takes the clients' stacked updates as `deltas`.
+
+    Raises:
+      ValueError: the name is not known.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"config.server.optimizer: unknown {name!r}; known: {', '.join(sorted(OPTIMIZERS))}")
+    return optax.with_extra_args_support(OPTIMIZERS[name](momentum))
