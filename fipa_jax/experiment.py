@@ -4,7 +4,6 @@
 work directory: config.json, metrics.jsonl, summary.json, curves.png, split.png and the models.
 """
 
-import inspect
 import itertools
 import json
 import re
@@ -17,25 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fipa_jax import (
-    aggregate,
-    checkpoint,
-    metrics,
-    partition,
-    plots,
-    report,
-    rounds,
-    server,
-    sketch,
-    tasks,
-    terms,
-    trees,
-)
-from fipa_jax import client as client_lib
+from fipa_jax import checkpoint, metrics, partition, phase, plots, report, rounds, sketch, tasks, trees
 from fipa_jax import config as config_lib
 from fipa_jax.simulate import Client
 
@@ -75,7 +60,7 @@ def build(config: ConfigDict) -> Experiment:
     indices, counts = partition.pad(problem.clients)
     if config.cohort > len(counts):
         raise ValueError(f"config.cohort: {config.cohort} is above the number of clients, {len(counts)}")
-    mesh = make_mesh(config.devices)
+    mesh = phase.make_mesh(config.devices)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     on_device = lambda data: jax.device_put(jax.tree.map(np.asarray, data), everywhere)
     held = {"test": problem.test} | ({} if problem.holdout is None else {"holdout": problem.holdout})
@@ -137,11 +122,11 @@ def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) ->
     first, summary = config.first_round, {"runs": {}}
     views = {}
 
-    def view(phase: str, settings: ConfigDict, params) -> Experiment:
+    def view(name: str, settings: ConfigDict, params) -> Experiment:
         """The experiment, or what the head sees of it from the phase's first model, the same for all its rules."""
-        if settings.cache_body and phase not in views:
-            views[phase] = cached(experiment, params)
-        return views[phase] if settings.cache_body else experiment
+        if settings.cache_body and name not in views:
+            views[name] = cached(experiment, params)
+        return views[name] if settings.cache_body else experiment
 
     def finish(name: str, params, rows: list[dict], as_run: ConfigDict) -> None:
         file = re.sub(r"[^\w.-]", "_", name.replace("=", "-"))
@@ -170,7 +155,7 @@ def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) ->
 def run_phase(experiment: Experiment, settings: ConfigDict, name: str, params, first: int, writer):
     """Runs one phase from `params`; returns (params, its metrics rows)."""
     config = experiment.config
-    plan, rates = make_plan(experiment, settings), make_rates(settings, config.precision)
+    plan, rates = plan_of(experiment, settings), phase.make_rates(settings, config.precision)
     stages = rounds.make_stages(plan)
     state = stages.init(params, experiment.clients.num_examples.shape[0], first)
     train, sketch_, aggregate_ = compiled(experiment, settings, stages, state)
@@ -231,49 +216,10 @@ def cached(experiment: Experiment, params, run: Callable = lambda f, *args: f(*a
     )
 
 
-def make_plan(experiment: Experiment, settings: ConfigDict) -> rounds.Plan:
-    """A phase's static choices, from its config."""
-    config, task = experiment.config, experiment.problem.task
-    term = find(terms.TERMS, "term.name", settings.term.name)()
-    solver = find(client_lib.LOCAL_SOLVERS, "local.optimizer", settings.local.optimizer)
-    rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
-    aggregator = rule(**fields_for(rule, settings.aggregator))
-    makers = {"none": None, "sketch": sketch.make_sketch, "diagonal": sketch.make_diagonal}
-    make = makers[aggregator.curvature]
-    return rounds.Plan(
-        task=task,
-        local=solver(task.loss, task.augment, term=term, **fields_for(solver, settings.local)),
-        term=term,
-        sketch=None if make is None else sketch_of(make, task.loss, settings.sketch),
-        aggregator=aggregator,
-        server=server.make(settings.server.optimizer, settings.server.momentum),
-        cohort=config.cohort or experiment.clients.num_examples.shape[0],
-        trainable=settings.trainable,
-        sketch_examples=settings.sketch.examples,
-        gradient_scale=settings.sketch.gradient_scale if aggregator.curvature == "sketch" else 0.0,
-        chunk=config.chunk,
-        mesh=make_mesh(config.devices),
-    )
-
-
-def sketch_of(make: Callable, loss: Callable, settings: ConfigDict) -> Callable:
-    """(outputs, features) -> a client's sketch, or diagonal, with the config's fields."""
-    fields = fields_for(make, settings)
-    if "features" not in inspect.signature(make).parameters:
-        return lambda outputs, features: make(outputs, loss, **fields)
-    return lambda outputs, features: make(outputs, loss, features=features, **fields)
-
-
-def fields_for(factory: Callable, fields: ConfigDict) -> dict:
-    """Those of the config's fields that a factory takes: it asks for a field by naming a parameter after it."""
-    return {name: value for name, value in fields.items() if name in inspect.signature(factory).parameters}
-
-
-def make_rates(settings: ConfigDict, dtype: str) -> rounds.Rates:
-    """A phase's traced hyper-parameters, from its config."""
-    array = lambda value: jnp.asarray(value, dtype)
-    hyper = client_lib.Hyper(array(settings.local.lr), array(settings.local.damping), array(settings.term.mu))
-    return rounds.Rates(hyper, array(settings.local.lr_decay), array(settings.server.lr))
+def plan_of(experiment: Experiment, settings: ConfigDict) -> rounds.Plan:
+    """The plan of a phase of this experiment."""
+    num_clients = experiment.clients.num_examples.shape[0]
+    return phase.make_plan(experiment.config, settings, experiment.problem.task, num_clients)
 
 
 def compiled(experiment: Experiment, settings: ConfigDict, stages: rounds.Stages, state: rounds.State):
@@ -298,7 +244,7 @@ def trace(experiment: Experiment, settings: ConfigDict) -> None:
     if settings.cache_body:
         check_head(experiment, settings)
         experiment = cached(experiment, experiment.params, run=jax.eval_shape)
-    plan, rates = make_plan(experiment, settings), make_rates(settings, experiment.config.precision)
+    plan, rates = plan_of(experiment, settings), phase.make_rates(settings, experiment.config.precision)
     stages = rounds.make_stages(plan)
     data, clients, root = experiment.train, experiment.clients, experiment.root
     state = stages.init(experiment.params, clients.num_examples.shape[0])
@@ -372,22 +318,3 @@ def fresh(workdir: Path) -> Path:
             path.rename(aside / path.name)
         logging.warning("%s held an earlier run: moved to %s", workdir, aside)
     return workdir
-
-
-def make_mesh(devices: int):
-    """`devices` devices along an axis `clients`; None for one."""
-    if devices == 1:
-        return None
-    if devices > len(jax.devices()):
-        raise ValueError(
-            f"config.devices: {devices} asked for, {len(jax.devices())} there; on a CPU, set in the environment "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}"
-        )
-    return jax.make_mesh((devices,), ("clients",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-
-
-def find(table_: dict, field: str, name: str):
-    """The entry of a table; the error for a name that is not in it lists those that are."""
-    if name not in table_:
-        raise ValueError(f"config.{field}: unknown {name!r}; known: {', '.join(sorted(table_))}")
-    return table_[name]

@@ -1,0 +1,80 @@
+"""How does a phase's config become a plan of its rounds? Names become functions, fields become their arguments."""
+
+import inspect
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from ml_collections import ConfigDict
+
+from fipa_jax import aggregate, rounds, server, sketch, terms
+from fipa_jax import client as client_lib
+from fipa_jax.tasks import Task
+
+
+def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients: int) -> rounds.Plan:
+    """A phase's static choices, from the run's config and the phase's own.
+
+    Raises:
+      ValueError: a name is not known, or choices do not fit together; names the config field.
+    """
+    term = find(terms.TERMS, "term.name", settings.term.name)()
+    solver = find(client_lib.LOCAL_SOLVERS, "local.optimizer", settings.local.optimizer)
+    rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
+    aggregator = rule(**fields_for(rule, settings.aggregator))
+    makers = {"none": None, "sketch": sketch.make_sketch, "diagonal": sketch.make_diagonal}
+    make = makers[aggregator.curvature]
+    return rounds.Plan(
+        task=task,
+        local=solver(task.loss, task.augment, term=term, **fields_for(solver, settings.local)),
+        term=term,
+        sketch=None if make is None else sketch_of(make, task.loss, settings.sketch),
+        aggregator=aggregator,
+        server=server.make(settings.server.optimizer, settings.server.momentum),
+        cohort=config.cohort or num_clients,
+        trainable=settings.trainable,
+        sketch_examples=settings.sketch.examples,
+        gradient_scale=settings.sketch.gradient_scale if aggregator.curvature == "sketch" else 0.0,
+        chunk=config.chunk,
+        mesh=make_mesh(config.devices),
+    )
+
+
+def sketch_of(make: Callable, loss: Callable, settings: ConfigDict) -> Callable:
+    """(outputs, features) -> a client's sketch, or diagonal, with the config's fields."""
+    fields = fields_for(make, settings)
+    if "features" not in inspect.signature(make).parameters:
+        return lambda outputs, features: make(outputs, loss, **fields)
+    return lambda outputs, features: make(outputs, loss, features=features, **fields)
+
+
+def fields_for(factory: Callable, fields: ConfigDict) -> dict:
+    """Those of the config's fields that a factory takes: it asks for a field by naming a parameter after it."""
+    return {name: value for name, value in fields.items() if name in inspect.signature(factory).parameters}
+
+
+def make_rates(settings: ConfigDict, dtype: str) -> rounds.Rates:
+    """A phase's traced hyper-parameters, from its config."""
+    array = lambda value: jnp.asarray(value, dtype)
+    hyper = client_lib.Hyper(array(settings.local.lr), array(settings.local.damping), array(settings.term.mu))
+    return rounds.Rates(hyper, array(settings.local.lr_decay), array(settings.server.lr))
+
+
+def make_mesh(devices: int):
+    """`devices` devices along an axis `clients`; None for one."""
+    if devices == 1:
+        return None
+    if devices > len(jax.devices()):
+        raise ValueError(
+            f"config.devices: {devices} asked for, {len(jax.devices())} there; on a CPU, set in the environment "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}"
+        )
+    return jax.make_mesh((devices,), ("clients",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+def find(table_: dict, field: str, name: str):
+    """The entry of a table; the error for a name that is not in it lists those that are."""
+    if name not in table_:
+        raise ValueError(f"config.{field}: unknown {name!r}; known: {', '.join(sorted(table_))}")
+    return table_[name]
