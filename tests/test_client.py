@@ -11,6 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import client as client_lib
+from fipa_jax import terms
 from fipa_jax.client import Hyper
 from fipa_jax.simulate import Client
 
@@ -179,7 +180,7 @@ def test_loss_is_the_mean_over_the_steps(x64):
 
 def test_prox_pulls_towards_the_broadcast(x64):
     start = _params()
-    options = {"batch_size": 0, "epochs": 5, "term": client_lib.TERMS["prox"]()}
+    options = {"batch_size": 0, "epochs": 5, "term": terms.TERMS["prox"]()}
     travelled = []
     for mu in (0.0, 1.0, 5.0):
         result = _solve(_client(8), _hyper(mu=mu), **options)
@@ -192,7 +193,7 @@ def test_prox_pulls_towards_the_broadcast(x64):
     )
 
 
-_scaffold = functools.cache(client_lib.scaffold)
+_scaffold = functools.cache(terms.scaffold)
 
 
 def test_scaffold_corrects_the_gradient_and_remembers_its_mean(x64):
@@ -248,5 +249,5 @@ def test_wrong_choices_name_the_field():
     with pytest.raises(ValueError, match=r"local\.optimizer: unknown optimizer 'adm'; known: adam, momentum, .*yogi"):
         client_lib.first_order(_squared, KEEP, optimizer="adm")
     with pytest.raises(ValueError, match=r"gauss_newton.*term\.name = 'none'"):
-        client_lib.gauss_newton(_squared, KEEP, term=client_lib.prox())
-    client_lib.gauss_newton(_squared, KEEP, term=client_lib.TERMS["none"]())
+        client_lib.gauss_newton(_squared, KEEP, term=terms.prox())
+    client_lib.gauss_newton(_squared, KEEP, term=terms.TERMS["none"]())

@@ -1,5 +1,7 @@
 """The networks and their convolution, against XLA's own convolution and pooling."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -20,8 +22,9 @@ def _close(a, b):
     chex.assert_trees_all_close(a, b, rtol=1e-5, atol=2e-5)
 
 
-def _config(name, widths=(5, 4), activation="tanh"):
-    return ml_collections.ConfigDict({"name": name, "widths": widths, "activation": activation})
+def _config(name, **options):
+    fields = {"widths": (5, 4), "activation": "tanh", "head_width": 0, "compute_dtype": ""}
+    return ml_collections.ConfigDict({"name": name, **fields, **options})
 
 
 @pytest.mark.parametrize(
@@ -100,22 +103,76 @@ def test_cnns_have_the_stated_size(name, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
-@pytest.mark.parametrize(("name", "shape"), [("mlp", (3, 2, 4)), ("cnn_6k", (3, 12, 12, 1))])
-def test_the_last_feature_is_the_input_of_the_last_layer(name, shape):
-    module = models.build(_config(name), 7)
+def _resnet_size(widths, blocks, num_outputs, hidden):
+    """Parameters of the published network: 3x3 convolutions without bias, each with a scale and a shift a channel."""
+    layer = lambda kernel, before, after: kernel**2 * before * after + 2 * after
+    total, before = layer(3, 3, widths[0]), widths[0]
+    for width in widths:
+        for _ in range(blocks):
+            total += layer(3, before, width) + layer(3, width, width)
+            total += layer(1, before, width) if before != width else 0
+            before = width
+    sizes = [before, *([hidden] if hidden else []), num_outputs]
+    return total + sum(a * b + b for a, b in itertools.pairwise(sizes))
+
+
+@pytest.mark.parametrize("hidden", [0, 720])
+@pytest.mark.parametrize(
+    ("name", "widths", "blocks"), [("resnet20", (16, 32, 64), 3), ("resnet18", (64, 128, 256, 512), 2)]
+)
+def test_resnets_have_the_published_size(name, widths, blocks, hidden):
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    module = models.build(_config(name, head_width=hidden), 200)
+    params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    assert size(params) == _resnet_size(widths, blocks, 200, hidden)
+    if name == "resnet18":  # the paper fine-tunes 4.4 % of the parameters
+        share = sum(size(params[layer]) for layer in module.head_layers) / size(params)
+        assert round(100 * share, 1) == (4.4 if hidden else 0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "levels", "options"),
+    [
+        ("mlp", (3, 2, 4), [5, 4], {}),
+        ("cnn_6k", (3, 12, 12, 1), [12, 8], {}),
+        ("resnet20", (3, 8, 8, 1), [16, 16, 32, 64], {}),
+        ("resnet20", (3, 8, 8, 1), [16, 16, 32, 64], {"head_width": 6}),
+    ],
+)
+def test_the_head_takes_the_body_to_the_outputs(name, shape, levels, options):
+    module = models.build(_config(name, **options), 7)
     x = _normal(0, *shape)
     variables = module.init(jax.random.key(1), x)
-    outputs, features = module.apply(variables, x)
+    outputs, features = jax.jit(module.apply)(variables, x)
     chex.assert_shape(outputs, (3, 7))
-    chex.assert_shape(features, [(3, 5), (3, 4)] if name == "mlp" else [(3, 12), (3, 8), (3, 16)])
-    head = variables["params"]["Dense_2" if name == "mlp" else "Dense_1"]
-    _close(outputs, features[-1] @ head["kernel"] + jnp.reshape(head.get("bias", jnp.zeros(7)), (1, 7)))
+    chex.assert_shape(features.levels, [(3, width) for width in levels])
+    found, of_head = models.apply_head(module.head_layers, variables["params"], features.body)
+    _close(found, outputs)
+    _close(of_head.last, features.last)
+    final = variables["params"][module.head_layers[-1]]
+    _close(outputs, features.last @ final["kernel"] + jnp.reshape(final.get("bias", jnp.zeros(7)), (1, 7)))
+    if name == "resnet20":
+        assert all(np.any(level < 0) for level in features.levels), "levels come before their ReLU"
 
 
-def test_without_hidden_layers_the_feature_is_the_flattened_input():
+def test_without_hidden_layers_the_body_is_the_flattened_input():
     x = _normal(0, 3, 2, 2)
     _, features = models.MLP((), 7).init_with_output(jax.random.key(1), x)[0]
-    chex.assert_trees_all_equal(features, (x.reshape(3, 4),))
+    chex.assert_trees_all_equal(features, models.Features((), x.reshape(3, 4), x.reshape(3, 4)))
+
+
+def test_a_resnet_computes_in_bfloat16_and_keeps_its_parameters():
+    x = _normal(0, 3, 8, 8, 3)
+    full = models.build(_config("resnet20"), 7)
+    params = full.init(jax.random.key(1), x)
+    half = models.build(_config("resnet20", compute_dtype="bfloat16"), 7)
+    assert jax.tree.map(jnp.shape, half.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, params)
+    wanted, found = (jax.jit(module.apply)(params, x) for module in (full, half))
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, found))} == {jnp.dtype("float32")}
+    error = jnp.linalg.norm(found[0] - wanted[0]) / jnp.linalg.norm(wanted[0])
+    # Twenty layers, each rounding to 8 bits; equal results would mean that nothing was computed in bfloat16.
+    assert 1e-5 < error < 20 * 2.0**-8
 
 
 def test_a_gauss_newton_product_and_the_jacobians_of_examples_agree():

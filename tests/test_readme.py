@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fipa_jax import aggregate, client, tasks
+from fipa_jax import aggregate, tasks, terms
 from fipa_jax import config as config_lib
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +19,7 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE
 def test_snippet_runs(number, tmp_path, monkeypatch):
     """Each snippet alone, as a module of its own; the tables that it adds to are restored."""
     monkeypatch.chdir(tmp_path)
-    for table in (tasks.TASKS, client.TERMS, aggregate.AGGREGATORS):
+    for table in (tasks.TASKS, terms.TERMS, aggregate.AGGREGATORS):
         for name in ("logistic", "ridge", "clipped_median"):
             monkeypatch.setitem(table, name, None)
             monkeypatch.delitem(table, name)
