@@ -5,39 +5,28 @@ gradients clipped at norm 10), with the step sizes of FIPA and of the FedAvg bes
 training data. FIPA takes the form and the step of the authors' code, gamma = beta = 0.5, at a thirtieth of the
 published learning rate and with rank 50.
 Hardware: two CPU cores, about 20 minutes. Expected: see README, Results.
-Needs CIFAR-10 as prepared by TFDS.
+Data: python scripts/prepare_data.py cifar10 --data-dir=DIR
 Command: python scripts/train.py --config=configs/cifar10.py --config.data.dir=DIR
 """
 
 from fipa_jax import config as config_lib
 
 
-def get_config():
-    config = config_lib.default()
-    config.task.name = "images"
-    config.data.name = "cifar10"
+def get_config(variant: str = ""):
+    config = config_lib.images("cifar10", "cnn_23k")
     config.data.holdout = 0.1
     config.partition.alpha = 0.1
-    config.cohort = 5
-    config.model.name = "cnn_23k"
-    config.eval.clients_every = 10
-    for phase in (config.warmup, config.fipa):
-        phase.local.lr_decay = 0.998
-        phase.local.weight_decay = 1e-3
-        phase.local.clip_norm = 10.0
     config.warmup.rounds = 300
-    config.warmup.local.lr = 0.1
 
     config.compare = ("fipa", "fedavg:server.lr=0.15:local.lr=0.1", "fedavg:server.lr=1:local.lr=0.1")
     config.fipa.rounds = 20
     config.fipa.local.lr = 0.003
-    config.fipa.sketch.solver = "lanczos"
+    config.fipa.sketch.solver = "auto"
     config.fipa.sketch.rank = 50
-    config.fipa.sketch.jacobian = "rows"
-    config.fipa.sketch.micro_batch = 10
+    config.fipa.sketch.micro_batch = 5
     config.fipa.sketch.examples = 250
     config.fipa.aggregator.form = "tikhonov"
     config.fipa.aggregator.relative = False
     config.fipa.aggregator.damping = 0.5
     config.fipa.server.lr = 0.25  # gamma beta
-    return config
+    return config_lib.variant(config, variant)

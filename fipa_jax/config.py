@@ -43,15 +43,19 @@ def default() -> ConfigDict:
     config.data.name = "cifar10"  # of a TFDS data set
     config.data.dir = ""  # where TFDS has prepared it; "" for TFDS's own default
     config.data.cache_dir = ""  # decoded images; "" for the user's cache
-    config.data.test_split = "test"
+    config.data.train_split = "train"  # or a slice of it, e.g. train[:1000]
+    config.data.test_split = ""  # "" for the data set's own: validation for tiny_imagenet, test for all others
     config.data.holdout = 0.0  # fraction of the training set apart from it, evaluated as `holdout_*`, for tuning
-    config.data.augment = True  # random crop with padding 4 and horizontal flip
+    config.data.augment = True  # train on random views: rotated, cropped with padding 4, mirrored
+    config.data.rotation = 0.0  # bound on a view's rotation, in degrees; published: 10
+    config.data.flip = True  # mirror half of the views; not for digits
 
     config.partition = ConfigDict()
-    config.partition.name = "dirichlet"
+    config.partition.name = "dirichlet"  # dirichlet, dirichlet_by_class, shards, iid, file
     config.partition.num_clients = 100
     config.partition.alpha = 0.1
     config.partition.shards_per_client = 2
+    config.partition.file = ""  # of a published split: client -> indices in the data set's original order
     config.partition.seed = 0
 
     config.model = ConfigDict()
@@ -125,6 +129,37 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
     )
 
 
+def images(data: str, model: str) -> ConfigDict:
+    """What the image experiments share: the local work of the published ones, 100 clients of which 5 take part."""
+    config = default()
+    config.task.name, config.data.name, config.model.name = "images", data, model
+    config.partition.num_clients, config.cohort = 100, 5
+    config.eval.clients_every = 10
+    for phase in (config.warmup, config.fipa):
+        phase.local.lr, phase.local.lr_decay = 0.1, 0.998
+        phase.local.weight_decay, phase.local.clip_norm = 1e-3, 10.0
+    return config
+
+
+def variant(config: ConfigDict, name: str) -> ConfigDict:
+    """The config itself for "", or shrunk for `debug`: a few rounds on a few images, to see that all parts run.
+
+    Raises:
+      ValueError: the name is not known.
+    """
+    if name not in ("", "debug"):
+        raise ValueError(f"--config: unknown variant {name!r}; known: debug")
+    if name == "debug":
+        config.data.train_split, config.data.test_split = "train[:400]", f"{config.data.test_split or 'test'}[:100]"
+        config.data.holdout = 0.0
+        config.partition.num_clients, config.cohort = 8, 2
+        config.warmup.rounds = config.fipa.rounds = config.eval.clients_every = 2
+        config.fipa.sketch.rank = min(config.fipa.sketch.rank, 5)
+        for phase in (config.warmup, config.fipa):
+            phase.local.epochs = 1
+    return config
+
+
 def rule(config: ConfigDict, spec: str) -> ConfigDict:
     """The FIPA phase as changed by a compared rule, `NAME` or `NAME:field=value:field=value`.
 
@@ -167,6 +202,11 @@ def validate(config: ConfigDict) -> None:
     _at_least("task.examples_per_client", config.task.examples_per_client, 1)
     if not 0 <= config.data.holdout < 1:
         raise ValueError(f"config.data.holdout: needs a fraction in [0, 1), got {config.data.holdout}")
+    if not 0 <= config.data.rotation <= 180:
+        raise ValueError(f"config.data.rotation: needs degrees in [0, 180], got {config.data.rotation}")
+    is_mnist = config.task.name == "images" and config.data.name.partition(":")[0] == "mnist"
+    if is_mnist and config.data.augment and config.data.flip:
+        raise ValueError("config.data.flip: a mirrored digit is no digit; with the data set 'mnist' set it to False")
     if isinstance(config.compare, str) or not config.compare:
         raise ValueError(f"config.compare: needs a tuple of rules such as ('fipa', 'fedavg'), got {config.compare!r}")
     if len(set(config.compare)) != len(config.compare):

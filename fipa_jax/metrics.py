@@ -33,8 +33,23 @@ def over_examples(function: Callable, batch_size: int) -> Callable:
 
 
 def overall(values: dict, prefix: str) -> dict:
-    """{prefix_name: mean over examples} of {name: [N]}."""
-    return {f"{prefix}_{name}": jnp.mean(value) for name, value in values.items()}
+    """{prefix_name: mean over examples} of {name: [N]}; of `confidence` and `accuracy`, the calibration error."""
+    result = {f"{prefix}_{name}": jnp.mean(value) for name, value in values.items() if name != "confidence"}
+    if "confidence" in values:
+        result[f"{prefix}_calibration_error"] = calibration_error(values["confidence"], values["accuracy"])
+    return result
+
+
+def calibration_error(confidence: jax.Array, correct: jax.Array, bins: int = 15) -> jax.Array:
+    """Expected calibration error (Guo et al. 2017, eq. 3): sum_b n_b/N |accuracy_b - confidence_b|, over equal bins.
+
+    Args:
+      confidence: [N], the probability of the predicted class.
+      correct: [N], 0 or 1.
+    """
+    which = jnp.clip(jnp.floor(confidence * bins).astype(int), 0, bins - 1)
+    gap = jax.ops.segment_sum(correct - confidence, which, num_segments=bins)
+    return jnp.sum(jnp.abs(gap)) / confidence.size
 
 
 def over_clients(values: dict, clients: Client) -> dict:
@@ -46,6 +61,8 @@ def over_clients(values: dict, clients: Client) -> dict:
     mask = jax.vmap(present)(clients)
     result = {}
     for name, value in values.items():
+        if name == "confidence":  # of use for the calibration error alone
+            continue
         totals = jnp.sum(jnp.where(mask, value[clients.indices], 0), axis=1)
         counts = clients.num_examples
         means = totals / jnp.maximum(counts, 1)
