@@ -12,11 +12,15 @@ from absl import logging
 
 # Channel means and standard deviations of the training images over 255, as the published experiments normalise. (Those
 # of CIFAR-10 are means of each image's deviation, a widespread slip: over all pixels they are 0.2470, 0.2435, 0.2616.)
+# The names are those of the data sets that `datasets.prepare` knows.
 CHANNEL_STATS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
+    "mnist": ((0.1307,), (0.3081,)),
     "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
 }
+TEST_SPLITS = {"tiny_imagenet": "validation"}  # where it is not `test`: that of Tiny-ImageNet has no labels
 BLOCK = 1024  # images decoded, or summed, at a time
 
 
@@ -62,6 +66,16 @@ def num_classes(name: str, data_dir: str = "") -> int:
     return _builder(_prepared(name, data_dir)).info.features["label"].num_classes
 
 
+def test_split(name: str) -> str:
+    """Returns the name of the split on which results on a data set are reported."""
+    return TEST_SPLITS.get(name.partition(":")[0], "test")
+
+
+def in_original_order(name: str, data_dir: str = "") -> bool:
+    """Says whether a prepared data set keeps its archive's order, not TFDS's shuffle; raises as `load` does."""
+    return _builder(_prepared(name, data_dir)).info.disable_shuffling
+
+
 def standardise(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Gives the constants of (image / 255 - mean) / std.
 
@@ -85,24 +99,41 @@ def standardise(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(np.maximum(squares / count - mean**2, 255.0**-2))
 
 
+def root(data_dir: str = "") -> Path:
+    """Returns the folder of all prepared data sets: `data_dir`, or TFDS's own default if that is ""."""
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
 def _prepared(name: str, data_dir: str) -> Path:
     """Finds the folder of the newest (or the named) prepared version, without any builder code or network."""
     base, _, version = name.partition(":")
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    found = [info.parent for info in (root / base).glob(f"{version or '*'}/dataset_info.json")]
+    found = [info.parent for info in (root(data_dir) / base).glob(f"{version or '[0-9]*'}/dataset_info.json")]
     if not found:
+        prepare = (
+            f"python scripts/prepare_data.py {base} --data-dir={root(data_dir)}"
+            if base in CHANNEL_STATS
+            else f"with tensorflow, tfds build {base} --data_dir={root(data_dir)} --file_format=array_record"
+        )
         raise FileNotFoundError(
-            f"the data set {name!r} is not prepared: looked for {root / base / (version or '<version>')}/"
+            f"the data set {name!r} is not prepared: looked for {root(data_dir) / base / (version or '<version>')}/"
             f"dataset_info.json and found none. Point config.data.dir (now {data_dir!r}; '' means $TFDS_DATA_DIR or "
             f"~/tensorflow_datasets) at the folder that holds {base}/, or prepare the data once, on a machine with "
-            f"network and tensorflow: pip install 'fipa_jax[tfds]' tensorflow && tfds build {base} "
-            f"--data_dir={root} --file_format=array_record"
+            f"network: {prepare}"
         )
     return max(found, key=lambda folder: [int(part) if part.isdigit() else -1 for part in folder.name.split(".")])
 
 
 def _builder(folder: Path):
-    """Opens a prepared folder with TFDS, imported only here for it is an optional package."""
+    """Opens a prepared folder with TFDS."""
+    return import_tfds(f"reading {folder}").builder_from_directory(folder)
+
+
+def import_tfds(purpose: str):
+    """Returns the module tensorflow_datasets, an optional package that nothing else imports.
+
+    Raises:
+      ImportError: it, or one of those beside it, is not installed; the text says for what `purpose` it is needed.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside TFDS and its imports are no concern of our users
@@ -111,10 +142,10 @@ def _builder(folder: Path):
             import tensorflow_datasets as tfds
     except ImportError as error:
         raise ImportError(
-            f"reading {folder} needs tensorflow_datasets, array_record and pillow (not tensorflow), and {error.name} "
+            f"{purpose} needs tensorflow_datasets, array_record and pillow (not tensorflow), and {error.name} "
             f"is not installed: pip install 'fipa_jax[tfds]'"
         ) from error
-    return tfds.builder_from_directory(folder)
+    return tfds
 
 
 def _decode(builder, split: str, num_examples: int) -> dict[str, np.ndarray]:

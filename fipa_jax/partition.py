@@ -1,10 +1,17 @@
-"""Who owns which example? Splits of a labelled data set over clients; NumPy only.
+"""Who owns which example? Splits of a labelled data set over clients, drawn or read from a file; NumPy only.
 
 Two Dirichlet splits are in use and are not the same: `dirichlet` gives every client equally many examples and skews
 its classes, `dirichlet_by_class` spreads every class over the clients and leaves their sizes ragged.
 """
 
+import ast
+import zipfile
+import zlib
+from pathlib import Path
+
 import numpy as np
+
+BROKEN = (EOFError, zipfile.BadZipFile, zlib.error)  # what reading a damaged archive raises
 
 
 def partition(
@@ -15,6 +22,7 @@ def partition(
     *,
     alpha: float | None = None,
     shards_per_client: int | None = None,
+    file: str | None = None,
 ) -> list[np.ndarray]:
     """Splits the examples over clients by the rule `name`, a key of `PARTITIONS`.
 
@@ -25,11 +33,13 @@ def partition(
       seed: seed of the split; the same seed gives the same split.
       alpha: Dirichlet concentration, positive; the smaller, the fewer classes a client sees.
       shards_per_client: shards a client is dealt, for `shards`.
+      file: path of a published split, for `file`.
 
     Returns:
       For each of the T clients the sorted indices of its examples: disjoint, none empty.
 
     Raises:
+      FileNotFoundError: there is no such file.
       ValueError: the name is not known, or the split asked for does not exist.
     """
     if name not in PARTITIONS:
@@ -42,10 +52,11 @@ def partition(
             f"config.partition.num_clients: needs 1 to {len(labels)} clients, one example each, got {num_clients}"
         )
     rule, fields = PARTITIONS[name]
-    given = {"alpha": alpha, "shards_per_client": shards_per_client}
+    given = {"alpha": alpha, "shards_per_client": shards_per_client, "file": file}
     for field in fields:
-        if given[field] is None or not given[field] > 0:
-            raise ValueError(f"config.partition.{field}: split {name!r} needs a positive number, got {given[field]}")
+        value, wanted = given[field], "the path of a split" if field == "file" else "a positive number"
+        if not value or not (field == "file" or value > 0):
+            raise ValueError(f"config.partition.{field}: split {name!r} needs {wanted}, got {value!r}")
     clients = rule(np.random.default_rng(seed), labels, num_clients, **{field: given[field] for field in fields})
     return [np.sort(client) for client in clients]
 
@@ -125,12 +136,90 @@ def iid(rng: np.random.Generator, labels: np.ndarray, num_clients: int) -> list[
     return np.array_split(rng.permutation(len(labels)), num_clients)
 
 
+def from_file(rng: np.random.Generator, labels: np.ndarray, num_clients: int, file: str) -> list[np.ndarray]:
+    """Reads a published split: for each client the indices of its examples, in the data set's original order.
+
+    The records of the prepared data must be in that order too, as `datasets.prepare` writes them; TFDS's own builders
+    shuffle. Three forms are known, none of which is executed or unpickled: JSON, an object client -> list or a list of
+    lists; the same as a Python literal, `{0: [...], ...}`, in which FedRCL and FedACG publish theirs; `.npz` with an
+    array a client, named by its number, or `arr_` and its number. Examples may be left to nobody.
+
+    For Tiny-ImageNet, FedACG's code counts in the order in which its authors' machine listed the folders of the
+    classes: read here, clients have as many examples of as many classes as published, but of other classes.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not of these forms, or what it holds is not a split of `labels` over `num_clients`.
+    """
+    try:
+        if Path(file).suffix == ".npz":
+            with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+                found = {int(name.removeprefix("arr_")): arrays[name] for name in arrays.files}
+        else:
+            found = _literal(Path(file).read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"config.partition.file: no split at {file}") from error
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, *BROKEN) as error:
+        raise ValueError(
+            f"config.partition.file: {file} is no list of indices for each client, in JSON, as a Python literal or in "
+            f".npz ({error})"
+        ) from error
+    if sorted(found) != list(range(num_clients)):
+        raise ValueError(
+            f"config.partition.num_clients: {num_clients} needs the clients 0 to {num_clients - 1} in {file}, which "
+            f"has {len(found)}: {_few(sorted(found))}"
+        )
+    clients = [_indices(found[client], client, len(labels), file) for client in range(num_clients)]
+    indices, counts = np.unique(np.concatenate(clients), return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(
+            f"config.partition.file: {file} gives away more than once the examples {_few(indices[counts > 1].tolist())}"
+        )
+    return clients
+
+
+def _literal(text):
+    """Parses a literal dict client -> list, or list of lists, to {client: list}; no client may be there twice."""
+    tree = ast.parse(text.strip(), mode="eval")
+    found = ast.literal_eval(tree)
+    if isinstance(found, list | tuple):
+        return dict(enumerate(found))
+    if not isinstance(found, dict) or not all(isinstance(client, int | str) for client in found):
+        raise ValueError("it should map each client's number to its list")
+    by_number = {int(client): indices for client, indices in found.items()}
+    if len(by_number) < len(tree.body.keys):
+        raise ValueError("a client is there twice")
+    return by_number
+
+
+def _indices(listed, client, num_examples, file):
+    """Checks one client's list; returns it as an array [N_m]."""
+    where = f"config.partition.file: client {client} of {file}"
+    listed = listed.tolist() if isinstance(listed, np.ndarray) else listed
+    if not isinstance(listed, list | tuple | set) or not listed:
+        raise ValueError(f"{where} has no list of examples, or an empty one")
+    if not all(type(i) is int for i in listed):
+        raise ValueError(f"{where} needs a flat list of integers")
+    outside = [i for i in listed if not 0 <= i < num_examples]
+    if outside:
+        raise ValueError(
+            f"{where} owns the examples {_few(outside)}, but the training set has 0 to {num_examples - 1}: is this "
+            f"the split of another data set?"
+        )
+    return np.array(list(listed), np.int64)
+
+
+def _few(values):
+    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
+
+
 # Each rule with the fields of config.partition that it reads.
 PARTITIONS = {
     "dirichlet": (dirichlet, ("alpha",)),
     "dirichlet_by_class": (dirichlet_by_class, ("alpha",)),
     "shards": (shards, ("shards_per_client",)),
     "iid": (iid, ()),
+    "file": (from_file, ("file",)),
 }
 
 

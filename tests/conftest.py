@@ -4,8 +4,14 @@ from fipa_jax import config
 
 config.prepare_process(devices=4)
 
+import hashlib  # noqa: E402
+import warnings  # noqa: E402
+
+import archives  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+from fipa_jax import datasets  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -15,3 +21,27 @@ def x64():
     """float64, for comparisons with dense oracles."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def official(tmp_path, monkeypatch):
+    """Makes archives of a data set in `tmp_path / archives`, and theirs the official checksums."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for package in ("tensorflow_datasets", "array_record", "PIL.Image"):
+            pytest.importorskip(package)
+
+    def make(name, **changes):
+        folder = tmp_path / "archives"
+        folder.mkdir(exist_ok=True)
+        arrays = archives.MAKERS[name](folder)
+        admit(name, folder, **changes)
+        return folder, arrays
+
+    def admit(name, folder, **changes):
+        source = datasets.SOURCES[name]
+        sums = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in source.archives}
+        monkeypatch.setitem(datasets.SOURCES, name, source._replace(archives=sums, **changes))
+
+    make.admit = admit
+    return make

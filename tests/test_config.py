@@ -104,6 +104,8 @@ def test_a_mistake_in_a_compared_rule(spec, message):
         ("task.num_clients", 0),
         ("task.examples_per_client", 0),
         ("data.holdout", 1.0),
+        ("data.rotation", -1.0),
+        ("data.rotation", 181.0),
         ("eval.every", 0),
         ("eval.batch_size", 0),
         ("warmup.rounds", -1),

@@ -1,5 +1,6 @@
 """Prepared data sets are loaded, cached and missed as promised; image batches are augmented and normalised right."""
 
+import functools
 import os
 import socket
 import sys
@@ -179,10 +180,13 @@ def test_data_prepared_anew_is_not_taken_from_the_cache(prepared, tmp_path, deco
     assert decodings == ["test", "test"]
 
 
-@pytest.mark.parametrize("name", ["cifar10", "nowhere:2.0.0"])
-def test_missing_data_says_at_once_what_to_do(tmp_path, offline, name):
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("cifar10", "scripts/prepare_data.py cifar10 --data-dir="), ("nowhere:2.0.0", "tfds build nowhere")],
+)
+def test_missing_data_says_at_once_what_to_do(tmp_path, offline, name, command):
     start = time.monotonic()
-    with pytest.raises(FileNotFoundError, match=r"config\.data\.dir .*tfds build") as error:
+    with pytest.raises(FileNotFoundError, match=rf"config\.data\.dir .*{command}") as error:
         data.load(name, "train", str(tmp_path))
     assert name in str(error.value) and str(tmp_path) in str(error.value)
     assert time.monotonic() - start < 1
@@ -231,6 +235,8 @@ def test_the_real_cifar10_has_its_shape_and_classes(tmp_path, offline):
 class Flat(nn.Module):
     """A linear classifier that returns its input as its features."""
 
+    head_layers = ("Dense_0",)
+
     @nn.compact
     def __call__(self, x):
         return nn.Dense(NUM_CLASSES)(x.reshape([x.shape[0], -1])), x
@@ -238,7 +244,7 @@ class Flat(nn.Module):
 
 FILL = np.array([10, 20, 30], np.uint8)
 MEAN, STD = np.array([0.5, 0.4, 0.3]), np.array([0.25, 0.2, 0.1])
-crop_and_flip = jax.jit(images.crop_and_flip)
+crop_and_flip = jax.jit(functools.partial(images.random_view, rotation=0.0, flip=True))
 
 
 @pytest.fixture(scope="module")
@@ -319,11 +325,14 @@ def toy_config(prepared, cache_dir, **changes):
                 "name": "toy",
                 "dir": str(prepared),
                 "cache_dir": str(cache_dir),
+                "train_split": "train",
                 "test_split": "test",
                 "holdout": 0.25,
                 "augment": True,
+                "rotation": 0.0,
+                "flip": True,
             },
-            "partition": {"name": "iid", "num_clients": 4, "alpha": 0.5, "shards_per_client": 1, "seed": 0},
+            "partition": {"name": "iid", "num_clients": 4, "alpha": 0.5, "shards_per_client": 1, "file": "", "seed": 0},
             "model": {"name": "mlp", "widths": (4,), "activation": "tanh"},
         }
     )

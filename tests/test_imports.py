@@ -23,6 +23,7 @@ ARROWS = {
     "rounds": {"trees", "curvature", "sketch", "aggregate", "client", "simulate"},
     "partition": set(),
     "data": set(),
+    "datasets": {"data"},
     "models": set(),
     "tasks": set(),
     "tasks.regression": {"tasks", "models"},
@@ -82,7 +83,7 @@ def test_the_mathematics_needs_jax_optax_and_numpy_alone(module):
 
 
 def test_numpy_is_enough_for_the_splits():
-    assert imports(MODULES["partition"])[1] == {"numpy"}
+    assert imports(MODULES["partition"])[1] <= {"numpy"} | set(sys.stdlib_module_names)
 
 
 def test_scripts_and_configs_import_the_package_only():

@@ -1,5 +1,8 @@
 """Properties of the splits: nobody shares an example, sizes and skew are as promised, a seed is a split."""
 
+import json
+import pickle
+
 import numpy as np
 import pytest
 
@@ -7,7 +10,7 @@ from fipa_jax import partition as splits
 
 NUM_CLASSES, NUM_CLIENTS = 10, 20
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(NUM_CLASSES), 203))  # 2030: T does not divide N
-RULES = sorted(splits.PARTITIONS)
+RULES = sorted(set(splits.PARTITIONS) - {"file"})  # those that draw
 
 
 def split(name, alpha=0.5, seed=0, labels=LABELS, num_clients=NUM_CLIENTS, **kwargs):
@@ -110,7 +113,7 @@ def test_class_counts_and_heterogeneity_on_a_case_done_by_hand():
     [
         (
             {"name": "x"},
-            r"config\.partition\.name: unknown split 'x'; known: dirichlet, dirichlet_by_class, iid, shards",
+            r"config\.partition\.name: unknown split 'x'; known: dirichlet, dirichlet_by_class, file, iid, shards",
         ),
         ({"name": "iid", "num_clients": 0}, r"config\.partition\.num_clients"),
         ({"name": "iid", "num_clients": len(LABELS) + 1}, r"config\.partition\.num_clients"),
@@ -131,3 +134,89 @@ def test_pad_names_clients_without_examples():
         splits.pad([np.array([4]), np.array([], int)])
     with pytest.raises(ValueError, match="of 0 clients"):
         splits.pad([])
+
+
+PUBLISHED = {0: [5, 2029, 0], 1: [7], 2: [1, 2]}
+
+
+def write(path, found):
+    """The same lists in each form that is known."""
+    if path.suffix == ".npz":
+        np.savez(path, **{str(client): np.array(indices) for client, indices in found.items()})
+    elif path.suffix == ".json":
+        path.write_text(json.dumps({str(client): indices for client, indices in found.items()}))
+    else:
+        path.write_text(str(found))
+    return path
+
+
+def read(path, num_clients=3):
+    return splits.partition("file", LABELS, num_clients, seed=0, file=str(path))
+
+
+@pytest.mark.parametrize("form", ["split.json", "dirichlet0.1_clients100.txt", "split.npz"])
+def test_a_published_split_is_read_as_it_is(form, tmp_path):
+    clients = read(write(tmp_path / form, dict(reversed(PUBLISHED.items()))))
+    assert [client.tolist() for client in clients] == [[0, 5, 2029], [7], [1, 2]]
+
+
+def test_lists_without_numbers_are_the_clients_in_turn(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(list(PUBLISHED.values())))
+    np.savez(tmp_path / "b.npz", *map(np.array, PUBLISHED.values()))
+    for name in ("a.json", "b.npz"):
+        assert [client.tolist() for client in read(tmp_path / name)] == [[0, 5, 2029], [7], [1, 2]]
+
+
+@pytest.mark.parametrize("form", ["split.json", "split.txt", "split.npz"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({1: []}, "client 1 of .* no list of examples, or an empty one"),
+        ({1: [2030]}, "client 1 of .* owns the examples 2030, but the training set has 0 to 2029"),
+        ({2: [-1, 4]}, "client 2 of .* owns the examples -1, "),
+        ({1: [2, 7]}, "more than once the examples 2$"),
+        ({1: [7, 7]}, "more than once the examples 7$"),
+        ({1: [7.0]}, "client 1 of .* flat list of integers"),
+        ({1: [[7]]}, "client 1 of .* flat list of integers"),
+        ({1: [True]}, "client 1 of .* flat list of integers"),
+        ({1: 7}, "client 1 of .* no list of examples"),
+        ({3: [9]}, r"config\.partition\.num_clients: 3 needs the clients 0 to 2 in .*has 4: 0, 1, 2, 3"),
+        ({-1: [9]}, r"config\.partition\.num_clients: .*has 4: -1, 0, 1, 2"),
+    ],
+)
+def test_a_published_split_is_checked(form, changes, message, tmp_path):
+    if form == "split.json" and changes == {1: [True]}:
+        message = r"config\.partition\.file"  # no Python literal
+    with pytest.raises(ValueError, match=message) as caught:
+        read(write(tmp_path / form, {**PUBLISHED, **changes}))
+    assert "config.partition" in str(caught.value) and form in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "7", "{0: [1], 0: [2]}", '{"0": [1], "00": [2]}', "{0.0: [1]}", "{'a': [1]}", "open('x')", "[" * 10_000],
+)
+def test_what_is_no_split_says_what_is_known(text, tmp_path):
+    (tmp_path / "split.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.partition\.file: .*split.txt is no list of indices for each client"):
+        read(tmp_path / "split.txt", num_clients=1)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    np.savez(tmp_path / "object.npz", **{"0": np.array([[1], [2, 3]], object)})
+    with open(tmp_path / "array.npz", "wb") as file:
+        np.save(file, np.arange(3))
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps([[1]]))
+    (tmp_path / "pickle.json").write_bytes(pickle.dumps([[1]]))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "object.npz").read_bytes()[:-30])
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for path in tmp_path.iterdir():
+        with pytest.raises(ValueError, match=rf"config\.partition\.file: .*{path.name} is no list"):
+            read(path, num_clients=1)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"config\.partition\.file: no split at nowhere.json"):
+        read("nowhere.json")
+    with pytest.raises(ValueError, match=r"config\.partition\.file: split 'file' needs the path of a split, got ''"):
+        read("")

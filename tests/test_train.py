@@ -125,7 +125,7 @@ def test_a_saved_model_goes_on_as_the_run_did(runs, tmp_path):
         (["--workdri=here"], ["'workdri'", "workdir"]),
         ([f"--config={ROOT}/configs/nonesuch.py"], ["configs/nonesuch.py", "No such file"]),
         ([f"--config={ROOT}/configs/cifar10.py", "--config.data.dir=nowhere"],
-         ["'cifar10' is not prepared", "config.data.dir", "nowhere/cifar10", "tfds build cifar10"]),
+         ["'cifar10' is not prepared", "config.data.dir", "nowhere/cifar10", "scripts/prepare_data.py cifar10"]),
     ],
     ids=["unknown name", "misspelt field", "misspelt group", "unknown variant", "misspelt flag", "no file", "no data"],
 )  # fmt: skip

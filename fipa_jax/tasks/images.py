@@ -17,8 +17,7 @@ def build(config) -> Problem:
     """Builds the task from the data set `config.data`, its split `config.partition` and the model `config.model`.
 
     Args:
-      config: fields read are config.data.{name, dir, cache_dir, test_split, holdout, augment},
-        config.partition.{name, num_clients, alpha, shards_per_client, seed} and config.model.
+      config: fields read are config.data, config.partition and config.model.
 
     Returns:
       The problem, its arrays in NumPy: image [N, H, W, C] uint8, label [N] int32.
@@ -27,8 +26,11 @@ def build(config) -> Problem:
       FileNotFoundError: the data set is not prepared in config.data.dir.
       ValueError: a field of the config does not fit the data.
     """
-    train = data.load(config.data.name, "train", config.data.dir, config.data.cache_dir)
-    test = data.load(config.data.name, config.data.test_split, config.data.dir, config.data.cache_dir)
+    if config.partition.name == "file":
+        _check_order(config)
+    test_split = config.data.test_split or data.test_split(config.data.name)
+    train = data.load(config.data.name, config.data.train_split, config.data.dir, config.data.cache_dir)
+    test = data.load(config.data.name, test_split, config.data.dir, config.data.cache_dir)
     mean, std = data.standardise(config.data.name, train["image"])
     train, holdout = set_apart(train, config.data.holdout, config.partition.seed)
     clients = partition.partition(
@@ -38,13 +40,38 @@ def build(config) -> Problem:
         config.partition.seed,
         alpha=config.partition.alpha,
         shards_per_client=config.partition.shards_per_client,
+        file=config.partition.file,
     )
     module = models.build(config.model, num_outputs=data.num_classes(config.data.name, config.data.dir))
-    task = classifier(module, train["image"].shape[1:], mean, std, augmented=config.data.augment)
+    augment, rotation, flip = config.data.augment, config.data.rotation, config.data.flip
+    task = classifier(module, train["image"].shape[1:], mean, std, augment, rotation, flip)
     return Problem(task=task, train=train, test=test, holdout=holdout, clients=clients)
 
 
-def classifier(module, image_shape: tuple[int, int, int], mean: np.ndarray, std: np.ndarray, augmented: bool) -> Task:
+def _check_order(config):
+    """Refuses published lists of indices where they would not mean the examples that they were made for."""
+    name, folder = config.data.name, config.data.dir
+    if config.data.holdout or config.data.train_split != "train":
+        raise ValueError(
+            f"config.partition.file: its lists count the whole training set; set config.data.holdout to 0 (now "
+            f"{config.data.holdout}) and config.data.train_split to 'train' (now {config.data.train_split!r})"
+        )
+    if not data.in_original_order(name, folder):
+        raise ValueError(
+            f"config.partition.file: its lists count the examples in their original order, but {name} in {folder!r} "
+            f"was prepared in another (TFDS shuffles); prepare it into another folder as scripts/prepare_data.py does"
+        )
+
+
+def classifier(
+    module,
+    image_shape: tuple[int, int, int],
+    mean: np.ndarray,
+    std: np.ndarray,
+    augmented: bool,
+    rotation: float = 0.0,
+    flip: bool = True,
+) -> Task:
     """Makes the task of classifying uint8 images by softmax cross-entropy.
 
     Args:
@@ -52,7 +79,9 @@ def classifier(module, image_shape: tuple[int, int, int], mean: np.ndarray, std:
       image_shape: (H, W, C).
       mean: [C] channel means of image / 255.
       std: [C] channel standard deviations of image / 255.
-      augmented: whether training batches are cropped and flipped at random.
+      augmented: whether training batches are shown in random views.
+      rotation: bound on a view's rotation, in degrees.
+      flip: whether half of the views are mirrored.
 
     Returns:
       The task, on batches {image: [B, H, W, C] uint8, label: [B] int}.
@@ -68,7 +97,7 @@ def classifier(module, image_shape: tuple[int, int, int], mean: np.ndarray, std:
         return module.apply({"params": params}, batch["image"].astype(dtype) * scale + shift)
 
     def augment(key, batch):
-        return {**batch, "image": crop_and_flip(key, batch["image"], fill)}
+        return {**batch, "image": random_view(key, batch["image"], fill, rotation, flip)}
 
     fill = np.round(255 * mean).astype(np.uint8)
     head = functools.partial(models.apply_head, module.head_layers)
@@ -82,38 +111,70 @@ def loss(outputs: jax.Array, batch: dict) -> jax.Array:
 
 
 def metrics(outputs: jax.Array, batch: dict) -> dict[str, jax.Array]:
-    """Returns the accuracy (0 or 1) and the loss of each example, both [B]."""
+    """Returns the accuracy (0 or 1), the loss and the predicted class's probability of each example, all [B]."""
     correct = jnp.argmax(outputs, axis=-1) == batch["label"]
-    return {"accuracy": correct.astype(outputs.dtype), "loss": loss(outputs, batch)}
+    confidence = jnp.max(jax.nn.softmax(outputs, axis=-1), axis=-1)
+    return {"accuracy": correct.astype(outputs.dtype), "loss": loss(outputs, batch), "confidence": confidence}
 
 
-def crop_and_flip(key: jax.Array, images: jax.Array, fill: np.ndarray) -> jax.Array:
-    """Shifts each image by up to `PADDING` pixels each way and mirrors it with probability 1/2, all at random.
+def random_view(key: jax.Array, images: jax.Array, fill: np.ndarray, rotation: float, flip: bool) -> jax.Array:
+    """Turns each image by up to `rotation`, shifts it by up to `PADDING` and mirrors half of them, all at random.
 
     The border is filled with the channel mean, which normalises to zero: the margin then says nothing, as in a
-    convolution's own zero padding, whereas black would be a dark edge. The published recipe also rotates by up to
-    10 degrees, which is left out here.
+    convolution's own zero padding, whereas black, as in the published recipe, would be a dark edge.
 
     Args:
       key: the batch's key.
       images: [B, H, W, C] uint8.
       fill: [C] uint8, the border's colour.
+      rotation: bound on the angle, in degrees; 0 for none.
+      flip: whether to mirror.
+
+    Returns:
+      [B, H, W, C] uint8.
+    """
+    num_images = len(images)
+    shift_key, flip_key, angle_key = jax.random.split(key, 3)
+    shift = jax.random.randint(shift_key, [2, num_images], -PADDING, PADDING + 1)
+    mirror = jax.random.bernoulli(flip_key, flip / 2, [num_images])
+    angle = jnp.deg2rad(jax.random.uniform(angle_key, [num_images], minval=-rotation, maxval=rotation))
+    return view(images, fill, shift, mirror, angle if rotation else None)
+
+
+def view(
+    images: jax.Array, fill: np.ndarray, shift: jax.Array, mirror: jax.Array, angle: jax.Array | None
+) -> jax.Array:
+    """Turns images about their centres, shifts them, and mirrors them, in this order and each within the frame.
+
+    What a step moves out of the frame is lost to the next, as in the published recipe; pixels are the nearest ones.
+
+    Args:
+      images: [B, H, W, C] uint8.
+      fill: [C] uint8, the border's colour.
+      shift: [2, B] int, rows and columns that the frame moves down and right.
+      mirror: [B] bool.
+      angle: [B] radians, clockwise as displayed; None for no rotation, at less work.
 
     Returns:
       [B, H, W, C] uint8.
     """
     num_images, height, width, channels = images.shape
-    shift_key, flip_key = jax.random.split(key)
-    shift = jax.random.randint(shift_key, [2, num_images, 1], 0, 2 * PADDING + 1)
-    flip = jax.random.bernoulli(flip_key, shape=[num_images, 1])
-    rows = shift[0] + jnp.arange(height)[None]  # [B, H]
-    columns = shift[1] + jnp.where(flip, jnp.arange(width)[None, ::-1], jnp.arange(width)[None])  # [B, W]
-    padded = jnp.broadcast_to(fill, [num_images, height + 2 * PADDING, width + 2 * PADDING, channels])
-    padded = padded.at[:, PADDING:-PADDING, PADDING:-PADDING].set(images)
+    down, right = jnp.arange(height)[None], jnp.arange(width)[None]
+    rows = (shift[0][:, None] + down)[:, :, None]  # [B, H, 1], of the pixels to fetch
+    columns = (shift[1][:, None] + jnp.where(mirror[:, None], right[:, ::-1], right))[:, None, :]  # [B, 1, W]
+    if angle is not None:
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # [B, H, W]
+        cos, sin = jnp.cos(angle)[:, None, None], jnp.sin(angle)[:, None, None]
+        y, x = rows - (height - 1) / 2, columns - (width - 1) / 2
+        rows = jnp.round(cos * y - sin * x + (height - 1) / 2).astype(int)
+        columns = jnp.round(cos * x + sin * y + (width - 1) / 2).astype(int)
+        rows = jnp.where(inside, rows, -1)
+    # Whatever lies outside is fetched from a ring of one pixel around the image.
+    padded = jnp.broadcast_to(fill, [num_images, height + 2, width + 2, channels]).at[:, 1:-1, 1:-1].set(images)
+    rows, columns = jnp.clip(rows, -1, height) + 1, jnp.clip(columns, -1, width) + 1
     # One gather does it all. Under `scan` over steps and `vmap` over clients it is 30 times faster on a CPU than a
     # vmapped dynamic_slice and a flip, and unlike a loop over images it is one kernel on an accelerator.
-    at = padded.at[jnp.arange(num_images)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return at.get(mode="promise_in_bounds")
+    return padded.at[jnp.arange(num_images)[:, None, None], rows, columns].get(mode="promise_in_bounds")
 
 
 def set_apart(train: dict, fraction: float, seed: int) -> tuple[dict, dict | None]:
