@@ -204,8 +204,8 @@ def cached(experiment: Experiment, params, run: Callable = lambda f, *args: f(*a
     """
     task, batch_size = experiment.problem.task, experiment.config.eval.batch_size
     body = jax.jit(metrics.over_examples(lambda params, batch: task.outputs(params, batch)[1].body, batch_size))
-    seen = lambda data: {name: field for name, field in data.items() if name != "image"}
-    replace = lambda data: seen(data) | {"body": run(body, params, data)}
+    kept = lambda data: {name: field for name, field in data.items() if name != "image"}
+    replace = lambda data: kept(data) | {"body": run(body, params, data)}
     head = tasks.head_only(task)
     return experiment._replace(
         problem=experiment.problem._replace(task=head),

@@ -1,5 +1,7 @@
 """Whole runs in this process: what does not depend on the plan of execution, and what is never lost."""
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -70,3 +72,49 @@ def test_parameters_may_be_any_pytree(tmp_path):
 def test_double_precision_outside_its_scope_is_an_error():
     with pytest.raises(ValueError, match=r"config\.precision: float64 needs"):
         experiment.build(tiny(precision="float64"))
+
+
+def test_a_phase_on_cached_features_is_the_same_phase(tmp_path):
+    """Rule by rule, to rounding; and the other rules of the run, on the whole network, go on as before."""
+    head = "trainable=^Dense_1/:sketch.solver"
+    specs = [
+        f"fipa:{head}=head",
+        f"fipa:{head}=head:cache_body=true",
+        "fedavg",
+        "fedavg:trainable=^Dense_1/:cache_body=true",
+    ]
+    config = tiny(compare=tuple(specs), precision="float64")
+    config.warmup.rounds = 1
+    runs = experiment.run(config, tmp_path)["runs"]
+    plain, cached = (runs[spec]["final"] for spec in specs[:2])
+    assert plain != runs["fedavg"]["final"]
+    for name, value in plain.items():
+        np.testing.assert_allclose(cached[name], value, rtol=1e-9, err_msg=name)
+    with jax.enable_x64(True):
+        like = experiment.build(config).params
+        files = tmp_path / "warmup.msgpack", *tmp_path.glob("fedavg*cache_body*.msgpack")
+        before, after = (checkpoint.load_model(file, like) for file in files)
+    chex.assert_trees_all_equal(before["Dense_0"], after["Dense_0"])
+    assert not np.array_equal(before["Dense_1"]["kernel"], after["Dense_1"]["kernel"])
+
+
+@pytest.mark.parametrize("trainable", [".*", "Dense_0/"])
+def test_features_are_cached_for_the_head_alone(trainable):
+    config = tiny()
+    config.fipa.cache_body, config.fipa.trainable = True, trainable
+    with pytest.raises(
+        ValueError, match=r"cache_body needs config\.fipa\.trainable .*Dense_1.* selects 'Dense_0/bias'"
+    ):
+        experiment.build(config)
+
+
+def test_every_term_learns_under_every_rule(tmp_path):
+    """Those that need neither labels nor the features of a network; every file of the run is that of one pair."""
+    pairs = [f"{rule}:term.name={term}" for rule in ("fedavg", "fipa", "fisher_diagonal") for term in ("dyn", "prox")]
+    config = tiny(compare=tuple(pairs))
+    config.fipa.rounds, config.fipa.term.mu, config.fipa.local.lr = 6, 0.1, 0.05
+    experiment.run(config, tmp_path)
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    for pair in pairs:
+        losses = [row["test_mse"] for row in rows if row["run"] == pair]
+        assert losses[-1] < losses[0], pair

@@ -1,5 +1,6 @@
 """Regression of a function known in closed form, on split domains (arXiv 2601.13608, sections on regression)."""
 
+import functools
 import itertools
 
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ def regression(module, example) -> Task:
         outputs=lambda params, batch: module.apply({"params": params}, batch["x"]),
         loss=lambda outputs, batch: jnp.sum((outputs - batch["y"]) ** 2, axis=-1) / 2,
         metrics=metrics,
+        head=functools.partial(models.apply_head, module.head_layers),
+        head_pattern=f"^({'|'.join(module.head_layers)})/",
     )
 
 
