@@ -66,11 +66,12 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance:
     Args:
       rank: R.
       oversample: s, columns of the Krylov space beyond (q + 1) R.
-      power_steps: q; the space has at most about (q + 1) R + s columns, all of which are kept, with their products.
+      power_steps: q; the space has at most about (q + 1) R + s columns, or 2 (q + 1) blocks of 16 if these are
+        more. All are kept, with their products.
       tolerance: of the residuals |H u - lam u| / lam_max. An eigenvalue's error is about the square of its residual.
 
     Returns:
-      solve(key, matrix, start=None) -> Eigenpairs, see `subspace`; at most about (q + 1) R + s products.
+      solve(key, matrix, start=None) -> Eigenpairs, see `subspace`; as many products as the space has columns.
 
     Raises:
       ValueError: rank is below 1 or above P.
@@ -78,9 +79,11 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance:
 
     def solve(key, matrix: Curvature, start=None) -> Eigenpairs:
         size, dtype = matrix.size, matrix.dtype
-        wanted = min((power_steps + 1) * rank + oversample, size)
-        # Smaller blocks where P is so small that the wanted ones do not fill the space.
         widest = max(rank if start is not None else -(-rank // 4), 1 if matrix.rows is None else 16)
+        # Wide blocks for a small rank must not leave the Krylov space without depth.
+        deep = min(2 * (power_steps + 1) * min(widest, 16), size // widest * widest)
+        wanted = max(min((power_steps + 1) * rank + oversample, size), deep)
+        # Smaller blocks where P is so small that the wanted ones do not fill the space.
         block = next(b for b in range(min(widest, wanted), 0, -1) if size // b * b >= wanted)
         depth, stride = -(-wanted // block), -(-rank // block)
         stops = [*range(stride if start is not None else 2 * stride, depth, stride), depth]
@@ -239,7 +242,6 @@ def _next_block(key, matrix: Curvature, new, basis):
     # Where the Krylov space ends (H has a low rank) only rounding noise is left: go on with fresh columns.
     exhausted = jnp.abs(jnp.diag(triangle)) <= 100 * jnp.finfo(new.dtype).eps * scale
     fresh = jax.random.normal(key, new.shape, new.dtype)
-    new = jnp.where(exhausted[None, :], fresh, new)
-    for _ in range(2):
-        new, _ = reduce(new)
-    return new
+    refill = lambda new: reduce(jnp.where(exhausted[None, :], fresh, new))[0]
+    new = jax.lax.cond(jnp.any(exhausted), refill, lambda new: new, new)
+    return reduce(new)[0]

@@ -119,7 +119,8 @@ def _of_triangle(triangle):
 def _add_gram(gram, part):
     with jax.enable_x64(True):
         part = part.astype(jnp.float64)
-        return gram + part.T @ part
+        # Not `part.T @ part`: it names its result's dtype, which a vmap outside of this scope would read as float32.
+        return gram + jax.lax.dot_general(part, part, (((0,), (0,)), ((), ())))
 
 
 def _of_gram(gram):

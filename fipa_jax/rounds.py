@@ -114,7 +114,7 @@ def make_stages(plan: Plan) -> Stages:
             if plan.aggregator.at == "local":
                 theta = optax.tree.add(theta, delta)
             only_outputs = lambda theta, batch: outputs(theta, batch)[0]
-            last_inputs = lambda theta, batch: outputs(theta, batch)[1][-1]
+            last_inputs = lambda theta, batch: (outputs(theta, batch)[1] or (None,))[-1]
             draw_key, solve_key = jax.random.split(key)
             client = subsample(draw_key, client, plan.sketch_examples)
             batch, mask = gather(data, client.indices), present(client)
@@ -127,6 +127,8 @@ def make_stages(plan: Plan) -> Stages:
         found, gradients = map_clients(one, (state.params, data), *stacked, chunk=plan.chunk, mesh=plan.mesh)
         if not plan.gradient_scale:
             return found
+        # A client of NaN, which the aggregator sets aside, must not undo the others' sketches.
+        gradients = trees.zero_unless(trees.is_finite(gradients), gradients)
         lengths, total = jnp.linalg.norm(gradients, axis=1), jnp.linalg.norm(jnp.sum(gradients, axis=0))
         rule = lambda sketch, length: above_gradient(sketch, length, total, state.round + 1, plan.gradient_scale)
         return jax.vmap(truncate)(found, jax.vmap(rule)(found, lengths))
