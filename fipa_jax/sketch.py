@@ -80,8 +80,9 @@ def make_sketch(
       oversample, power_steps, tolerance: see `eigen`.
       probes: random vectors for Hutchinson's estimate of the trace, one product each, where it is not known exactly.
       energy: keep only as many pairs as reach this share of the trace; 0 keeps all.
-      store: dtype of the basis that is sent, e.g. `bfloat16`, which rounds each entry by at most 2^-8 of itself, the
-        step by about as much; empty for the parameters' own.
+      store: dtype of the basis that is sent, e.g. `bfloat16`, which rounds each entry by at most 2^-8 of itself; empty
+        for the parameters' own. The step moves by about 0.5 % where clients differ, but where their subspaces nearly
+        coincide by as much as 2^-8 / damping allows: see `scripts/benchmark.py merge`.
       memory: GiB that explicit rows may take, for `auto`.
 
     Raises:

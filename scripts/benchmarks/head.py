@@ -6,7 +6,7 @@ is trained for the local epochs first, so that its predictions differ. Only its 
 head                           block Lanczos on the closed form; one pass of the network for the features
 head, features at hand         the same without that pass, as the features are those that training has used
 subspace, closed form          the published iteration on the same products
-subspace, through the network  the published iteration with the network in every product, which no gain of a cache has
+subspace, through the network  the published iteration, the network's forward pass in every product
 training                       the local epochs of plain SGD on the last layer, over features at hand
 
 Errors are against numpy's products with scipy's eigsh, all in float64.

@@ -23,7 +23,7 @@ from benchmarks import timing
 PARTS = ("accuracy", "methods", "size")
 METHODS = ("qr", "tsqr", "gram")
 FORMS = ("damped", "tikhonov", "pinv")
-ANGLES = (1.0, 1e-2, 1e-4, 0.0)
+ANGLES = (1.0, 1e-2, 1e-3, 1e-4, 0.0)
 CUT = 1e-3  # relative damping, and pinv's rcond
 MID_SIZES = ((23_711, 5, 50), (23_711, 5, 200), (200_000, 5, 20))  # P, C, R
 

@@ -9,6 +9,7 @@ on plain jvp-vjp products and on our rows, jax's lobpcg on our matrix-free produ
 """
 
 import argparse
+import bisect
 import hashlib
 import statistics
 from pathlib import Path
@@ -22,10 +23,11 @@ import scipy.linalg
 from benchmarks import curvlinops_worker, products, setting, timing
 from fipa_jax import curvature, sketch, trees
 
-MATVECS = (1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8)  # of matfree's Lanczos, in units of R
-ITERATIONS = (1, 2, 3, 4, 6, 8)  # of lobpcg, 4 R products each; then it is given up
-SPACES = (1.5, 1.75, 2.05, 2.5, 3, 4)  # eigsh's ncv in units of R; about 2 is its default
-TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)  # eigsh's, the outer loop
+# Ladders of settings, each step dearer and more exact than the one before it. In units of R: matfree's number of
+# products; eigsh's ncv, whose default is 2, beside its tol. lobpcg's iterations take 4 R products each.
+MATVECS = (1.25, 1.5, 1.75, 2, 2.25, 2.5, 3, 3.5, 4, 5, 6, 8)
+SPACES = (*((space, 1e-1) for space in (1.5, 1.75, 2, 2.25, 2.5, 3, 3.5, 4)), (4, 1e-2), (4, 1e-3), (4, 1e-4))
+ITERATIONS = (1, 2, 3, 4, 5, 6, 8, 10)
 
 
 class Found(NamedTuple):
@@ -149,19 +151,18 @@ def peers(problem, rank: int, reached, args):
     peer = curvlinops_worker.start(args.torch_python, *products.exported(params, batch))
     if peer:
         build = lambda step: lambda: Found(*peer.eigsh(rank, round(step[0] * rank), step[1]))
-        ladder = [(space, tolerance) for tolerance in TOLERANCES for space in SPACES]
-        methods["curvlinops + eigsh"] = climb("curvlinops + eigsh", ladder, build, reached)
+        methods["curvlinops + eigsh"] = climb("curvlinops + eigsh", SPACES, build, reached)
     return {name: method for name, method in methods.items() if method}, peer
 
 
 def climb(name: str, ladder, build, reached):
     """The method at the first step of the ladder whose eigenvalues are good enough, built anew; None if none are."""
-    for step in ladder:
-        if reached(build(step)()):
-            print(f"{name}: reaches the tolerance at {step} of {tuple(ladder)}", flush=True)
-            return build(step)
-    print(f"{name} is left out: it does not reach the tolerance by {ladder[-1]}", flush=True)
-    return None
+    first = bisect.bisect_left(ladder, True, key=lambda step: reached(build(step)()))
+    if first == len(ladder):
+        print(f"{name} is left out: it does not reach the tolerance by {ladder[-1]}", flush=True)
+        return None
+    print(f"{name}: reaches the tolerance at {ladder[first]}, step {first + 1} of its ladder", flush=True)
+    return build(ladder[first])
 
 
 def matfree_lanczos(make_product, params, batch, rank: int, step: float):
