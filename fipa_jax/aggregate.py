@@ -118,12 +118,14 @@ def fipa(
             return part(deltas) - part(base)[None]
 
         merged = merging.merge(weights, uploads.sketch, targets, merge)
-        spectrum = merged.singular_values**2
+        spectrum = merged.spectrum
         beta = state.damping * spectrum[0] if relative else state.damping
         beta = jnp.zeros_like(beta) if form == "pinv" else beta
-        inverse = FORMS[form](spectrum, beta, state.rcond)
-        with jax.default_matmul_precision("highest"):
-            step = base + merged.combine(merged.right.T @ (inverse * (merged.right @ merged.projected)))
+        # A direction at rounding level carries no information; with beta = 0 it must not be divided by.
+        floor = (jnp.finfo(dbar.dtype).eps * spectrum.size) ** 2
+        inverse = lambda spectrum: FORMS[form](spectrum, beta, state.rcond, floor)
+        step = base + merged.solve(inverse)
+        inverse = inverse(spectrum)
         bound = jnp.where(state.max_step > 0, state.max_step * _longest(deltas), jnp.inf)
         step = _bound(step, bound)
         info |= {
@@ -139,16 +141,15 @@ def fipa(
     return Aggregator(init, apply, curvature="sketch")
 
 
-def _damped_inverse(spectrum, beta, rcond):
+def _damped_inverse(spectrum, beta, rcond, floor):
     """1 / (lam + beta), for H's eigenvalues lam."""
-    # A direction at rounding level carries no information; with beta = 0 it must not be divided by.
-    keep = spectrum > (jnp.finfo(spectrum.dtype).eps * spectrum.shape[0]) ** 2 * spectrum[0]
+    keep = spectrum > floor * spectrum[0]
     return jnp.where(keep, 1 / jnp.where(keep, spectrum + beta, 1), 0)
 
 
-def _pinv_inverse(spectrum, beta, rcond):
+def _pinv_inverse(spectrum, beta, rcond, floor):
     """1 / lam where lam > rcond lam_max, else 0."""
-    return jnp.where(spectrum > rcond * spectrum[0], _damped_inverse(spectrum, 0.0, rcond), 0)
+    return jnp.where(spectrum > rcond * spectrum[0], _damped_inverse(spectrum, 0.0, rcond, floor), 0)
 
 
 FORMS = {"pinv": _pinv_inverse, "tikhonov": _damped_inverse, "damped": _damped_inverse}

@@ -151,7 +151,9 @@ def _roots(loss, out, batch, weight):
     columns = jax.vmap(lambda unit: ravel(hessian(jax.vmap(unravel)(unit))))(units)
     eigenvalues, directions = jnp.linalg.eigh(jnp.moveaxis(columns, 0, 2))
     roots = directions * jnp.sqrt(jnp.maximum(eigenvalues, 0))[:, None, :]
-    return jnp.moveaxis(roots, 2, 0)[::-1], jnp.any(indefinite(eigenvalues))
+    # Where a softmax is confident p (1 - p) is but the rounding of p, of either sign.
+    noise = 10 * jnp.finfo(weight.dtype).eps * weight
+    return jnp.moveaxis(roots, 2, 0)[::-1], jnp.any(indefinite(eigenvalues) & (eigenvalues[:, 0] < -noise))
 
 
 def _head(outputs, loss, features, params, micro):
@@ -159,11 +161,12 @@ def _head(outputs, loss, features, params, micro):
     flat, unravel = ravel_pytree(params)
     evaluate = lambda m: (outputs(params, m[0]), features(params, m[0]))
     out, phi = jax.lax.map(evaluate, micro)  # [n, B, K], [n, B, F]
-    if not is_last_layer(params, out[0], phi[0]):
-        shapes = [list(leaf.shape) for leaf in jax.tree.leaves(params)]
+    if not is_last_layer(params, *jax.tree.map(lambda x: x[0], (out, phi))):
+        shapes = lambda tree: [list(leaf.shape) for leaf in jax.tree.leaves(tree)]
         raise ValueError(
-            f"sketch.jacobian: head needs the trainable parameters to be the last layer's kernel "
-            f"{[*phi.shape[2:], *out.shape[2:]]} and at most its bias, got {shapes}; set trainable to that layer"
+            "sketch.jacobian: head needs the trainable parameters to be the last layer's kernel [F, K] and at most its "
+            f"bias [K], got {shapes(params)} for features and outputs of shapes {shapes((phi, out))}; set trainable to "
+            "that layer"
         )
     has_bias = len(jax.tree.leaves(params)) == 2
 

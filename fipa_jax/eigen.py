@@ -59,18 +59,20 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance:
 
     For the same products as `subspace` it forgets none of them: far more exact where the spectrum falls slowly. Every
     new block is orthogonalised twice against all before it, so that rounding does not bring back what is found. Blocks
-    have R / 4 columns, and R with a start; at least 16 where the matrix holds its rows, as what a product then costs is
-    to read them. It stops as soon as all residuals are below the tolerance, looked at when the space has 2 R columns
-    and after each further R; with a start also at R.
+    have R / 4 columns, and R with a start. Where the matrix holds its rows, the quarter is rounded to 8, 16, 24 or 32:
+    to read the rows is most of what a product costs, and narrower blocks find more for as many columns. It stops as
+    soon as all residuals are below the tolerance, looked at when the space has 2 R columns and after each further R;
+    with a start also at R.
 
     Args:
       rank: R.
       oversample: s, columns of the Krylov space beyond (q + 1) R.
-      power_steps: q; the space has at most about (q + 1) R + s columns, all of which are kept, with their products.
+      power_steps: q; the space has at most about (q + 1) R + s columns, or 4 (q + 1) blocks of at most 8 if
+        these are more. All are kept, with their products.
       tolerance: of the residuals |H u - lam u| / lam_max. An eigenvalue's error is about the square of its residual.
 
     Returns:
-      solve(key, matrix, start=None) -> Eigenpairs, see `subspace`; at most about (q + 1) R + s products.
+      solve(key, matrix, start=None) -> Eigenpairs, see `subspace`; as many products as the space has columns.
 
     Raises:
       ValueError: rank is below 1 or above P.
@@ -78,9 +80,13 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance:
 
     def solve(key, matrix: Curvature, start=None) -> Eigenpairs:
         size, dtype = matrix.size, matrix.dtype
-        wanted = min((power_steps + 1) * rank + oversample, size)
+        widest = rank if start is not None else -(-rank // 4)
+        if matrix.rows is not None and start is None:
+            widest = min(8 * -(-rank // 32), 32)
+        # Wide blocks for a small rank must not leave the Krylov space without depth.
+        deep = min(4 * (power_steps + 1) * min(widest, 8), size // widest * widest)
+        wanted = max(min((power_steps + 1) * rank + oversample, size), deep)
         # Smaller blocks where P is so small that the wanted ones do not fill the space.
-        widest = max(rank if start is not None else -(-rank // 4), 1 if matrix.rows is None else 16)
         block = next(b for b in range(min(widest, wanted), 0, -1) if size // b * b >= wanted)
         depth, stride = -(-wanted // block), -(-rank // block)
         stops = [*range(stride if start is not None else 2 * stride, depth, stride), depth]
@@ -239,7 +245,6 @@ def _next_block(key, matrix: Curvature, new, basis):
     # Where the Krylov space ends (H has a low rank) only rounding noise is left: go on with fresh columns.
     exhausted = jnp.abs(jnp.diag(triangle)) <= 100 * jnp.finfo(new.dtype).eps * scale
     fresh = jax.random.normal(key, new.shape, new.dtype)
-    new = jnp.where(exhausted[None, :], fresh, new)
-    for _ in range(2):
-        new, _ = reduce(new)
-    return new
+    refill = lambda new: reduce(jnp.where(exhausted[None, :], fresh, new))[0]
+    new = jax.lax.cond(jnp.any(exhausted), refill, lambda new: new, new)
+    return reduce(new)[0]

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,7 +161,7 @@ def run_phase(experiment: Experiment, settings: ConfigDict, name: str, params, f
     state = stages.init(params, experiment.clients.num_examples.shape[0], first)
     train, sketch_, aggregate_ = compiled(experiment, settings, stages, state)
     data, clients, root = experiment.train, experiment.clients, experiment.root
-    rows, last = [], first + settings.rounds - 1
+    rows, last, said = [], first + settings.rounds - 1, Counter()
     with tqdm(total=settings.rounds, desc=f"{name:<12}", unit="round") as bar:
         for k in range(first, last + 1):
             clock = Clock()
@@ -171,7 +172,7 @@ def run_phase(experiment: Experiment, settings: ConfigDict, name: str, params, f
             row = {"run": name, "round": k} | evaluate(experiment, state.params, k, k == last)
             clock("evaluate", row)
             info = jax.device_get(info)
-            report.warn(name, k, info)
+            report.warn(name, k, info, said)
             row |= report.figures(info) | traffic | clock.seconds
             rows.append(metrics.jsonable(row))
             writer.write(row)

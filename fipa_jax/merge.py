@@ -2,10 +2,11 @@
 
     F = [sqrt(w_m) U_m diag(lam_m)^{1/2}]_m   [P, D], D = C R
 
-F itself is never held: two passes over blocks of its rows, one that factorises F^T F = V diag(s)^2 V^T and projects the
-updates, one that adds F c to the step. Beside the uploads only one block is alive.
+F itself is never held: two passes over blocks of its rows, one that factorises F^T F = V diag(lam) V^T and projects
+the updates, one that multiplies F by the coefficients of the step. Beside the uploads only one block is alive.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,28 +19,25 @@ BLOCK = 2**22  # entries of F in one block of rows
 
 
 class Merged(NamedTuple):
-    """The singular values and right singular vectors of F, and its products, streamed."""
+    """The eigenvalues of H within span(F), and functions of H applied to what was projected."""
 
-    singular_values: jax.Array  # [D], descending; their squares are the non-zero eigenvalues of H
-    right: jax.Array  # [D, D], V^T
-    projected: jax.Array  # [D], z: for each client its part of F^T, times its target
-    combine: Callable  # c [D] -> F c [P]
+    spectrum: jax.Array  # [D], descending: H's non-zero eigenvalues, the squares of F's singular values
+    solve: Callable  # (filter: eigenvalues [D] -> [D]) -> F V diag(filter) V^T z [P], z = F^T targets
 
 
 def merge(weights: jax.Array, sketch: Sketch, targets: Callable, method: str = "auto") -> Merged:
-    """Factorises the clients' merged curvature.
+    """Factorises the clients' merged curvature, in float64 arithmetic where the device has it.
+
+    With nearly collinear clients the entries of F c cancel to eps / beta of their size, and the rounding of z is
+    amplified as much: in float32 alone steps are off by 1e-4. The uploads are read in their own precision all the same,
+    and the step has that of `weights`.
 
     Args:
       weights: [C], summing to one; a client of weight 0 may hold anything, NaN included.
       sketch: eigenvalues [C, R], basis [C, P, R] in any floating-point dtype.
       targets: (first row, number of rows b) -> [C, b], those rows of what each client's curvature is applied to.
       method: how F^T F is factorised, `auto` picks by `choose`. `qr`: the triangle of F at once (the paper's merge).
-        `tsqr`: the triangle of each block stacked on the one before, in the parameters' precision. `gram`: F^T F
-        summed over blocks and decomposed in float64, whatever the parameters' precision: its error is that of
-        float64's square root, 1e-8 of the largest singular value, below float32's rounding.
-
-    Returns:
-      Merged; its arrays have the dtype of `weights`.
+        `tsqr`: the triangle of each block stacked on the one before. `gram`: F^T F summed over blocks.
 
     Raises:
       ValueError: the method is not known.
@@ -54,57 +52,86 @@ def merge(weights: jax.Array, sketch: Sketch, targets: Callable, method: str = "
     eigenvalues = jnp.where(weights[:, None] > 0, jnp.maximum(sketch.eigenvalues.astype(dtype), 0), 0)
     scale = jnp.sqrt(weights[:, None] * eigenvalues)  # [C, R]
     length = size if method == "qr" else min(size, max(BLOCK // width, 2 * width))
+    add, factorise = METHODS[method]
+    wide = jnp.float64 if jax.default_backend() in DOUBLE else dtype
 
-    def block(start):
-        """Rows [b, D] of F; the last block's start is moved back, the rows it repeats are zero."""
+    def block(basis, start):
+        """Rows [C, b, R] of the clients' parts of F; the last block's start is moved back, what it repeats is zero."""
         begin = jnp.minimum(start, size - length)
-        part = jax.lax.dynamic_slice_in_dim(sketch.basis, begin, length, axis=1).astype(dtype)
-        new = begin + jnp.arange(length) >= start
-        part = jnp.where(new[None, :, None] & (scale > 0)[:, None, :], part * scale[:, None, :], 0)
-        return begin, part
+        part = jax.lax.dynamic_slice_in_dim(basis, begin, length, axis=1).astype(wide)
+        new = begin + jnp.arange(length, dtype=jnp.int32) >= start
+        return begin, jnp.where(new[None, :, None] & (scale > 0)[:, None, :], part * scale.astype(wide)[:, None, :], 0)
 
     def over_blocks(visit, initial):
         if length == size:
-            return visit(0, initial)
-        return jax.lax.fori_loop(0, -(-size // length), lambda i, carry: visit(i * length, carry), initial)
+            return visit(sketch.basis, jnp.int32(0), initial)
 
-    add, factorise, empty = METHODS[method]
+        def body(i, carry):
+            # Behind a barrier, or XLA converts a bfloat16 basis to float32 as a whole, before the loop.
+            basis, inner = carry
+            basis, i = jax.lax.optimization_barrier((basis, i))
+            return basis, visit(basis, i * length, inner)
 
-    def first_pass(start, carry):
+        # int32, as int64 would outlive the scope of `_arithmetic` where a vmap traces this anew.
+        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(-(-size // length)), body, (sketch.basis, initial))[1]
+
+    def first_pass(basis, start, carry):
         reduced, projected = carry
-        begin, part = block(start)
-        projected += jnp.einsum("cbr,cb->cr", part, targets(begin, length))
+        begin, part = block(basis, start)
+        target = targets(begin, length).astype(wide)
+        projected += jax.lax.dot_general(part, target, (((1,), (1,)), ((0,), (0,))))
         return add(reduced, jnp.transpose(part, (1, 0, 2)).reshape(length, width)), projected
 
-    with jax.default_matmul_precision("highest"):
-        reduced, projected = over_blocks(first_pass, (empty(width, dtype), jnp.zeros_like(scale)))
-        singular_values, right = factorise(reduced)
+    with _arithmetic(wide):
+        start = jnp.zeros([width, width], wide), jnp.zeros(scale.shape, wide)
+        reduced, projected = over_blocks(first_pass, start)
+        spectrum, right = factorise(reduced)
+        projected = _dot(right, projected.reshape(-1))
 
-    def combine(coefficients):
-        coefficients = (scale * coefficients.reshape(scale.shape)).astype(dtype)
+    def solve(filter):
+        with _arithmetic(wide):
+            coefficients = _dot(right.T, filter(spectrum) * projected).reshape(scale.shape)
 
-        def second_pass(start, total):
-            begin = jnp.minimum(start, size - length)
-            part = jax.lax.dynamic_slice_in_dim(sketch.basis, begin, length, axis=1).astype(dtype)
-            part = jnp.where((scale > 0)[:, None, :], part, 0)
-            rows = jnp.einsum("cbr,cr->b", part, coefficients, precision="highest")
-            return jax.lax.dynamic_update_slice(total, rows, (begin,))
+            def second_pass(basis, start, total):
+                begin, part = block(basis, start)
+                rows = jax.lax.dot_general(part, coefficients, (((0, 2), (0, 1)), ((), ()))).astype(dtype)
+                # The rows that the last block repeats are zero in it: they must not be written.
+                old = jax.lax.dynamic_slice(total, (begin,), (length,))
+                rows = jnp.where(begin + jnp.arange(length, dtype=jnp.int32) >= start, rows, old)
+                return jax.lax.dynamic_update_slice(total, rows, (begin,))
 
-        return over_blocks(second_pass, jnp.zeros([size], dtype))
+            return over_blocks(second_pass, jnp.zeros([size], dtype))
 
-    return Merged(singular_values.astype(dtype), right.astype(dtype), projected.reshape(-1), combine)
+    with _arithmetic(wide):
+        return Merged(spectrum.astype(dtype), solve)
 
 
 def choose(size: int, width: int, dtype, backend: str) -> str:
-    """The rule of `auto`, for F [P, D]: `qr` where it takes a fraction of a second, else one of the streamed forms.
+    """The rule of `auto`, for F [P, D].
 
-    That is `gram`, which is as exact as a QR in float32 and runs at a product's speed; but `tsqr` for parameters in
-    float64, of which a Gram matrix would lose half the digits, and on devices without float64 arithmetic. (There a Gram
-    matrix summed with compensation would not do either: its eigenvalues too have to be found in more than float32.)
+    `gram` for float32 on devices with float64: its error, that of float64's square root, is below float32's rounding,
+    and it runs at a product's speed. Otherwise, as a Gram matrix would lose half of the digits, `qr` where that takes a
+    fraction of a second, and `tsqr` for more. (A Gram matrix summed with compensation would not do on devices without
+    float64: its eigenvalues too would have to be found in more than float32.)
     """
-    if size * width**2 <= 2**30:
-        return "qr"
-    return "gram" if dtype == jnp.float32 and backend in ("cpu", "gpu", "cuda", "rocm") else "tsqr"
+    if dtype == jnp.float32 and backend in DOUBLE:
+        return "gram"
+    return "qr" if size * width**2 <= 2**30 else "tsqr"
+
+
+DOUBLE = ("cpu", "cuda", "gpu", "rocm")  # backends with float64 arithmetic
+
+
+@contextlib.contextmanager
+def _arithmetic(wide):
+    """Highest precision of products; float64 where asked for, whatever the process is set to."""
+    with jax.default_matmul_precision("highest"), jax.enable_x64(wide == jnp.float64):
+        yield
+
+
+def _dot(matrix, vector):
+    # Not `@`, which names its result's dtype: a vmap outside of `_arithmetic` would read float64 as float32.
+    return jax.lax.dot_general(matrix, vector, (((1,), (0,)), ((), ())))
 
 
 def _triangle(reduced, part):
@@ -113,33 +140,17 @@ def _triangle(reduced, part):
 
 def _of_triangle(triangle):
     _, singular_values, right = jnp.linalg.svd(triangle, full_matrices=False)
-    return singular_values, right
+    return singular_values**2, right
 
 
-def _add_gram(gram, part):
-    with jax.enable_x64(True):
-        part = part.astype(jnp.float64)
-        return gram + part.T @ part
+def _gram(reduced, part):
+    return reduced + jax.lax.dot_general(part, part, (((0,), (0,)), ((), ())))
 
 
 def _of_gram(gram):
-    with jax.enable_x64(True):
-        eigenvalues, vectors = jnp.linalg.eigh(gram)
-        return jnp.sqrt(jnp.maximum(eigenvalues[::-1], 0)), vectors[:, ::-1].T
+    eigenvalues, vectors = jnp.linalg.eigh(gram)
+    return jnp.maximum(eigenvalues[::-1], 0), vectors[:, ::-1].T
 
 
-def _no_gram(width, dtype):
-    with jax.enable_x64(True):
-        return jnp.zeros([width, width], jnp.float64)
-
-
-def _no_triangle(width, dtype):
-    return jnp.zeros([width, width], dtype)
-
-
-# How a block of F is added, how the sum is decomposed, and the sum of no blocks.
-METHODS = {
-    "gram": (_add_gram, _of_gram, _no_gram),
-    "qr": (_triangle, _of_triangle, _no_triangle),
-    "tsqr": (_triangle, _of_triangle, _no_triangle),
-}
+# How a block of F is added to a [D, D] sum that starts at zero, and the sum's (spectrum, V^T).
+METHODS = {"gram": (_gram, _of_gram), "qr": (_triangle, _of_triangle), "tsqr": (_triangle, _of_triangle)}

@@ -1,6 +1,7 @@
 """What does a person see of a run? Its description, its progress line, its warnings, its tables and its split."""
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -11,18 +12,24 @@ from ml_collections import ConfigDict
 
 from fipa_jax import partition, plots, sketch, tasks, trees
 
+REPEATS = 10  # of a warning in one phase
 
-def warn(name: str, k: int, info: dict) -> None:
-    """Says which clients were set aside and whose sketches are flagged, and why: a fallback is never silent."""
-    if info["rejected"].any():
-        ids = info["ids"][info["rejected"]].tolist()
-        words = "%s, round %d: left out clients %s: update or sketch is not finite (all cases are in metrics.jsonl)"
-        logging.log_first_n(logging.WARNING, words, 10, name, k, ids)
-    for flag, clients in info.get("flags", {}).items():
-        # A rank beyond the curvature's own is no fault: its surplus pairs are not even sent.
-        if clients.any() and flag != "rank_deficient":
-            ids = info["ids"][clients].tolist()
-            logging.log_first_n(logging.WARNING, "%s, round %d: clients %s: %s", 10, name, k, ids, sketch.FLAGS[flag])
+
+def warn(name: str, k: int, info: dict, said: Counter) -> None:
+    """Says which clients were set aside and whose sketches are flagged, and why: a fallback is never silent.
+
+    Each kind is said `REPEATS` times at most, as `said` counts; all cases are in metrics.jsonl.
+    """
+    kinds = {"left out: update or sketch is not finite": info["rejected"]}
+    # A rank beyond the curvature's own is no fault: its surplus pairs are not even sent.
+    kinds |= {
+        sketch.FLAGS[flag]: clients for flag, clients in info.get("flags", {}).items() if flag != "rank_deficient"
+    }
+    for words, clients in kinds.items():
+        said[words] += bool(clients.any())
+        if clients.any() and said[words] <= REPEATS:
+            last = " (said no more; all cases are in metrics.jsonl)" if said[words] == REPEATS else ""
+            logging.warning("%s, round %d: clients %s: %s%s", name, k, info["ids"][clients].tolist(), words, last)
 
 
 def figures(info: dict) -> dict:

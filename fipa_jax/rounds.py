@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     # (outputs, features) -> (key, params, batch, mask) -> Sketch or Diagonal, as the rule needs; None if it needs none
     sketch: Callable | None
     aggregator: Aggregator
-    server: optax.GradientTransformationExtraArgs  # on the negative step, without the learning rate; see `server`
+    server: optax.GradientTransformation  # on the negative step, without the learning rate; see `server`
     cohort: int  # C
     trainable: str  # regular expression over parameter paths
     sketch_examples: int = 0  # examples of a client that enter its sketch; 0 for all
@@ -70,6 +70,7 @@ class Stages(NamedTuple):
 
 def make_stages(plan: Plan) -> Stages:
     """Builds a round's stages, all pure."""
+    server_rule = optax.with_extra_args_support(plan.server)
 
     def restrict(params):
         """The trainable subset, and the model's outputs as a function of it alone."""
@@ -127,6 +128,8 @@ def make_stages(plan: Plan) -> Stages:
         found, gradients = map_clients(one, (state.params, data), *stacked, chunk=plan.chunk, mesh=plan.mesh)
         if not plan.gradient_scale:
             return found
+        # A client of NaN, which the aggregator sets aside, must not undo the others' sketches.
+        gradients = trees.zero_unless(trees.is_finite(gradients), gradients)
         lengths, total = jnp.linalg.norm(gradients, axis=1), jnp.linalg.norm(jnp.sum(gradients, axis=0))
         rule = lambda sketch, length: above_gradient(sketch, length, total, state.round + 1, plan.gradient_scale)
         return jax.vmap(truncate)(found, jax.vmap(rule)(found, lengths))
@@ -144,7 +147,7 @@ def make_stages(plan: Plan) -> Stages:
         num_clients = clients.num_examples.shape[0]
         shared = jax.tree.map(lambda mean, d: mean + jnp.sum(d, axis=0) / num_clients, state.shared, change)
         step = plan.term.correct(step, shared, rates.local.mu)
-        update, server = plan.server.update(optax.tree.scale(-1, step), state.server, chosen, deltas=results.delta)
+        update, server = server_rule.update(optax.tree.scale(-1, step), state.server, chosen, deltas=results.delta)
         chosen = jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update)
         info |= {"ids": ids, "local_loss": jnp.mean(results.loss)}
         params = trees.replace(state.params, chosen)

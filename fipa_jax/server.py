@@ -43,12 +43,12 @@ OPTIMIZERS: dict[str, Callable] = {
 }
 
 
-def make(name: str, momentum: float) -> optax.GradientTransformationExtraArgs:
-    """The optimiser `name`, which takes the clients' stacked updates as `deltas`.
+def make(name: str, momentum: float) -> optax.GradientTransformation:
+    """The optimiser `name`; `rounds` gives it the clients' stacked updates as `deltas`, if it takes them.
 
     Raises:
       ValueError: the name is not known.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"config.server.optimizer: unknown {name!r}; known: {', '.join(sorted(OPTIMIZERS))}")
-    return optax.with_extra_args_support(OPTIMIZERS[name](momentum))
+    return OPTIMIZERS[name](momentum)

@@ -22,6 +22,7 @@ FLAGS = {
 # The solver names that fix how the curvature is seen too.
 FIXED = {"head": ("lanczos", "head"), "rows": ("exact", "rows")}
 SOLVERS = ("auto", "head", "lanczos", "rows", "subspace")
+STORES = ("", "bfloat16", "float16", "float32", "float64")
 
 
 class Report(NamedTuple):
@@ -79,8 +80,9 @@ def make_sketch(
       oversample, power_steps, tolerance: see `eigen`.
       probes: random vectors for Hutchinson's estimate of the trace, one product each, where it is not known exactly.
       energy: keep only as many pairs as reach this share of the trace; 0 keeps all.
-      store: dtype of the basis that is sent, e.g. `bfloat16`, which rounds each entry by at most 2^-9 of itself, the
-        step by about as much; empty for the parameters' own.
+      store: dtype of the basis that is sent, e.g. `bfloat16`, which rounds each entry by at most 2^-8 of itself; empty
+        for the parameters' own. The step moves by about 0.5 % where clients differ, but where their subspaces nearly
+        coincide by as much as 2^-8 / damping allows: see `scripts/benchmark.py merge`.
       memory: GiB that explicit rows may take, for `auto`.
 
     Raises:
@@ -88,8 +90,10 @@ def make_sketch(
     """
     if solver not in SOLVERS:
         raise ValueError(f"sketch.solver: unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
-    if store and not jnp.issubdtype(store, jnp.floating):
-        raise ValueError(f"sketch.store: needs a floating-point dtype such as bfloat16, got {store!r}")
+    if store not in STORES:
+        raise ValueError(f"sketch.store: unknown {store!r}; known: {', '.join(filter(None, STORES))}")
+    if energy and not probes:
+        raise ValueError("sketch.energy: needs the trace, and sketch.probes = 0 leaves it unknown; set it to 2 or more")
 
     options = {
         "exact": {},
@@ -104,12 +108,12 @@ def make_sketch(
         if solver != "auto":
             return solver, jacobian
         out = jax.eval_shape(outputs, params, batch)
+        num_outputs = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(out))
         phi = None if features is None else jax.eval_shape(features, params, batch)
         return choose(
             examples=jax.tree.leaves(batch)[0].shape[0],
-            outputs=sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(out)),
+            outputs=min(loss_rank or num_outputs, num_outputs),
             size=sum(leaf.size for leaf in jax.tree.leaves(params)),
-            rank=rank,
             products=(power_steps + 1) * rank + oversample,
             flops=curvature.forward_flops(outputs, params, batch),
             itemsize=ravel_pytree(params)[0].dtype.itemsize,
@@ -133,7 +137,8 @@ def make_sketch(
         flags["indefinite"] |= matrix.indefinite
         flags["empty"] = jnp.zeros([], bool) if mask is None else ~jnp.any(mask)
         flags["rank_deficient"] = jnp.any(pairs.eigenvalues == 0) & ~flags["empty"] & ~flags["not_finite"]
-        flags["not_finite"] |= ~jnp.isfinite(trace)
+        if probes or matrix.trace is not None:  # else the trace is not known, which is no fault
+            flags["not_finite"] |= ~jnp.isfinite(trace)
         converged = jnp.all(pairs.residuals <= tolerance) & ~flags["not_finite"]
         finite = lambda x: jnp.where(jnp.isfinite(x), x, 0)
         products = pairs.products + (probes if matrix.trace is None else 0)
@@ -149,7 +154,6 @@ def choose(
     examples: int,
     outputs: int,
     size: int,
-    rank: int,
     products: int,
     flops: float,
     itemsize: int,
@@ -162,13 +166,14 @@ def choose(
     2. Rows [N K, P] that do not fit in the memory allowed: block Lanczos on matrix-free products.
     3. At most 256 rows or parameters: the exact pairs, one small decomposition.
     4. Otherwise the cheapest of, with f the operations of one forward pass over all N examples:
-         matrix-free Lanczos   4 f B                            for B products
-         Lanczos on the rows   2 f K + 4 N K P B                K pullbacks, then B products
+         matrix-free Lanczos   4 f B + 6 P B^2                      B products, and keeping their columns orthogonal
+         Lanczos on the rows   2 f K + 4 N K P B + 6 P B^2          K pullbacks, then B products
          exact                 2 f K + 2 n^2 max(N K, P) + 25 n^3   with n = min(N K, P): a Gram matrix and its
-                                                                eigenvectors, at a third of a product's speed
+                                                                    eigenvectors, at a third of a product's speed
+       K being `loss_rank` where that is set.
 
     Args:
-      examples, outputs, size, rank: N, K, P, R.
+      examples, outputs, size: N, K, P.
       products: B, that Lanczos may take.
       flops: f.
       itemsize: bytes of an entry.
@@ -184,8 +189,8 @@ def choose(
     if narrow <= 256:
         return "exact", "rows"
     work = {
-        ("lanczos", "matrix_free"): 4 * flops * products,
-        ("lanczos", "rows"): 2 * flops * outputs + 4 * rows * size * products,
+        ("lanczos", "matrix_free"): 4 * flops * products + 6 * size * products**2,
+        ("lanczos", "rows"): 2 * flops * outputs + 4 * rows * size * products + 6 * size * products**2,
         ("exact", "rows"): 2 * flops * outputs + 2 * narrow**2 * wide + 25 * narrow**3,
     }
     return min(work, key=work.get)

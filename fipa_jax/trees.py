@@ -27,9 +27,14 @@ def weighted_sum(weights: jax.Array, stacked):
 
 
 def is_finite(stacked) -> jax.Array:
-    """[C] bool: the client's leaves hold neither NaN nor infinity."""
-    finite = [jnp.all(jnp.isfinite(leaf.reshape(leaf.shape[0], -1)), axis=1) for leaf in jax.tree.leaves(stacked)]
-    return jnp.all(jnp.stack(finite), axis=0)
+    """[C] bool: the client's leaves hold neither NaN nor infinity, and their sums do not overflow."""
+
+    def check(leaf):
+        # By a sum, which is not finite where an entry is not: XLA on CPU would hold a bool for every entry.
+        sums = jnp.sum(leaf.reshape(leaf.shape[0], -1), axis=1, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
+        return jnp.isfinite(sums)
+
+    return jnp.all(jnp.stack([check(leaf) for leaf in jax.tree.leaves(stacked)]), axis=0)
 
 
 def zero_unless(keep: jax.Array, stacked):

@@ -114,6 +114,16 @@ def test_a_mistake_in_a_compared_rule(spec, message):
         ("fipa.local.batch_size", -1),
         ("fipa.sketch.rank", 0),
         ("fipa.sketch.power_steps", -1),
+        ("fipa.sketch.oversample", -1),
+        ("fipa.sketch.tolerance", -0.1),
+        ("fipa.sketch.loss_rank", -1),
+        ("fipa.sketch.probes", -1),
+        ("fipa.sketch.energy", 1.5),
+        ("fipa.sketch.energy", -0.1),
+        ("fipa.sketch.gradient_scale", -1.0),
+        ("fipa.sketch.memory", -1.0),
+        ("fipa.sketch.memory", float("nan")),
+        ("fipa.sketch.examples", -1),
         ("fipa.aggregator.damping", -1.0),
         ("fipa.aggregator.max_step", -1.0),
         ("fipa.server.lr", -1.0),
@@ -142,8 +152,10 @@ def test_a_mistake_in_a_compared_rule_names_field_and_rule():
         ("fipa.aggregator.name", "mean"),
         ("fipa.aggregator.form", "damped, pinv, tikhonov"),
         ("fipa.aggregator.weighting", "examples, uniform"),
-        ("fipa.sketch.solver", "subspace"),
-        ("fipa.sketch.jacobian", "rows"),
+        ("fipa.aggregator.merge", "auto, gram, qr, tsqr"),
+        ("fipa.sketch.solver", "auto, head, lanczos, rows, subspace"),
+        ("fipa.sketch.jacobian", "head, matrix_free, rows"),
+        ("fipa.sketch.store", "bfloat16"),
         ("fipa.server.optimizer", "adam"),
     ],
 )
@@ -152,6 +164,12 @@ def test_an_unknown_name_lists_the_known_ones(field, known):
     with pytest.raises(ValueError, match=f"unknown.*'nonesuch'; known: .*{known}") as caught:
         experiment.build(tiny(**{field.replace(".", "__"): "nonesuch"}))
     assert field.removeprefix("fipa.") in str(caught.value)
+
+
+def test_a_place_that_is_not_known_is_named():
+    """Of a rule that is compared, and takes the field."""
+    with pytest.raises(ValueError, match=r"aggregator\.at: unknown 'home'; known: broadcast, local"):
+        experiment.build(tiny(compare=("fisher_diagonal:aggregator.at=home",)))
 
 
 def test_an_unknown_split_lists_the_known_ones():
@@ -165,6 +183,8 @@ def test_an_unknown_split_lists_the_known_ones():
         ({"cohort": 3}, r"config\.cohort: 3 is above the number of clients, 2"),
         ({"devices": 64}, r"config\.devices: 64 asked for"),
         ({"fipa__sketch__rank": 1000}, "sketch.rank: 1000 is above the number of trainable parameters"),
+        ({"fipa__sketch__solver": "head"}, "head needs the trainable parameters to be the last layer's"),
+        ({"fipa__sketch__energy": 0.9, "fipa__sketch__probes": 0}, "sketch.energy: needs the trace"),
         ({"fipa__trainable": "Conv"}, "trainable: no parameter path matches 'Conv'; the paths are: Dense_0/bias"),
         ({"fipa__local__optimizer": "gauss_newton", "fipa__term__name": "prox"}, "gauss_newton.*takes no term"),
         ({"init_from": "nonesuch.msgpack"}, r"config\.init_from: no model file at nonesuch\.msgpack"),

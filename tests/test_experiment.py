@@ -1,12 +1,15 @@
 """Whole runs in this process: what does not depend on the plan of execution, and what is never lost."""
 
+import types
+from collections import Counter
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fipa_jax import aggregate, checkpoint, experiment, metrics
+from fipa_jax import aggregate, checkpoint, client, experiment, metrics, report, rounds, sketch, tasks
 from fipa_jax import config as config_lib
 
 
@@ -31,6 +34,100 @@ def test_the_number_of_devices_changes_nothing(tmp_path):
     for devices in (1, 2):
         experiment.run(tiny(devices=devices), tmp_path / str(devices))
     assert figures(tmp_path / "1") == figures(tmp_path / "2")
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """The second client's last input is NaN."""
+    build = tasks.build
+
+    def spoilt(config):
+        problem = build(config)
+        problem.train["x"][problem.clients[1][-1]] = np.nan
+        return problem
+
+    monkeypatch.setattr(tasks, "build", spoilt)
+
+
+def test_a_client_of_nan_is_reported_and_every_rule_goes_on_without_it(tmp_path, broken, caplog):
+    """Whatever its curvature is seen by: the head's closed form that `auto` picks, a diagonal, and with an own rank."""
+    rules = (
+        "fipa:sketch.solver=auto:trainable=Dense_1/",
+        "fisher_diagonal",
+        "fipa:sketch.solver=rows:sketch.gradient_scale=0.1:sketch.store=bfloat16:trainable=Dense_1/",
+    )
+    experiment.run(tiny(compare=rules), tmp_path)
+    rows = {row["run"]: row for row in figures(tmp_path)}
+    assert list(rows) == list(rules)
+    for name, row in rows.items():
+        assert row["test_mse"] > 0 and row["clients_rejected"] == 1
+        assert row.get("sketches_not_finite") == (None if name == "fisher_diagonal" else 1)
+        assert not {"flags", "rejected", "ids"} & set(row)
+        assert f"{name}, round 0: clients [1]: left out: update or sketch is not finite" in caplog.text
+    assert caplog.text.count(f"clients [1]: {sketch.FLAGS['not_finite']}") == 2 * 2  # rules with sketches, rounds
+
+
+def _info(**flags):
+    blank = {name: np.zeros(3, bool) for name in sketch.FLAGS}
+    return {
+        "ids": np.array([7, 8, 9]),
+        "rejected": np.zeros(3, bool),
+        "flags": blank | flags,
+        "captured": np.float32(0.5),
+    }
+
+
+@pytest.mark.parametrize("flag", sketch.FLAGS)
+def test_a_flag_is_counted_in_the_row_and_warned_of_in_words(flag, caplog):
+    info = _info(**{flag: np.array([True, False, True])})
+    row = report.figures(info)
+    assert row == {"captured": 0.5, "clients_rejected": 0} | {
+        f"sketches_{name}": 2 * (name == flag) for name in sketch.FLAGS
+    }
+    report.warn("fipa", 4, info, Counter())
+    wanted = f"fipa, round 4: clients [7, 9]: {sketch.FLAGS[flag]}"
+    assert (wanted in caplog.text) == (flag != "rank_deficient")
+
+
+def test_rounds_in_order_are_not_warned_of(caplog):
+    report.warn("fipa", 4, _info(), Counter())
+    report.warn("fedavg", 4, {"ids": np.arange(3), "rejected": np.zeros(3, bool)}, Counter())
+    assert not caplog.records
+
+
+def test_a_flag_that_comes_every_round_is_not_said_for_ever_and_silences_no_other(caplog):
+    said = Counter()
+    for k in range(3 * report.REPEATS):
+        report.warn("fipa", k, _info(empty=np.array([True, False, False])), said)
+    report.warn("fipa", 99, _info(asymmetric=np.array([False, True, False])), said)
+    assert caplog.text.count(sketch.FLAGS["empty"]) == report.REPEATS
+    assert caplog.text.count("all cases are in metrics.jsonl") == 1
+    assert f"round 99: clients [8]: {sketch.FLAGS['asymmetric']}" in caplog.text
+
+
+def test_bytes_count_the_pairs_that_are_kept_and_what_their_choice_takes():
+    clients, size, rank = 2, 10, 4
+    eigenvalues = jnp.array([[3.0, 2.0, 1.0, 0.0], [3.0, 0.0, 0.0, 0.0]])  # four of eight
+    params = {"a": jnp.zeros([6]), "b": jnp.zeros([4])}
+    delta = {name: jnp.zeros([clients, *leaf.shape]) for name, leaf in params.items()}
+    results = client.LocalResult(delta, (), jnp.zeros(clients))
+    state = rounds.State(params, (), (), (), (), jnp.int32(0))
+    plan = types.SimpleNamespace(trainable=".*", cohort=clients, gradient_scale=0.0)
+    model = clients * size * 4
+
+    def up(sketches, **changes):
+        traffic = experiment.traffic_of(state, results, sketches, types.SimpleNamespace(**vars(plan) | changes))
+        assert traffic["bytes_down"] == model
+        return traffic["bytes_up"]
+
+    assert up(None) == model
+    assert up(sketch.Diagonal(jnp.zeros([clients, size]))) == 2 * model
+    for dtype, bytes_each in ((jnp.float32, 4), (jnp.bfloat16, 2)):
+        sent = sketch.Sketch(eigenvalues, jnp.zeros([clients, size, rank], dtype))
+        assert up(sent) == model + 4 * (4 + size * bytes_each)
+        assert up(sent, gradient_scale=1.0) == 2 * model + 4 * (4 + size * bytes_each)
+    small = sketch.Report(jnp.zeros([clients, rank]), *[jnp.zeros(clients, jnp.int32)] * 4, {})
+    assert up(sketch.Sketch(0 * eigenvalues, sent.basis, small)) == model + clients * 4 * (rank + 4)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):

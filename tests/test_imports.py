@@ -10,17 +10,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fipa_jax"
 
-# module -> the modules of the package that it may import: trees -> curvature -> sketch -> aggregate, trees -> client,
-# simulate; partition, data, models -> tasks; all sides meet in experiment alone.
+# module -> the modules of the package that it may import: curvature -> eigen -> sketch -> merge -> aggregate, beside
+# trees; curvature, simulate -> client; these meet in rounds; partition, data, models -> tasks; all sides meet in
+# experiment alone, but for what a person sees of them, in report.
 ARROWS = {
     "__init__": set(),
     "trees": set(),
-    "curvature": {"trees"},
-    "sketch": {"trees", "curvature"},
-    "aggregate": {"trees", "curvature", "sketch"},
+    "curvature": set(),
+    "eigen": {"curvature"},
+    "sketch": {"curvature", "eigen"},
+    "merge": {"sketch"},
+    "aggregate": {"trees", "sketch", "merge"},
     "simulate": set(),
-    "client": {"trees", "curvature", "simulate"},
-    "rounds": {"trees", "curvature", "sketch", "aggregate", "client", "simulate"},
+    "terms": set(),
+    "client": {"curvature", "simulate", "terms"},
+    "server": {"trees"},
+    "rounds": {"trees", "curvature", "sketch", "aggregate", "client", "simulate", "terms"},
     "partition": set(),
     "data": set(),
     "datasets": {"data"},
@@ -32,13 +37,15 @@ ARROWS = {
     "checkpoint": {"trees"},
     "plots": set(),
     "metrics": {"simulate"},
+    "report": {"partition", "plots", "sketch", "tasks", "trees"},
+    "phase": {"aggregate", "client", "rounds", "server", "sketch", "tasks", "terms"},
     "experiment": {
-        "aggregate", "checkpoint", "client", "config", "metrics", "partition", "plots", "rounds", "simulate", "sketch",
+        "checkpoint", "config", "metrics", "partition", "phase", "plots", "report", "rounds", "simulate", "sketch",
         "tasks", "trees",
     },
 }  # fmt: skip
 LIGHT = {"jax", "optax", "numpy", "chex"}  # what the modules for other people's loops may need
-FOR_IMPORTERS = ("trees", "curvature", "sketch", "aggregate", "simulate", "client", "rounds")
+FOR_IMPORTERS = ("trees", "curvature", "eigen", "sketch", "merge", "aggregate", "simulate", "client", "rounds")
 
 
 def name_of(path):

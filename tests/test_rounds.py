@@ -11,7 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 
-from fipa_jax import aggregate, rounds, sketch, tasks
+from fipa_jax import aggregate, curvature, rounds, sketch, tasks, terms, trees
 from fipa_jax import client as client_lib
 from fipa_jax.simulate import Client
 
@@ -26,7 +26,7 @@ def _linear(params, batch):
 
 def _network(params, batch):
     hidden = jnp.tanh(batch["x"] @ params["body"]["w"] + params["body"]["b"][None])
-    return hidden @ params["head"]["w"] + params["head"]["b"][None], ()
+    return hidden @ params["head"]["w"] + params["head"]["b"][None], (hidden,)
 
 
 def _layer(key, width, outputs):
@@ -59,15 +59,34 @@ def _rates(lr=0.1, damping=0.0, mu=1.0, lr_decay=1.0, server_lr=1.0):
     return rounds.Rates(client_lib.Hyper(array(lr), array(damping), array(mu)), array(lr_decay), array(server_lr))
 
 
-def _plan(task=NETWORK, *, rank=3, rule=None, term=None, local=None, cohort=CLIENTS, trainable=".*", **options):
-    term = term or client_lib.none()
+def _plan(
+    task=NETWORK,
+    *,
+    rank=3,
+    rule=None,
+    term=None,
+    local=None,
+    cohort=CLIENTS,
+    trainable=".*",
+    solver="rows",
+    **options,
+):
+    term = term or terms.none()
+    rule = rule or (aggregate.fipa() if rank else aggregate.mean())
+    makers = {
+        "none": None,
+        "sketch": lambda outputs, features: sketch.make_sketch(
+            outputs, task.loss, rank=rank, features=features, solver=solver
+        ),
+        "diagonal": lambda outputs, features: sketch.make_diagonal(outputs, task.loss),
+    }
     first_order = client_lib.first_order(task.loss, task.augment, batch_size=2, epochs=2, term=term)
     return rounds.Plan(
         task=task,
         local=local or first_order,
         term=term,
-        sketch=(lambda outputs: sketch.make_sketch(outputs, task.loss, rank=rank)) if rank else None,
-        aggregator=rule or (aggregate.fipa() if rank else aggregate.mean()),
+        sketch=makers[rule.curvature],
+        aggregator=rule,
         server=options.pop("server", optax.identity()),
         cohort=cohort,
         trainable=trainable,
@@ -117,7 +136,7 @@ def test_devices_do_not_change_a_bit_of_a_run(x64, devices):
 
 def test_a_round_compiles_once_and_a_resume_is_exact(x64):
     """Momentum on the server, controls of the clients, half of them a round: everything that a state can hold."""
-    plan = _plan(term=client_lib.scaffold(), cohort=3, server=optax.trace(0.9))
+    plan = _plan(term=terms.scaffold(), cohort=3, server=optax.trace(0.9))
     stages = rounds.make_stages(plan)
     chex.clear_trace_counter()
     step = jax.jit(chex.assert_max_traces(rounds.compose(stages), 1))
@@ -153,7 +172,7 @@ def test_controls_of_clients_without_work_or_sense_are_kept(x64):
     counts = np.array([6, 0, 5, 1, 4])
     data, clients = _problem(counts=counts)
     broken = data | {"x": data["x"].at[clients.indices[3, 0]].set(jnp.nan)}
-    plan = _plan(term=client_lib.scaffold())
+    plan = _plan(term=terms.scaffold())
     step = jax.jit(rounds.compose(rounds.make_stages(plan)))
     state, infos = _run(plan, 2, problem=(broken, clients), step=step)
     chex.assert_tree_all_finite(state)
@@ -206,6 +225,73 @@ def test_rates_scale_what_they_name(x64):
     for round, decay, server in ((0, 0.5, 1.0), (3, 0.5, 1.0), (0, 1.0, 0.3)):
         wanted = jax.tree.map(lambda g: -0.1 * decay**round * server * g, gradient)
         chex.assert_trees_all_close(moved(round, lr_decay=decay, server_lr=server), wanted, rtol=1e-9, atol=1e-14)
+
+
+@functools.cache
+def _staged(*options):
+    """(plan, its stages compiled) of `_plan` with these pairs of options."""
+    plan = _plan(**dict(options))
+    stages = rounds.make_stages(plan)
+    train, sketch_, aggregate_ = map(jax.jit, (stages.train, stages.sketch, stages.aggregate))
+    return plan, stages._replace(train=train, sketch=sketch_, aggregate=aggregate_)
+
+
+def _first_sketches(options, problem):
+    """(state, ids, results, sketches) of the first round; the sketches with a clients axis."""
+    (data, clients), root = problem, jax.random.key(ROOT)
+    plan, stages = _staged(*options)
+    state = stages.init(plan.task.init(jax.random.key(0)), CLIENTS)
+    ids, results = _staged()[1].train(state, _rates(), data, clients, root)  # the same for all of these plans
+    return state, ids, results, stages.sketch(state, data, clients, ids, results, root)
+
+
+@pytest.mark.parametrize(("at", "chunk"), [("broadcast", 1), ("local", 0)])
+def test_curvature_is_seen_where_the_rule_wants_it(x64, at, chunk):
+    """At the broadcast parameters, or at each client's own after its training; in any chunks."""
+    data, clients = problem = _problem()
+    options = ("rule", aggregate.diagonal(at=at)), ("chunk", chunk)
+    state, _, results, found = _first_sketches(options, problem)
+    moved = trees.replace(state.params, results.delta)
+    own = jax.tree.map(lambda leaf, delta: leaf[None] + delta * (at == "local"), state.params, moved)
+    diagonal = curvature.make_diagonal(lambda params, batch: _network(params, batch)[0], _half_squared)
+    batch = jax.tree.map(lambda field: field[clients.indices], data)
+    wanted = jax.jit(jax.vmap(diagonal))(own, batch, jnp.arange(NUM_EXAMPLES)[None] < clients.num_examples[:, None])
+    np.testing.assert_allclose(found.values, wanted, rtol=1e-10, atol=1e-14)
+    assert np.max(np.abs(found.values)) > 0.1
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_rank_adapts_to_the_gradients(x64, broken):
+    """By the rule's own words; a client of NaN undoes nobody else's sketch."""
+    data, clients = _problem()
+    if broken:
+        data = data | {"y": data["y"].at[clients.indices[2, 0]].set(jnp.nan)}
+    scale, problem = 0.2, (data, clients)
+    state, ids, results, whole = _first_sketches((), problem)
+    *_, cut = _first_sketches((("gradient_scale", scale),), problem)
+    _, info = _staged()[1].aggregate(state, _rates(), clients, ids, results, cut)
+    there = np.arange(CLIENTS) != 2 if broken else np.full(CLIENTS, True)
+    np.testing.assert_array_equal(info["rejected"], ~there)
+    gradient = curvature.make_gradient(lambda params, batch: _network(params, batch)[0], _half_squared)
+    batch = jax.tree.map(lambda field: field[clients.indices], data)
+    masks = jnp.arange(NUM_EXAMPLES)[None] < clients.num_examples[:, None]
+    gradients = np.asarray(jax.jit(jax.vmap(gradient, (None, 0, 0)))(state.params, batch, masks))[there]
+    length, total = np.linalg.norm(gradients, axis=1), np.linalg.norm(gradients.sum(axis=0))
+    values = np.asarray(whole.eigenvalues)[there]
+    keep = values >= values[:, :1] * np.minimum(0.99, scale / (length + total))[:, None]
+    assert 0 < keep.mean() < 1, "a test of nothing"
+    np.testing.assert_allclose(cut.eigenvalues[there], values * keep, rtol=1e-12)
+    np.testing.assert_array_equal(np.any(np.asarray(cut.basis)[there] != 0, axis=1), keep)
+
+
+@pytest.mark.parametrize(("task", "trainable"), [(NETWORK, "^head/"), (LINEAR, ".*")], ids=["head", "no features"])
+def test_auto_takes_any_task(x64, task, trainable):
+    """The last layer by its closed form, a network without features by another way."""
+    plan = _plan(task, solver="auto", rank=8, trainable=trainable)
+    state, (info,) = _run(plan, 1)
+    by_rows, _ = _run(plan._replace(sketch=_plan(task, rank=8).sketch), 1)
+    chex.assert_trees_all_close(state.params, by_rows.params, rtol=1e-2, atol=1e-3)
+    assert 0.99 < info["captured"] <= 1 + 1e-12 and info["sketches_unconverged"] == 0
 
 
 def _exact(task, rank):

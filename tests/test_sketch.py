@@ -1,6 +1,7 @@
-"""Sketches against dense eigendecompositions."""
+"""A client's sketch and its report, against dense eigendecompositions of its Gauss-Newton matrix."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -9,154 +10,297 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax import sketch, trees
+from fipa_jax import curvature, eigen, sketch
 
-SIZE, RANK = 40, 5
+RANK, EXAMPLES, WIDTH, CLASSES = 6, 6, 4, 3
+SIZE = WIDTH * CLASSES + CLASSES  # P
+HERE = np.arange(EXAMPLES) < 4
+# name: (options, whether the trace is known exactly)
+WAYS = {
+    "subspace": ({"solver": "subspace"}, False),
+    "subspace_on_rows": ({"solver": "subspace", "jacobian": "rows"}, True),
+    "lanczos": ({"solver": "lanczos"}, False),
+    "rows": ({"solver": "rows"}, True),
+    "head": ({"solver": "head"}, True),
+}
 
 
-def _matrix(spectrum):
-    """A symmetric matrix [P, P] with the given leading eigenvalues, and its eigenvectors in that order."""
-    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(SIZE, SIZE)))[0]
-    spectrum = np.concatenate([spectrum, np.zeros(SIZE - len(spectrum))])
-    return vectors * spectrum @ vectors.T, vectors
+def _outputs(params, batch):
+    """Linear in its parameters, so that the loss's own Hessian is its Gauss-Newton matrix."""
+    return batch["x"] @ params["w"] + params["b"][None]
+
+
+def _loss(out, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(out, batch["label"])
+
+
+def _saddle(out, batch):
+    """Not convex in the outputs."""
+    return jnp.sum(jnp.asarray([2.0, -1.0, 1.0], out.dtype)[None] * out**2, axis=1) / 2
+
+
+def _problem():
+    draw = np.random.default_rng(1)
+    params = {"w": draw.normal(size=(WIDTH, CLASSES)), "b": draw.normal(size=CLASSES)}
+    batch = {"x": draw.normal(size=(EXAMPLES, WIDTH)), "label": draw.integers(CLASSES, size=EXAMPLES)}
+    return jax.tree.map(jnp.asarray, (params, batch))
 
 
 @functools.cache
-def _compiled(solver="subspace", **options):
-    solve = sketch.SOLVERS[solver](RANK, **options)
-    return jax.jit(lambda key, a: solve(key, lambda v: a @ v, SIZE, a.dtype))
-
-
-def _solve(matrix, seed=0, **options):
-    return jax.tree.map(np.asarray, _compiled(**options)(jax.random.key(seed), jnp.asarray(matrix)))
-
-
-def _sine(found, true):
-    """Sine of the largest angle between two subspaces given by orthonormal columns."""
-    return np.linalg.norm(true - found @ (found.T @ true), 2)
-
-
-GEOMETRIC = 3.0 * 0.5 ** np.arange(SIZE)
-
-
-@pytest.mark.parametrize("power_steps", [1, 3])
-def test_subspace_equals_dense_eigh(x64, power_steps):
-    matrix, vectors = _matrix(GEOMETRIC)
-    found = _solve(matrix, power_steps=power_steps)
-    assert found.eigenvalues.shape == (RANK,) and found.basis.shape == (SIZE, RANK) and found.residuals.shape == (RANK,)
-    np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(RANK), atol=1e-13)
-    assert np.all(np.diff(found.eigenvalues) <= 0) and found.eigenvalues[-1] > 0
-    # The angle shrinks by lam_{B+1} / lam_R each power step, from a random start with a tangent of order P;
-    # an eigenvalue's relative error is the square of its angle.
-    angle = SIZE * (GEOMETRIC[RANK + 10] / GEOMETRIC[RANK - 1]) ** power_steps
-    assert _sine(found.basis, vectors[:, :RANK]) < max(angle, 1e-13)
-    np.testing.assert_allclose(found.eigenvalues, GEOMETRIC[:RANK], rtol=max(angle**2, 1e-13))
-    assert np.all(found.eigenvalues <= GEOMETRIC[:RANK] * (1 + 1e-13)), "Rayleigh-Ritz values lie below the true ones"
-
-
-def test_residuals_are_the_true_ones_and_bound_the_error(x64):
-    spectrum = 1.0 / (1 + np.arange(SIZE))  # slow decay, few columns: a bad sketch on purpose
-    matrix, _ = _matrix(spectrum)
-    found = _solve(matrix, oversample=1, power_steps=1)
-    true = np.linalg.norm(matrix @ found.basis - found.basis * found.eigenvalues, axis=0)
-    assert np.max(true) > 1e-2, "the sketch is too good for this test"
-    np.testing.assert_allclose(found.residuals * found.eigenvalues[0], true, rtol=1e-10)
-    nearest = np.min(np.abs(found.eigenvalues[:, None] - spectrum[None, :]), axis=1)
-    assert np.all(nearest <= true * (1 + 1e-10))
-
-
-def test_lanczos_is_far_more_exact_than_subspace_iteration_for_as_many_products(x64):
-    spectrum = 1.0 / (1 + np.arange(SIZE))
-    matrix, vectors = _matrix(spectrum)
-    # (q + 1) (R + s) products: 20 for both.
-    slow = _solve(matrix, oversample=5, power_steps=1)
-    found = _solve(matrix, solver="lanczos", oversample=10, power_steps=1)
-    np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(RANK), atol=1e-13)
-    assert _sine(found.basis, vectors[:, :RANK]) < _sine(slow.basis, vectors[:, :RANK]) / 10
-    error = lambda sketch: np.max(np.abs(sketch.eigenvalues - spectrum[:RANK]) / spectrum[:RANK])
-    assert error(found) < error(slow) / 10
-    whole = _solve(matrix, solver="lanczos", oversample=SIZE, power_steps=3)  # the Krylov space is the whole space
-    np.testing.assert_allclose(whole.eigenvalues, spectrum[:RANK], rtol=1e-12)
-
-
-@pytest.mark.parametrize("solver", sorted(sketch.SOLVERS))
-@pytest.mark.parametrize("rank", [SIZE, SIZE - 1, 11])
-def test_ranks_up_to_the_whole_matrix_give_as_many_pairs(x64, solver, rank):
-    matrix, _ = _matrix(GEOMETRIC)
-    solve = sketch.SOLVERS[solver](rank)
-    found = jax.jit(lambda a: solve(jax.random.key(0), lambda v: a @ v, SIZE, a.dtype))(jnp.asarray(matrix))
-    assert found.eigenvalues.shape == (rank,) and found.basis.shape == (SIZE, rank)
-    np.testing.assert_allclose(found.eigenvalues, GEOMETRIC[:rank], atol=1e-12)
-
-
-@pytest.mark.parametrize("solver", sorted(sketch.SOLVERS))
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("rank", [0, 3])
-def test_pairs_beyond_the_matrix_rank_are_exactly_zero(x64, rank, dtype, solver):
-    spectrum = np.array([4.0, 2.0, 1.0])[:rank]
-    matrix, vectors = _matrix(spectrum)
-    found = _solve(matrix.astype(dtype), solver=solver)
-    assert found.eigenvalues.dtype == found.basis.dtype == found.residuals.dtype == dtype
-    for field in (found.eigenvalues[rank:], found.basis[:, rank:], found.residuals[rank:]):
-        np.testing.assert_array_equal(field, 0)
-    tolerance = SIZE * np.finfo(dtype).eps
-    np.testing.assert_allclose(found.eigenvalues[:rank], spectrum, rtol=tolerance * 4)  # lam_max / lam_min is 4
-    np.testing.assert_allclose(found.basis[:, :rank].T @ found.basis[:, :rank], np.eye(rank), atol=tolerance)
-    assert not rank or _sine(found.basis[:, :rank].astype(float), vectors[:, :rank]) < 4 * tolerance
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("where", [slice(None), (3, 7)])
-@pytest.mark.parametrize("solver", sorted(sketch.SOLVERS))
-def test_a_product_that_is_not_finite_gives_a_sketch_that_is_not(value, where, solver):
-    matrix = _matrix(GEOMETRIC)[0].astype(np.float32)
-    matrix[where] = value
-    found = _solve(matrix, solver=solver)
-    assert not trees.is_finite(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], found))[0]
-
-
-def test_float32_is_near_float64(x64):
-    matrix, _ = _matrix(GEOMETRIC)
-    double, single = _solve(matrix), _solve(matrix.astype(np.float32))
-    # A product in float32 is exact for a matrix off by at most P eps lam_max (Weyl; Davis and Kahan for the angle).
-    off = SIZE * np.finfo(np.float32).eps * GEOMETRIC[0]
-    np.testing.assert_allclose(single.eigenvalues, double.eigenvalues, rtol=0, atol=off)
-    gap = GEOMETRIC[RANK - 1] - GEOMETRIC[RANK]
-    assert _sine(single.basis.astype(float), double.basis) < 2 * off / gap
-
-
-def test_the_key_draws_the_start_and_nothing_else(x64):
-    matrix, _ = _matrix(GEOMETRIC)
-    one, same, other = _solve(matrix), _solve(matrix), _solve(matrix, seed=1)
-    np.testing.assert_array_equal(one.basis, same.basis)
-    assert not np.array_equal(one.basis, other.basis)
-    np.testing.assert_allclose(one.eigenvalues, other.eigenvalues, rtol=1e-8)
-
-
-@pytest.mark.parametrize("jacobian", ["matrix_free", "rows"])
-def test_make_sketch_sees_the_gauss_newton_matrix_of_the_examples_there(x64, jacobian):
-    draw = np.random.default_rng(1)
-    params = {"w": jnp.asarray(draw.normal(size=(4, 3))), "b": jnp.asarray(draw.normal(size=3))}
-    batch = {"x": jnp.asarray(draw.normal(size=(6, 4))), "label": jnp.asarray(draw.integers(3, size=6))}
-    mask = jnp.arange(6) < 4
-    outputs = lambda p, b: b["x"] @ p["w"] + p["b"][None]
-    loss = lambda out, b: optax.softmax_cross_entropy_with_integer_labels(out, b["label"])
-    # The model is linear in its parameters, so that the loss's own Hessian is its Gauss-Newton matrix.
+def _dense(loss=_loss):
+    """H [P, P] of the examples that are there."""
+    params, batch = _problem()
     flat, unravel = ravel_pytree(params)
-    dense = jax.hessian(lambda v: jnp.sum(jnp.where(mask, loss(outputs(unravel(v), batch), batch), 0)) / 4)(flat)
-    values, vectors = np.linalg.eigh(np.asarray(dense))
-    make = lambda rank: sketch.make_sketch(outputs, loss, rank=rank, jacobian=jacobian, micro_batch=4)
-    found = jax.jit(make(6))(jax.random.key(0), params, batch, mask)
-    np.testing.assert_allclose(found.eigenvalues, values[::-1][:6], rtol=1e-10)
-    assert _sine(np.asarray(found.basis), vectors[:, ::-1][:, :6]) < 1e-7
-    full = jax.jit(make(flat.size))(jax.random.key(0), params, batch, mask)
-    np.testing.assert_allclose(full.basis * full.eigenvalues[None] @ full.basis.T, dense, atol=1e-12)
-    with pytest.raises(ValueError, match=rf"sketch\.rank: {flat.size + 1} is above .* {flat.size}"):
-        make(flat.size + 1)(jax.random.key(0), params, batch, mask)
+    total = lambda v: jnp.sum(jnp.where(jnp.asarray(HERE), loss(_outputs(unravel(v), batch), batch), 0)) / HERE.sum()
+    return np.asarray(jax.jit(jax.hessian(total))(flat))
 
 
-def test_wrong_choices_name_the_field():
-    with pytest.raises(ValueError, match=r"sketch\.rank: needs at least 1, got 0"):
-        sketch.subspace(0)
-    with pytest.raises(ValueError, match=r"sketch\.solver: unknown solver 'lanczo'; known: .*subspace"):
-        sketch.make_sketch(None, None, rank=1, solver="lanczo")
+@functools.cache
+def _compiled(loss=_loss, **options):
+    fields = {"rank": RANK, "micro_batch": 4, "features": lambda params, batch: batch["x"]} | options
+    return jax.jit(sketch.make_sketch(_outputs, loss, **fields))
+
+
+def _sketch(mask=HERE, loss=_loss, seed=0, batch=None, **options):
+    params, own = _problem()
+    found = _compiled(loss, **options)(jax.random.key(seed), params, batch or own, jnp.asarray(mask))
+    return jax.tree.map(np.asarray, found)
+
+
+def _raised(found):
+    """Names of the flags that are set."""
+    assert set(found.report.flags) == set(sketch.FLAGS)
+    return {name for name, flag in found.report.flags.items() if flag}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sketch_and_its_report_equal_their_dense_values(x64, way):
+    options, trace_is_known = WAYS[way]
+    found, dense = _sketch(**options), _dense()
+    values, vectors = (part[..., ::-1] for part in np.linalg.eigh(dense))
+    np.testing.assert_allclose(found.eigenvalues, values[:RANK], rtol=1e-6)
+    np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(RANK), atol=1e-13)
+    sine = np.linalg.norm(vectors[:, :RANK] - found.basis @ (found.basis.T @ vectors[:, :RANK]), 2)
+    assert sine < 1e-2
+    report = found.report
+    residuals = np.linalg.norm(dense @ found.basis - found.basis * found.eigenvalues, axis=0) / values[0]
+    np.testing.assert_allclose(report.residuals, residuals, rtol=1e-6, atol=1e-14)
+    assert report.converged == np.all(residuals <= eigen.TOLERANCE)
+    assert report.converged
+    assert _raised(found) == set()
+    if trace_is_known:
+        np.testing.assert_allclose(report.trace, np.trace(dense), rtol=1e-12)
+        assert report.trace_error == 0
+    else:  # the four probes' estimate of what is left
+        assert 0 < abs(report.trace - np.trace(dense)) < 5 * report.trace_error
+    # (q + 1) (R + s), s = 10 and P = 15; the first look at 2 R columns of lanczos; R + s and R of the exact solver.
+    products = {"subspace": 45 + 4, "subspace_on_rows": 45, "rows": SIZE + RANK}.get(way)
+    assert report.products == products if products else 2 * RANK <= report.products <= SIZE + 4
+
+
+@pytest.mark.parametrize("way", ["lanczos", "rows"])
+def test_a_full_rank_is_the_whole_matrix(x64, way):
+    found = _sketch(rank=SIZE, **WAYS[way][0])
+    np.testing.assert_allclose(found.basis * found.eigenvalues @ found.basis.T, _dense(), atol=1e-12)
+    # Softmax outputs that move together change nothing: P less the WIDTH + 1 such directions, and N (K - 1) at most.
+    rank = HERE.sum() * (CLASSES - 1)
+    np.testing.assert_array_equal(found.eigenvalues > 0, np.arange(SIZE) < rank)
+    assert _raised(found) == {"rank_deficient"}
+    np.testing.assert_allclose(found.report.trace, np.trace(_dense()), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "picked"),
+    [
+        ({}, {"solver": "head"}),
+        ({"features": None}, {"solver": "rows"}),
+        ({"features": None, "memory": 0.0}, {"solver": "lanczos"}),
+    ],
+    ids=["head", "rows", "lanczos"],
+)
+def test_auto_is_the_solver_that_it_picks(x64, options, picked):
+    auto, own = _sketch(solver="auto", **options), _sketch(**picked)
+    for found, wanted in zip(jax.tree.leaves(auto), jax.tree.leaves(own), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+# What is cheap follows from the operations f of a forward pass, 2 N P for a dense network and far more for a
+# convolution, whose weights are used at many places.
+CONVOLUTION = dict(examples=50, outputs=10, size=6000, flops=2.0 * 50 * 6000 * 100, products=70)
+
+
+@pytest.mark.parametrize(
+    ("picked", "changed"),
+    [
+        (("lanczos", "head"), {"is_head": True}),
+        (("lanczos", "head"), {"is_head": True, "memory": 0.0}),
+        (("lanczos", "matrix_free"), {"memory": 0.99 * 500 * 6000 * 4 / 2**30}),
+        (("lanczos", "rows"), {"memory": 500 * 6000 * 4 / 2**30}),
+        (("lanczos", "matrix_free"), {"memory": 500 * 6000 * 4 / 2**30, "itemsize": 8}),
+        (("exact", "rows"), {"outputs": 5}),  # 250 rows
+        (("exact", "rows"), {"size": 256, "examples": 10**5}),  # few parameters
+        (("lanczos", "matrix_free"), {"flops": 2.0 * 50 * 6000}),  # a dense network
+        (("exact", "rows"), {"products": 610}),
+    ],
+)
+def test_the_rule_of_auto(picked, changed):
+    case = CONVOLUTION | dict(itemsize=4, memory=2.0, is_head=False) | changed
+    assert sketch.choose(**case) == picked
+    rows, size, products = case["examples"] * case["outputs"], case["size"], case["products"]
+    if min(rows, size) > 256 and case["memory"] == 2.0 and not case["is_head"]:  # then by the written costs
+        n, wide = min(rows, size), max(rows, size)
+        pull, keep = 2 * case["flops"] * case["outputs"], 6 * size * products**2
+        costs = {
+            ("lanczos", "matrix_free"): 4 * case["flops"] * products + keep,
+            ("lanczos", "rows"): pull + 4 * rows * size * products + keep,
+            ("exact", "rows"): pull + 2 * n**2 * wide + 25 * n**3,
+        }
+        assert costs[picked] == min(costs.values())
+
+
+def _pairs(dense, rank):
+    """The true top pairs, as a solver gives them."""
+    values, vectors = (part[..., ::-1] for part in np.linalg.eigh(dense))
+    kept = vectors[:, :rank]
+    found = (values[:rank], kept, dense @ kept, np.zeros(rank))
+    return eigen.Eigenpairs(*map(jnp.asarray, found), jnp.int32(0), *[jnp.array(False)] * 3)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_estimate_of_the_trace_that_is_left_has_its_stated_error(x64, rank):
+    """Over many keys: unbiased, with Hutchinson's variance 2 (|M|_F^2 - |diag M|^2) / probes of the deflated M."""
+    probes, draws, dense = 4, 4000, _dense()
+    matrix, pairs = curvature.Curvature(lambda v: dense @ v, SIZE, dense.dtype), _pairs(dense, rank)
+    estimate = jax.jit(jax.vmap(lambda key: sketch.trace_left(key, matrix, pairs, probes)))
+    left, error = map(np.asarray, estimate(jax.random.split(jax.random.key(0), draws)))
+    outside = np.eye(SIZE) - np.asarray(pairs.vectors @ pairs.vectors.T)
+    deflated = outside @ dense @ outside
+    variance = 2 * (np.sum(deflated**2) - np.sum(np.diag(deflated) ** 2)) / probes
+    assert abs(left.mean() - np.trace(deflated)) < 4 * np.sqrt(variance / draws)
+    np.testing.assert_allclose(left.var(), variance, rtol=0.15)
+    np.testing.assert_allclose(np.mean(error**2), variance, rtol=0.15)
+    assert (np.sqrt(variance) < 0.1 * np.trace(dense)) == (rank > 0), "the pairs' part adds no variance"
+
+
+def test_without_probes_the_trace_is_not_known_and_nothing_is_wrong(x64):
+    found = _sketch(solver="lanczos", probes=0)
+    assert found.report.converged and _raised(found) == set()
+    known = _sketch(solver="rows", probes=0)
+    np.testing.assert_allclose(known.report.trace, np.trace(_dense()), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"sketch\.energy: needs the trace, and sketch\.probes = 0"):
+        _sketch(solver="lanczos", probes=0, energy=0.9)
+
+
+@pytest.mark.parametrize("solver", ["lanczos", "rows", "head"])
+def test_an_empty_client_has_an_empty_sketch(x64, solver):
+    found = _sketch(mask=np.zeros(EXAMPLES, bool), solver=solver)
+    assert _raised(found) == {"empty"}
+    for leaf in jax.tree.leaves(found._replace(report=found.report._replace(products=0, converged=0, flags={}))):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+@pytest.mark.parametrize("solver", ["subspace", "lanczos", "rows", "head"])
+def test_what_is_not_finite_gives_a_finite_sketch_of_zeros_and_a_flag(x64, solver):
+    _, batch = _problem()
+    found = _sketch(batch=batch | {"x": batch["x"].at[0, 0].set(jnp.nan)}, solver=solver)
+    assert _raised(found) - {"asymmetric"} == {"not_finite"} and not found.report.converged
+    for leaf in (found.eigenvalues, found.basis, found.report.residuals, found.report.trace, found.report.trace_error):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+@pytest.mark.parametrize("solver", ["lanczos", "rows"])
+def test_a_loss_that_is_not_convex_in_the_outputs_is_flagged(x64, solver):
+    found = _sketch(loss=_saddle, solver=solver)
+    assert "indefinite" in _raised(found) and "not_finite" not in _raised(found)
+    assert np.all(found.eigenvalues >= 0)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.999])
+def test_energy_keeps_the_fewest_pairs_that_reach_its_share_of_the_trace(x64, share):
+    whole, dense = _sketch(rank=SIZE, solver="rows"), _dense()
+    values = np.linalg.eigvalsh(dense)[::-1]
+    fewest = np.searchsorted(np.cumsum(values) / np.trace(dense), share) + 1
+    keep = np.asarray(sketch.enough(whole, share))
+    np.testing.assert_array_equal(keep, np.arange(SIZE) < fewest)
+    cut = jax.tree.map(np.asarray, sketch.truncate(whole, jnp.asarray(keep)))
+    np.testing.assert_array_equal(cut.eigenvalues, whole.eigenvalues * keep)
+    np.testing.assert_array_equal(cut.basis, whole.basis * keep)
+    assert cut.report is whole.report or jax.tree.all(jax.tree.map(np.array_equal, cut.report, whole.report))
+    if share == 0.9:
+        found = _sketch(rank=SIZE, solver="rows", energy=share)
+        np.testing.assert_array_equal(found.eigenvalues, cut.eigenvalues)
+        np.testing.assert_array_equal(found.basis, cut.basis)
+
+
+@pytest.mark.parametrize(
+    ("own", "total", "round", "scale"), [(3.0, 1.0, 2, 1.0), (0.02, 0.01, 1, 1.0), (0.2, 0.3, 7, 0.5)]
+)
+def test_above_gradient_is_the_published_rule(x64, own, total, round, scale):
+    values = np.geomspace(5.0, 1e-3, 12)
+    found = sketch.above_gradient(sketch.Sketch(jnp.asarray(values), None), own, total, round, scale)
+    wanted = values >= values[0] * min(0.99, scale / (round * (own + total)))
+    np.testing.assert_array_equal(found, wanted)
+    assert wanted[0] and not wanted[-1]
+
+
+def test_above_gradient_without_gradients_keeps_the_largest_pairs():
+    values = jnp.array([5.0, 4.96, 1.0, 0.0])
+    keep = lambda values, round: sketch.above_gradient(sketch.Sketch(values, None), 0.0, 0.0, jnp.int32(round))
+    for round in (0, 1):
+        np.testing.assert_array_equal(keep(values, round), [True, True, False, False])
+    assert jnp.all(jnp.isfinite(keep(0 * values, 1)))
+
+
+def test_a_stored_basis_is_rounded_to_nearest(x64):
+    """To the 8 significant bits of bfloat16: by at most 2^-8 of each entry. Nothing else is touched."""
+    found, exact = _sketch(solver="rows", store="bfloat16"), _sketch(solver="rows")
+    assert found.basis.dtype == jnp.bfloat16
+    assert np.all(np.abs(found.basis.astype(float) - exact.basis) <= 2.0**-8 * np.abs(exact.basis))
+    assert not np.array_equal(found.basis.astype(float), exact.basis)
+    for mine, own in zip(
+        jax.tree.leaves(found._replace(basis=0)), jax.tree.leaves(exact._replace(basis=0)), strict=True
+    ):
+        np.testing.assert_array_equal(mine, own)
+        assert np.asarray(mine).dtype == np.asarray(own).dtype
+
+
+def test_a_start_is_handed_to_the_solver(x64):
+    params, batch = _problem()
+    exact, start = _sketch(solver="rows"), RANK - 1
+    solve = _compiled(solver="lanczos", rank=start)
+    warm = solve(jax.random.key(0), params, batch, jnp.asarray(HERE), exact.basis[:, :start])
+    assert warm.report.products == start + 4  # recognised, and four probes; without a start the first look is at 2 R
+    np.testing.assert_allclose(warm.eigenvalues, exact.eigenvalues[:start], rtol=1e-12)
+
+
+def test_make_diagonal_is_the_diagonal(x64):
+    params, batch = _problem()
+    diagonal = jax.jit(sketch.make_diagonal(_outputs, _loss, micro_batch=4))
+    np.testing.assert_allclose(
+        diagonal(jax.random.key(0), params, batch, jnp.asarray(HERE)).values, np.diag(_dense()), rtol=1e-11
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, r"sketch\.rank: needs at least 1, got 0"),
+        ({"rank": SIZE + 1}, rf"sketch\.rank: {SIZE + 1} is above .* {SIZE}"),
+        ({"solver": "lanczo"}, r"sketch\.solver: unknown solver 'lanczo'; known: auto, head, lanczos, rows, subspace"),
+        ({"jacobian": "dense"}, r"sketch\.jacobian: unknown 'dense'; known: head, matrix_free, rows"),
+        ({"store": "int8"}, r"sketch\.store: .*'int8'.*bfloat16"),
+        ({"store": "bfloat61"}, r"sketch\.store: .*'bfloat61'.*bfloat16"),
+        ({"solver": "head", "features": None}, r"sketch\.jacobian: head needs the model's features"),
+        ({"solver": "head", "features": lambda params, batch: batch["x"][:, 1:]}, "last layer"),
+    ],
+)
+def test_wrong_choices_name_the_field(options, message):
+    params, batch = _problem()
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(sketch.make_sketch(_outputs, _loss, **{"rank": 1} | options), jax.random.key(0), params, batch)
+
+
+def test_every_solver_of_the_table_is_reached():
+    """The names a user may write are those of the rule, and of the ways above."""
+    assert set(sketch.SOLVERS) == {options["solver"] for options, _ in WAYS.values()} | {"auto"}
+    assert inspect.signature(sketch.make_sketch).parameters["solver"].default in sketch.SOLVERS

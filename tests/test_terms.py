@@ -179,7 +179,7 @@ def test_scaffold_reaches_the_pooled_optimum(x64):
 def test_fedexp_by_hand(x64):
     deltas = {"a": jnp.asarray(_draw(0, 3, 4)), "b": jnp.asarray(_draw(1, 3, 2))}
     step = jax.tree.map(lambda d: d.mean(0), deltas)
-    rule = server.make("exp", 0.0)
+    rule = server.fedexp()
     negative = optax.tree.scale(-1, step)
     found, _ = rule.update(negative, rule.init(step), step, deltas=deltas)
     square = lambda tree: sum(float(jnp.vdot(x, x)) for x in jax.tree.leaves(tree))
@@ -199,7 +199,7 @@ def test_acg_is_a_lookahead_with_momentum(x64):
         delta = _draw(k, 3)
         m = lam * m + delta
         theta = theta + m
-        update, state = rule.update({"w": jnp.asarray(-delta)}, state, held, deltas={})
+        update, state = rule.update({"w": jnp.asarray(-delta)}, state, held)
         held = jax.tree.map(lambda h, u: h - u, held, update)
         np.testing.assert_allclose(held["w"], theta + lam * m, rtol=1e-12)
 

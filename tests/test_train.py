@@ -55,14 +55,19 @@ def test_a_row_for_every_round_of_every_run(runs):
     for row in rows:
         assert {"test_mse", "step_ratio", "bytes_up", "bytes_down", "clients_rejected", "seconds_train"} <= set(row)
         assert row["test_mse"] > 0 and row["clients_rejected"] == 0
-    assert {"spectrum", "condition", "effective_rank"} <= set(rows[1])
+    assert {"spectrum", "condition", "effective_rank", "captured", "sketches_indefinite"} <= set(rows[1])
+    assert 0 < rows[1]["captured"] <= 1 and rows[1]["sketches_not_finite"] == 0
 
 
 def test_bytes_are_those_of_what_is_sent(runs):
-    """Two clients, float64, 10 parameters: an update each, and for FIPA three eigenpairs; one layer is four."""
+    """Two clients, float64, 10 parameters: an update each, and for FIPA three eigenpairs and what the report says of
+
+    them: residuals, products, whether they converged, the trace and its error, and five flags. One layer is four.
+    """
     rows = {row["run"]: row for row in metrics.read(runs[0] / "metrics.jsonl")}
+    report = 3 * 8 + 4 + 1 + 2 * 8 + 5
     assert [rows[name]["bytes_down"] for name in ("warmup", *RULES)] == [2 * 8 * 10, 2 * 8 * 10, 2 * 8 * 4]
-    assert [rows[name]["bytes_up"] for name in ("warmup", *RULES)] == [160, 160 + 2 * 8 * 3 * (10 + 1), 64]
+    assert [rows[name]["bytes_up"] for name in ("warmup", *RULES)] == [160, 160 + 2 * (8 * 3 * (10 + 1) + report), 64]
 
 
 def test_summary_names_every_rule_with_its_figures_and_config(runs):

@@ -1,6 +1,7 @@
 """What the measurements share: the cores they run on, the clock, and how a table is printed."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -33,6 +34,34 @@ def steady(function, *args, repeats: int = 5) -> tuple[float, float]:
         jax.block_until_ready(function(*args))
         seconds.append(time.perf_counter() - start)
     return seconds[0], statistics.median(seconds[1:])
+
+
+def in_turns(variants: dict, repeats: int, budget: float = math.inf) -> dict[str, list[float]]:
+    """Seconds of every variant, measured in alternation, so that what else the machine does falls on all of them.
+
+    Args:
+      variants: {name: () -> its seconds}.
+      repeats: turns.
+      budget: a variant that has taken so many seconds in all takes no further turn.
+
+    Returns:
+      {name: seconds of each turn}.
+    """
+    seconds = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            if sum(seconds[name]) < budget or not seconds[name]:
+                seconds[name].append(run())
+    return seconds
+
+
+def wall_seconds(function, *args) -> float:
+    """Wall seconds of one call, until its arrays are there."""
+    import jax
+
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - start
 
 
 def machine() -> dict:

@@ -1,0 +1,35 @@
+"""What the workers share: they say what they are, then time their variants as they are asked, line by line."""
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable
+
+EPOCHS = 5  # that a time is the mean of: one is too short for the clock
+
+
+def spec() -> dict:
+    """What to run, from the command line: channels, hidden, classes, examples, batch, lr."""
+    return json.loads(sys.argv[1])
+
+
+def user_seconds() -> float:
+    """User CPU seconds of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
+
+
+def serve(versions: str, variants: dict[str, Callable[[int], None]]) -> None:
+    """Writes what there is to run, then for each variant's name read from stdin the user CPU seconds of its epoch.
+
+    Args:
+      versions: of the library and what it stands on.
+      variants: {name: function that runs so many clients' epochs and waits for them}.
+    """
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what a library prints is no answer
+        print(json.dumps({"versions": versions, "variants": list(variants)}), file=answers, flush=True)
+        for line in sys.stdin:
+            start = user_seconds()
+            variants[line.strip()](EPOCHS)
+            print((user_seconds() - start) / EPOCHS, file=answers, flush=True)
