@@ -46,7 +46,7 @@ def run(options: list[str]) -> dict:
     peer = curvlinops_worker.start(args.torch_python, *exported(params, batch))
     for width in args.widths if peer else []:
         measure.add("curvlinops", width, *timing.steady(peer.product, width, repeats=args.repeats))
-    measure.print()
+    timing.table(measure.table)
     if peer:
         peer.close()
     return {"setting": vars(args), "peaks": peaks, "peer": peer and peer.about, "products": measure.table}
@@ -91,8 +91,8 @@ def time_rows(measure, task, params, batch, args) -> None:
     for size in args.micro_batches:
         ggn = curvature.make_ggn(outputs, task.loss, micro_batch=size, jacobian="rows")
         rows = lambda params, batch, ggn=ggn: ggn(params, batch).rows
-        nbytes = jax.eval_shape(rows, params, batch)
-        measure(f"A itself, {some(size)} at a time", 0, rows, params, batch, nbytes=4 * nbytes.size)
+        written = jax.eval_shape(rows, params, batch)
+        measure(f"A itself, {some(size)} at a time", 0, rows, params, batch, nbytes=4 * written.size)
     ggn = curvature.make_ggn(outputs, task.loss, micro_batch=args.micro_batches[0], jacobian="rows")
     matrix = ggn(params, batch)
     for width in args.widths:
@@ -183,13 +183,9 @@ class Measure:
         """A line of the table; operations and bytes of 0 are not known."""
         row = {"": name, "columns": width, "seconds": steady, "each": steady / width if width else None}
         row |= {"temporary GiB": gib, "GFLOP": flops / 1e9 or None}
-        for label, share, amount, peak in (
+        for label, share, amount, kind in (
             ("GFLOP/s", "of peak", flops, "flops"),
             ("GB/s", "of read", nbytes, "bytes"),
         ):
-            rate = amount / steady or None
-            row |= {label: rate and rate / 1e9, share: rate and rate / self.peaks[peak]}
+            row |= {label: amount / steady / 1e9 or None, share: amount / steady / self.peaks[kind] or None}
         self.table.append(row)
-
-    def print(self) -> None:
-        timing.table(self.table)
