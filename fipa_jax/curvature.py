@@ -205,6 +205,17 @@ def is_last_layer(params, out, features) -> bool:
     return sorted(shapes, key=len) in ([kernel], [bias, kernel])
 
 
+def depends(function: Callable, params, batch) -> bool:
+    """Whether function(params, batch) may depend on the parameters; a call that takes them counts as if it did."""
+    jaxpr = jax.make_jaxpr(function)(params, batch).jaxpr
+    reached = set(jaxpr.invars[: len(jax.tree.leaves(params))])
+    among = lambda variables: any(not hasattr(v, "val") and v in reached for v in variables)  # literals have a value
+    for eqn in jaxpr.eqns:
+        if among(eqn.invars):
+            reached.update(eqn.outvars)
+    return among(jaxpr.outvars)
+
+
 def make_diagonal(outputs: Callable, loss: Callable, *, micro_batch: int = 0) -> Callable:
     """Builds `diagonal(params, batch, mask=None) -> [P]`, the diagonal of H, from the squares of its scaled rows.
 

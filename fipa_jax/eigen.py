@@ -62,7 +62,7 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance:
     have R / 4 columns, and R with a start. Where the matrix holds its rows, the quarter is rounded to 8, 16, 24 or 32:
     to read the rows is most of what a product costs, and narrower blocks find more for as many columns. It stops as
     soon as all residuals are below the tolerance, looked at when the space has 2 R columns and after each further R;
-    with a start also at R.
+    with a start also at R, so that a start which spans other eigenvectors than the top ones passes for converged.
 
     Args:
       rank: R.

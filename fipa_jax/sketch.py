@@ -118,7 +118,10 @@ def make_sketch(
             flops=curvature.forward_flops(outputs, params, batch),
             itemsize=ravel_pytree(params)[0].dtype.itemsize,
             memory=memory,
-            is_head=phi is not None and curvature.is_last_layer(params, out, phi),
+            # A layer below may have the last one's shapes, but the last one's inputs depend on it.
+            is_head=phi is not None
+            and curvature.is_last_layer(params, out, phi)
+            and not curvature.depends(features, params, batch),
         )
 
     def sketch(key, params, batch, mask=None, start=None) -> Sketch:

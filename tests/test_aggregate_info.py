@@ -84,21 +84,21 @@ def _report(captured):
     )
 
 
-@each_fipa
-def test_a_sketch_that_its_client_flags_as_not_finite_is_set_aside(x64, name):
+@each_form
+def test_a_sketch_that_its_client_flags_as_not_finite_is_set_aside(x64, form):
     """And the others' reports become info."""
     captured = np.array([0.5, 0.9, 0.3, 0.6])
     deltas, counts, eigenvalues, basis = clients_of(2)
-    step, info = apply_rule(name, uploads_of(deltas, counts, eigenvalues, basis, _report(captured)))
+    step, info = apply_rule(form, uploads_of(deltas, counts, eigenvalues, basis, _report(captured)))
     without = Dense(deltas, counts * [1, 0, 1, 1], eigenvalues, basis)
-    assert_close(step, RULES[name][1](without))
+    assert_close(step, RULES[form][1](without))
     np.testing.assert_array_equal(info["rejected"], np.arange(CLIENTS) == 1)
     np.testing.assert_allclose(info["captured"], without.weights @ captured[[0, 2, 3]], rtol=1e-12)
     np.testing.assert_allclose(info["sketch_residual"], 0.07, rtol=1e-12)
     assert info["sketch_products"] == 100 and info["sketches_unconverged"] == 1
     assert set(info["flags"]) == set(FLAGS) and info["flags"]["not_finite"].tolist() == [False, True, False, False]
     assert info["merged_pairs"] == 6
-    bare = apply_rule(name, uploads_of(deltas, counts, eigenvalues, basis))[1]
+    bare = apply_rule(form, uploads_of(deltas, counts, eigenvalues, basis))[1]
     assert set(info) - set(bare) == {
         "captured", "sketch_residual", "sketch_products", "sketches_unconverged", "flags",
     }  # fmt: skip
