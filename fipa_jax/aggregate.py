@@ -121,17 +121,18 @@ def fipa(
         spectrum = merged.spectrum
         beta = state.damping * spectrum[0] if relative else state.damping
         beta = jnp.zeros_like(beta) if form == "pinv" else beta
-        # A direction at rounding level carries no information; with beta = 0 it must not be divided by.
+        # With beta = 0 a direction at rounding level, which carries no information, must not be divided by.
         floor = (jnp.finfo(dbar.dtype).eps * spectrum.size) ** 2
         inverse = lambda spectrum: FORMS[form](spectrum, beta, state.rcond, floor)
         step = base + merged.solve(inverse)
         inverse = inverse(spectrum)
+        least = jnp.min(jnp.where((inverse > 0) & (spectrum > floor * spectrum[0]), spectrum, spectrum[0]))
         bound = jnp.where(state.max_step > 0, state.max_step * _longest(deltas), jnp.inf)
         step = _bound(step, bound)
         info |= {
             "effective_rank": jnp.sum(inverse * spectrum),
             "merged_pairs": jnp.sum((uploads.sketch.eigenvalues > 0) & (weights > 0)[:, None]),
-            "condition": _ratio(spectrum[0] + beta, jnp.min(jnp.where(inverse > 0, spectrum, spectrum[0])) + beta),
+            "condition": _ratio(spectrum[0] + beta, least + beta),
             "spectrum": spectrum,
         }
         info |= _describe(uploads.sketch, weights)
@@ -143,7 +144,7 @@ def fipa(
 
 def _damped_inverse(spectrum, beta, rcond, floor):
     """1 / (lam + beta), for H's eigenvalues lam."""
-    keep = spectrum > floor * spectrum[0]
+    keep = (spectrum > floor * spectrum[0]) | (beta > 0)
     return jnp.where(keep, 1 / jnp.where(keep, spectrum + beta, 1), 0)
 
 

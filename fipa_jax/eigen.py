@@ -244,7 +244,9 @@ def _next_block(key, matrix: Curvature, new, basis):
     new, triangle = reduce(new)
     # Where the Krylov space ends (H has a low rank) only rounding noise is left: go on with fresh columns.
     exhausted = jnp.abs(jnp.diag(triangle)) <= 100 * jnp.finfo(new.dtype).eps * scale
-    fresh = jax.random.normal(key, new.shape, new.dtype)
-    refill = lambda new: reduce(jnp.where(exhausted[None, :], fresh, new))[0]
+
+    def refill(new):
+        return reduce(jnp.where(exhausted[None, :], jax.random.normal(key, new.shape, new.dtype), new))[0]
+
     new = jax.lax.cond(jnp.any(exhausted), refill, lambda new: new, new)
     return reduce(new)[0]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fipa_jax import aggregate, checkpoint, client, experiment, metrics, report, rounds, sketch, tasks
+from fipa_jax import aggregate, checkpoint, client, experiment, metrics, report, rounds, sketch, tasks, terms
 from fipa_jax import config as config_lib
 
 
@@ -112,7 +112,7 @@ def test_bytes_count_the_pairs_that_are_kept_and_what_their_choice_takes():
     delta = {name: jnp.zeros([clients, *leaf.shape]) for name, leaf in params.items()}
     results = client.LocalResult(delta, (), jnp.zeros(clients))
     state = rounds.State(params, (), (), (), (), jnp.int32(0))
-    plan = types.SimpleNamespace(trainable=".*", cohort=clients, gradient_scale=0.0)
+    plan = types.SimpleNamespace(trainable=".*", cohort=clients, gradient_scale=0.0, term=terms.none())
     model = clients * size * 4
 
     def up(sketches, **changes):
