@@ -101,31 +101,20 @@ def make_sketch(
         "subspace": {"power_steps": power_steps},
     }
 
-    def resolve(params, batch) -> tuple[str, str]:
-        """(a solver of `eigen`, how the curvature is seen)"""
-        if solver in FIXED:
-            return FIXED[solver]
-        if solver != "auto":
-            return solver, jacobian
-        out = jax.eval_shape(outputs, params, batch)
-        num_outputs = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(out))
-        phi = None if features is None else jax.eval_shape(features, params, batch)
-        return choose(
-            examples=jax.tree.leaves(batch)[0].shape[0],
-            outputs=min(loss_rank or num_outputs, num_outputs),
-            size=sum(leaf.size for leaf in jax.tree.leaves(params)),
-            products=(power_steps + 1) * rank + oversample,
-            flops=curvature.forward_flops(outputs, params, batch),
-            itemsize=ravel_pytree(params)[0].dtype.itemsize,
-            memory=memory,
-            # A layer below may have the last one's shapes, but the last one's inputs depend on it.
-            is_head=phi is not None
-            and curvature.is_last_layer(params, out, phi)
-            and not curvature.depends(features, params, batch),
-        )
-
     def sketch(key, params, batch, mask=None, start=None) -> Sketch:
-        name, seen = resolve(params, batch)
+        name, seen = resolve(
+            outputs,
+            params,
+            batch,
+            rank=rank,
+            solver=solver,
+            jacobian=jacobian,
+            features=features,
+            oversample=oversample,
+            power_steps=power_steps,
+            loss_rank=loss_rank,
+            memory=memory,
+        )
         solve = eigen.SOLVERS[name](rank, oversample=oversample, **options[name])
         ggn = curvature.make_ggn(
             outputs, loss, micro_batch=micro_batch, jacobian=seen, features=features, loss_rank=loss_rank
@@ -150,6 +139,43 @@ def make_sketch(
         return truncate(found, enough(found, energy)) if energy else found
 
     return sketch
+
+
+def resolve(
+    outputs: Callable,
+    params,
+    batch,
+    *,
+    rank: int,
+    solver: str,
+    jacobian: str = "matrix_free",
+    features: Callable | None = None,
+    oversample: int = 10,
+    power_steps: int = 2,
+    loss_rank: int = 0,
+    memory: float = 2.0,
+) -> tuple[str, str]:
+    """(solver of `eigen`, how the curvature is seen) that the arguments of `make_sketch` come to, by shapes alone."""
+    if solver in FIXED:
+        return FIXED[solver]
+    if solver != "auto":
+        return solver, jacobian
+    out = jax.eval_shape(outputs, params, batch)
+    num_outputs = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(out))
+    phi = None if features is None else jax.eval_shape(features, params, batch)
+    return choose(
+        examples=jax.tree.leaves(batch)[0].shape[0],
+        outputs=min(loss_rank or num_outputs, num_outputs),
+        size=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        products=(power_steps + 1) * rank + oversample,
+        flops=curvature.forward_flops(outputs, params, batch),
+        itemsize=ravel_pytree(params)[0].dtype.itemsize,
+        memory=memory,
+        # A layer below may have the last one's shapes, but the last one's inputs depend on it.
+        is_head=phi is not None
+        and curvature.is_last_layer(params, out, phi)
+        and not curvature.depends(features, params, batch),
+    )
 
 
 def choose(

@@ -83,7 +83,7 @@ def head_task() -> Task:
 
 def features_of(task, params, batch, chunk: int) -> jax.Array:
     """[N, F], the last layer's inputs."""
-    single = lambda image: task.outputs(params, {"image": image[None]})[1][-1][0]
+    single = lambda image: task.outputs(params, {"image": image[None]})[1].last[0]
     return jax.lax.map(single, batch["image"], batch_size=chunk)
 
 
@@ -100,7 +100,7 @@ def sketches(task, params, batch, cached, rank: int, micro_batch: int) -> dict:
             solve = sketch.make_sketch(
                 lambda head, batch: outputs(head, batch)[0],
                 task.loss,
-                features=lambda head, batch: outputs(head, batch)[1][-1],
+                features=lambda head, batch: outputs(head, batch)[1].last,
                 rank=rank,
                 **chosen,
             )

@@ -11,6 +11,7 @@ with the curvature. A sketch's captured share of the trace and largest residual 
 """
 
 import argparse
+import inspect
 import statistics
 import time
 
@@ -62,7 +63,7 @@ def measure(args) -> dict:
             rule = aggregate.fipa()
             stages = stages_of(args, task, trainable, settings["options"], rule)
             _, sketch, info = add_stages(timers, first, settings["name"], stages, params, data, owned, trained)
-            seen = how_seen(args, settings["options"], own, *restricted)
+            seen = how_seen(settings["options"], own, *restricted)
             products = float(jnp.mean(sketch.report.products))
             rows.append(
                 {"sketch": settings["name"], "by": " ".join(seen), "base": f"mean {trainable}"}
@@ -99,13 +100,13 @@ def stages_of(args, task, trainable: str, options: dict | None, rule):
     """A round's stages: plain SGD at the clients, the sketch and the rule."""
     import optax
 
-    from fipa_jax import client, rounds, sketch
+    from fipa_jax import client, rounds, sketch, terms
 
     make = lambda outputs, features: sketch.make_sketch(outputs, task.loss, features=features, **options)
     plan = rounds.Plan(
         task=task,
         local=client.first_order(task.loss, task.augment, batch_size=args.batch, epochs=args.epochs),
-        term=client.none(),
+        term=terms.none(),
         sketch=None if options is None else make,
         aggregator=rule,
         server=optax.identity(),
@@ -164,7 +165,7 @@ def restrict(task, params, trainable: str) -> tuple:
 
     outputs = lambda theta, batch: task.outputs(trees.replace(params, theta), batch)
     chosen = trees.select(params, trainable)
-    return chosen, lambda theta, batch: outputs(theta, batch)[0], lambda theta, batch: outputs(theta, batch)[1][-1]
+    return chosen, lambda theta, batch: outputs(theta, batch)[0], lambda theta, batch: outputs(theta, batch)[1].last
 
 
 def training_flops(args, task, own, chosen, outputs, features) -> float:
@@ -177,24 +178,13 @@ def training_flops(args, task, own, chosen, outputs, features) -> float:
     return args.epochs * curvature.forward_flops(gradient, chosen, own)
 
 
-def how_seen(args, options, own, chosen, outputs, features) -> tuple[str, str]:
-    """(solver, jacobian) that a sketch comes to, with the defaults of `sketch.make_sketch`."""
-    from fipa_jax import curvature, sketch, trees
+def how_seen(options, own, chosen, outputs, features) -> tuple[str, str]:
+    """(solver, jacobian) that a sketch comes to."""
+    from fipa_jax import sketch
 
-    if options["solver"] in sketch.FIXED:
-        return sketch.FIXED[options["solver"]]
-    if options["solver"] != "auto":
-        return options["solver"], "matrix_free"
-    return sketch.choose(
-        examples=args.examples,
-        outputs=setting.NUM_CLASSES,
-        size=trees.ravel(chosen).size,
-        products=3 * options["rank"] + 10,
-        flops=curvature.forward_flops(outputs, chosen, own),
-        itemsize=4,
-        memory=2.0,
-        is_head=False,
-    )
+    known = inspect.signature(sketch.resolve).parameters
+    fields = {name: value for name, value in options.items() if name in known}
+    return sketch.resolve(outputs, chosen, own, features=features, **fields)
 
 
 def sketch_flops(seen, products: float, args, own, chosen, outputs, features) -> float:
