@@ -36,4 +36,9 @@ def get_config(variant: str = ""):
     config.compare = ("fipa", "fedavg:server.lr=1", "fedavg:server.lr=1:term.name=rcl:trainable=.*:cache_body=false")
     if variant == "debug":
         config.model.name, config.model.head_width = "resnet20", 64
+    if variant == "cpu":
+        config.model.name, config.model.head_width = "resnet20", 108  # 4.4 % of the parameters
+        config.data.side, config.data.holdout = 32, 0.1
+        config.warmup.rounds, config.eval.every = 60, 5
+        variant = ""
     return config_lib.variant(config, variant)

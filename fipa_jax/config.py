@@ -46,6 +46,7 @@ def default() -> ConfigDict:
     config.data.train_split = "train"  # or a slice of it, e.g. train[:1000]
     config.data.test_split = ""  # "" for the data set's own: validation for tiny_imagenet, test for all others
     config.data.holdout = 0.0  # fraction of the training set apart from it, evaluated as `holdout_*`, for tuning
+    config.data.side = 0  # of the images, averaged down to it: 32 for a 64 is a quarter of the work; 0 leaves them
     config.data.augment = True  # train on random views: rotated, cropped with padding 4, mirrored
     config.data.rotation = 0.0  # bound on a view's rotation, in degrees; published: 10
     config.data.flip = True  # mirror half of the views; not for digits
@@ -202,6 +203,7 @@ def validate(config: ConfigDict) -> None:
     _at_least("task.examples_per_client", config.task.examples_per_client, 1)
     if not 0 <= config.data.holdout < 1:
         raise ValueError(f"config.data.holdout: needs a fraction in [0, 1), got {config.data.holdout}")
+    _at_least("data.side", config.data.side, 0)
     if not 0 <= config.data.rotation <= 180:
         raise ValueError(f"config.data.rotation: needs degrees in [0, 180], got {config.data.rotation}")
     is_mnist = config.task.name == "images" and config.data.name.partition(":")[0] == "mnist"

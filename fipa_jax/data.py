@@ -104,6 +104,31 @@ def root(data_dir: str = "") -> Path:
     return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
+def shrink(images: np.ndarray, side: int) -> np.ndarray:
+    """Averages images over square blocks of pixels, down to `side` x `side` (a box filter, as Chrabaszcz et al. 2017).
+
+    Args:
+      images: [N, H, H, C] uint8.
+      side: a divisor of H; 0 or H itself leaves the images as they are.
+
+    Returns:
+      [N, side, side, C] uint8.
+
+    Raises:
+      ValueError: the images cannot be cut into such blocks.
+    """
+    num_images, height, width, channels = images.shape
+    if side in (0, height) and side in (0, width):
+        return images
+    if height != width or height % side:
+        raise ValueError(f"config.data.side: needs a divisor of the images' side, {height} x {width}, got {side}")
+    small = np.empty([num_images, side, side, channels], np.uint8)
+    for start in range(0, num_images, BLOCK):
+        block = images[start : start + BLOCK].reshape(-1, side, height // side, side, height // side, channels)
+        small[start : start + BLOCK] = np.round(block.mean((2, 4), dtype=np.float32))
+    return small
+
+
 def _prepared(name: str, data_dir: str) -> Path:
     """Finds the folder of the newest (or the named) prepared version, without any builder code or network."""
     base, _, version = name.partition(":")

@@ -221,6 +221,22 @@ def test_standardise_knows_the_published_sets_and_measures_others():
     assert std[2] == pytest.approx(1 / 255)
 
 
+@pytest.mark.parametrize("side", [2, 3, 6])
+def test_shrink_averages_square_blocks(side):
+    images = np.random.default_rng(0).integers(0, 256, [data.BLOCK + 3, 6, 6, 3], dtype=np.uint8)
+    small, f = data.shrink(images, side), 6 // side
+    assert small.shape == (len(images), side, side, 3) and small.dtype == np.uint8
+    n, i, j = data.BLOCK + 1, side - 1, 1
+    block = images[n, i * f : (i + 1) * f, j * f : (j + 1) * f].astype(float)
+    np.testing.assert_allclose(small[n, i, j], block.mean((0, 1)), atol=0.5 + 1e-4)
+
+
+@pytest.mark.parametrize(("shape", "side"), [((6, 6), 4), ((6, 4), 2), ((6, 4), 6), ((6, 6), 12)])
+def test_shrink_to_what_is_no_divisor_is_an_error(shape, side):
+    with pytest.raises(ValueError, match=r"config\.data\.side: needs a divisor"):
+        data.shrink(np.zeros([2, *shape, 3], np.uint8), side)
+
+
 def test_the_real_cifar10_has_its_shape_and_classes(tmp_path, offline):
     if not (REAL_DATA / "cifar10").is_dir():
         pytest.skip(f"needs the prepared CIFAR-10 in {REAL_DATA}")
@@ -329,6 +345,7 @@ def toy_config(prepared, cache_dir, **changes):
                 "test_split": "test",
                 "holdout": 0.25,
                 "augment": True,
+                "side": 0,
                 "rotation": 0.0,
                 "flip": True,
             },

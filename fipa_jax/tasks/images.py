@@ -31,6 +31,7 @@ def build(config) -> Problem:
     test_split = config.data.test_split or data.test_split(config.data.name)
     train = data.load(config.data.name, config.data.train_split, config.data.dir, config.data.cache_dir)
     test = data.load(config.data.name, test_split, config.data.dir, config.data.cache_dir)
+    train, test = (arrays | {"image": data.shrink(arrays["image"], config.data.side)} for arrays in (train, test))
     mean, std = data.standardise(config.data.name, train["image"])
     train, holdout = set_apart(train, config.data.holdout, config.partition.seed)
     clients = partition.partition(
