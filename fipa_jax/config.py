@@ -28,6 +28,7 @@ def default() -> ConfigDict:
     config.precision = "float32"  # or "float64"
     config.cohort = 0  # clients a round; 0 for all
     config.chunk = 1  # clients side by side in one vmap; 1 one after another, 0 all
+    config.client_memory = "auto"  # where what clients keep between rounds lives: device, host; auto: where it fits
     config.devices = 1  # devices over which the clients of a round are spread
     config.compare = ("fipa", "fedavg")  # rules run side by side from the warm-up's end: NAME[:field=value...]
     config.init_from = ""  # a saved model (model.msgpack) to start from instead of a fresh initialisation
@@ -191,6 +192,7 @@ def validate(config: ConfigDict) -> None:
       ValueError: names the field, what was needed and what arrived.
     """
     _one_of("precision", config.precision, ("float32", "float64"))
+    _one_of("client_memory", config.client_memory, ("auto", "device", "host"))
     _at_least("seed", config.seed, 0)
     _at_least("cohort", config.cohort, 0)
     _at_least("chunk", config.chunk, 0)

@@ -158,17 +158,22 @@ def run_phase(experiment: Experiment, settings: ConfigDict, name: str, params, f
     config = experiment.config
     plan, rates = plan_of(experiment, settings), phase.make_rates(settings, config.precision)
     stages = rounds.make_stages(plan)
-    state = stages.init(params, experiment.clients.num_examples.shape[0], first)
-    train, sketch_, aggregate_ = compiled(experiment, settings, stages, state)
+    num_clients = experiment.clients.num_examples.shape[0]
+    on_host = phase.memory_on_host(config.client_memory, plan, params, num_clients)
+    state = stages.init(params, num_clients, first, on_host)
+    draw, train, sketch_, aggregate_ = compiled(experiment, settings, stages, state)
     data, clients, root = experiment.train, experiment.clients, experiment.root
     rows, last, said = [], first + settings.rounds - 1, Counter()
     with tqdm(total=settings.rounds, desc=f"{name:<12}", unit="round") as bar:
         for k in range(first, last + 1):
             clock = Clock()
-            ids, results = clock("train", train(state, rates, data, clients, root))
-            sketches = clock("sketch", sketch_(state, data, clients, ids, results, root))
+            ids = draw(state.round, clients, root)
+            seen = rounds.fetch(state, ids)
+            results = clock("train", train(seen, rates, data, clients, ids, root))
+            sketches = clock("sketch", sketch_(seen, data, clients, ids, results, root))
             traffic = traffic_of(state, results, sketches, plan)
-            state, info = clock("aggregate", aggregate_(state, rates, clients, ids, results, sketches))
+            seen, info = clock("aggregate", aggregate_(seen, rates, clients, ids, results, sketches))
+            state = rounds.keep(state, seen, ids)
             row = {"run": name, "round": k} | evaluate(experiment, state.params, k, k == last)
             clock("evaluate", row)
             info = jax.device_get(info)
@@ -236,7 +241,7 @@ def compiled(experiment: Experiment, settings: ConfigDict, stages: rounds.Stages
         inner.pop(last, None)
     key = json.dumps(static, sort_keys=True)
     if key not in experiment.compiled:
-        experiment.compiled[key] = jax.jit(stages.train), jax.jit(stages.sketch), jax.jit(stages.aggregate)
+        experiment.compiled[key] = tuple(map(jax.jit, (stages.draw, stages.train, stages.sketch, stages.aggregate)))
     return experiment.compiled[key]
 
 
@@ -248,9 +253,10 @@ def trace(experiment: Experiment, settings: ConfigDict) -> None:
     plan, rates = plan_of(experiment, settings), phase.make_rates(settings, experiment.config.precision)
     stages = rounds.make_stages(plan)
     data, clients, root = experiment.train, experiment.clients, experiment.root
-    state = stages.init(experiment.params, clients.num_examples.shape[0])
-    train, sketch_, aggregate_ = compiled(experiment, settings, stages, state)
-    ids, results = train.eval_shape(state, rates, data, clients, root)
+    state = stages.init(experiment.params, plan.cohort)  # with memories of the cohort alone, as the stages see it
+    draw, train, sketch_, aggregate_ = compiled(experiment, settings, stages, state)
+    ids = draw.eval_shape(state.round, clients, root)
+    results = train.eval_shape(state, rates, data, clients, ids, root)
     sketches = sketch_.eval_shape(state, data, clients, ids, results, root)
     aggregate_.eval_shape(state, rates, clients, ids, results, sketches)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
-from fipa_jax import aggregate, rounds, server, sketch, terms
+from fipa_jax import aggregate, rounds, server, sketch, terms, trees
 from fipa_jax import client as client_lib
 from fipa_jax.tasks import Task
 
@@ -59,6 +59,19 @@ def make_rates(settings: ConfigDict, dtype: str) -> rounds.Rates:
     array = lambda value: jnp.asarray(value, dtype)
     hyper = client_lib.Hyper(array(settings.local.lr), array(settings.local.damping), array(settings.term.mu))
     return rounds.Rates(hyper, array(settings.local.lr_decay), array(settings.server.lr))
+
+
+def memory_on_host(where: str, plan: rounds.Plan, params, num_clients: int) -> bool:
+    """Whether the clients' memories live on the host rather than on the device.
+
+    Args:
+      where: device, host, or auto: on the host where they would take more than a quarter of the device's memory.
+    """
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if where != "auto" or limit is None:  # a CPU gives no limit: it is the host
+        return where == "host"
+    blank = jax.eval_shape(plan.term.init, trees.select(params, plan.trainable))
+    return 4 * num_clients * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(blank)) > limit
 
 
 def make_mesh(devices: int):

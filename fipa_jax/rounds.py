@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -24,7 +25,7 @@ class State(NamedTuple):
     params: Any  # the global model
     aggregator: Any
     server: optax.OptState
-    memory: Any  # of the term, stacked over all clients [T, ...]
+    memory: Any  # of the term, stacked over all clients [T, ...]; inside a stage over the cohort [C, ...]
     shared: Any  # the mean of `memory` over all T clients
     round: jax.Array  # [], int32, counted over all phases
 
@@ -58,12 +59,14 @@ class Rates(NamedTuple):
 class Stages(NamedTuple):
     """One round, stage by stage; `data` is the training set {field: [N, ...]}, `clients` all clients stacked [T, ...].
 
-    Keys derive from the root key, the round number and the client's id: neither the order of the clients nor a resume
-    changes them.
+    From `train` on a stage sees the state of `fetch`, with the memories of the cohort alone: those of all clients may
+    live on the host. Keys derive from the root key, the round number and the client's id: neither the order of the
+    clients nor a resume changes them.
     """
 
-    init: Callable  # (params, num_clients, round=0) -> State
-    train: Callable  # (state, rates, data, clients, root) -> (ids [C], LocalResult [C, ...])
+    init: Callable  # (params, num_clients, round=0, on_host=False) -> State
+    draw: Callable  # (round, clients, root) -> ids [C] of the cohort
+    train: Callable  # (state, rates, data, clients, ids, root) -> LocalResult [C, ...]
     sketch: Callable  # (state, data, clients, ids, results, root) -> Sketch or Diagonal [C, ...], or None
     aggregate: Callable  # (state, rates, clients, ids, results, sketches) -> (state, info)
 
@@ -77,25 +80,27 @@ def make_stages(plan: Plan) -> Stages:
         chosen = trees.select(params, plan.trainable)
         return chosen, lambda theta, batch: plan.task.outputs(trees.replace(params, theta), batch)
 
-    def init(params, num_clients: int, round: int = 0) -> State:
+    def init(params, num_clients: int, round: int = 0, on_host: bool = False) -> State:
         chosen = trees.select(params, plan.trainable)
         blank = plan.term.init(chosen)
-        memory = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_clients, axis=0), blank)
-        server = plan.server.init(chosen)
+        stack = lambda lib: jax.tree.map(lambda leaf: lib.repeat(lib.asarray(leaf)[None], num_clients, axis=0), blank)
+        memory, server = () if on_host else stack(jnp), plan.server.init(chosen)
         state = State(params, plan.aggregator.init(chosen), server, memory, blank, jnp.asarray(round, jnp.int32))
-        # Placed where a round leaves it, or the second round would compile anew.
-        return state if plan.mesh is None else jax.device_put(state, NamedSharding(plan.mesh, PartitionSpec()))
+        if plan.mesh is not None:  # placed where a round leaves it, or the second round would compile anew
+            state = jax.device_put(state, NamedSharding(plan.mesh, PartitionSpec()))
+        return state._replace(memory=stack(np)) if on_host else state
 
-    def keys(state, root, ids=None):
-        """Of the round: (cohort, clients' training [C], clients' sketches [C])."""
-        cohort, train, sketch = jax.random.split(jax.random.fold_in(root, state.round), 3)
-        if ids is None:
-            return cohort
+    def keys(state, root, ids):
+        """Of the round: (clients' training [C], clients' sketches [C])."""
+        _, train, sketch = jax.random.split(jax.random.fold_in(root, state.round), 3)
         per_client = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         return per_client(train, ids), per_client(sketch, ids)
 
-    def train(state: State, rates: Rates, data: dict, clients: Client, root):
-        ids = sample_cohort(keys(state, root), clients.num_examples.shape[0], plan.cohort)
+    def draw(round, clients: Client, root):
+        key = jax.random.split(jax.random.fold_in(root, round), 3)[0]
+        return sample_cohort(key, clients.num_examples.shape[0], plan.cohort)
+
+    def train(state: State, rates: Rates, data: dict, clients: Client, ids, root) -> LocalResult:
         hyper = rates.local._replace(lr=rates.local.lr * rates.lr_decay**state.round)
 
         def one(params, data, hyper, shared, client, key, memory):
@@ -103,8 +108,8 @@ def make_stages(plan: Plan) -> Stages:
             return plan.local(outputs, chosen, data, client, key, hyper, memory, shared)
 
         common = state.params, data, hyper, state.shared
-        stacked = take(clients, ids), keys(state, root, ids)[0], take(state.memory, ids)
-        return ids, map_clients(one, common, *stacked, chunk=plan.chunk, mesh=plan.mesh)
+        stacked = take(clients, ids), keys(state, root, ids)[0], state.memory
+        return map_clients(one, common, *stacked, chunk=plan.chunk, mesh=plan.mesh)
 
     def sketch(state: State, data: dict, clients: Client, ids, results, root) -> Sketch | Diagonal | None:
         if plan.sketch is None:
@@ -142,8 +147,8 @@ def make_stages(plan: Plan) -> Stages:
         # without examples, whose memory would change although it took no step.
         took_part = (uploads.num_examples > 0) & ~info["rejected"]
         accepted = took_part & trees.is_finite((results.loss, results.memory))
-        change = trees.zero_unless(accepted, optax.tree.sub(results.memory, take(state.memory, ids)))
-        memory = jax.tree.map(lambda all_, d: all_.at[ids].add(d), state.memory, change)
+        change = trees.zero_unless(accepted, optax.tree.sub(results.memory, state.memory))
+        memory = optax.tree.add(state.memory, change)
         num_clients = clients.num_examples.shape[0]
         shared = jax.tree.map(lambda mean, d: mean + jnp.sum(d, axis=0) / num_clients, state.shared, change)
         step = plan.term.correct(step, shared, rates.local.mu)
@@ -153,18 +158,38 @@ def make_stages(plan: Plan) -> Stages:
         params = trees.replace(state.params, chosen)
         return State(params, rule_state, server, memory, shared, state.round + 1), info
 
-    return Stages(init, train, sketch, aggregate)
+    return Stages(init, draw, train, sketch, aggregate)
 
 
 def compose(stages: Stages) -> Callable:
     """The round as one function: (state, rates, data, clients, root) -> (state, info). Jit it, or scan over it."""
 
     def round_(state: State, rates: Rates, data: dict, clients: Client, root):
-        ids, results = stages.train(state, rates, data, clients, root)
-        sketches = stages.sketch(state, data, clients, ids, results, root)
-        return stages.aggregate(state, rates, clients, ids, results, sketches)
+        ids = stages.draw(state.round, clients, root)
+        seen = fetch(state, ids)
+        results = stages.train(seen, rates, data, clients, ids, root)
+        sketches = stages.sketch(seen, data, clients, ids, results, root)
+        seen, info = stages.aggregate(seen, rates, clients, ids, results, sketches)
+        return keep(state, seen, ids), info
 
     return round_
+
+
+def fetch(state: State, ids) -> State:
+    """The state as the cohort `ids` [C] sees it: of the clients' memories its own, [C, ...]."""
+    return state._replace(memory=take(state.memory, ids))
+
+
+def keep(state: State, seen: State, ids) -> State:
+    """The state after a round: `seen`, with the memories of all clients; those on the host are written in place."""
+
+    def put(stacked, rows):
+        if isinstance(stacked, np.ndarray):
+            stacked[np.asarray(ids)] = rows
+            return stacked
+        return stacked.at[ids].set(rows)
+
+    return seen._replace(memory=jax.tree.map(put, state.memory, seen.memory))
 
 
 def take(stacked, ids):

@@ -123,6 +123,26 @@ def _two_rounds(chunk, devices):
     return jax.device_get(state.params)
 
 
+def test_memories_on_the_host_do_not_change_a_run(x64):
+    """Stage by stage as a run does it: of all clients' controls the device sees those of the cohort alone."""
+    plan = _plan(term=terms.scaffold(), cohort=3, server=optax.trace(0.9))
+    wanted, _ = _run(plan, 3)
+    stages = rounds.make_stages(plan)
+    draw, train, sketch, aggregate_ = map(jax.jit, stages[1:])
+    (data, clients), root = _problem(), jax.random.key(ROOT)
+    state = stages.init(plan.task.init(jax.random.key(0)), CLIENTS, on_host=True)
+    for _ in range(3):
+        ids = draw(state.round, clients, root)
+        seen = rounds.fetch(state, ids)
+        assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(seen.memory))
+        results = train(seen, _rates(), data, clients, ids, root)
+        sketches = sketch(seen, data, clients, ids, results, root)
+        seen, _ = aggregate_(seen, _rates(), clients, ids, results, sketches)
+        state = rounds.keep(state, seen, ids)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(state.memory))
+    chex.assert_trees_all_close(jax.device_get(state), jax.device_get(wanted), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("chunk", "devices"), [(2, 0), (0, 2)])
 def test_chunks_do_not_change_a_run(x64, chunk, devices):
     # vmap changes the order of sums: the same to rounding, which a float64 merge does not amplify much.
@@ -232,8 +252,7 @@ def _staged(*options):
     """(plan, its stages compiled) of `_plan` with these pairs of options."""
     plan = _plan(**dict(options))
     stages = rounds.make_stages(plan)
-    train, sketch_, aggregate_ = map(jax.jit, (stages.train, stages.sketch, stages.aggregate))
-    return plan, stages._replace(train=train, sketch=sketch_, aggregate=aggregate_)
+    return plan, rounds.Stages(stages.init, *map(jax.jit, stages[1:]))
 
 
 def _first_sketches(options, problem):
@@ -241,7 +260,8 @@ def _first_sketches(options, problem):
     (data, clients), root = problem, jax.random.key(ROOT)
     plan, stages = _staged(*options)
     state = stages.init(plan.task.init(jax.random.key(0)), CLIENTS)
-    ids, results = _staged()[1].train(state, _rates(), data, clients, root)  # the same for all of these plans
+    ids = stages.draw(state.round, clients, root)
+    results = _staged()[1].train(state, _rates(), data, clients, ids, root)  # the same for all of these plans
     return state, ids, results, stages.sketch(state, data, clients, ids, results, root)
 
 

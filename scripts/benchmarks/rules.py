@@ -138,9 +138,10 @@ def add_stages(timers: dict, first: dict, name: str, stages, params, data, owned
         first[name, stage] = time.perf_counter() - start
         return result
 
-    trained = trained or add("train", state, rates, data, owned, root)
-    sketches = None if name.startswith("mean") else add("sketch", state, data, owned, *trained, root)
-    _, info = add("aggregate", state, rates, owned, *trained, sketches)
+    ids = stages.draw(state.round, owned, root)
+    trained = trained or add("train", state, rates, data, owned, ids, root)
+    sketches = None if name.startswith("mean") else add("sketch", state, data, owned, ids, trained, root)
+    _, info = add("aggregate", state, rates, owned, ids, trained, sketches)
     return trained, sketches, info
 
 
