@@ -39,6 +39,7 @@ def get_config(variant: str = ""):
     if variant == "cpu":
         config.model.name, config.model.head_width = "resnet20", 108  # 4.4 % of the parameters
         config.data.side, config.data.holdout = 32, 0.1
-        config.warmup.rounds, config.eval.every = 60, 5
+        config.warmup.rounds, config.eval.every = 80, 5
+        config.warmup.local.lr = 0.3  # few rounds
         variant = ""
     return config_lib.variant(config, variant)

@@ -177,6 +177,10 @@ class ResNet(nn.Module):
     A 3x3 stem without pooling, then stages of basic blocks, all but the first starting with stride 2; global average
     pooling; the head is one dense layer, or two with `hidden` units between. Parameter names are those of the stages,
     and `head`: the last layer alone is `head/`, the whole head with a hidden layer `(hidden|head)/`.
+
+    Every block starts as its shortcut: its last scale is zero at first (Goyal et al. 2017, section 5.1). With scales of
+    one, group normalisation leaves pooled features that hardly differ between images, and plain SGD stays on the
+    plateau of equal probabilities for thousands of steps.
     """
 
     widths: Sequence[int]  # channels of each stage
@@ -226,6 +230,7 @@ class _ConvNorm(nn.Module):
     width: int
     kernel: int = 3
     stride: int = 1
+    scale: float = 1.0  # of the normalised values, at first
     param_dtype: Any = jnp.float32
 
     @nn.compact
@@ -241,7 +246,8 @@ class _ConvNorm(nn.Module):
             dtype=x.dtype,
             conv_general_dilated=conv,
         )(x)
-        x = nn.GroupNorm(num_groups=2, epsilon=1e-5, param_dtype=self.param_dtype, dtype=x.dtype)(x)
+        first = nn.initializers.constant(self.scale)
+        x = nn.GroupNorm(2, epsilon=1e-5, scale_init=first, param_dtype=self.param_dtype, dtype=x.dtype)(x)
         return (nn.relu(x) if activate else x), x
 
 
@@ -256,7 +262,7 @@ class _Block(nn.Module):
     def __call__(self, x):
         layer = lambda *args, name: _ConvNorm(self.width, *args, param_dtype=self.param_dtype, name=name)
         y, _ = layer(3, self.stride, name="conv1")(x, activate=True)
-        y, _ = layer(3, 1, name="conv2")(y, activate=False)
+        y, _ = layer(3, 1, 0.0, name="conv2")(y, activate=False)
         if self.stride > 1 or x.shape[-1] != self.width:
             x, _ = layer(1, self.stride, name="shortcut")(x, activate=False)
         return nn.relu(x + y), x + y

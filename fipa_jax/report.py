@@ -1,18 +1,18 @@
 """What does a person see of a run? Its description, its progress line, its warnings, its tables and its split."""
 
-import itertools
+import math
 from collections import Counter
 from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 from absl import logging
 from ml_collections import ConfigDict
 
 from fipa_jax import partition, plots, sketch, tasks, trees
 
 REPEATS = 10  # of a warning in one phase
+CELL = 9  # characters of a figure in the table of rules
 
 
 def warn(name: str, k: int, info: dict, said: Counter) -> None:
@@ -46,33 +46,49 @@ def progress(row: dict) -> str:
 
 
 def table(summary: dict) -> str:
-    """The compared rules side by side, as printed at the end of a run."""
+    """The compared rules side by side, as printed at the end of a run: each figure's final and best value."""
     runs = summary["runs"]
     names = [name for name in next(iter(runs.values()))["final"] if name.startswith(("test_", "holdout_"))]
-    heads = [f"{kind} {name}" for name, kind in itertools.product(names, ("final", "best"))]
     width = max(len(name) for name in ["rule", *runs])
-    lines = ["  ".join([f"{'rule':<{width}}", *heads])]
+    columns = [max(len(name), 2 * CELL) for name in names]
+    above = "".join(f"  {name:>{column}}" for name, column in zip(names, columns, strict=True))
+    heads = "".join(f"  {'final':>{column - CELL}}{'best':>{CELL}}" for column in columns)
+    lines = [" " * width + above, f"{'rule':<{width}}" + heads]
+    number = lambda value: f"{math.nan if value is None else value:.4g}"
     for run_name, result in runs.items():
-        values = [result[kind][name] for name, kind in itertools.product(names, ("final", "best"))]
-        cells = [f"{float('nan') if x is None else x:>{len(head)}.4g}" for x, head in zip(values, heads, strict=True)]
-        lines.append("  ".join([f"{run_name:<{width}}", *cells]))
+        pairs = [(number(result["final"][name]), number(result["best"][name])) for name in names]
+        cells = [f"  {final:>{c - CELL}}{best:>{CELL}}" for (final, best), c in zip(pairs, columns, strict=True)]
+        lines.append(f"{run_name:<{width}}" + "".join(cells))
     return "\n".join(lines)
 
 
 def describe(config: ConfigDict, problem: tasks.Problem, params) -> None:
-    """Prints what is about to run: data, clients, parameters and the trainable share."""
+    """Prints what is about to run: data, clients, parameters and which of them the FIPA phase trains."""
     counts = [len(own) for own in problem.clients]
     sizes = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    total = optax.tree.size(params)
-    size = optax.tree.size(trees.select(params, config.fipa.trainable))
-    print(
-        f"{config.task.name}: {len(counts)} clients with {sizes} examples each, {total:,} parameters, "
-        f"{size:,} ({size / total:.1%}) trained in the FIPA phase, on {jax.devices()[0].platform}"
-    )
+    platform = jax.devices()[0].platform
+    print(f"{config.task.name}: {len(counts)} clients with {sizes} examples each, on {platform}")
     by_class = class_counts(problem)
     if by_class is not None:
         spread = partition.heterogeneity(by_class)
         print(", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in spread.items()) + " over clients")
+    print(f"\n{parameter_table(params, config.fipa.trainable)}\n")
+
+
+def parameter_table(params, trainable: str) -> str:
+    """How many parameters each layer has, and how many of them a phase trains, `trainable` being its pattern."""
+    chosen, rows = trees.select(params, trainable), {}
+    for path, leaf in trees.paths(params).items():
+        row = rows.setdefault(path.partition("/")[0], [0, 0])
+        row[0] += leaf.size
+        row[1] += leaf.size * (path in chosen)
+    total, trained = (sum(column) for column in zip(*rows.values(), strict=True))
+    width = max(map(len, ["layer", *rows]))
+    line = lambda name, *cells: f"{name:<{width}}" + "".join(f"{cell:>14}" for cell in cells)
+    lines = [line("layer", "parameters", "share", "in FIPA phase")]
+    for name, (size, part) in rows.items():
+        lines.append(line(name, f"{size:,}", f"{size / total:.1%}", f"{part:,}" if part else "-"))
+    return "\n".join([*lines, line("all", f"{total:,}", "", f"{trained:,}") + f" ({trained / total:.1%})"])
 
 
 def class_counts(problem: tasks.Problem):
