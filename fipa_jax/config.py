@@ -83,7 +83,8 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
         {
             "rounds": rounds,
             "trainable": ".*",  # regular expression over parameter paths, e.g. "^head/" for one layer
-            "cache_body": False,  # where only the head is trained: run it on features computed once, not augmented
+            "cache_body": False,  # where only the head is trained: run it on features that are computed once
+            "cache_views": 0,  # random views of each example whose features are kept, to train on; 0 for the plain one
             "local": {
                 "optimizer": "sgd",  # sgd, momentum, nesterov, adam, yogi, gauss_newton
                 "lr": 0.1,
@@ -250,6 +251,7 @@ def _validate_phase(name, settings, least_rounds):
     except re.error as error:
         found = f"got {settings.trainable!r} ({error})"
         raise ValueError(f"config.{name}.trainable: needs a regular expression, {found}") from None
+    _at_least(f"{name}.cache_views", settings.cache_views, 0)
     for field in ("lr", "lr_decay", "momentum", "weight_decay", "clip_norm", "batch_size", "steps", "damping"):
         _at_least(f"{name}.local.{field}", settings.local[field], 0)
     if not settings.local.steps:

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fipa_jax import checkpoint, metrics, partition, phase, plots, report, rounds, sketch, tasks, trees
+from fipa_jax import cache, checkpoint, metrics, partition, phase, plots, report, rounds, sketch, tasks, trees
 from fipa_jax import config as config_lib
 from fipa_jax.simulate import Client
 
@@ -82,10 +82,10 @@ def build(config: ConfigDict) -> Experiment:
         root=root,
     )
     # A mistake in the last of the phases must show now, not after hours of the first.
-    phases = [config.warmup] if config.warmup.rounds else []
-    phases += [config_lib.rule(config, spec) for spec in config.compare] if config.fipa.rounds else []
-    for settings in phases:
-        trace(experiment, settings)
+    if config.warmup.rounds:
+        trace(experiment, config.warmup, "warmup")
+    for spec in config.compare if config.fipa.rounds else ():
+        trace(experiment, config_lib.rule(config, spec), "fipa")
     return experiment
 
 
@@ -121,13 +121,16 @@ def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) ->
     config = experiment.config
     report.describe(config, experiment.problem, experiment.params)
     first, summary = config.first_round, {"runs": {}}
-    views = {}
+    seen_by_head = {}
 
     def view(name: str, settings: ConfigDict, params) -> Experiment:
         """The experiment, or what the head sees of it from the phase's first model, the same for all its rules."""
-        if settings.cache_body and name not in views:
-            views[name] = cached(experiment, params)
-        return views[name] if settings.cache_body else experiment
+        if not settings.cache_body:
+            return experiment
+        key = name, settings.cache_views
+        if key not in seen_by_head:
+            seen_by_head[key] = cache.cached(experiment, params, settings.cache_views)
+        return seen_by_head[key]
 
     def finish(name: str, params, rows: list[dict], as_run: ConfigDict) -> None:
         file = re.sub(r"[^\w.-]", "_", name.replace("=", "-"))
@@ -186,42 +189,6 @@ def run_phase(experiment: Experiment, settings: ConfigDict, name: str, params, f
     return state.params, rows
 
 
-def check_head(experiment: Experiment, settings: ConfigDict) -> None:
-    """Raises ValueError where the body's features cannot be cached: no head, or more than it is trained."""
-    task = experiment.problem.task
-    if task.head is None:
-        raise ValueError("config.fipa.cache_body: this task's model has no head; set it to False")
-    trained = trees.select(experiment.params, settings.trainable)
-    beyond = [path for path in trained if not re.search(task.head_pattern, path)]
-    if beyond:
-        raise ValueError(
-            f"config.fipa.cache_body needs config.fipa.trainable to select parameters of the head alone, "
-            f"{task.head_pattern!r}; it selects {beyond[0]!r}"
-        )
-
-
-def cached(experiment: Experiment, params, run: Callable = lambda f, *args: f(*args)) -> Experiment:
-    """The experiment seen by the model's head alone: the body's features of every example are computed once.
-
-    The body does not move in such a phase, so no network is in its loop; augmentation is left out.
-
-    Args:
-      run: (function, *args) -> its result; `jax.eval_shape` gives shapes alone.
-    """
-    task, batch_size = experiment.problem.task, experiment.config.eval.batch_size
-    body = jax.jit(metrics.over_examples(lambda params, batch: task.outputs(params, batch)[1].body, batch_size))
-    kept = lambda data: {name: field for name, field in data.items() if name != "image"}
-    replace = lambda data: kept(data) | {"body": run(body, params, data)}
-    head = tasks.head_only(task)
-    return experiment._replace(
-        problem=experiment.problem._replace(task=head),
-        train=replace(experiment.train),
-        held={prefix: replace(data) for prefix, data in experiment.held.items()},
-        evaluate=jax.jit(metrics.make_evaluate(head, batch_size)),
-        compiled={},
-    )
-
-
 def plan_of(experiment: Experiment, settings: ConfigDict) -> rounds.Plan:
     """The plan of a phase of this experiment."""
     num_clients = experiment.clients.num_examples.shape[0]
@@ -245,11 +212,11 @@ def compiled(experiment: Experiment, settings: ConfigDict, stages: rounds.Stages
     return experiment.compiled[key]
 
 
-def trace(experiment: Experiment, settings: ConfigDict) -> None:
+def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     """Goes through one round of a phase by shapes alone, which brings out what does not fit in its config."""
     if settings.cache_body:
-        check_head(experiment, settings)
-        experiment = cached(experiment, experiment.params, run=jax.eval_shape)
+        cache.check(experiment, settings, name)
+        experiment = cache.cached(experiment, experiment.params, settings.cache_views, run=jax.eval_shape)
     plan, rates = plan_of(experiment, settings), phase.make_rates(settings, experiment.config.precision)
     stages = rounds.make_stages(plan)
     data, clients, root = experiment.train, experiment.clients, experiment.root

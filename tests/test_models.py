@@ -1,6 +1,7 @@
 """The networks and their convolution, against XLA's own convolution and pooling."""
 
 import itertools
+import re
 
 import chex
 import jax
@@ -11,7 +12,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from fipa_jax import models
+from fipa_jax import models, trees
 
 
 def _normal(seed, *shape):
@@ -143,7 +144,8 @@ def test_resnets_have_the_published_size(name, widths, blocks, hidden):
 def test_the_head_takes_the_body_to_the_outputs(name, shape, levels, options):
     module = models.build(_config(name, **options), 7)
     x = _normal(0, *shape)
-    variables = module.init(jax.random.key(1), x)
+    # Away from the start, where a residual block is its shortcut.
+    variables = jax.tree.map(lambda leaf: leaf + 0.1 * _normal(2, *leaf.shape), module.init(jax.random.key(1), x))
     outputs, features = jax.jit(module.apply)(variables, x)
     chex.assert_shape(outputs, (3, 7))
     chex.assert_shape(features.levels, [(3, width) for width in levels])
@@ -154,6 +156,21 @@ def test_the_head_takes_the_body_to_the_outputs(name, shape, levels, options):
     _close(outputs, features.last @ final["kernel"] + jnp.reshape(final.get("bias", jnp.zeros(7)), (1, 7)))
     if name == "resnet20":
         assert all(np.any(level < 0) for level in features.levels), "levels come before their ReLU"
+
+
+def test_a_resnet_starts_as_its_shortcuts():
+    """The kernels on the residual branches of an identity shortcut do not matter yet; those of the shortcuts do."""
+    module, x = models.build(_config("resnet20"), 7), _normal(0, 3, 8, 8, 3)
+    params = module.init(jax.random.key(1), x)["params"]
+    apply = jax.jit(lambda params: module.apply({"params": params}, x)[0])
+
+    def doubled(pattern):
+        change = lambda path, leaf: leaf + 1 if re.search(pattern, path) else leaf
+        return trees.replace(params, {path: change(path, leaf) for path, leaf in trees.paths(params).items()})
+
+    _close(apply(doubled("conv[12]/Conv_0/kernel")), apply(params))
+    for matters in ("shortcut/Conv_0/kernel", "conv2/GroupNorm_0/scale"):
+        assert np.max(np.abs(apply(doubled(matters)) - apply(params))) > 0.1
 
 
 def test_without_hidden_layers_the_body_is_the_flattened_input():

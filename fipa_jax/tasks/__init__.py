@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -28,10 +30,19 @@ class Task(NamedTuple):
 
 
 def head_only(task: Task) -> Task:
-    """The task seen by the head alone: its batches hold the body's features, `body` [B, F], instead of the inputs."""
-    return task._replace(
-        outputs=lambda params, batch: task.head(params, batch["body"]), augment=lambda key, batch: batch
-    )
+    """The task seen by the head alone: its batches hold the body's features, `body` [B, F], instead of the inputs.
+
+    Where they also hold those of V random views, `views` [B, V, F], one of them at random is the augmented example.
+    """
+
+    def augment(key, batch):
+        if "views" not in batch:
+            return batch
+        num_examples, num_views, _ = batch["views"].shape
+        drawn = jax.random.randint(key, [num_examples], 0, num_views)
+        return {**batch, "body": batch["views"][jnp.arange(num_examples), drawn]}
+
+    return task._replace(outputs=lambda params, batch: task.head(params, batch["body"]), augment=augment)
 
 
 class Problem(NamedTuple):

@@ -1,0 +1,89 @@
+"""Features of the body, computed once: they are the body's own, of plain examples and of random views."""
+
+import types
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fipa_jax import cache, tasks
+
+NUM_EXAMPLES, VIEWS = 7, 3
+
+
+class Stub(NamedTuple):
+    """What `cached` looks at of an experiment."""
+
+    config: types.SimpleNamespace
+    problem: types.SimpleNamespace
+    train: dict
+    held: dict
+    root: jax.Array
+    evaluate: object = None
+    compiled: object = None
+
+
+class Problem(NamedTuple):
+    task: tasks.Task
+
+
+def _stub():
+    """Features: the square of a shifted input; a view shifts by a random number, which no two share."""
+
+    def outputs(params, batch):
+        body = (batch["image"] + params["shift"][None]) ** 2
+        return body @ params["head"], types.SimpleNamespace(body=body)
+
+    task = tasks.Task(
+        init=None,
+        outputs=outputs,
+        loss=None,
+        metrics=lambda out, batch: {"mean": out[:, 0]},
+        augment=lambda key, batch: {**batch, "image": batch["image"] + jax.random.uniform(key, batch["image"].shape)},
+        head=lambda params, body: (body @ params["head"], types.SimpleNamespace(body=body)),
+    )
+    image = jnp.arange(2.0 * NUM_EXAMPLES).reshape(NUM_EXAMPLES, 2)
+    data = {"image": image, "label": jnp.arange(NUM_EXAMPLES)}
+    config = types.SimpleNamespace(eval=types.SimpleNamespace(batch_size=3))
+    return Stub(config, Problem(task), data, {"test": data}, jax.random.key(0))
+
+
+PARAMS = {"shift": jnp.array([1.0, 2.0]), "head": jnp.ones([2, 1])}
+
+
+@pytest.mark.parametrize("num_views", [0, VIEWS])
+def test_the_body_is_that_of_plain_examples(num_views):
+    seen = cache.cached(_stub(), PARAMS, num_views)
+    wanted = (_stub().train["image"] + PARAMS["shift"][None]) ** 2
+    for data in (seen.train, seen.held["test"]):
+        assert "image" not in data
+        np.testing.assert_allclose(data["body"], wanted, rtol=1e-6)
+        out, _ = seen.problem.task.outputs(PARAMS, data)
+        np.testing.assert_allclose(out, wanted.sum(axis=1, keepdims=True), rtol=1e-6)
+    assert set(seen.train) - set(seen.held["test"]) == ({"views"} if num_views else set())
+
+
+def test_views_are_the_bodys_features_of_views_no_two_alike():
+    seen = cache.cached(_stub(), PARAMS, VIEWS)
+    views = np.asarray(seen.train["views"])
+    assert views.shape == (NUM_EXAMPLES, VIEWS, 2)
+    moved = np.sqrt(views) - np.asarray(_stub().train["image"] + PARAMS["shift"][None])[:, None]
+    assert np.all((-1e-5 < moved) & (moved < 1 + 1e-5))
+    assert len(np.unique(np.round(moved.ravel(), 4))) > 0.9 * moved.size
+
+
+def test_training_draws_every_view_of_its_own_example():
+    task = cache.cached(_stub(), PARAMS, VIEWS).problem.task
+    numbers = jnp.arange(NUM_EXAMPLES * VIEWS).reshape(NUM_EXAMPLES, VIEWS, 1)
+    batch = {"views": numbers, "body": -jnp.ones([NUM_EXAMPLES, 1])}
+    drawn = np.stack([task.augment(jax.random.key(seed), batch)["body"][:, 0] for seed in range(30)])
+    np.testing.assert_array_equal(drawn // VIEWS, np.tile(np.arange(NUM_EXAMPLES), (30, 1)))
+    assert set(drawn.ravel()) == set(range(NUM_EXAMPLES * VIEWS))
+
+
+def test_shapes_alone_cost_nothing():
+    seen = cache.cached(_stub(), PARAMS, VIEWS, run=jax.eval_shape)
+    assert isinstance(seen.train["views"], jax.ShapeDtypeStruct)
+    assert seen.train["views"].shape == (NUM_EXAMPLES, VIEWS, 2)
