@@ -37,9 +37,9 @@ def get_config(variant: str = ""):
     if variant == "debug":
         config.model.name, config.model.head_width = "resnet20", 64
     if variant == "cpu":
-        config.model.name, config.model.head_width = "resnet20", 108  # 4.4 % of the parameters
+        config.model.name, config.model.head_width = "cnn_200k", 0
         config.data.side, config.data.holdout = 32, 0.1
-        config.warmup.rounds, config.eval.every = 80, 5
-        config.warmup.local.lr = 0.3  # few rounds
+        config.warmup.rounds, config.eval.every = 200, 5
+        config.fipa.trainable = "^Dense_1/"
         variant = ""
     return config_lib.variant(config, variant)
