@@ -18,15 +18,16 @@ def get_config(variant: str = ""):
     config.partition.alpha = 0.1
     config.warmup.rounds = 300
 
-    config.compare = ("fipa", "fedavg:server.lr=0.15:local.lr=0.1", "fedavg:server.lr=1:local.lr=0.1")
-    config.fipa.rounds = 20
-    config.fipa.local.lr = 0.003
-    config.fipa.sketch.solver = "auto"
-    config.fipa.sketch.rank = 50
-    config.fipa.sketch.micro_batch = 5
-    config.fipa.sketch.examples = 250
-    config.fipa.aggregator.form = "tikhonov"
-    config.fipa.aggregator.relative = False
-    config.fipa.aggregator.damping = 0.5
-    config.fipa.server.lr = 0.25  # gamma beta
+    config.fipa.rounds = 50
+    config_lib.whole_model(config)
+    head = "trainable=^Dense_1/:cache_body=true:local.lr"
+    config.compare = (
+        "fipa",
+        "fedavg:local.lr=0.1:server.lr=0.08",
+        f"fipa:{head}=0.01:sketch.rank=10:aggregator.damping=0.1",
+        f"fedavg:{head}=0.001:server.lr=1",
+        "fedavg:local.lr=0.1:server.optimizer=momentum:server.lr=0.005",
+        "fedavg:local.lr=0.1:server.optimizer=adam:server.lr=0.0003",
+        "fisher_diagonal:local.lr=0.1:server.lr=0.08",
+    )
     return config_lib.variant(config, variant)

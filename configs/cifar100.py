@@ -17,13 +17,6 @@ def get_config(variant: str = ""):
     config.warmup.rounds = 1000
 
     config.fipa.rounds = 100
-    config.fipa.trainable = "^head/"
-    config.fipa.cache_body = True
-    config.fipa.sketch.rank = 10
-    config.fipa.sketch.solver = "head"
-    config.fipa.aggregator.form = "tikhonov"
-    config.fipa.aggregator.relative = False
-    config.fipa.aggregator.damping = 0.01
-    config.fipa.server.lr = 0.01  # gamma beta
+    config_lib.head_alone(config, "^head/")
     config.compare = ("fipa", "fedavg:server.lr=1", "fedavg:server.lr=0.3")
     return config_lib.variant(config, variant)

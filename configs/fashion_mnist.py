@@ -14,14 +14,6 @@ def get_config(variant: str = ""):
     config.partition.alpha = 0.1
     config.warmup.rounds = 100
     config.fipa.rounds = 20
-    config.fipa.local.lr = 0.003
-    config.fipa.sketch.solver = "auto"
-    config.fipa.sketch.rank = 50
-    config.fipa.sketch.micro_batch = 5
-    config.fipa.sketch.examples = 250
-    config.fipa.aggregator.form = "tikhonov"
-    config.fipa.aggregator.relative = False
-    config.fipa.aggregator.damping = 0.5
-    config.fipa.server.lr = 0.25  # gamma beta
+    config_lib.whole_model(config)
     config.compare = ("fipa", "fedavg:server.lr=0.15:local.lr=0.1", "fedavg:server.lr=1:local.lr=0.1")
     return config_lib.variant(config, variant)

@@ -24,15 +24,9 @@ def get_config(variant: str = ""):
         phase.term.name, phase.term.mu = "rcl", 1.0
 
     config.fipa.rounds = 100
-    config.fipa.trainable = "^(hidden|head)/"
-    config.fipa.cache_body = True
+    config_lib.head_alone(config, "^(hidden|head)/")
     config.fipa.term.name = "none"
-    config.fipa.sketch.rank = 10
     config.fipa.sketch.solver = "lanczos"
-    config.fipa.aggregator.form = "tikhonov"
-    config.fipa.aggregator.relative = False
-    config.fipa.aggregator.damping = 0.01
-    config.fipa.server.lr = 0.01  # gamma beta
     config.compare = ("fipa", "fedavg:server.lr=1", "fedavg:server.lr=1:term.name=rcl:trainable=.*:cache_body=false")
     if variant == "debug":
         config.model.name, config.model.head_width = "resnet20", 64

@@ -144,6 +144,29 @@ def images(data: str, model: str) -> ConfigDict:
     return config
 
 
+def whole_model(config: ConfigDict) -> None:
+    """Sets the FIPA phase to the whole model of a small CNN, with what was tuned on CIFAR-10 (README, Results)."""
+    fipa = config.fipa
+    fipa.local.lr = 0.003
+    fipa.sketch.solver, fipa.sketch.rank, fipa.sketch.loss_rank = "auto", 50, 3
+    fipa.sketch.examples, fipa.sketch.micro_batch = 250, 5
+    fipa.aggregator.form, fipa.aggregator.relative, fipa.aggregator.damping = "tikhonov", False, 0.5
+    fipa.server.lr = 0.1  # gamma beta
+
+
+def head_alone(config: ConfigDict, trainable: str) -> None:
+    """Sets the FIPA phase to the head, on features that are computed once, as published: rank 10, gamma 1, beta 0.01.
+
+    Args:
+      trainable: the pattern of the head's layers.
+    """
+    fipa = config.fipa
+    fipa.trainable, fipa.cache_body = trainable, True
+    fipa.sketch.solver, fipa.sketch.rank = "auto", 10
+    fipa.aggregator.form, fipa.aggregator.relative, fipa.aggregator.damping = "tikhonov", False, 0.01
+    fipa.server.lr = 0.01  # gamma beta
+
+
 def variant(config: ConfigDict, name: str) -> ConfigDict:
     """The config itself for "", or shrunk for `debug`: a few rounds on a few images, to see that all parts run.
 
