@@ -38,10 +38,11 @@ ARROWS = {
     "plots": set(),
     "metrics": {"simulate"},
     "report": {"partition", "plots", "sketch", "tasks", "trees"},
-    "phase": {"aggregate", "client", "rounds", "server", "sketch", "tasks", "terms"},
+    "phase": {"aggregate", "client", "rounds", "server", "sketch", "tasks", "terms", "trees"},
+    "cache": {"metrics", "tasks", "trees"},
     "experiment": {
-        "checkpoint", "config", "metrics", "partition", "phase", "plots", "report", "rounds", "simulate", "sketch",
-        "tasks", "trees",
+        "cache", "checkpoint", "config", "metrics", "partition", "phase", "plots", "report", "rounds", "simulate",
+        "sketch", "tasks", "trees",
     },
 }  # fmt: skip
 LIGHT = {"jax", "optax", "numpy", "chex"}  # what the modules for other people's loops may need

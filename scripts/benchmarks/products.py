@@ -77,9 +77,10 @@ def exported(params, batch):
     return weights, images, np.asarray(batch["label"])
 
 
-def measure_peaks() -> dict:
-    """{flops: a second, of a large float32 matrix product; bytes: a second, of the fastest read of a large array}."""
-    square, large = jnp.ones([2048, 2048]), jnp.ones([2**14, 2**13])
+def measure_peaks(dtype=jnp.float32) -> dict:
+    """{flops: a second, of a large matrix product; bytes: a second, of the fastest read of a large array}."""
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    square, large = jnp.ones([side, side], dtype), jnp.ones([2**14, 2**13])
     product = timing.steady(jax.jit(jnp.matmul), square, square)[1]
     reads = [timing.steady(jax.jit(read), large)[1] for read in (jnp.sum, jnp.max, lambda x: jnp.sum(x, 1))]
     return {"flops": 2 * square.size * len(square) / product, "bytes": large.nbytes / min(reads)}
