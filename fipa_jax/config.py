@@ -181,6 +181,7 @@ def variant(config: ConfigDict, name: str) -> ConfigDict:
         config.partition.num_clients, config.cohort = 8, 2
         config.warmup.rounds = config.fipa.rounds = config.eval.clients_every = 2
         config.fipa.sketch.rank = min(config.fipa.sketch.rank, 5)
+        config.compare = config.compare[:3]
         for phase in (config.warmup, config.fipa):
             phase.local.epochs = 1
     return config

@@ -10,6 +10,7 @@ from fipa_jax import config as config_lib
 from fipa_jax import experiment, partition, tasks
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 
 
 def tiny(**changes):
@@ -28,16 +29,35 @@ def tiny(**changes):
     return config
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-def test_every_config_is_valid(path):
+def load(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_is_valid(path):
+    module = load(path)
     config = module.get_config()
     config_lib.validate(config)
     assert config.is_locked
     assert config.task.name in tasks.TASKS
     assert f"--config=configs/{path.name}" in module.__doc__ or path.stem == "sine"
+    if config.task.name == "images":
+        config_lib.validate(module.get_config("debug"))
+
+
+@pytest.mark.parametrize(("name", "variant"), [("cifar10", "debug"), ("tiny_imagenet", "cpu")])
+def test_an_image_config_goes_through_a_round_of_every_rule(name, variant, tmp_path):
+    """By shapes alone, on the real data."""
+    if not (SHARED / name).exists():
+        pytest.skip(f"no {name} under {SHARED}")
+    config = load(ROOT / "configs" / f"{name}.py").get_config(variant)
+    config.data.train_split, config.data.test_split, config.data.holdout = "train[:200]", "train[200:220]", 0.0
+    config.partition.num_clients = 10
+    config.data.dir, config.data.cache_dir = str(SHARED), str(tmp_path)
+    assert len(experiment.build(config).compiled) > 1
 
 
 def test_a_misspelt_field_names_the_nearest():
