@@ -1,6 +1,6 @@
 """Fashion-MNIST, CNN, 100 clients, 5 a round, balanced Dirichlet 0.1: FedAvg warm-up, then FIPA on the whole model.
 
-The recipe of configs/cifar10.py on a data set that trains in minutes; its step sizes are those tuned on CIFAR-10.
+The recipe of configs/cifar10.py on a data set that trains in minutes; its FIPA settings are those tuned on CIFAR-10.
 Hardware: two CPU cores, minutes. Expected: not measured here yet.
 Data: python scripts/prepare_data.py fashion_mnist --data-dir=DIR
 Command: python scripts/train.py --config=configs/fashion_mnist.py --config.data.dir=DIR
