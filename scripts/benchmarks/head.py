@@ -77,7 +77,11 @@ def network(args):
 
 def head_task() -> Task:
     """The last layer alone, on a batch that holds its inputs."""
-    outputs = lambda params, batch: (batch["features"] @ params[KERNEL], (batch["features"],))
+
+    def outputs(params, batch):
+        features = batch["features"]
+        return features @ params[KERNEL], models.Features((), features, features)
+
     return Task(None, outputs, images.loss, images.metrics)
 
 
