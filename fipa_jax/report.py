@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from fipa_jax import partition, plots, sketch, tasks, trees
 
 REPEATS = 10  # of a warning in one phase
-CELL = 9  # characters of a figure in the table of rules
+CELL = 11  # characters of a figure in the table of rules
 
 
 def warn(name: str, k: int, info: dict, said: Counter) -> None:
