@@ -180,7 +180,7 @@ class ResNet(nn.Module):
 
     Every block starts as its shortcut: its last scale is zero at first (Goyal et al. 2017, section 5.1). With scales of
     one, group normalisation leaves pooled features that hardly differ between images, and plain SGD stays on the
-    plateau of equal probabilities for thousands of steps.
+    plateau of equal probabilities for hundreds of steps at least.
     """
 
     widths: Sequence[int]  # channels of each stage
