@@ -9,17 +9,17 @@ Data: python scripts/prepare_data.py cifar10 --data-dir=DIR
 Command: python scripts/train.py --config=configs/cifar10.py --config.data.dir=DIR
 """
 
-from fipa_jax import config as config_lib
+from fipa_jax import recipes
 
 
 def get_config(variant: str = ""):
-    config = config_lib.images("cifar10", "cnn_23k")
+    config = recipes.images("cifar10", "cnn_23k")
     config.data.holdout = 0.1
     config.partition.alpha = 0.1
     config.warmup.rounds = 300
 
     config.fipa.rounds = 50
-    config_lib.whole_model(config)
+    recipes.whole_model(config)
     head = "trainable=^Dense_1/:cache_body=true:local.lr"
     config.compare = (
         "fipa",
@@ -30,4 +30,4 @@ def get_config(variant: str = ""):
         "fedavg:local.lr=0.1:server.optimizer=adam:server.lr=0.0003",
         "fisher_diagonal:local.lr=0.1:server.lr=0.08",
     )
-    return config_lib.variant(config, variant)
+    return recipes.variant(config, variant)

@@ -7,16 +7,16 @@ Data: python scripts/prepare_data.py cifar100 --data-dir=DIR
 Command: python scripts/train.py --config=configs/cifar100.py --config.data.dir=DIR
 """
 
-from fipa_jax import config as config_lib
+from fipa_jax import recipes
 
 
 def get_config(variant: str = ""):
-    config = config_lib.images("cifar100", "resnet20")
+    config = recipes.images("cifar100", "resnet20")
     config.partition.alpha = 0.3
     config.data.rotation = 10.0
     config.warmup.rounds = 1000
 
     config.fipa.rounds = 100
-    config_lib.head_alone(config, "^head/")
+    recipes.head_alone(config, "^head/")
     config.compare = ("fipa", "fedavg:server.lr=1", "fedavg:server.lr=0.3")
-    return config_lib.variant(config, variant)
+    return recipes.variant(config, variant)

@@ -6,14 +6,14 @@ Data: python scripts/prepare_data.py fashion_mnist --data-dir=DIR
 Command: python scripts/train.py --config=configs/fashion_mnist.py --config.data.dir=DIR
 """
 
-from fipa_jax import config as config_lib
+from fipa_jax import recipes
 
 
 def get_config(variant: str = ""):
-    config = config_lib.images("fashion_mnist", "cnn_23k")
+    config = recipes.images("fashion_mnist", "cnn_23k")
     config.partition.alpha = 0.1
     config.warmup.rounds = 100
     config.fipa.rounds = 20
-    config_lib.whole_model(config)
+    recipes.whole_model(config)
     config.compare = ("fipa", "fedavg:server.lr=0.15:local.lr=0.1", "fedavg:server.lr=1:local.lr=0.1")
-    return config_lib.variant(config, variant)
+    return recipes.variant(config, variant)

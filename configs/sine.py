@@ -2,23 +2,31 @@
 
 Reproduces: the 1-D regression of arXiv 2601.13608 (test loss about 1e-5, where FedAvg degrades).
 Hardware: two CPU cores, less than a minute. Expected: see README, Results.
-Command: python scripts/train.py
+Command: python scripts/train.py     Levenberg-Marquardt shared by clients and server
+         python scripts/train.py --config=configs/sine.py:gauss_newton     clients choose their own damping
          python scripts/train.py --config=configs/sine.py:sgd     plain gradient descent as the local solver
 """
 
 from fipa_jax import config as config_lib
+from fipa_jax import recipes
 
 
-def get_config(local_solver: str = "gauss_newton"):
+def get_config(local_solver: str = ""):
     config = config_lib.default()
     config.task.name = "sine"
     config.precision = "float64"
+    config.rounds_per_call = 50
+    for phase in (config.warmup, config.fipa):
+        phase.local.batch_size = 0
+    if not local_solver:
+        config.fipa.rounds = 300
+        recipes.levenberg_marquardt(config)
+        return config
     # From a random start the Gauss-Newton model of the loss does not hold as far as the step: first some of the mean.
     config.warmup.rounds = 30
     config.fipa.rounds = 270
     config.fipa.aggregator.max_step = 1.0
     for phase in (config.warmup, config.fipa):
-        phase.local.batch_size = 0
         if local_solver == "gauss_newton":
             phase.local.optimizer = "gauss_newton"
             phase.local.lr = 1.0

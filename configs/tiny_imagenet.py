@@ -11,11 +11,11 @@ Data: python scripts/prepare_data.py tiny_imagenet --data-dir=DIR
 Command: python scripts/train.py --config=configs/tiny_imagenet.py --config.data.dir=DIR
 """
 
-from fipa_jax import config as config_lib
+from fipa_jax import recipes
 
 
 def get_config(variant: str = ""):
-    config = config_lib.images("tiny_imagenet", "resnet18")
+    config = recipes.images("tiny_imagenet", "resnet18")
     config.data.test_split = "validation"
     config.partition.alpha = 0.3
     config.data.rotation = 10.0
@@ -25,7 +25,7 @@ def get_config(variant: str = ""):
         phase.term.name, phase.term.mu = "rcl", 1.0
 
     config.fipa.rounds = 100
-    config_lib.head_alone(config, "^(hidden|head)/")
+    recipes.head_alone(config, "^(hidden|head)/")
     config.fipa.term.name = "none"
     config.fipa.sketch.solver = "lanczos"
     config.compare = ("fipa", "fedavg:server.lr=1", "fedavg:server.lr=1:term.name=rcl:trainable=.*:cache_body=false")
@@ -46,4 +46,4 @@ def get_config(variant: str = ""):
             f"fedavg:server.lr=1:{whole}",
         )
         variant = ""
-    return config_lib.variant(config, variant)
+    return recipes.variant(config, variant)

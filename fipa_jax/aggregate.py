@@ -14,7 +14,9 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax import merge as merging
 from fipa_jax import trees
+from fipa_jax import trust as trust_lib
 from fipa_jax.sketch import Diagonal, Sketch
+from fipa_jax.trust import Trust
 
 WEIGHTINGS = ("examples", "uniform")
 
@@ -26,6 +28,7 @@ class Uploads(NamedTuple):
     num_examples: jax.Array  # [C]; a client with 0 takes no part
     # Stacked, P in the order of jax.tree.leaves: eigenvalues [C, R] and basis [C, P, R], or values [C, P].
     sketch: Sketch | Diagonal | None = None
+    loss: jax.Array | None = None  # [C], the clients' mean losses at the broadcast parameters, if the rule wants them
 
 
 class Aggregator(NamedTuple):
@@ -35,6 +38,7 @@ class Aggregator(NamedTuple):
     apply: Callable  # (uploads, state, params) -> (step, state, info: {name: array}, with `rejected` [C] bool)
     curvature: str = "none"  # what the clients have to send of it: none, sketch or diagonal
     at: str = "broadcast"  # the parameters at which they see it: broadcast, or local, those after their training
+    wants_loss: bool = False  # whether they have to send their loss at the broadcast parameters
 
 
 class FipaState(NamedTuple):
@@ -43,6 +47,7 @@ class FipaState(NamedTuple):
     damping: jax.Array  # [], beta, absolute or relative to H's largest eigenvalue
     rcond: jax.Array  # [], pinv drops eigenvalues of H below rcond times the largest
     max_step: jax.Array  # [], bound on |step| / max_m |delta_m|; 0 for none
+    last: Trust | None = None  # of the last step, by which the damping adapts
 
 
 def mean(weighting: str = "examples") -> Aggregator:
@@ -64,6 +69,7 @@ def fipa(
     relative: bool = True,
     rcond: float = 1e-5,
     max_step: float = 5.0,
+    trust: bool = False,
     weighting: str = "examples",
     merge: str = "auto",
 ) -> Aggregator:
@@ -81,7 +87,11 @@ def fipa(
                                                             inside span(F), and outside it FedAvg
 
     All three are one filter on the singular values of F, see `merge`; nothing of size [P, P] or [P, D] exists. With a
-    client's Gauss-Newton steps as local training (`client.gauss_newton`) it is the mixing of FedPM (arXiv 2511.09100).
+    client's Gauss-Newton steps as local training (`second_order.gauss_newton`) it is the mixing of FedPM (arXiv
+    2511.09100). If the clients' Gauss-Newton steps have the damping beta too, delta_m = -(H_m + beta I)^{-1} g_m, then
+    the damped form is the centralised Levenberg-Marquardt step, -(H + beta I)^{-1} g, exactly: of a sketch of rank R
+    that asks no more than that the eigenvalues it leaves out be small beside beta. `trust` finds such a beta round by
+    round.
 
     Args:
       form: `damped`, `tikhonov` or `pinv`.
@@ -90,23 +100,31 @@ def fipa(
       rcond: for pinv, the cut-off of H's eigenvalues relative to the largest.
       max_step: the step is shortened to at most this many times the longest client update: nearly collinear clients
         can otherwise amplify noise. 0 for no bound.
+      trust: whether beta follows the clients' losses and a step that raised them is undone, see `trust.judge`; for
+        rounds in which all clients take part, and a server's learning rate of 1. `damping` is the first round's.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
       merge: how the clients' sketches are merged, see `merge.merge`.
 
     Raises:
-      ValueError: an unknown form, weighting or merge; in `apply`, shapes that do not fit.
+      ValueError: an unknown form, weighting or merge, trust in a rule without damping; in `apply`, shapes that do not
+        fit.
     """
     if form not in FORMS:
         raise ValueError(f"aggregator.form: unknown form {form!r}; known: {', '.join(sorted(FORMS))}")
     _check_weighting(weighting)
+    if trust and form == "pinv":
+        raise ValueError("aggregator.trust: 'pinv' has no damping to adapt; set aggregator.form = 'damped'")
 
     def init(params):
         dtype = ravel_pytree(params)[0].dtype
-        return FipaState(*(jnp.asarray(x, dtype) for x in (damping, rcond, max_step)))
+        last = trust_lib.init(ravel_pytree(params)[0].size, dtype) if trust else None
+        return FipaState(*(jnp.asarray(x, dtype) for x in (damping, rcond, max_step)), last)
 
     def apply(uploads, state, params):
         if not isinstance(uploads.sketch, Sketch):
             raise ValueError("fipa needs uploads.sketch, a Sketch of eigenvalues [C, R] and basis [C, P, R]")
+        if trust and uploads.loss is None:
+            raise ValueError("fipa with trust needs uploads.loss [C], the clients' mean losses before their work")
         weights, uploads, info = _screen(uploads, params, weighting)
         _, unravel = ravel_pytree(params)
         deltas = trees.ravel_stacked(uploads.delta)  # [C, P]
@@ -129,6 +147,15 @@ def fipa(
         least = jnp.min(jnp.where((inverse > 0) & (spectrum > floor * spectrum[0]), spectrum, spectrum[0]))
         bound = jnp.where(state.max_step > 0, state.max_step * _longest(deltas), jnp.inf)
         step = _bound(step, bound)
+        if trust:
+            loss = jnp.dot(weights, jnp.where(weights > 0, uploads.loss, 0))
+            curved = _curvature_along(step, weights, uploads.sketch)
+            # The step solves (H + beta I) step = -g, which turns -g step - step^T H step / 2 into this.
+            predicted, clients = curved / 2 + beta * jnp.vdot(step, step), jnp.sum(weights > 0, dtype=jnp.int32)
+            verdict = trust_lib.judge(state.last, loss, state.damping, clients)
+            step, last = trust_lib.follow(state.last, verdict, loss, state.damping, step, predicted, clients)
+            info |= {"damping": state.damping, "gain": verdict.gain, "undone": ~verdict.accepted}
+            state = state._replace(damping=verdict.damping, last=last)
         info |= {
             "effective_rank": jnp.sum(inverse * spectrum),
             "merged_pairs": jnp.sum((uploads.sketch.eigenvalues > 0) & (weights > 0)[:, None]),
@@ -139,7 +166,14 @@ def fipa(
         step, dbar = unravel(step), unravel(dbar)
         return step, state, info | _compare(step, dbar, uploads.delta)
 
-    return Aggregator(init, apply, curvature="sketch")
+    return Aggregator(init, apply, curvature="sketch", wants_loss=trust)
+
+
+def _curvature_along(step, weights, sketch: Sketch):
+    """[], step^T H step with H = sum_m w_m U_m diag(lam_m) U_m^T."""
+    along = jnp.einsum("cpr,p->cr", sketch.basis.astype(step.dtype), step, precision="highest")
+    each = jnp.sum(sketch.eigenvalues.astype(step.dtype) * along**2, axis=1)
+    return jnp.dot(weights, jnp.where(weights > 0, each, 0))
 
 
 def _damped_inverse(spectrum, beta, rcond, floor):
@@ -255,7 +289,7 @@ def _screen(uploads: Uploads, params, weighting: str):
     weights = _ratio(counts, jnp.sum(counts))
     delta = trees.zero_unless(accepted, uploads.delta)
     # The sketches are not zeroed, which would copy all of them: whoever reads them skips those of weight 0.
-    return weights, Uploads(delta, num_examples, sketch), {"rejected": present & ~accepted}
+    return weights, uploads._replace(delta=delta, num_examples=num_examples), {"rejected": present & ~accepted}
 
 
 def _check_shapes(uploads: Uploads, params):

@@ -1,7 +1,7 @@
 """What does a client do? It improves the broadcast parameters on its own examples.
 
 A local solver is `solve(outputs, params, data, client, key, hyper, memory, shared) -> LocalResult`: one client, pure,
-jittable; `simulate.map_clients` runs it for many.
+jittable; `simulate.map_clients` runs it for many. Those that use curvature are in `second_order`.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax import curvature
 from fipa_jax.simulate import Client, gather, present
 from fipa_jax.terms import Done, Local, Term, none
 
@@ -26,15 +25,13 @@ OPTIMIZERS = {
 }
 
 
-TRIES = 10  # dampings that a Gauss-Newton step tries
-
-
 class Hyper(NamedTuple):
     """Hyper-parameters of local work that are traced."""
 
     lr: jax.Array  # []
     damping: jax.Array  # [], of the Gauss-Newton step
     mu: jax.Array  # [], weight of the term
+    steps: jax.Array | int = 0  # [] int32, local steps, where positive, instead of the solver's own number
 
 
 class LocalResult(NamedTuple):
@@ -43,6 +40,24 @@ class LocalResult(NamedTuple):
     delta: Any  # new minus broadcast parameters
     memory: Any  # of the term
     loss: jax.Array  # [], mean training loss over its steps
+    before: Any = ()  # [], mean loss over its examples at the broadcast parameters, where the rule asks for it
+
+
+def make_objective(outputs, loss, term: Term, params, data, client: Client, hyper: Hyper, memory, shared) -> Callable:
+    """Builds `objective(theta, examples, mask) -> (mean loss + the term's penalty, mean loss)` of a client.
+
+    The means are over the mask's examples; the arguments are those of a local solver.
+    """
+    there = present(client)
+    own = lambda field: data[field][client.indices]
+
+    def objective(theta, examples, mask):
+        out, features = outputs(theta, examples)
+        mean_loss = jnp.sum(jnp.where(mask, loss(out, examples), 0)) / jnp.maximum(jnp.sum(mask), 1)
+        at = Local(theta, params, memory, shared, hyper.mu, examples, mask, out, features, outputs, own, there)
+        return mean_loss + term.penalty(at), mean_loss
+
+    return objective
 
 
 def first_order(
@@ -89,7 +104,8 @@ def first_order(
         batch = min(batch_size or size, size)
         per_epoch = jnp.maximum((client.num_examples + batch - 1) // batch, 1)
         # An empty client takes no step at all; a client's trip count is its own, so small clients cost little.
-        num_steps = jnp.where(client.num_examples > 0, steps if steps else epochs * per_epoch, 0)
+        wanted = jnp.where(hyper.steps > 0, hyper.steps, steps if steps else epochs * per_epoch)
+        num_steps = jnp.where(client.num_examples > 0, wanted, 0)
         order_key, augment_key = jax.random.split(key)
         in_order = jnp.arange(size + -size % batch)
 
@@ -98,14 +114,7 @@ def first_order(
             draw = jax.random.uniform(jax.random.fold_in(order_key, epoch), in_order.shape)
             return jnp.argsort(jnp.where(in_order < client.num_examples, draw, 2.0))
 
-        def objective(theta, examples, mask):
-            out, features = outputs(theta, examples)
-            mean_loss = jnp.sum(jnp.where(mask, loss(out, examples), 0)) / jnp.maximum(jnp.sum(mask), 1)
-            there = present(client)
-            own = lambda field: data[field][client.indices]
-            at = Local(theta, params, memory, shared, hyper.mu, examples, mask, out, features, outputs, own, there)
-            penalty = term.penalty(at)
-            return mean_loss + penalty, mean_loss
+        objective = make_objective(outputs, loss, term, params, data, client, hyper, memory, shared)
 
         def step(s, carry):
             theta, opt_state, order, total = carry
@@ -132,87 +141,4 @@ def first_order(
     return solve
 
 
-def gauss_newton(
-    loss: Callable,
-    augment: Callable,
-    *,
-    weight_decay: float = 0.0,
-    clip_norm: float = 0.0,
-    epochs: int = 1,
-    steps: int = 0,
-    term: Term | None = None,
-) -> Callable:
-    """Levenberg-Marquardt Gauss-Newton steps on all of the client's examples, for small regression tasks.
-
-        delta = -(J^T L J / N + damping I)^{-1} J^T e / N = -J^T (L J J^T / N + damping I)^{-1} e / N
-
-    e are the loss's gradients in the outputs [N K], J the Jacobian's rows [N K, P]. The right-hand form (push-through
-    identity) solves one [N K, N K] system and never forms [P, P]. Each step is scaled by the learning rate. Where it
-    would raise the client's loss, it is tried again with ten times the damping (Marquardt 1963); after `TRIES` of that
-    the client stays where it is. Mini-batches and augmentation do not enter.
-
-    Args:
-      loss: (outputs, batch) -> [B].
-      epochs, steps: re-linearised steps a round; an epoch is one step, as it takes all examples.
-
-    Raises:
-      ValueError: a term, weight decay or clipping is asked for.
-    """
-    if weight_decay or clip_norm:
-        raise ValueError(
-            "local.optimizer = 'gauss_newton' takes no local.weight_decay and no local.clip_norm: set both to 0"
-        )
-    if term not in (None, none()):
-        raise ValueError("local.optimizer = 'gauss_newton' takes no term: set term.name = 'none'")
-    steps = steps or epochs
-
-    def solve(outputs, params, data, client: Client, key, hyper: Hyper, memory, shared) -> LocalResult:
-        examples, mask = gather(data, client.indices), present(client)
-        flat, unravel = ravel_pytree(params)
-        weight = mask.astype(flat.dtype) / jnp.maximum(client.num_examples, 1)
-        predict = lambda params, batch: outputs(params, batch)[0]
-        mean_loss = lambda theta: jnp.sum(weight * loss(predict(unravel(theta), examples), examples))
-
-        def linearise(theta):
-            """damping -> the step, from one Jacobian and one Gram matrix."""
-            out = predict(unravel(theta), examples)
-            gradient, hessian = curvature.loss_derivatives(loss, out, examples, weight)
-            rows = curvature.jacobian_rows(predict, unravel(theta), examples)  # [N, K, P]
-            num_outputs, rows = rows.shape[1], rows.reshape(-1, theta.size)
-            curve = jax.vmap(lambda tangent: ravel_pytree(hessian(tangent))[0], in_axes=-1, out_axes=-1)
-            with jax.default_matmul_precision("highest"):
-                system = curve((rows @ rows.T).reshape(*out.shape, -1))
-            # A padded example's equation reads 0 = 0: with a one on the diagonal it can be solved.
-            padding = jnp.repeat(~mask, num_outputs).astype(theta.dtype)
-
-            def step_for(damping):
-                with jax.default_matmul_precision("highest"):
-                    solution = jnp.linalg.solve(system + jnp.diag(damping + padding), gradient.reshape(-1))
-                    return -hyper.lr * (solution @ rows)
-
-            return step_for, jnp.trace(system) * jnp.finfo(theta.dtype).eps
-
-        def improve(_, carry):
-            theta, total = carry
-            before = mean_loss(theta)
-            step_for, least = linearise(theta)
-
-            def again(attempt):
-                damping, _, tries = attempt
-                damping = jnp.where(tries == 0, damping, jnp.maximum(10 * damping, least))
-                return damping, step_for(damping), tries + 1
-
-            # NaN compares false, and so is no improvement.
-            worse = lambda step: ~(mean_loss(theta + step) <= before)
-            failed = lambda attempt: (attempt[2] == 0) | ((attempt[2] < TRIES) & worse(attempt[1]))
-            start = (hyper.damping, jnp.zeros_like(theta), 0)
-            _, step, _ = jax.lax.while_loop(failed, again, start)
-            return jnp.where(worse(step), theta, theta + step), total + before
-
-        theta, total = jax.lax.fori_loop(0, steps, improve, (flat, jnp.zeros([], flat.dtype)))
-        return LocalResult(unravel(theta - flat), memory, total / steps)
-
-    return solve
-
-
-LOCAL_SOLVERS = {**{name: first_order for name in OPTIMIZERS}, "gauss_newton": gauss_newton}
+LOCAL_SOLVERS = {name: first_order for name in OPTIMIZERS}

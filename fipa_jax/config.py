@@ -15,6 +15,7 @@ RULES = {
     "fipa": {},
     "fedavg": {"aggregator.name": "mean"},
     "fisher_diagonal": {"aggregator.name": "diagonal"},
+    "centralised": {"pooled": True},
     "fipa_pinv": {"aggregator.form": "pinv"},
     "fipa_tikhonov": {"aggregator.form": "tikhonov"},
     "fipa_damped": {"aggregator.form": "damped"},
@@ -29,6 +30,7 @@ def default() -> ConfigDict:
     config.cohort = 0  # clients a round; 0 for all
     config.chunk = 1  # clients side by side in one vmap; 1 one after another, 0 all
     config.client_memory = "auto"  # where what clients keep between rounds lives: device, host; auto: where it fits
+    config.rounds_per_call = 1  # above 1, so many rounds run as one compiled program, with their evaluations
     config.devices = 1  # devices over which the clients of a round are spread
     config.compare = ("fipa", "fedavg")  # rules run side by side from the warm-up's end: NAME[:field=value...]
     config.init_from = ""  # a saved model (model.msgpack) to start from instead of a fresh initialisation
@@ -38,7 +40,16 @@ def default() -> ConfigDict:
     config.task.name = "sine"
     config.task.num_clients = 2  # sine: equal intervals of [0, 1]
     config.task.examples_per_client = 50
-    config.task.seed = 0  # of the examples' positions
+    config.task.seed = 0  # of the examples' positions; npz: of the test set and the clusters
+    config.task.file = ""  # npz: with x [N, d] and y [N] or [N, K]; x_test, y_test and client [N] may be there too
+    config.task.test_fraction = 0.2  # npz: of the examples, set apart where the file has no x_test
+    config.task.split = "column"  # npz: column (values or quantiles of one), kmeans (of x), given (the file's client)
+    config.task.column = 0  # npz: of x, by which the split `column` goes
+    config.task.standardise = True  # npz: x and y to mean 0 and variance 1, by the training set's moments
+    config.task.equation = "poisson_1d"  # pde: poisson_1d, _2d, _3d, fisher_kpp, burgers, helmholtz
+    config.task.boundary_points = 20  # pde: on each face of the domain that a client's strip touches
+    config.task.boundary_weight = 100.0  # pde: lambda, of the squared boundary residuals
+    config.task.test_points = 1024  # pde: about so many, on a grid
 
     config.data = ConfigDict()
     config.data.name = "cifar10"  # of a TFDS data set
@@ -83,10 +94,11 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
         {
             "rounds": rounds,
             "trainable": ".*",  # regular expression over parameter paths, e.g. "^head/" for one layer
+            "pooled": False,  # one client holds all examples: the ceiling that a federated run is measured against
             "cache_body": False,  # where only the head is trained: run it on features that are computed once
             "cache_views": 0,  # random views of each example whose features are kept, to train on; 0 for the plain one
             "local": {
-                "optimizer": "sgd",  # sgd, momentum, nesterov, adam, yogi, gauss_newton
+                "optimizer": "sgd",  # sgd, momentum, nesterov, adam, yogi, gauss_newton, lbfgs
                 "lr": 0.1,
                 "lr_decay": 1.0,  # the learning rate of round k is lr * lr_decay^k, counted over both phases
                 "momentum": 0.9,
@@ -95,7 +107,13 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "batch_size": 50,  # 0 for all of the client's examples
                 "epochs": 5,
                 "steps": 0,  # instead of epochs, where positive
+                "step_scale": 0.0,  # c of the published rule for the steps, by the sketch; 0 for none; published: 0.01
+                "max_steps": 200,  # that this rule may ask for
                 "damping": 1e-4,  # of the gauss_newton step
+                "matched": False,  # gauss_newton: under FIPA its damping is the server's, its step untested
+                "tries": 10,  # dampings that a gauss_newton step tries, tenfold each; 0 takes the first one's untested
+                "system": "auto",  # of the gauss_newton step: gram, cg (matrix-free); auto: gram up to 2000 equations
+                "cg_steps": 100,  # products with the curvature that cg may take for one step
             },
             # none, prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1); mu is its weight
             "term": {"name": "none", "mu": 0.01},
@@ -122,6 +140,7 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "damping": 1e-3,
                 "relative": True,  # damping in units of the largest eigenvalue of H
                 "rcond": 1e-5,  # pinv's cut-off
+                "trust": False,  # damping follows the clients' losses, and a step that raised them is undone
                 "max_step": 5.0,  # bound on |step| / max |delta|; 0 for none
                 "merge": "auto",  # of the sketches: auto, qr, tsqr, gram
                 "at": "local",  # where the diagonal rule sees the curvature: local or broadcast parameters
@@ -130,61 +149,6 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
             "server": {"optimizer": "sgd", "momentum": 0.9, "lr": 1.0},
         }
     )
-
-
-def images(data: str, model: str) -> ConfigDict:
-    """What the image experiments share: the local work of the published ones, 100 clients of which 5 take part."""
-    config = default()
-    config.task.name, config.data.name, config.model.name = "images", data, model
-    config.partition.num_clients, config.cohort = 100, 5
-    config.eval.clients_every = 10
-    for phase in (config.warmup, config.fipa):
-        phase.local.lr, phase.local.lr_decay = 0.1, 0.998
-        phase.local.weight_decay, phase.local.clip_norm = 1e-3, 10.0
-    return config
-
-
-def whole_model(config: ConfigDict) -> None:
-    """Sets the FIPA phase to the whole model of a small CNN, with what was tuned on CIFAR-10 (README, Results)."""
-    fipa = config.fipa
-    fipa.local.lr = 0.003
-    fipa.sketch.solver, fipa.sketch.rank, fipa.sketch.loss_rank = "auto", 50, 3
-    fipa.sketch.examples, fipa.sketch.micro_batch = 250, 5
-    fipa.aggregator.form, fipa.aggregator.relative, fipa.aggregator.damping = "tikhonov", False, 0.5
-    fipa.server.lr = 0.1  # gamma beta
-
-
-def head_alone(config: ConfigDict, trainable: str) -> None:
-    """Sets the FIPA phase to the head, on features that are computed once, as published: rank 10, gamma 1, beta 0.01.
-
-    Args:
-      trainable: the pattern of the head's layers.
-    """
-    fipa = config.fipa
-    fipa.trainable, fipa.cache_body = trainable, True
-    fipa.sketch.solver, fipa.sketch.rank = "auto", 10
-    fipa.aggregator.form, fipa.aggregator.relative, fipa.aggregator.damping = "tikhonov", False, 0.01
-    fipa.server.lr = 0.01  # gamma beta
-
-
-def variant(config: ConfigDict, name: str) -> ConfigDict:
-    """The config itself for "", or shrunk for `debug`: a few rounds on a few images, to see that all parts run.
-
-    Raises:
-      ValueError: the name is not known.
-    """
-    if name not in ("", "debug"):
-        raise ValueError(f"--config: unknown variant {name!r}; known: debug")
-    if name == "debug":
-        config.data.train_split, config.data.test_split = "train[:400]", f"{config.data.test_split or 'test'}[:100]"
-        config.data.holdout = 0.0
-        config.partition.num_clients, config.cohort = 8, 2
-        config.warmup.rounds = config.fipa.rounds = config.eval.clients_every = 2
-        config.fipa.sketch.rank = min(config.fipa.sketch.rank, 5)
-        config.compare = config.compare[:3]
-        for phase in (config.warmup, config.fipa):
-            phase.local.epochs = 1
-    return config
 
 
 def rule(config: ConfigDict, spec: str) -> ConfigDict:
@@ -221,6 +185,7 @@ def validate(config: ConfigDict) -> None:
     _at_least("seed", config.seed, 0)
     _at_least("cohort", config.cohort, 0)
     _at_least("chunk", config.chunk, 0)
+    _at_least("rounds_per_call", config.rounds_per_call, 1)
     _at_least("devices", config.devices, 1)
     _at_least("first_round", config.first_round, 0)
     _at_least("eval.every", config.eval.every, 1)
@@ -228,6 +193,12 @@ def validate(config: ConfigDict) -> None:
     _at_least("eval.batch_size", config.eval.batch_size, 1)
     _at_least("task.num_clients", config.task.num_clients, 1)
     _at_least("task.examples_per_client", config.task.examples_per_client, 1)
+    for field in ("boundary_points", "boundary_weight"):
+        _at_least(f"task.{field}", config.task[field], 0)
+    _at_least("task.test_points", config.task.test_points, 1)
+    if not 0 < config.task.test_fraction < 1:
+        raise ValueError(f"config.task.test_fraction: needs a fraction in (0, 1), got {config.task.test_fraction}")
+    _at_least("task.column", config.task.column, 0)
     if not 0 <= config.data.holdout < 1:
         raise ValueError(f"config.data.holdout: needs a fraction in [0, 1), got {config.data.holdout}")
     _at_least("data.side", config.data.side, 0)
@@ -278,6 +249,10 @@ def _validate_phase(name, settings, least_rounds):
     _at_least(f"{name}.cache_views", settings.cache_views, 0)
     for field in ("lr", "lr_decay", "momentum", "weight_decay", "clip_norm", "batch_size", "steps", "damping"):
         _at_least(f"{name}.local.{field}", settings.local[field], 0)
+    for field in ("tries", "step_scale"):
+        _at_least(f"{name}.local.{field}", settings.local[field], 0)
+    _at_least(f"{name}.local.max_steps", settings.local.max_steps, 1)
+    _at_least(f"{name}.local.cg_steps", settings.local.cg_steps, 1)
     if not settings.local.steps:
         _at_least(f"{name}.local.epochs", settings.local.epochs, 1)
     _at_least(f"{name}.term.mu", settings.term.mu, 0)

@@ -7,8 +7,6 @@ work directory: config.json, metrics.jsonl, summary.json, curves.png, split.png 
 import itertools
 import json
 import re
-import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +17,11 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from fipa_jax import cache, checkpoint, metrics, partition, phase, plots, report, rounds, sketch, tasks, trees
+from fipa_jax import cache, checkpoint, loop, metrics, partition, phase, plots, report, rounds, tasks
 from fipa_jax import config as config_lib
 from fipa_jax.simulate import Client
 
-# Fields of a phase that are traced or only steer the loop: rules that differ in these alone share compiled programs.
-TRACED = ("rounds", "local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr")
 # What a run writes, and so what may be moved aside when the next one comes.
 WRITTEN = ("config.json", "metrics.jsonl", "summary.json", "*.png", "*.msgpack")
 
@@ -125,16 +120,18 @@ def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) ->
 
     def view(name: str, settings: ConfigDict, params) -> Experiment:
         """The experiment, or what the head sees of it from the phase's first model, the same for all its rules."""
-        if not settings.cache_body:
-            return experiment
-        key = name, settings.cache_views
-        if key not in seen_by_head:
-            seen_by_head[key] = cache.cached(experiment, params, settings.cache_views)
-        return seen_by_head[key]
+        seen = experiment
+        if settings.cache_body:
+            key = name, settings.cache_views
+            if key not in seen_by_head:
+                seen_by_head[key] = cache.cached(experiment, params, settings.cache_views)
+            seen = seen_by_head[key]
+        return pooled(seen) if settings.pooled else seen
 
     def finish(name: str, params, rows: list[dict], as_run: ConfigDict) -> None:
         file = re.sub(r"[^\w.-]", "_", name.replace("=", "-"))
         checkpoint.save_model(workdir / f"{file}.msgpack", params)
+        report.draw_prediction(experiment.problem, params, workdir / f"{file}.png")
         if name != "warmup" or not config.fipa.rounds:
             summary["runs"][name] = metrics.summarise(rows) | {"config": json.loads(as_run.to_json_best_effort())}
             (workdir / "summary.json").write_text(json.dumps(metrics.jsonable(summary), indent=2) + "\n")
@@ -145,71 +142,25 @@ def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) ->
     params = experiment.params
     if config.warmup.rounds:
         seen = view("warmup", config.warmup, params)
-        params, rows = run_phase(seen, config.warmup, "warmup", params, first, writer)
+        params, rows = loop.run_phase(seen, config.warmup, "warmup", params, first, writer)
         finish("warmup", params, rows, config)
     for spec in config.compare if config.fipa.rounds else ():
         as_run = config.copy_and_resolve_references()
         as_run.fipa, as_run.compare = config_lib.rule(config, spec), (spec,)
         seen = view("fipa", as_run.fipa, params)
-        final, rows = run_phase(seen, as_run.fipa, spec, params, first + config.warmup.rounds, writer)
+        final, rows = loop.run_phase(seen, as_run.fipa, spec, params, first + config.warmup.rounds, writer)
         finish(spec, final, rows, as_run)
     return summary
 
 
-def run_phase(experiment: Experiment, settings: ConfigDict, name: str, params, first: int, writer):
-    """Runs one phase from `params`; returns (params, its metrics rows)."""
-    config = experiment.config
-    plan, rates = plan_of(experiment, settings), phase.make_rates(settings, config.precision)
-    stages = rounds.make_stages(plan)
-    num_clients = experiment.clients.num_examples.shape[0]
-    on_host = phase.memory_on_host(config.client_memory, plan, params, num_clients)
-    state = stages.init(params, num_clients, first, on_host)
-    draw, train, sketch_, aggregate_ = compiled(experiment, settings, stages, state)
-    data, clients, root = experiment.train, experiment.clients, experiment.root
-    rows, last, said = [], first + settings.rounds - 1, Counter()
-    with tqdm(total=settings.rounds, desc=f"{name:<12}", unit="round") as bar:
-        for k in range(first, last + 1):
-            clock = Clock()
-            ids = draw(state.round, clients, root)
-            seen = rounds.fetch(state, ids)
-            results = clock("train", train(seen, rates, data, clients, ids, root))
-            sketches = clock("sketch", sketch_(seen, data, clients, ids, results, root))
-            traffic = traffic_of(state, results, sketches, plan)
-            seen, info = clock("aggregate", aggregate_(seen, rates, clients, ids, results, sketches))
-            state = rounds.keep(state, seen, ids)
-            row = {"run": name, "round": k} | evaluate(experiment, state.params, k, k == last)
-            clock("evaluate", row)
-            info = jax.device_get(info)
-            report.warn(name, k, info, said)
-            row |= report.figures(info) | traffic | clock.seconds
-            rows.append(metrics.jsonable(row))
-            writer.write(row)
-            bar.set_postfix_str(report.progress(rows[-1]), refresh=False)
-            bar.update()
-    return state.params, rows
-
-
-def plan_of(experiment: Experiment, settings: ConfigDict) -> rounds.Plan:
-    """The plan of a phase of this experiment."""
-    num_clients = experiment.clients.num_examples.shape[0]
-    return phase.make_plan(experiment.config, settings, experiment.problem.task, num_clients)
-
-
-def compiled(experiment: Experiment, settings: ConfigDict, stages: rounds.Stages, state: rounds.State):
-    """The phase's stages, jitted once for all phases that differ in traced hyper-parameters only."""
-    static = json.loads(settings.to_json_best_effort())
-    # A rule's own numbers are traced if it keeps them in its state, as `FipaState` does.
-    traced = [f"aggregator.{name}" for name in getattr(state.aggregator, "_fields", ())]
-    for path in (*TRACED, *traced):
-        *parents, last = path.split(".")
-        inner = static
-        for parent in parents:
-            inner = inner[parent]
-        inner.pop(last, None)
-    key = json.dumps(static, sort_keys=True)
-    if key not in experiment.compiled:
-        experiment.compiled[key] = tuple(map(jax.jit, (stages.draw, stages.train, stages.sketch, stages.aggregate)))
-    return experiment.compiled[key]
+def pooled(experiment: Experiment) -> Experiment:
+    """The experiment with all clients' examples in one client's hands."""
+    indices, counts = partition.pad([np.concatenate(experiment.problem.clients)])
+    put = lambda new, old: jax.device_put(new, old.sharding)
+    clients = jax.tree.map(put, Client(indices, counts), experiment.clients)
+    config = experiment.config.copy_and_resolve_references()
+    config.cohort = 0
+    return experiment._replace(config=config, clients=clients)
 
 
 def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
@@ -217,56 +168,18 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     if settings.cache_body:
         cache.check(experiment, settings, name)
         experiment = cache.cached(experiment, experiment.params, settings.cache_views, run=jax.eval_shape)
-    plan, rates = plan_of(experiment, settings), phase.make_rates(settings, experiment.config.precision)
-    stages = rounds.make_stages(plan)
+    if settings.pooled:
+        experiment = pooled(experiment)
+    rates = phase.make_rates(settings, experiment.config.precision)
+    stages = rounds.make_stages(loop.plan_of(experiment, settings))
+    loop.memory_on_host(experiment, stages.plan)
+    state = stages.init(experiment.params, stages.plan.cohort)  # with memories of the cohort alone, as stages see it
+    stages = loop.compiled(experiment, settings, stages, state)
     data, clients, root = experiment.train, experiment.clients, experiment.root
-    state = stages.init(experiment.params, plan.cohort)  # with memories of the cohort alone, as the stages see it
-    draw, train, sketch_, aggregate_ = compiled(experiment, settings, stages, state)
-    ids = draw.eval_shape(state.round, clients, root)
-    results = train.eval_shape(state, rates, data, clients, ids, root)
-    sketches = sketch_.eval_shape(state, data, clients, ids, results, root)
-    aggregate_.eval_shape(state, rates, clients, ids, results, sketches)
-
-
-def evaluate(experiment: Experiment, params, k: int, last: bool) -> dict:
-    """The figures of a round that are due: on the test set, the held-out set, and every client's own examples."""
-    every, row = experiment.config.eval, {}
-    if last or k % every.every == 0:
-        for prefix, data in experiment.held.items():
-            row |= metrics.overall(experiment.evaluate(params, data), prefix)
-    if every.clients_every and (last or k % every.clients_every == 0):
-        row |= metrics.over_clients(experiment.evaluate(params, experiment.train), experiment.clients)
-    return row
-
-
-class Clock:
-    """Seconds of each stage; waits for the device, so that a stage's time is its own."""
-
-    def __init__(self):
-        self.seconds, self._last = {}, time.perf_counter()
-
-    def __call__(self, stage: str, result):
-        jax.block_until_ready(result)
-        now = time.perf_counter()
-        self.seconds[f"seconds_{stage}"], self._last = round(now - self._last, 6), now
-        return result
-
-
-def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> dict:
-    """Bytes that the server sends and receives in the round, over all clients of the cohort.
-
-    Of a sketch only the pairs that are kept count, and its report; the gradient too where the rank adapts to it.
-    """
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    model = size(trees.select(state.params, plan.trainable))
-    up = size((results.delta, results.memory if plan.term.travels else ()))
-    if isinstance(sketches, sketch.Sketch):
-        share = float(jnp.mean(sketches.eigenvalues > 0))
-        up += round(share * size((sketches.eigenvalues, sketches.basis))) + size(sketches.report)
-        up += plan.cohort * model if plan.gradient_scale else 0
-    else:
-        up += size(sketches)
-    return {"bytes_down": plan.cohort * (model + size(state.shared if plan.term.travels else ())), "bytes_up": up}
+    ids = stages.draw.eval_shape(state.round, clients, root)
+    by_shapes = stages._replace(train=stages.train.eval_shape, sketch=stages.sketch.eval_shape)
+    results, sketches = rounds.work(by_shapes, state, rates, data, clients, ids, root)
+    stages.aggregate.eval_shape(state, rates, clients, ids, results, sketches)
 
 
 def fresh(workdir: Path) -> Path:

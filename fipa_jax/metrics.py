@@ -32,9 +32,16 @@ def over_examples(function: Callable, batch_size: int) -> Callable:
     return run
 
 
-def overall(values: dict, prefix: str) -> dict:
-    """{prefix_name: mean over examples} of {name: [N]}; of `confidence` and `accuracy`, the calibration error."""
-    result = {f"{prefix}_{name}": jnp.mean(value) for name, value in values.items() if name != "confidence"}
+def overall(values: dict, prefix: str, figures: Callable = lambda means: means) -> dict:
+    """{prefix_name: mean over examples} of {name: [N]}; of `confidence` and `accuracy`, the calibration error.
+
+    Args:
+      values: of the examples.
+      prefix: of the names.
+      figures: what is reported of the means, `tasks.Task.figures`.
+    """
+    means = figures({name: jnp.mean(value) for name, value in values.items() if name != "confidence"})
+    result = {f"{prefix}_{name}": value for name, value in means.items()}
     if "confidence" in values:
         result[f"{prefix}_calibration_error"] = calibration_error(values["confidence"], values["accuracy"])
     return result

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
-from fipa_jax import aggregate, rounds, server, sketch, terms, trees
+from fipa_jax import aggregate, rounds, second_order, server, sketch, terms, trees
 from fipa_jax import client as client_lib
 from fipa_jax.tasks import Task
 
@@ -20,22 +20,45 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
       ValueError: a name is not known, or choices do not fit together; names the config field.
     """
     term = find(terms.TERMS, "term.name", settings.term.name)()
-    solver = find(client_lib.LOCAL_SOLVERS, "local.optimizer", settings.local.optimizer)
+    solvers = client_lib.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS
+    solver = find(solvers, "local.optimizer", settings.local.optimizer)
     rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
     aggregator = rule(**fields_for(rule, settings.aggregator))
+    sketched, cohort = aggregator.curvature == "sketch", config.cohort or num_clients
+    plain = settings.server.optimizer == "sgd" and term.correct is terms.none().correct
+    if aggregator.wants_loss and (cohort != num_clients or not plain):
+        raise ValueError(
+            "config.fipa.aggregator.trust: needs the losses of all clients in every round, server.optimizer = 'sgd' "
+            "and a term that leaves the server's step as it is; set config.cohort = 0, or trust to False"
+        )
+    matched = settings.local.matched and sketched
+    if matched and settings.local.optimizer != "gauss_newton":
+        raise ValueError("config.fipa.local.matched: needs local.optimizer = 'gauss_newton'; set it to False")
+    if aggregator.wants_loss and settings.server.lr != 1:
+        raise ValueError(f"config.fipa.aggregator.trust: needs server.lr = 1, got {settings.server.lr}")
+    if settings.local.step_scale and sketched and settings.local.optimizer not in client_lib.LOCAL_SOLVERS:
+        raise ValueError(
+            f"config.fipa.local.step_scale: {settings.local.optimizer!r} takes its own number of steps; set it to 0"
+        )
+    if matched and settings.aggregator.relative:
+        raise ValueError("config.fipa.local.matched: needs an absolute damping; set aggregator.relative to False")
+    local_fields = fields_for(solver, settings.local) | ({"tries": 0} if matched else {})
     makers = {"none": None, "sketch": sketch.make_sketch, "diagonal": sketch.make_diagonal}
     make = makers[aggregator.curvature]
     return rounds.Plan(
         task=task,
-        local=solver(task.loss, task.augment, term=term, **fields_for(solver, settings.local)),
+        local=solver(task.loss, task.augment, term=term, **local_fields),
         term=term,
         sketch=None if make is None else sketch_of(make, task.loss, settings.sketch),
         aggregator=aggregator,
         server=server.make(settings.server.optimizer, settings.server.momentum),
-        cohort=config.cohort or num_clients,
+        cohort=cohort,
         trainable=settings.trainable,
         sketch_examples=settings.sketch.examples,
-        gradient_scale=settings.sketch.gradient_scale if aggregator.curvature == "sketch" else 0.0,
+        gradient_scale=settings.sketch.gradient_scale if sketched else 0.0,
+        step_scale=settings.local.step_scale if sketched else 0.0,
+        max_steps=settings.local.max_steps,
+        matched=matched,
         chunk=config.chunk,
         mesh=make_mesh(config.devices),
     )

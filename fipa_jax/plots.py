@@ -82,3 +82,43 @@ def split_by_position(x: np.ndarray, y: np.ndarray, clients: list[np.ndarray], p
     fig.legend(frameon=False, fontsize="small", loc="outside right upper")
     fig.savefig(path, dpi=150)
     plt.close(fig)
+
+
+def prediction(x: np.ndarray, y: np.ndarray, found: np.ndarray, clients: list[np.ndarray], path: Path) -> None:
+    """Draws a model of one or two inputs on the test points beside what is true, and the error.
+
+    Args:
+      x: [N, 1] or [N, 2], the test points.
+      y, found: [N], the truth and the model's outputs.
+      clients: per client, the inputs [n, d] of its own examples, of which the extent is drawn.
+      path: of the PNG.
+    """
+    plt = pyplot()
+    panels = 2 if x.shape[1] == 1 else 3
+    fig, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 3.6), layout="constrained")
+    if x.shape[1] == 1:
+        order = np.argsort(x[:, 0])
+        axes[0].plot(x[order, 0], y[order], color="0.6", linewidth=3, label="truth")
+        axes[0].plot(x[order, 0], found[order], label="model")
+        axes[0].legend(frameon=False)
+        axes[1].plot(x[order, 0], found[order] - y[order])
+        axes[0].set(xlabel="x", title="truth and model")
+        axes[1].set(xlabel="x", title="model minus truth")
+        for own in clients:
+            for axis in axes:
+                axis.axvline(own[:, 0].max(), color="0.8", linestyle=":")
+    else:
+        panels = {"truth": y, "model": found, "model minus truth": found - y}
+        for axis, (title, values) in zip(axes, panels.items(), strict=True):
+            bound = np.abs(values).max() or 1
+            size = max(1, 3e4 / len(x))
+            image = axis.scatter(
+                x[:, 0], x[:, 1], c=values, s=size, marker="s", cmap="RdBu_r", vmin=-bound, vmax=bound, linewidths=0
+            )
+            fig.colorbar(image, ax=axis)
+            axis.set(xlabel="x1", ylabel="x2", title=title)
+            for own in clients:
+                low, high = own.min(axis=0), own.max(axis=0)
+                axis.add_patch(plt.Rectangle(low, *(high - low), fill=False, edgecolor="0.3", linestyle=":"))
+    fig.savefig(path, dpi=150)
+    plt.close(fig)

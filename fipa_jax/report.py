@@ -106,3 +106,14 @@ def draw_split(problem: tasks.Problem, workdir: Path) -> None:
         plots.split_by_class(counts, workdir / "split.png")
     elif {"x", "y"} <= set(train) and train["x"].ndim == 2 and train["x"].shape[1] <= 2:
         plots.split_by_position(train["x"], train["y"], clients, workdir / "split.png")
+
+
+def draw_prediction(problem: tasks.Problem, params, path: Path) -> None:
+    """Draws what the model says of a regression task, or of an equation, with at most two inputs and one output."""
+    test = problem.test
+    truth = test.get("solution", test.get("y"))
+    if truth is None or test["x"].ndim != 2 or test["x"].shape[1] > 2 or truth.size != len(test["x"]):
+        return
+    found = np.asarray(jax.jit(problem.task.outputs)(params, test)[0]).reshape(-1)
+    x = np.asarray(problem.train["x"])
+    plots.prediction(test["x"], np.asarray(truth).reshape(-1), found, [x[own] for own in problem.clients], path)

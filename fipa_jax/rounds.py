@@ -44,6 +44,9 @@ class Plan(NamedTuple):
     trainable: str  # regular expression over parameter paths
     sketch_examples: int = 0  # examples of a client that enter its sketch; 0 for all
     gradient_scale: float = 0.0  # c of `sketch.above_gradient`, by which the sketches' rank adapts; 0 for none
+    step_scale: float = 0.0  # c of `steps_for`, by which the clients' local steps adapt to their sketches; 0 for none
+    max_steps: int = 0  # bound on those
+    matched: bool = False  # whether the clients' Gauss-Newton steps take the rule's damping
     chunk: int = 1
     mesh: Any = None
 
@@ -66,9 +69,10 @@ class Stages(NamedTuple):
 
     init: Callable  # (params, num_clients, round=0, on_host=False) -> State
     draw: Callable  # (round, clients, root) -> ids [C] of the cohort
-    train: Callable  # (state, rates, data, clients, ids, root) -> LocalResult [C, ...]
-    sketch: Callable  # (state, data, clients, ids, results, root) -> Sketch or Diagonal [C, ...], or None
+    train: Callable  # (state, rates, data, clients, ids, root, sketches=None) -> LocalResult [C, ...]
+    sketch: Callable  # (state, data, clients, ids, results | None, root) -> Sketch or Diagonal [C, ...], or None
     aggregate: Callable  # (state, rates, clients, ids, results, sketches) -> (state, info)
+    plan: Plan
 
 
 def make_stages(plan: Plan) -> Stages:
@@ -100,15 +104,25 @@ def make_stages(plan: Plan) -> Stages:
         key = jax.random.split(jax.random.fold_in(root, round), 3)[0]
         return sample_cohort(key, clients.num_examples.shape[0], plan.cohort)
 
-    def train(state: State, rates: Rates, data: dict, clients: Client, ids, root) -> LocalResult:
+    def train(state: State, rates: Rates, data: dict, clients: Client, ids, root, sketches=None) -> LocalResult:
         hyper = rates.local._replace(lr=rates.local.lr * rates.lr_decay**state.round)
+        if plan.matched:
+            hyper = hyper._replace(damping=state.aggregator.damping)
+        least = None if sketches is None else jax.vmap(smallest)(sketches.eigenvalues)
 
-        def one(params, data, hyper, shared, client, key, memory):
+        def one(params, data, hyper, shared, client, key, memory, least):
             chosen, outputs = restrict(params)
-            return plan.local(outputs, chosen, data, client, key, hyper, memory, shared)
+            if least is not None:
+                hyper = hyper._replace(steps=steps_for(least, hyper.lr, plan.step_scale, plan.max_steps))
+            result = plan.local(outputs, chosen, data, client, key, hyper, memory, shared)
+            if not plan.aggregator.wants_loss:
+                return result
+            examples, there = gather(data, client.indices), present(client)
+            losses = plan.task.loss(outputs(chosen, examples)[0], examples)
+            return result._replace(before=jnp.sum(jnp.where(there, losses, 0)) / jnp.maximum(client.num_examples, 1))
 
         common = state.params, data, hyper, state.shared
-        stacked = take(clients, ids), keys(state, root, ids)[0], state.memory
+        stacked = take(clients, ids), keys(state, root, ids)[0], state.memory, least
         return map_clients(one, common, *stacked, chunk=plan.chunk, mesh=plan.mesh)
 
     def sketch(state: State, data: dict, clients: Client, ids, results, root) -> Sketch | Diagonal | None:
@@ -117,7 +131,7 @@ def make_stages(plan: Plan) -> Stages:
 
         def one(params, data, client, key, delta):
             theta, outputs = restrict(params)
-            if plan.aggregator.at == "local":
+            if delta is not None:
                 theta = optax.tree.add(theta, delta)
             only_outputs = lambda theta, batch: outputs(theta, batch)[0]
             last_inputs = lambda theta, batch: getattr(outputs(theta, batch)[1], "last", None)
@@ -129,7 +143,8 @@ def make_stages(plan: Plan) -> Stages:
                 return found, ()
             return found, curvature.make_gradient(only_outputs, plan.task.loss)(theta, batch, mask)
 
-        stacked = take(clients, ids), keys(state, root, ids)[1], results.delta
+        moved = results.delta if plan.aggregator.at == "local" else None
+        stacked = take(clients, ids), keys(state, root, ids)[1], moved
         found, gradients = map_clients(one, (state.params, data), *stacked, chunk=plan.chunk, mesh=plan.mesh)
         if not plan.gradient_scale:
             return found
@@ -141,7 +156,8 @@ def make_stages(plan: Plan) -> Stages:
 
     def aggregate(state: State, rates: Rates, clients: Client, ids, results: LocalResult, sketches):
         chosen = trees.select(state.params, plan.trainable)
-        uploads = Uploads(results.delta, clients.num_examples[ids], sketches)
+        loss = results.before if plan.aggregator.wants_loss else None
+        uploads = Uploads(results.delta, clients.num_examples[ids], sketches, loss)
         step, rule_state, info = plan.aggregator.apply(uploads, state.aggregator, chosen)
         # A client set aside keeps its old memory, so that one bad upload does not poison the shared mean; so does one
         # without examples, whose memory would change although it took no step.
@@ -155,10 +171,41 @@ def make_stages(plan: Plan) -> Stages:
         update, server = server_rule.update(optax.tree.scale(-1, step), state.server, chosen, deltas=results.delta)
         chosen = jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update)
         info |= {"ids": ids, "local_loss": jnp.mean(results.loss)}
+        if isinstance(sketches, Sketch):
+            info["sketch_pairs"] = jnp.sum(sketches.eigenvalues > 0)
         params = trees.replace(state.params, chosen)
         return State(params, rule_state, server, memory, shared, state.round + 1), info
 
-    return Stages(init, draw, train, sketch, aggregate)
+    return Stages(init, draw, train, sketch, aggregate, plan)
+
+
+def work(stages: Stages, seen: State, rates: Rates, data, clients, ids, root, clock=lambda stage, result: result):
+    """The clients' part of a round: (results, sketches). Sketches come first where the local steps adapt to them.
+
+    Args:
+      clock: (name of the stage, its result) -> the result; it may measure the time.
+    """
+    if stages.plan.step_scale:
+        sketches = clock("sketch", stages.sketch(seen, data, clients, ids, None, root))
+        return clock("train", stages.train(seen, rates, data, clients, ids, root, sketches)), sketches
+    results = clock("train", stages.train(seen, rates, data, clients, ids, root))
+    return results, clock("sketch", stages.sketch(seen, data, clients, ids, results, root))
+
+
+def smallest(eigenvalues: jax.Array) -> jax.Array:
+    """The smallest eigenvalue [] that a sketch keeps, of [R]; 0 if it keeps none."""
+    kept = jnp.where(eigenvalues > 0, eigenvalues, jnp.inf)
+    return jnp.where(jnp.any(eigenvalues > 0), jnp.min(kept), 0)
+
+
+def steps_for(least: jax.Array, lr: jax.Array, scale: float, most: int) -> jax.Array:
+    """tau = ceil(c / -ln(1 - lr lam_min)), between 1 and `most`: the published rule for the number of local steps.
+
+    After tau steps of gradient descent the error in the weakest direction kept has shrunk by a factor of e^{-c}.
+    """
+    rate = -jnp.log1p(-jnp.clip(lr * least, 0, 1))  # infinite where one step does it
+    steps = scale / jnp.maximum(rate, jnp.finfo(least.dtype).tiny)
+    return jnp.clip(jnp.ceil(steps), 1, most).astype(jnp.int32)
 
 
 def compose(stages: Stages) -> Callable:
@@ -167,8 +214,7 @@ def compose(stages: Stages) -> Callable:
     def round_(state: State, rates: Rates, data: dict, clients: Client, root):
         ids = stages.draw(state.round, clients, root)
         seen = fetch(state, ids)
-        results = stages.train(seen, rates, data, clients, ids, root)
-        sketches = stages.sketch(seen, data, clients, ids, results, root)
+        results, sketches = work(stages, seen, rates, data, clients, ids, root)
         seen, info = stages.aggregate(seen, rates, clients, ids, results, sketches)
         return keep(state, seen, ids), info
 

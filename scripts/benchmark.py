@@ -4,6 +4,7 @@ products   H V: through the network, by explicit rows and for the last layer, be
 sketch     top eigenpairs of a trained CNN's curvature, beside matfree, curvlinops with scipy's eigsh, and jax's lobpcg
 head       the last layer's sketch in closed form, beside the same through the network and beside local training
 merge      the server's merge: errors against float64, seconds and peak memory, beside one copy of the uploads
+gauss_newton   how close FIPA stays to the centralised Gauss-Newton trajectory, by rank and number of rounds
 step       a network's training step beside the floor of its operations, and its memory
 round      one client's work in a round beside PyTorch, pfl and fedjax; and a FIPA round beside a FedAvg round
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from benchmarks import timing
 
-COMMANDS = ("products", "sketch", "head", "merge", "step", "round")
+COMMANDS = ("products", "sketch", "head", "merge", "gauss_newton", "step", "round")
 
 
 def main():

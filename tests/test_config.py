@@ -92,7 +92,7 @@ def test_every_rule_applies_to_the_defaults(name):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("fedavgg", "unknown rule 'fedavgg'; known: fedavg, fipa"),
+        ("fedavgg", "unknown rule 'fedavgg'; known: centralised, fedavg, fipa"),
         ("fipa:server.lr", "needs NAME:field=value"),
         ("fipa:server.lrr=1", "no field 'lrr'.*did you mean 'lr'"),
         ("fipa:serverr.lr=1", "no field 'serverr'.*did you mean 'server'"),
@@ -123,6 +123,9 @@ def test_a_mistake_in_a_compared_rule(spec, message):
         ("compare", ("fipa", "fipa")),
         ("task.num_clients", 0),
         ("task.examples_per_client", 0),
+        ("task.test_fraction", 0.0),
+        ("task.test_fraction", 1.0),
+        ("task.column", -1),
         ("data.holdout", 1.0),
         ("data.rotation", -1.0),
         ("data.rotation", 181.0),
@@ -132,6 +135,8 @@ def test_a_mistake_in_a_compared_rule(spec, message):
         ("warmup.local.epochs", 0),
         ("fipa.local.lr", -0.1),
         ("fipa.local.batch_size", -1),
+        ("fipa.local.tries", -1),
+        ("fipa.local.cg_steps", 0),
         ("fipa.sketch.rank", 0),
         ("fipa.sketch.power_steps", -1),
         ("fipa.sketch.oversample", -1),
@@ -164,10 +169,10 @@ def test_a_mistake_in_a_compared_rule_names_field_and_rule():
 @pytest.mark.parametrize(
     ("field", "known"),
     [
-        ("task.name", "gaussians_2d, images, sine"),
+        ("task.name", "images, npz"),
         ("model.name", "cnn_23k"),
         ("model.activation", "tanh"),
-        ("fipa.local.optimizer", "gauss_newton"),
+        ("fipa.local.optimizer", "gauss_newton, lbfgs"),
         ("fipa.term.name", "prox"),
         ("fipa.aggregator.name", "mean"),
         ("fipa.aggregator.form", "damped, pinv, tikhonov"),
@@ -207,6 +212,8 @@ def test_an_unknown_split_lists_the_known_ones():
         ({"fipa__sketch__energy": 0.9, "fipa__sketch__probes": 0}, "sketch.energy: needs the trace"),
         ({"fipa__trainable": "Conv"}, "trainable: no parameter path matches 'Conv'; the paths are: Dense_0/bias"),
         ({"fipa__local__optimizer": "gauss_newton", "fipa__term__name": "prox"}, "gauss_newton.*takes no term"),
+        ({"fipa__local__optimizer": "gauss_newton", "fipa__local__system": "x"}, r"local\.system: unknown 'x'; known"),
+        ({"fipa__local__optimizer": "lbfgs", "fipa__local__clip_norm": 1.0}, "lbfgs.*takes no local.weight_decay"),
         ({"init_from": "nonesuch.msgpack"}, r"config\.init_from: no model file at nonesuch\.msgpack"),
     ],
 )

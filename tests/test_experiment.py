@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fipa_jax import aggregate, checkpoint, client, experiment, metrics, report, rounds, sketch, tasks, terms
+from fipa_jax import aggregate, checkpoint, client, experiment, loop, metrics, report, rounds, sketch, tasks, terms
 from fipa_jax import config as config_lib
 
 
@@ -116,7 +116,8 @@ def test_bytes_count_the_pairs_that_are_kept_and_what_their_choice_takes():
     model = clients * size * 4
 
     def up(sketches, **changes):
-        traffic = experiment.traffic_of(state, results, sketches, types.SimpleNamespace(**vars(plan) | changes))
+        kept = {"sketch_pairs": jnp.sum(sketches.eigenvalues > 0)} if isinstance(sketches, sketch.Sketch) else {}
+        traffic = loop.traffic_of(state, results, sketches, types.SimpleNamespace(**vars(plan) | changes))(kept)
         assert traffic["bytes_down"] == model
         return traffic["bytes_up"]
 
@@ -128,6 +129,8 @@ def test_bytes_count_the_pairs_that_are_kept_and_what_their_choice_takes():
         assert up(sent, gradient_scale=1.0) == 2 * model + 4 * (4 + size * bytes_each)
     small = sketch.Report(jnp.zeros([clients, rank]), *[jnp.zeros(clients, jnp.int32)] * 4, {})
     assert up(sketch.Sketch(0 * eigenvalues, sent.basis, small)) == model + clients * 4 * (rank + 4)
+    results = results._replace(before=jnp.zeros(clients))  # the losses that a rule asks for
+    assert up(None) == model + clients * 4
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):

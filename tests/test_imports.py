@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fipa_jax"
 
 # module -> the modules of the package that it may import: curvature -> eigen -> sketch -> merge -> aggregate, beside
-# trees; curvature, simulate -> client; these meet in rounds; partition, data, models -> tasks; all sides meet in
-# experiment alone, but for what a person sees of them, in report.
+# trees; simulate -> client, and with curvature -> second_order; these meet in rounds; partition, data, models -> tasks;
+# all sides meet in experiment alone, but for what a person sees of them, in report.
 ARROWS = {
     "__init__": set(),
     "trees": set(),
@@ -20,10 +20,12 @@ ARROWS = {
     "eigen": {"curvature"},
     "sketch": {"curvature", "eigen"},
     "merge": {"sketch"},
-    "aggregate": {"trees", "sketch", "merge"},
+    "trust": set(),
+    "aggregate": {"trees", "sketch", "merge", "trust"},
     "simulate": set(),
     "terms": set(),
-    "client": {"curvature", "simulate", "terms"},
+    "client": {"simulate", "terms"},
+    "second_order": {"client", "curvature", "simulate", "terms"},
     "server": {"trees"},
     "rounds": {"trees", "curvature", "sketch", "aggregate", "client", "simulate", "terms"},
     "partition": set(),
@@ -32,21 +34,28 @@ ARROWS = {
     "models": set(),
     "tasks": set(),
     "tasks.regression": {"tasks", "models"},
+    "tasks.own_data": {"tasks", "tasks.regression", "models"},
+    "tasks.pde": {"tasks", "models"},
     "tasks.images": {"tasks", "models", "data", "partition"},
     "config": set(),
+    "recipes": {"config"},
     "checkpoint": {"trees"},
     "plots": set(),
     "metrics": {"simulate"},
     "report": {"partition", "plots", "sketch", "tasks", "trees"},
-    "phase": {"aggregate", "client", "rounds", "server", "sketch", "tasks", "terms", "trees"},
+    "phase": {"aggregate", "client", "rounds", "second_order", "server", "sketch", "tasks", "terms", "trees"},
     "cache": {"metrics", "tasks", "trees"},
+    "loop": {"metrics", "phase", "report", "rounds", "sketch", "trees"},
     "experiment": {
-        "cache", "checkpoint", "config", "metrics", "partition", "phase", "plots", "report", "rounds", "simulate",
-        "sketch", "tasks", "trees",
+        "cache", "checkpoint", "config", "loop", "metrics", "partition", "phase", "plots", "report", "rounds",
+        "simulate", "tasks",
     },
 }  # fmt: skip
 LIGHT = {"jax", "optax", "numpy", "chex"}  # what the modules for other people's loops may need
-FOR_IMPORTERS = ("trees", "curvature", "eigen", "sketch", "merge", "aggregate", "simulate", "client", "rounds")
+FOR_IMPORTERS = (
+    "trees", "curvature", "eigen", "sketch", "merge", "trust", "aggregate", "simulate", "client", "second_order",
+    "rounds",
+)  # fmt: skip
 
 
 def name_of(path):

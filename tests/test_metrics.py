@@ -186,3 +186,11 @@ def test_calibration_error_by_hand():
     found = metrics.overall({"confidence": jnp.asarray(confidence), "accuracy": jnp.asarray(correct)}, "test")
     assert set(found) == {"test_accuracy", "test_calibration_error"}
     np.testing.assert_allclose(found["test_calibration_error"], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_the_picture_of_a_prediction_is_drawn(dim, tmp_path):
+    rng = np.random.default_rng(dim)
+    x, truth = rng.random((9, dim)), rng.random(9)
+    plots.prediction(x, truth, truth + 0.1, [x[:4], x[4:]], tmp_path / "model.png")
+    assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")

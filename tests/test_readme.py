@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fipa_jax import aggregate, tasks, terms
+from fipa_jax import aggregate, experiment, tasks, terms
 from fipa_jax import config as config_lib
+from fipa_jax.tasks import pde
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,8 +20,8 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE
 def test_snippet_runs(number, tmp_path, monkeypatch):
     """Each snippet alone, as a module of its own; the tables that it adds to are restored."""
     monkeypatch.chdir(tmp_path)
-    for table in (tasks.TASKS, terms.TERMS, aggregate.AGGREGATORS):
-        for name in ("logistic", "ridge", "clipped_median"):
+    for table in (tasks.TASKS, terms.TERMS, aggregate.AGGREGATORS, pde.EQUATIONS):
+        for name in ("logistic", "ridge", "clipped_median", "heat"):
             monkeypatch.setitem(table, name, None)
             monkeypatch.delitem(table, name)
     module = types.ModuleType(f"readme_snippet_{number}")
@@ -29,11 +30,15 @@ def test_snippet_runs(number, tmp_path, monkeypatch):
     if number == 0:
         of_zero = (module.clients["y"] ** 2).mean() / 2  # the loss of a model that always says 0
         assert module.mean_loss < 0.1 * of_zero
+    if hasattr(module, "get_config"):
+        config = module.get_config()
+        config.fipa.rounds, config.compare = 1, ("fipa",)
+        experiment.run(config, tmp_path / "run")
 
 
 def test_there_is_a_snippet_for_the_loop_and_for_every_swappable_type():
-    assert len(SNIPPETS) == 4
-    assert [name in README for name in ('TASKS["', 'TERMS["', 'AGGREGATORS["')] == [True] * 3
+    assert len(SNIPPETS) == 5
+    assert [name in README for name in ('TASKS["', 'EQUATIONS["', 'TERMS["', 'AGGREGATORS["')] == [True] * 4
     assert README.index("```python") < README.index("## Set-up")
 
 
@@ -53,7 +58,7 @@ def test_compared_rules_shown_in_the_readme_are_valid():
     assert len(specs) > 2
     for spec in specs:
         config_lib.rule(config, spec)
-    assert set(re.findall(r"`(fedavg|fisher_\w+|fipa\w*)`", README)) - {"fipa_jax"} == set(config_lib.RULES)
+    assert set(re.findall(r"`(fedavg|centralised|fisher_\w+|fipa\w*)`", README)) - {"fipa_jax"} == set(config_lib.RULES)
 
 
 def test_no_place_is_left_to_fill_in():

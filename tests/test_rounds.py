@@ -11,7 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 
-from fipa_jax import aggregate, curvature, rounds, sketch, tasks, terms, trees
+from fipa_jax import aggregate, curvature, rounds, second_order, sketch, tasks, terms, trees
 from fipa_jax import client as client_lib
 from fipa_jax.simulate import Client
 
@@ -128,7 +128,7 @@ def test_memories_on_the_host_do_not_change_a_run(x64):
     plan = _plan(term=terms.scaffold(), cohort=3, server=optax.trace(0.9))
     wanted, _ = _run(plan, 3)
     stages = rounds.make_stages(plan)
-    draw, train, sketch, aggregate_ = map(jax.jit, stages[1:])
+    draw, train, sketch, aggregate_ = map(jax.jit, stages[1:-1])
     (data, clients), root = _problem(), jax.random.key(ROOT)
     state = stages.init(plan.task.init(jax.random.key(0)), CLIENTS, on_host=True)
     for _ in range(3):
@@ -252,7 +252,7 @@ def _staged(*options):
     """(plan, its stages compiled) of `_plan` with these pairs of options."""
     plan = _plan(**dict(options))
     stages = rounds.make_stages(plan)
-    return plan, rounds.Stages(stages.init, *map(jax.jit, stages[1:]))
+    return plan, rounds.Stages(stages.init, *map(jax.jit, stages[1:-1]), plan)
 
 
 def _first_sketches(options, problem):
@@ -319,7 +319,7 @@ def test_auto_takes_any_task(x64):
 def _exact(task, rank):
     """FIPA's pinv with exact local Gauss-Newton solves and full-rank sketches."""
     rule = aggregate.fipa("pinv", rcond=1e-10, max_step=1e9)
-    return _plan(task, rank=rank, rule=rule, local=client_lib.gauss_newton(task.loss, task.augment, steps=1))
+    return _plan(task, rank=rank, rule=rule, local=second_order.gauss_newton(task.loss, task.augment, steps=1))
 
 
 def test_exact_local_gauss_newton_gives_the_centralised_step(x64):

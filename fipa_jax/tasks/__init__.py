@@ -25,6 +25,7 @@ class Task(NamedTuple):
     loss: Callable  # (outputs, batch) -> [B], loss of each example
     metrics: Callable  # (outputs, batch) -> {name: [B]}; averaged over examples; `accuracy` in a name: higher is better
     augment: Callable = lambda key, batch: batch  # a random view of a training batch
+    figures: Callable = lambda means: means  # {name: mean over examples} -> what is reported of them
     head: Callable | None = None  # (params, body's features [B, F]) -> (outputs, features): the head alone
     head_pattern: str = ""  # regular expression for the paths of the head's parameters
 
@@ -59,6 +60,8 @@ TASKS = {
     "sine": "fipa_jax.tasks.regression",
     "gaussians_2d": "fipa_jax.tasks.regression",
     "images": "fipa_jax.tasks.images",
+    "pde": "fipa_jax.tasks.pde",
+    "npz": "fipa_jax.tasks.own_data",
 }
 
 
