@@ -16,6 +16,9 @@ TINY = (
     "--config.task.examples_per_client=8",
     "--config.model.widths=(3,)",
     "--config.fipa.local.optimizer=sgd",
+    "--config.fipa.local.matched=False",
+    "--config.fipa.aggregator.trust=False",
+    "--config.rounds_per_call=1",
     "--config.fipa.sketch.rank=3",
     "--config.fipa.rounds=2",
 )

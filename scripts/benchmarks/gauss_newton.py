@@ -54,7 +54,9 @@ def run(options: list[str]) -> dict:
         print(f"{config.task.name}: {size} parameters, beta {args.damping:g}\n\none round with exact local solves")
         timing.table(exact)
         print(f"\ngap to the centralised flow after K rounds, horizon {args.horizon:g}, {args.substeps} substeps")
-        gaps = {rank: [gap(experiment, rank, K, args) for K in args.rounds] for rank in ranks}
+        given = args.substeps, args.horizon
+        central = [trajectory(experiment, 1, K, *given, pooled=True) for K in args.rounds]
+        gaps = {rank: [gap(trajectory(experiment, rank, len(c) - 1, *given), c) for c in central] for rank in ranks}
     rows = [row(rank, args.rounds, [path.max() for path in paths]) for rank, paths in gaps.items()]
     timing.table(rows)
     if args.plot:
@@ -64,23 +66,21 @@ def run(options: list[str]) -> dict:
 
 def one_step(experiment, rank: int) -> dict:
     """How far one FIPA round with exact local solves is from the centralised step."""
-    fipa, central = (trajectory(experiment, rank, 1, 1, 1.0, pooled) for pooled in (False, True))
-    length = np.linalg.norm(central[1] - central[0])
-    return {"rank": rank, "relative difference": np.linalg.norm(fipa[1] - central[1]) / length}
+    paths = (trajectory(experiment, r, 1, 1, 1.0, pooled=pooled) for r, pooled in ((rank, False), (1, True)))
+    return {"rank": rank, "relative difference": gap(*paths).max()}
 
 
-def gap(experiment, rank: int, K: int, args) -> np.ndarray:
-    """[K + 1], |theta_k - theta_k^GN| beside the way of the centralised run."""
-    fipa, central = (trajectory(experiment, rank, K, args.substeps, args.horizon, pooled) for pooled in (False, True))
+def gap(fipa: np.ndarray, central: np.ndarray) -> np.ndarray:
+    """[K + 1], |theta_k - theta_k^GN| beside the way of the centralised run, from both trajectories [K + 1, P]."""
     return np.linalg.norm(fipa - central, axis=1) / np.linalg.norm(central[-1] - central[0])
 
 
-def trajectory(experiment, rank: int, K: int, substeps: int, horizon: float, pooled: bool) -> np.ndarray:
-    """[K + 1, P], the parameters round by round."""
+def trajectory(experiment, rank: int, K: int, substeps: int, horizon: float, *, pooled: bool = False) -> np.ndarray:
+    """[K + 1, P], the parameters round by round; pooled, with one client, whose update passes whatever the rank."""
     if pooled:
         experiment = experiment_lib.pooled(experiment)
     settings = experiment.config.fipa.copy_and_resolve_references()
-    settings.sketch.rank = 1 if pooled else rank  # a single client's update passes unchanged
+    settings.sketch.rank = rank
     settings.local.steps, settings.local.lr = substeps, horizon / (K * substeps)
     stages = rounds.make_stages(loop.plan_of(experiment, settings))
     round_, rates = rounds.compose(stages), phase.make_rates(settings, experiment.config.precision)
