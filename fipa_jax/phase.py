@@ -25,23 +25,8 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
     rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
     aggregator = rule(**fields_for(rule, settings.aggregator))
     sketched, cohort = aggregator.curvature == "sketch", config.cohort or num_clients
-    plain = settings.server.optimizer == "sgd" and term.correct is terms.none().correct
-    if aggregator.wants_loss and (cohort != num_clients or not plain):
-        raise ValueError(
-            "config.fipa.aggregator.trust: needs the losses of all clients in every round, server.optimizer = 'sgd' "
-            "and a term that leaves the server's step as it is; set config.cohort = 0, or trust to False"
-        )
     matched = settings.local.matched and sketched
-    if matched and settings.local.optimizer != "gauss_newton":
-        raise ValueError("config.fipa.local.matched: needs local.optimizer = 'gauss_newton'; set it to False")
-    if aggregator.wants_loss and settings.server.lr != 1:
-        raise ValueError(f"config.fipa.aggregator.trust: needs server.lr = 1, got {settings.server.lr}")
-    if settings.local.step_scale and sketched and settings.local.optimizer not in client_lib.LOCAL_SOLVERS:
-        raise ValueError(
-            f"config.fipa.local.step_scale: {settings.local.optimizer!r} takes its own number of steps; set it to 0"
-        )
-    if matched and settings.aggregator.relative:
-        raise ValueError("config.fipa.local.matched: needs an absolute damping; set aggregator.relative to False")
+    _check_fit(settings, aggregator, term, everyone=cohort == num_clients)
     local_fields = fields_for(solver, settings.local) | ({"tries": 0} if matched else {})
     makers = {"none": None, "sketch": sketch.make_sketch, "diagonal": sketch.make_diagonal}
     make = makers[aggregator.curvature]
@@ -62,6 +47,27 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
         chunk=config.chunk,
         mesh=make_mesh(config.devices),
     )
+
+
+def _check_fit(settings: ConfigDict, aggregator: aggregate.Aggregator, term: terms.Term, everyone: bool) -> None:
+    """Refuses choices of which one would undo the other; `everyone`: whether all clients take part in every round."""
+    plain = settings.server.optimizer == "sgd" and term.correct is terms.none().correct
+    if aggregator.wants_loss and not (everyone and plain):
+        raise ValueError(
+            "config.fipa.aggregator.trust: needs the losses of all clients in every round, server.optimizer = 'sgd' "
+            "and a term that leaves the server's step as it is; set config.cohort = 0, or trust to False"
+        )
+    if aggregator.wants_loss and settings.server.lr != 1:
+        raise ValueError(f"config.fipa.aggregator.trust: needs server.lr = 1, got {settings.server.lr}")
+    if aggregator.curvature != "sketch":
+        return  # local work that follows the sketches is left aside, so that rules without them can be compared
+    optimizer = settings.local.optimizer
+    if settings.local.matched and optimizer != "gauss_newton":
+        raise ValueError("config.fipa.local.matched: needs local.optimizer = 'gauss_newton'; set it to False")
+    if settings.local.matched and settings.aggregator.relative:
+        raise ValueError("config.fipa.local.matched: needs an absolute damping; set aggregator.relative to False")
+    if settings.local.step_scale and optimizer not in client_lib.LOCAL_SOLVERS:
+        raise ValueError(f"config.fipa.local.step_scale: {optimizer!r} takes its own number of steps; set it to 0")
 
 
 def sketch_of(make: Callable, loss: Callable, settings: ConfigDict) -> Callable:
