@@ -5,9 +5,9 @@ gradients clipped at norm 10; FedRCL for 1000 rounds; then the two-layer head of
 parameters, sketches of rank 10, gamma = 1, beta = 0.01), beside FedRCL continued and FedAvg on the head.
 The head's phase runs on features that are computed once. Its step sizes are the published ones, not tuned here.
 Hardware: one GPU, some hours; on one CPU core a round takes two hours. Published: +2.36 points over FedRCL.
-Not measured here. `:cpu` and `:resnet20` are what has been (README, Results): a CNN on images of 32 x 32, 10 minutes of
-one core, and a ResNet-20 with the published share of parameters in its head on 16 x 16, three quarters of an hour; every
-step size tuned. `:debug` (ResNet-20, 400 images) takes a minute and shows that all parts run, no more.
+Not measured here. What has been (README, Results), steps tuned: `:cpu`, a CNN on images of 32 x 32, ten minutes
+of one core, and `:resnet20`, with the published share of parameters in its head, on 16 x 16, three quarters of an hour.
+`:debug` (ResNet-20, 400 images) takes a minute and shows that all parts run, no more.
 Data: python scripts/prepare_data.py tiny_imagenet --data-dir=DIR
 Command: python scripts/train.py --config=configs/tiny_imagenet.py --config.data.dir=DIR
 """
