@@ -4,7 +4,7 @@ Reproduces: the two-phase recipe of arXiv 2601.13608 (5 local epochs of SGD, 0.1
 gradients clipped at norm 10), with every rule's step sizes tuned on a held-out tenth of the training data. FIPA takes
 the form of the authors' code with beta = 0.5, gamma = 0.2, a thirtieth of the published learning rate and rank 50.
 Hardware: one CPU core, half an hour; `:debug` takes a minute. Expected: FIPA at 63.6 %, the best of the others at
-62.7 % (README, Results).
+62.5 % (README, Results).
 Data: python scripts/prepare_data.py cifar10 --data-dir=DIR
 Command: python scripts/train.py --config=configs/cifar10.py --config.data.dir=DIR
 """
