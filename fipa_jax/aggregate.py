@@ -16,7 +16,6 @@ from fipa_jax import merge as merging
 from fipa_jax import trees
 from fipa_jax import trust as trust_lib
 from fipa_jax.sketch import Diagonal, Sketch
-from fipa_jax.trust import Trust
 
 WEIGHTINGS = ("examples", "uniform")
 
@@ -47,7 +46,7 @@ class FipaState(NamedTuple):
     damping: jax.Array  # [], beta, absolute or relative to H's largest eigenvalue
     rcond: jax.Array  # [], pinv drops eigenvalues of H below rcond times the largest
     max_step: jax.Array  # [], bound on |step| / max_m |delta_m|; 0 for none
-    last: Trust | None = None  # of the last step, by which the damping adapts
+    last: trust_lib.Trust | None = None  # of the last step, by which the damping adapts
 
 
 def mean(weighting: str = "examples") -> Aggregator:
@@ -148,14 +147,8 @@ def fipa(
         bound = jnp.where(state.max_step > 0, state.max_step * _longest(deltas), jnp.inf)
         step = _bound(step, bound)
         if trust:
-            loss = jnp.dot(weights, jnp.where(weights > 0, uploads.loss, 0))
-            curved = _curvature_along(step, weights, uploads.sketch)
-            # The step solves (H + beta I) step = -g, which turns -g step - step^T H step / 2 into this.
-            predicted, clients = curved / 2 + beta * jnp.vdot(step, step), jnp.sum(weights > 0, dtype=jnp.int32)
-            verdict = trust_lib.judge(state.last, loss, state.damping, clients)
-            step, last = trust_lib.follow(state.last, verdict, loss, state.damping, step, predicted, clients)
-            info |= {"damping": state.damping, "gain": verdict.gain, "undone": ~verdict.accepted}
-            state = state._replace(damping=verdict.damping, last=last)
+            step, state, verdict = _trusted(step, state, weights, uploads, beta)
+            info |= verdict
         info |= {
             "effective_rank": jnp.sum(inverse * spectrum),
             "merged_pairs": jnp.sum((uploads.sketch.eigenvalues > 0) & (weights > 0)[:, None]),
@@ -167,6 +160,18 @@ def fipa(
         return step, state, info | _compare(step, dbar, uploads.delta)
 
     return Aggregator(init, apply, curvature="sketch", wants_loss=trust)
+
+
+def _trusted(step, state: FipaState, weights, uploads: Uploads, beta):
+    """(the step to take: this one, or the last one back; the state with the damping that follows; info)."""
+    loss = jnp.dot(weights, jnp.where(weights > 0, uploads.loss, 0))
+    # The step solves (H + beta I) step = -g, which turns -g step - step^T H step / 2 into this.
+    predicted = _curvature_along(step, weights, uploads.sketch) / 2 + beta * jnp.vdot(step, step)
+    clients = jnp.sum(weights > 0, dtype=jnp.int32)
+    verdict = trust_lib.judge(state.last, loss, state.damping, clients)
+    step, last = trust_lib.follow(state.last, verdict, loss, state.damping, step, predicted, clients)
+    info = {"damping": state.damping, "gain": verdict.gain, "undone": ~verdict.accepted}
+    return step, state._replace(damping=verdict.damping, last=last), info
 
 
 def _curvature_along(step, weights, sketch: Sketch):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax.simulate import Client, gather, present
+from fipa_jax.simulate import Client, gather, masked_mean, present
 from fipa_jax.terms import Done, Local, Term, none
 
 # Gradient -> direction, without the learning rate: that is traced, so that a schedule or a sweep does not recompile.
@@ -53,7 +53,7 @@ def make_objective(outputs, loss, term: Term, params, data, client: Client, hype
 
     def objective(theta, examples, mask):
         out, features = outputs(theta, examples)
-        mean_loss = jnp.sum(jnp.where(mask, loss(out, examples), 0)) / jnp.maximum(jnp.sum(mask), 1)
+        mean_loss = masked_mean(loss(out, examples), mask)
         at = Local(theta, params, memory, shared, hyper.mu, examples, mask, out, features, outputs, own, there)
         return mean_loss + term.penalty(at), mean_loss
 
@@ -139,6 +139,22 @@ def first_order(
         return LocalResult(delta, memory, total / jnp.maximum(num_steps, 1))
 
     return solve
+
+
+def steps_for(least: jax.Array, lr: jax.Array, scale: float, most: int) -> jax.Array:
+    """tau = ceil(c / -ln(1 - lr lam_min)), between 1 and `most`: the published rule for the number of local steps.
+
+    After tau steps of gradient descent the error in the weakest direction kept has shrunk by a factor of e^{-c}.
+
+    Args:
+      least: [], lam_min, see `sketch.smallest`.
+      lr: [].
+      scale: c.
+      most: the bound.
+    """
+    rate = -jnp.log1p(-jnp.clip(lr * least, 0, 1))  # infinite where one step does it
+    steps = scale / jnp.maximum(rate, jnp.finfo(least.dtype).tiny)
+    return jnp.clip(jnp.ceil(steps), 1, most).astype(jnp.int32)
 
 
 LOCAL_SOLVERS = {name: first_order for name in OPTIMIZERS}

@@ -46,7 +46,7 @@ def default() -> ConfigDict:
     config.task.split = "column"  # npz: column (values or quantiles of one), kmeans (of x), given (the file's client)
     config.task.column = 0  # npz: of x, by which the split `column` goes
     config.task.standardise = True  # npz: x and y to mean 0 and variance 1, by the training set's moments
-    config.task.equation = "poisson_1d"  # pde: poisson_1d, _2d, _3d, fisher_kpp, burgers, helmholtz
+    config.task.equation = "poisson_1d"  # pde: poisson_1d, _2d, _3d, fisher_kpp, burgers, burgers_mild, helmholtz
     config.task.boundary_points = 20  # pde: on each face of the domain that a client's strip touches
     config.task.boundary_weight = 100.0  # pde: lambda, of the squared boundary residuals
     config.task.test_points = 1024  # pde: about so many, on a grid

@@ -172,7 +172,7 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
         experiment = pooled(experiment)
     rates = phase.make_rates(settings, experiment.config.precision)
     stages = rounds.make_stages(loop.plan_of(experiment, settings))
-    loop.memory_on_host(experiment, stages.plan)
+    phase.memory_on_host(experiment.config, stages.plan, experiment.params, experiment.clients.num_examples.size)
     state = stages.init(experiment.params, stages.plan.cohort)  # with memories of the cohort alone, as stages see it
     stages = loop.compiled(experiment, settings, stages, state)
     data, clients, root = experiment.train, experiment.clients, experiment.root

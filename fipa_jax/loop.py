@@ -155,20 +155,8 @@ def plan_of(experiment, settings: ConfigDict) -> rounds.Plan:
 def start(experiment, stages: rounds.Stages, params, first: int) -> rounds.State:
     """The state before round `first`."""
     num_clients = experiment.clients.num_examples.shape[0]
-    return stages.init(params, num_clients, first, memory_on_host(experiment, stages.plan))
-
-
-def memory_on_host(experiment, plan: rounds.Plan) -> bool:
-    """Whether the clients' memories live on the host.
-
-    Raises:
-      ValueError: they do, but many rounds are to run in one call.
-    """
-    config, num_clients = experiment.config, experiment.clients.num_examples.shape[0]
-    on_host = phase.memory_on_host(config.client_memory, plan, experiment.params, num_clients)
-    if on_host and config.rounds_per_call > 1:
-        raise ValueError("config.rounds_per_call: above 1 it needs config.client_memory = 'device'")
-    return on_host
+    on_host = phase.memory_on_host(experiment.config, stages.plan, params, num_clients)
+    return stages.init(params, num_clients, first, on_host)
 
 
 def compiled(experiment, settings: ConfigDict, stages: rounds.Stages, state: rounds.State):

@@ -90,17 +90,24 @@ def make_rates(settings: ConfigDict, dtype: str) -> rounds.Rates:
     return rounds.Rates(hyper, array(settings.local.lr_decay), array(settings.server.lr))
 
 
-def memory_on_host(where: str, plan: rounds.Plan, params, num_clients: int) -> bool:
+def memory_on_host(config: ConfigDict, plan: rounds.Plan, params, num_clients: int) -> bool:
     """Whether the clients' memories live on the host rather than on the device.
 
-    Args:
-      where: device, host, or auto: on the host where they would take more than a quarter of the device's memory.
+    By `config.client_memory`: device, host, or auto: on the host where they would take more than a quarter of the
+    device's memory.
+
+    Raises:
+      ValueError: they do, but many rounds are to run in one call.
     """
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    where, limit = config.client_memory, (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if where != "auto" or limit is None:  # a CPU gives no limit: it is the host
-        return where == "host"
-    blank = jax.eval_shape(plan.term.init, trees.select(params, plan.trainable))
-    return 4 * num_clients * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(blank)) > limit
+        on_host = where == "host"
+    else:
+        blank = jax.eval_shape(plan.term.init, trees.select(params, plan.trainable))
+        on_host = 4 * num_clients * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(blank)) > limit
+    if on_host and config.rounds_per_call > 1:
+        raise ValueError("config.rounds_per_call: above 1 it needs config.client_memory = 'device'")
+    return on_host
 
 
 def make_mesh(devices: int):

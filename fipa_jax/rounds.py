@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fipa_jax import curvature, terms, trees
 from fipa_jax.aggregate import Aggregator, Uploads
-from fipa_jax.client import Hyper, LocalResult
-from fipa_jax.simulate import Client, gather, map_clients, present, sample_cohort
-from fipa_jax.sketch import Diagonal, Sketch, above_gradient, truncate
+from fipa_jax.client import Hyper, LocalResult, steps_for
+from fipa_jax.simulate import Client, gather, map_clients, masked_mean, present, sample_cohort
+from fipa_jax.sketch import Diagonal, Sketch, above_gradient, smallest, truncate
 
 
 class State(NamedTuple):
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     trainable: str  # regular expression over parameter paths
     sketch_examples: int = 0  # examples of a client that enter its sketch; 0 for all
     gradient_scale: float = 0.0  # c of `sketch.above_gradient`, by which the sketches' rank adapts; 0 for none
-    step_scale: float = 0.0  # c of `steps_for`, by which the clients' local steps adapt to their sketches; 0 for none
+    step_scale: float = 0.0  # c of `client.steps_for`: local steps that adapt to the client's sketch; 0 for none
     max_steps: int = 0  # bound on those
     matched: bool = False  # whether the clients' Gauss-Newton steps take the rule's damping
     chunk: int = 1
@@ -117,9 +117,9 @@ def make_stages(plan: Plan) -> Stages:
             result = plan.local(outputs, chosen, data, client, key, hyper, memory, shared)
             if not plan.aggregator.wants_loss:
                 return result
-            examples, there = gather(data, client.indices), present(client)
+            examples = gather(data, client.indices)
             losses = plan.task.loss(outputs(chosen, examples)[0], examples)
-            return result._replace(before=jnp.sum(jnp.where(there, losses, 0)) / jnp.maximum(client.num_examples, 1))
+            return result._replace(before=masked_mean(losses, present(client)))
 
         common = state.params, data, hyper, state.shared
         stacked = take(clients, ids), keys(state, root, ids)[0], state.memory, least
@@ -190,22 +190,6 @@ def work(stages: Stages, seen: State, rates: Rates, data, clients, ids, root, cl
         return clock("train", stages.train(seen, rates, data, clients, ids, root, sketches)), sketches
     results = clock("train", stages.train(seen, rates, data, clients, ids, root))
     return results, clock("sketch", stages.sketch(seen, data, clients, ids, results, root))
-
-
-def smallest(eigenvalues: jax.Array) -> jax.Array:
-    """The smallest eigenvalue [] that a sketch keeps, of [R]; 0 if it keeps none."""
-    kept = jnp.where(eigenvalues > 0, eigenvalues, jnp.inf)
-    return jnp.where(jnp.any(eigenvalues > 0), jnp.min(kept), 0)
-
-
-def steps_for(least: jax.Array, lr: jax.Array, scale: float, most: int) -> jax.Array:
-    """tau = ceil(c / -ln(1 - lr lam_min)), between 1 and `most`: the published rule for the number of local steps.
-
-    After tau steps of gradient descent the error in the weakest direction kept has shrunk by a factor of e^{-c}.
-    """
-    rate = -jnp.log1p(-jnp.clip(lr * least, 0, 1))  # infinite where one step does it
-    steps = scale / jnp.maximum(rate, jnp.finfo(least.dtype).tiny)
-    return jnp.clip(jnp.ceil(steps), 1, most).astype(jnp.int32)
 
 
 def compose(stages: Stages) -> Callable:

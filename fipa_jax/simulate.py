@@ -25,6 +25,11 @@ def present(client: Client) -> jax.Array:
     return jnp.arange(client.indices.shape[0]) < client.num_examples
 
 
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """[], the mean of values [B] where the mask [B] holds; 0 where it holds nowhere."""
+    return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
 def sample_cohort(key: jax.Array, num_clients: int, cohort: int) -> jax.Array:
     """[C] ids of the clients that take part: distinct, uniformly drawn; all of them in order if C = T."""
     if cohort == num_clients:

@@ -264,6 +264,12 @@ def above_gradient(sketch: Sketch, gradient_norm, total_norm, round, scale=1.0) 
     return sketch.eigenvalues >= sketch.eigenvalues[0] * jnp.minimum(0.99, bound)
 
 
+def smallest(eigenvalues: jax.Array) -> jax.Array:
+    """The smallest eigenvalue [] that a sketch keeps, of [R]; 0 if it keeps none."""
+    kept = jnp.where(eigenvalues > 0, eigenvalues, jnp.inf)
+    return jnp.where(jnp.any(eigenvalues > 0), jnp.min(kept), 0)
+
+
 def truncate(sketch: Sketch, keep: jax.Array) -> Sketch:
     """Zeroes the pairs with keep [R] false: shapes stay, and a pair that is zero need not be sent."""
     zero = lambda x, mask: jnp.where(mask, x, jnp.zeros((), x.dtype))

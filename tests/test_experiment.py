@@ -8,20 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import tiny
 
 from fipa_jax import aggregate, checkpoint, client, experiment, loop, metrics, report, rounds, sketch, tasks, terms
-from fipa_jax import config as config_lib
-
-
-def tiny(**fields):
-    config = config_lib.default()
-    config.task.examples_per_client = 8
-    config.model.widths = (3,)
-    config.fipa.rounds = 2
-    config.fipa.sketch.rank = 3
-    config.eval.batch_size = 1000
-    config.update(fields)
-    return config
 
 
 def figures(workdir):

@@ -4,6 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+import runs
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import checkpoint, experiment, loop, metrics, rounds, tasks
@@ -11,13 +12,10 @@ from fipa_jax import config as config_lib
 
 
 def tiny(**fields):
-    config = config_lib.default()
+    """Six rounds of three clients."""
+    config = runs.tiny(precision="float64")
     config.task.num_clients, config.task.examples_per_client = 3, 6
-    config.model.widths = (3,)
-    config.precision = "float64"
     config.fipa.rounds = 6
-    config.fipa.sketch.rank = 3
-    config.eval.batch_size = 1000
     config.update(fields)
     return config
 

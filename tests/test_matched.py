@@ -72,13 +72,13 @@ def test_with_a_damping_of_their_own_it_is_another_step(x64):
 
 def test_the_smallest_eigenvalue_is_that_of_a_kept_pair():
     for eigenvalues, wanted in (([3.0, 2.0, 0.5], 0.5), ([3.0, 2.0, 0.0], 2), ([0.0, 0.0], 0), ([np.nan, 0.0], 0)):
-        assert rounds.smallest(jnp.array(eigenvalues)) == wanted
+        assert sketch.smallest(jnp.array(eigenvalues)) == wanted
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
 def test_steps_are_those_of_the_published_rule(x64, scale):
     most, least = 200, np.geomspace(1e-6, 9.9, 200)
-    found = rounds.steps_for(jnp.asarray(least), jnp.asarray(0.1), scale, most)
+    found = client.steps_for(jnp.asarray(least), jnp.asarray(0.1), scale, most)
     wanted = np.clip(np.ceil(-scale / np.log1p(-0.1 * least)), 1, most)
     np.testing.assert_array_equal(found, wanted)
     assert found.dtype == jnp.int32 and (scale > 1 or found[-1] == 1) and found[0] == most
@@ -86,7 +86,7 @@ def test_steps_are_those_of_the_published_rule(x64, scale):
 
 def test_steps_at_the_ends_of_the_rule():
     """One step solves it, or overshoots; nothing is kept, so that no number is enough."""
-    steps = lambda least, lr=0.5, scale=0.01: int(rounds.steps_for(jnp.float32(least), jnp.float32(lr), scale, 70))
+    steps = lambda least, lr=0.5, scale=0.01: int(client.steps_for(jnp.float32(least), jnp.float32(lr), scale, 70))
     assert steps(2.0) == steps(100.0) == steps(2.0, scale=30.0) == 1
     assert steps(0.0) == steps(1.0, lr=0.0) == steps(1e-30) == steps(0.0, scale=1e30) == 70
     # In float32, 1 - lr lam would be off by a tenth here.
