@@ -1,10 +1,10 @@
 """How does a phase of the head alone do without the network? On the body's features of all examples, computed once."""
 
 import re
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from fipa_jax import metrics, tasks, trees
@@ -28,7 +28,7 @@ def check(experiment, settings: ConfigDict, phase: str) -> None:
         )
 
 
-def cached(experiment, params, num_views: int, run: Callable = lambda f, *args: f(*args)):
+def cached(experiment, params, num_views: int, by_shapes: bool = False):
     """The experiment seen by the model's head alone: the body's features of every example are computed once.
 
     The body does not move in such a phase, so no network is in its loop.
@@ -38,24 +38,33 @@ def cached(experiment, params, num_views: int, run: Callable = lambda f, *args: 
       params: the whole model's.
       num_views: V, random views of each training example whose features are computed too, for the head to train on;
         0 leaves augmentation out.
-      run: (function, *args) -> its result; `jax.eval_shape` gives shapes alone.
+      by_shapes: compute nothing, and give arrays' shapes instead of arrays.
     """
-    task, batch_size = experiment.problem.task, experiment.config.eval.batch_size
+    task, people, batch_size = experiment.problem.task, experiment.population, experiment.config.eval.batch_size
     of_batch = lambda params, batch: task.outputs(params, batch)[1].body
-    of_view = lambda params, batch: of_batch(params, task.augment(batch["key"][0], batch))
+    run = jax.eval_shape if by_shapes else lambda function, *args: function(*args)
+
+    def of_view(given, batch):
+        params, key = given
+        return of_batch(params, task.augment(jax.random.fold_in(key, batch["example"][0]), batch))
+
+    def of_people(function, people, given):
+        return jax.eval_shape(function, given, people.data) if by_shapes else people.values(function, given)
+
     body, view = (jax.jit(metrics.over_examples(function, batch_size)) for function in (of_batch, of_view))
     kept = lambda data: {name: field for name, field in data.items() if name != "image"}
-    replace = lambda data: kept(data) | {"body": run(body, params, data)}
-    head, train = tasks.head_only(task), replace(experiment.train)
+    train = kept(people.data) | {"body": of_people(body, people, params)}
     if num_views:
-        num_examples = jax.tree.leaves(experiment.train)[0].shape[0]
-        keys = jax.random.split(jax.random.fold_in(experiment.root, 2**31 + 1), [num_views, num_examples])
-        views = [run(view, params, experiment.train | {"key": key}) for key in keys]
+        num_examples = jax.tree.leaves(people.data)[0].shape[0]
+        keys = jax.random.split(jax.random.fold_in(experiment.root, 2**31 + 1), num_views)
+        numbered = people.over(people.data | {"example": np.arange(num_examples, dtype=np.int32)})
+        views = [of_people(view, numbered, (params, key)) for key in keys]
         train["views"] = run(lambda *views: jnp.stack(views, axis=1), *views)
+    head = tasks.head_only(task)
     return experiment._replace(
         problem=experiment.problem._replace(task=head),
-        train=train,
-        held={prefix: replace(data) for prefix, data in experiment.held.items()},
+        population=people.over(train),
+        held={prefix: kept(data) | {"body": run(body, params, data)} for prefix, data in experiment.held.items()},
         evaluate=jax.jit(metrics.make_evaluate(head, batch_size)),
         compiled={},
     )

@@ -5,8 +5,11 @@ not exist is an error that names the nearest one.
 """
 
 import difflib
+import hashlib
 import os
+import platform
 import re
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -28,10 +31,12 @@ def default() -> ConfigDict:
     config.seed = 0  # of initialisation, cohorts, batches and sketches
     config.precision = "float32"  # or "float64"
     config.cohort = 0  # clients a round; 0 for all
-    config.chunk = 1  # clients side by side in one vmap; 1 one after another, 0 all
+    config.chunk = 1  # clients side by side in one vmap; 1 one after another, 0 all, -1 the fastest, as measured once
+    config.examples_on = "auto"  # where clients and examples live: device, host, from where a cohort's move; auto: fits
     config.client_memory = "auto"  # where what clients keep between rounds lives: device, host; auto: where it fits
     config.rounds_per_call = 1  # above 1, so many rounds run as one compiled program, with their evaluations
-    config.devices = 1  # devices over which the clients of a round are spread
+    config.stage_seconds = True  # wait for each stage of a round, to time it; False lets the host run ahead
+    config.devices = 1  # devices over which the clients of a round are spread; 0 for all, of all processes
     config.compare = ("fipa", "fedavg")  # rules run side by side from the warm-up's end: NAME[:field=value...]
     config.init_from = ""  # a saved model (model.msgpack) to start from instead of a fresh initialisation
     config.first_round = 0  # number of the first round: a schedule goes on where the saved model's run stopped
@@ -181,12 +186,13 @@ def validate(config: ConfigDict) -> None:
       ValueError: names the field, what was needed and what arrived.
     """
     _one_of("precision", config.precision, ("float32", "float64"))
-    _one_of("client_memory", config.client_memory, ("auto", "device", "host"))
+    for field in ("examples_on", "client_memory"):
+        _one_of(field, config[field], ("auto", "device", "host"))
     _at_least("seed", config.seed, 0)
     _at_least("cohort", config.cohort, 0)
-    _at_least("chunk", config.chunk, 0)
+    _at_least("chunk", config.chunk, -1)
     _at_least("rounds_per_call", config.rounds_per_call, 1)
-    _at_least("devices", config.devices, 1)
+    _at_least("devices", config.devices, 0)
     _at_least("first_round", config.first_round, 0)
     _at_least("eval.every", config.eval.every, 1)
     _at_least("eval.clients_every", config.eval.clients_every, 0)
@@ -227,16 +233,41 @@ def prepare_process(devices: int = 1) -> None:
     """Sets what must stand in the environment before jax starts; call it first in a script.
 
     Batched LAPACK calls can deadlock XLA's CPU thread pool on machines with few cores unless its concurrent scheduler
-    is off, and OpenBLAS's own threads slow small factorisations up to a hundred times. Values the user has set win.
+    is off, and OpenBLAS's own threads slow small factorisations up to a hundred times. Compiled programs are kept in
+    the user's cache, also those that took no time to compile: a run has dozens of them. Values the user has set win.
     """
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
+    # A program compiled for one kind of CPU may not run on another that shares the home folder.
+    programs = user_cache() / f"programs-{platform.machine()}-{hashlib.sha256(_cpu_features()).hexdigest()[:8]}"
+    defaults = {
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
     flags = os.environ.get("XLA_FLAGS", "")
     wanted = ["--xla_cpu_enable_concurrency_optimized_scheduler=false"]
     if devices > 1:
         wanted.append(f"--xla_force_host_platform_device_count={devices}")
     missing = [flag for flag in wanted if flag.split("=")[0] not in flags]
     os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+
+
+def user_cache() -> Path:
+    """The folder in which what can be made anew is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fipa_jax"
+
+
+def _cpu_features() -> bytes:
+    """What tells kinds of CPU apart: Linux lists a processor's abilities; elsewhere its name must do."""
+    try:
+        found = Path("/proc/cpuinfo").read_bytes()
+    except OSError:
+        return platform.processor().encode()
+    lines = [line for line in found.splitlines() if line.lower().startswith((b"flags", b"features"))]
+    return lines[0] if lines else b""
 
 
 def _validate_phase(name, settings, least_rounds):

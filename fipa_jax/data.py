@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from fipa_jax.config import user_cache
+
 # Channel means and standard deviations of the training images over 255, as the published experiments normalise. (Those
 # of CIFAR-10 are means of each image's deviation, a widespread slip: over all pixels they are 0.2470, 0.2435, 0.2616.)
 # The names are those of the data sets that `datasets.prepare` knows.
@@ -194,7 +196,7 @@ def _decode(builder, split: str, num_examples: int) -> dict[str, np.ndarray]:
 
 def _cached(folder: Path, split: str, cache_dir: str) -> dict[str, Path]:
     """Names the cache files after the data set, its version, the split, and the fingerprint of the prepared files."""
-    root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fipa_jax").expanduser()
+    root = Path(cache_dir).expanduser() if cache_dir else user_cache()
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
     fingerprint = hashlib.sha256(repr((split, files)).encode()).hexdigest()[:16]
     stem = "-".join([folder.parent.name, folder.name, re.sub(r"\W+", "_", split), fingerprint])

@@ -4,9 +4,12 @@
 work directory: config.json, metrics.jsonl, summary.json, curves.png, split.png and the models.
 """
 
+import contextlib
+import io
 import itertools
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from fipa_jax import cache, checkpoint, loop, metrics, partition, phase, plots, report, rounds, tasks
 from fipa_jax import config as config_lib
-from fipa_jax.simulate import Client
+from fipa_jax.population import OnHost, Resident
+from fipa_jax.simulate import Client, replicate
 
 # What a run writes, and so what may be moved aside when the next one comes.
 WRITTEN = ("config.json", "metrics.jsonl", "summary.json", "*.png", "*.msgpack")
@@ -31,17 +34,20 @@ class Experiment(NamedTuple):
 
     config: ConfigDict
     problem: tasks.Problem
-    train: dict  # {field: [N, ...]} on the device
+    population: Resident | OnHost  # all clients and their examples
     held: dict  # {"test" | "holdout": {field: [N, ...]}} on the device
-    clients: Client  # all clients, [T, ...]
     params: Any  # that the run starts from
     evaluate: Callable  # (params, data) -> {name: [N]}, compiled
     compiled: dict  # static part of a phase -> its compiled stages
     root: jax.Array  # the key from which all others derive
 
 
-def build(config: ConfigDict) -> Experiment:
+def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experiment:
     """Checks the config, loads the data, splits them, and builds what a run needs.
+
+    Args:
+      config: all fields.
+      problem: instead of that which `config.task` names.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: naming the config field and what to change.
@@ -52,13 +58,16 @@ def build(config: ConfigDict) -> Experiment:
             f"config.precision: {config.precision} needs `with jax.enable_x64(True):` around build; run has it"
         )
     plots.pyplot()  # its absence must show now
-    problem = tasks.build(config)
-    indices, counts = partition.pad(problem.clients)
-    if config.cohort > len(counts):
-        raise ValueError(f"config.cohort: {config.cohort} is above the number of clients, {len(counts)}")
+    problem = problem or tasks.build(config)
+    if config.cohort > len(problem.clients):
+        raise ValueError(f"config.cohort: {config.cohort} is above the number of clients, {len(problem.clients)}")
+    partition.sizes(problem.clients)  # which looks for clients without examples
     mesh = phase.make_mesh(config.devices)
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    on_device = lambda data: jax.device_put(jax.tree.map(np.asarray, data), everywhere)
+    on_device = lambda tree: replicate(jax.tree.map(np.asarray, tree), mesh)
+    if phase.examples_on_host(config, problem):
+        population = OnHost(problem.train, problem.clients, config.cohort or len(problem.clients), on_device)
+    else:
+        population = Resident(*on_device((problem.train, Client(*partition.pad(problem.clients)))))
     held = {"test": problem.test} | ({} if problem.holdout is None else {"holdout": problem.holdout})
     root = jax.random.key(config.seed)
     params = problem.task.init(jax.random.fold_in(root, 2**31))
@@ -68,13 +77,12 @@ def build(config: ConfigDict) -> Experiment:
     experiment = Experiment(
         config=config,
         problem=problem,
-        train=on_device(problem.train),
+        population=population,
         held={prefix: on_device(data) for prefix, data in held.items()},
-        clients=on_device(Client(indices, counts)),
         params=params,
         evaluate=jax.jit(metrics.make_evaluate(problem.task, config.eval.batch_size)),
         compiled={},
-        root=root,
+        root=replicate(root, mesh),
     )
     # A mistake in the last of the phases must show now, not after hours of the first.
     if config.warmup.rounds:
@@ -86,8 +94,14 @@ def build(config: ConfigDict) -> Experiment:
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the config and prints the rules side by side."""
+    if jax.process_index():  # the first process speaks and writes for all
+        with tempfile.TemporaryDirectory() as unseen, contextlib.redirect_stdout(io.StringIO()):
+            run(config, Path(unseen))
+        return
+    compiled = report.Compilations()
     summary = run(config, workdir)
-    print(f"\n{report.table(summary)}\n\nmetrics, models and plots are in {workdir}")
+    print(f"\n{report.table(summary)}\n\ncompiled {compiled}")
+    print(f"metrics, models and plots are in {workdir}")
 
 
 def run(config: ConfigDict, workdir: Path) -> dict:
@@ -155,31 +169,36 @@ def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) ->
 
 def pooled(experiment: Experiment) -> Experiment:
     """The experiment with all clients' examples in one client's hands."""
+    if isinstance(experiment.population, OnHost):
+        raise ValueError(
+            "config.compare: a phase in which one client holds all data needs config.examples_on = 'device'"
+        )
+    data, clients = experiment.population
     indices, counts = partition.pad([np.concatenate(experiment.problem.clients)])
     put = lambda new, old: jax.device_put(new, old.sharding)
-    clients = jax.tree.map(put, Client(indices, counts), experiment.clients)
+    clients = jax.tree.map(put, Client(indices, counts), clients)
     config = experiment.config.copy_and_resolve_references()
     config.cohort = 0
-    return experiment._replace(config=config, clients=clients)
+    return experiment._replace(config=config, population=Resident(data, clients))
 
 
 def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     """Goes through one round of a phase by shapes alone, which brings out what does not fit in its config."""
     if settings.cache_body:
         cache.check(experiment, settings, name)
-        experiment = cache.cached(experiment, experiment.params, settings.cache_views, run=jax.eval_shape)
+        experiment = cache.cached(experiment, experiment.params, settings.cache_views, by_shapes=True)
     if settings.pooled:
         experiment = pooled(experiment)
     rates = phase.make_rates(settings, experiment.config.precision)
     stages = rounds.make_stages(loop.plan_of(experiment, settings))
-    phase.memory_on_host(experiment.config, stages.plan, experiment.params, experiment.clients.num_examples.size)
-    state = stages.init(experiment.params, stages.plan.cohort)  # with memories of the cohort alone, as stages see it
+    phase.memories_on_host(experiment.config, stages.plan, experiment.params)
+    cohort = experiment.population.shapes(stages.plan.cohort)
+    state = stages.init(experiment.params, on_host=True)
+    state = rounds.fetch(state, np.arange(stages.plan.cohort))  # the cohort's memories alone
     stages = loop.compiled(experiment, settings, stages, state)
-    data, clients, root = experiment.train, experiment.clients, experiment.root
-    ids = stages.draw.eval_shape(state.round, clients, root)
     by_shapes = stages._replace(train=stages.train.eval_shape, sketch=stages.sketch.eval_shape)
-    results, sketches = rounds.work(by_shapes, state, rates, data, clients, ids, root)
-    stages.aggregate.eval_shape(state, rates, clients, ids, results, sketches)
+    results, sketches = rounds.work(by_shapes, state, rates, cohort, experiment.root)
+    stages.aggregate.eval_shape(state, rates, cohort, results, sketches)
 
 
 def fresh(workdir: Path) -> Path:

@@ -1,6 +1,7 @@
 """How does a phase run, round after round? Stage by stage, each timed, or many rounds in one compiled call."""
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -8,10 +9,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fipa_jax import metrics, phase, report, rounds, sketch, trees
+from fipa_jax import config as config_lib
+from fipa_jax import metrics, phase, report, rounds, sketch, trees, tune
+from fipa_jax.population import Ahead, OnHost
+from fipa_jax.simulate import replicate
 
 # Fields of a phase that are traced or only steer the loop: rules that differ in these alone share compiled programs.
 TRACED = ("rounds", "local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr")
@@ -28,13 +33,17 @@ def run_phase(experiment, settings: ConfigDict, name: str, params, first: int, w
       first: number of its first round.
       writer: of the metrics file.
     """
-    rates = phase.make_rates(settings, experiment.config.precision)
+    config, last = experiment.config, first + settings.rounds - 1
     stages = rounds.make_stages(plan_of(experiment, settings))
+    rates = replicate(phase.make_rates(settings, config.precision), stages.plan.mesh)
     state = start(experiment, stages, params, first)
-    per_call, last = experiment.config.rounds_per_call, first + settings.rounds - 1
-    advance = (in_blocks if per_call > 1 else by_stage)(experiment, settings, stages, state)
+    if config.chunk < 0:
+        stages = rounds.make_stages(stages.plan._replace(chunk=tuned_chunk(experiment, settings, stages, state, rates)))
+    advance = (in_blocks if config.rounds_per_call > 1 else by_stage)(experiment, settings, stages, state)
+    unseen = 1 if config.stage_seconds else config.eval.every  # rounds that run before the host looks at any
+    per_call = config.rounds_per_call if config.rounds_per_call > 1 else unseen
     rows, said = [], Counter()
-    with tqdm(total=settings.rounds, desc=f"{name:<12}", unit="round") as bar:
+    with tqdm(total=settings.rounds, desc=f"{name:<12}", unit="round", disable=jax.process_index() > 0) as bar:
         for k in range(first, last + 1, per_call):
             state, found = advance(state, rates, k, min(per_call, last + 1 - k), last)
             for row, info in found:
@@ -47,24 +56,41 @@ def run_phase(experiment, settings: ConfigDict, name: str, params, first: int, w
 
 
 def by_stage(experiment, settings, stages, state) -> Callable:
-    """Builds `advance(state, rates, k, 1, last) -> (state, [(row, info)])`: one round, the seconds of each stage."""
+    """Builds `advance(state, rates, k, count, last) -> (state, [(row, info)])`: `count` rounds, one after another.
+
+    With `config.stage_seconds` each stage is waited for and timed; without, the host looks at nothing before the end.
+    """
+    config, people, root = experiment.config, experiment.population, experiment.root
     stages = compiled(experiment, settings, stages, state)
-    data, clients, root = experiment.train, experiment.clients, experiment.root
+    fetch = lambda k: people.cohort(stages.draw(jnp.int32(k), root))
+    if isinstance(people, OnHost):
+        fetch = Ahead(fetch, int(state.round) + settings.rounds - 1)
+
+    def one(state, rates, k, last, clock):
+        cohort = clock("fetch", fetch(k))
+        seen = rounds.fetch(state, cohort.ids)
+        results, sketches = rounds.work(stages, seen, rates, cohort, root, clock)
+        sent = traffic_of(state, results, sketches, stages.plan)
+        seen, info = clock("aggregate", stages.aggregate(seen, rates, cohort, results, sketches))
+        state = rounds.keep(state, seen, cohort.ids)
+        test, own = due(config.eval, k, last)
+        figures = on_test(experiment, experiment.held, state.params) if test else {}
+        figures |= on_clients(experiment, people, state.params) if own else {}
+        return state, (info, clock("evaluate", figures), sent)
 
     def advance(state, rates, k, count, last):
-        clock = Clock()
-        ids = stages.draw(state.round, clients, root)
-        seen = rounds.fetch(state, ids)
-        results, sketches = rounds.work(stages, seen, rates, data, clients, ids, root, clock)
-        sent = traffic_of(state, results, sketches, stages.plan)
-        seen, info = clock("aggregate", stages.aggregate(seen, rates, clients, ids, results, sketches))
-        state = rounds.keep(state, seen, ids)
-        test, own = due(experiment.config.eval, k, last)
-        figures = on_test(experiment, experiment.held, state.params) if test else {}
-        figures |= on_clients(experiment, data, clients, state.params) if own else {}
-        clock("evaluate", figures)
-        info = jax.device_get(info)
-        return state, [({"round": k} | figures | report.figures(info) | sent(info) | clock.seconds, info)]
+        found, clocks, whole = [], [Clock(config.stage_seconds) for _ in range(count)], Clock()
+        for j, clock in enumerate(clocks):
+            state, row = one(state, rates, k + j, last, clock)
+            found.append(row)
+        infos, figures, sent = zip(*found, strict=True)
+        infos, figures = whole("round", jax.device_get((infos, figures)))
+        each = {} if config.stage_seconds else {"seconds_round": whole.seconds["seconds_round"] / count}
+        rows = [
+            {"round": k + j} | figures[j] | report.figures(info) | sent[j](info) | clocks[j].seconds | each
+            for j, info in enumerate(infos)
+        ]
+        return state, list(zip(rows, infos, strict=True))
 
     return advance
 
@@ -75,17 +101,17 @@ def in_blocks(experiment, settings, stages, state) -> Callable:
     Evaluation is part of the program, and nothing comes back to the host in between. One compilation serves any count
     up to `config.rounds_per_call`.
     """
-    config, key = experiment.config, key_of(settings, state)
+    config, key = experiment.config, key_of(settings, stages.plan, state)
     round_ = rounds.compose(stages)
 
-    def one(state, rates, data, held, clients, root, last):
+    def one(state, rates, people, held, root, last):
         test, own = due(config.eval, state.round, last)
-        state, info = round_(state, rates, data, clients, root)
+        state, info = round_(state, rates, *people, root)
         figures = _if(test, lambda params: on_test(experiment, held, params), state.params)
-        return state, (info, figures | _if(own, lambda p: on_clients(experiment, data, clients, p), state.params))
+        return state, (info, figures | _if(own, lambda p: on_clients(experiment, people, p), state.params))
 
-    def block(state, rates, data, held, clients, root, count, last):
-        given = rates, data, held, clients, root, last
+    def block(state, rates, people, held, root, count, last):
+        given = rates, people, held, root, last
         row = jax.eval_shape(one, state, *given)[1]
         empty = jax.tree.map(lambda leaf: jnp.zeros([config.rounds_per_call, *leaf.shape], leaf.dtype), row)
 
@@ -96,17 +122,20 @@ def in_blocks(experiment, settings, stages, state) -> Callable:
 
         return lax.fori_loop(0, count, body, (state, empty))
 
-    data, clients, root = experiment.train, experiment.clients, experiment.root
-    run = experiment.compiled.setdefault(f"block of {key}", jax.jit(block))
+    people, root = experiment.population, experiment.root
+    run = experiment.compiled.setdefault(f"block of {key}", jax.jit(block, donate_argnums=0))
     rates = phase.make_rates(settings, config.precision)
-    ids = jax.eval_shape(stages.draw, state.round, clients, root)
-    of_clients = lambda state, rates, *given: rounds.work(stages, rounds.fetch(state, given[2]), rates, *given)
-    shapes = jax.eval_shape(of_clients, state, rates, data, clients, ids, root)
+
+    def uploads(state, rates, people, root):
+        cohort = people.cohort(stages.draw(state.round, root))
+        return rounds.work(stages, rounds.fetch(state, cohort.ids), rates, cohort, root)
+
+    shapes = jax.eval_shape(uploads, state, rates, people, root)
     sent = traffic_of(state, *shapes, stages.plan)
 
     def advance(state, rates, k, count, last):
         clock = Clock()
-        state, (infos, figures) = run(state, rates, data, experiment.held, clients, root, count, last)
+        state, (infos, figures) = run(state, rates, people, experiment.held, root, count, last)
         infos, figures = jax.device_get(clock("round", (infos, figures)))
         found = []
         for i in range(count):
@@ -141,36 +170,50 @@ def on_test(experiment, held: dict, params) -> dict:
     return found
 
 
-def on_clients(experiment, data: dict, clients, params) -> dict:
-    """The figures of every client's own examples."""
-    return metrics.over_clients(experiment.evaluate(params, data), clients)
+def on_clients(experiment, people, params) -> dict:
+    """The figures of every client's own examples, `people` being the population."""
+    return metrics.over_clients(people.means(people.values(experiment.evaluate, params)), people.num_examples)
 
 
 def plan_of(experiment, settings: ConfigDict) -> rounds.Plan:
     """The plan of a phase of this experiment."""
-    num_clients = experiment.clients.num_examples.shape[0]
+    num_clients = experiment.population.num_examples.size
     return phase.make_plan(experiment.config, settings, experiment.problem.task, num_clients)
 
 
 def start(experiment, stages: rounds.Stages, params, first: int) -> rounds.State:
     """The state before round `first`."""
-    num_clients = experiment.clients.num_examples.shape[0]
-    on_host = phase.memory_on_host(experiment.config, stages.plan, params, num_clients)
-    return stages.init(params, num_clients, first, on_host)
+    state = stages.init(params, first, phase.memories_on_host(experiment.config, stages.plan, params))
+    memory = state.memory
+    # A round writes its state in the place of the last one, and these parameters are the next rule's too.
+    return jax.tree.map(jnp.copy, state._replace(memory=()))._replace(memory=memory)
+
+
+def tuned_chunk(experiment, settings: ConfigDict, stages: rounds.Stages, state: rounds.State, rates) -> int:
+    """The fastest chunk for the phase on this machine, see `tune`; all processes take the first one's."""
+    plan, people, device = stages.plan, experiment.population, jax.devices()[0]
+    clients = -(-plan.cohort // (1 if plan.mesh is None else plan.mesh.size))
+    shapes = jax.tree.map(lambda leaf: str((leaf.shape, leaf.dtype)), (state.params, people.shapes(plan.cohort)))
+    depends = key_of(settings, stages.plan, state), shapes, clients, device.device_kind, os.cpu_count(), jax.__version__
+    cohort = people.cohort(stages.draw(state.round, experiment.root))
+    measure = tune.seconds_of(plan, rates, state.params, cohort, experiment.root)
+    chunk = tune.fastest_chunk(measure, clients, repr(depends), config_lib.user_cache() / "chunks.json")
+    return int(multihost_utils.broadcast_one_to_all(jnp.int32(chunk)))
 
 
 def compiled(experiment, settings: ConfigDict, stages: rounds.Stages, state: rounds.State):
     """The phase's stages, jitted once for all phases that differ in traced hyper-parameters only."""
-    key = key_of(settings, state)
+    key = key_of(settings, stages.plan, state)
     if key not in experiment.compiled:
-        jitted = {name: jax.jit(getattr(stages, name)) for name in ("draw", "train", "sketch", "aggregate")}
-        experiment.compiled[key] = stages._replace(**jitted)
+        jitted = {name: jax.jit(getattr(stages, name)) for name in ("draw", "train", "sketch")}
+        aggregate = jax.jit(stages.aggregate, donate_argnums=0)  # the new state takes the old one's place
+        experiment.compiled[key] = stages._replace(**jitted, aggregate=aggregate)
     return experiment.compiled[key]
 
 
-def key_of(settings: ConfigDict, state: rounds.State) -> str:
+def key_of(settings: ConfigDict, plan: rounds.Plan, state: rounds.State) -> str:
     """What two phases must share to share their compiled programs."""
-    static = json.loads(settings.to_json_best_effort())
+    static = json.loads(settings.to_json_best_effort()) | {"chunk": plan.chunk}
     # A rule's own numbers are traced if it keeps them in its state, as `FipaState` does.
     traced = [f"aggregator.{name}" for name in getattr(state.aggregator, "_fields", ())]
     for path in (*TRACED, *traced):
@@ -190,7 +233,7 @@ def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> Cal
     Args:
       state, results, sketches: of a round, or their shapes.
     """
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    size = trees.nbytes
     model = size(trees.select(state.params, plan.trainable))
     down = plan.cohort * (model + size(state.shared if plan.term.travels else ()))
     up, pair = size((results.delta, results.before, results.memory if plan.term.travels else ())), 0
@@ -203,12 +246,14 @@ def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> Cal
 
 
 class Clock:
-    """Seconds of each stage; waits for the device, so that a stage's time is its own."""
+    """Seconds of each stage; waits for the device, so that a stage's time is its own, or does nothing."""
 
-    def __init__(self):
-        self.seconds, self._last = {}, time.perf_counter()
+    def __init__(self, wait: bool = True):
+        self.seconds, self._wait, self._last = {}, wait, time.perf_counter()
 
     def __call__(self, stage: str, result):
+        if not self._wait:
+            return result
         jax.block_until_ready(result)
         now = time.perf_counter()
         self.seconds[f"seconds_{stage}"], self._last = round(now - self._last, 6), now

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fipa_jax.simulate import Client, present
-
 
 def make_evaluate(task, batch_size: int) -> Callable:
     """Builds `evaluate(params, data) -> {name: [N]}`: the task's metrics of every example, in batches; jit it."""
@@ -59,26 +57,22 @@ def calibration_error(confidence: jax.Array, correct: jax.Array, bins: int = 15)
     return jnp.sum(jnp.abs(gap)) / confidence.size
 
 
-def over_clients(values: dict, clients: Client) -> dict:
-    """Mean, standard deviation and worst decile over clients of their own means, from {name: [N]} of all examples.
+def over_clients(means: dict, num_examples: jax.Array) -> dict:
+    """Mean, standard deviation and worst decile over clients of their own means {name: [T]}.
 
     The worst decile is the mean over the tenth of the clients (at least one) with the lowest accuracy, or the highest
-    value of any other figure (NaN is worst). Clients without examples do not count.
+    value of any other figure (NaN is worst). Clients without examples, by `num_examples` [T], do not count.
     """
-    mask = jax.vmap(present)(clients)
+    there = num_examples > 0
+    number = jnp.maximum(jnp.sum(there), 1)
     result = {}
-    for name, value in values.items():
+    for name, own in means.items():
         if name == "confidence":  # of use for the calibration error alone
             continue
-        totals = jnp.sum(jnp.where(mask, value[clients.indices], 0), axis=1)
-        counts = clients.num_examples
-        means = totals / jnp.maximum(counts, 1)
-        there = counts > 0
-        number = jnp.maximum(jnp.sum(there), 1)
-        mean = jnp.sum(jnp.where(there, means, 0)) / number
-        spread = jnp.sqrt(jnp.sum(jnp.where(there, (means - mean) ** 2, 0)) / number)
-        badness = jnp.where(there, jnp.nan_to_num(-direction(f"client_{name}") * means, nan=jnp.inf), -jnp.inf)
-        worst = means[jnp.argsort(-badness)]
+        mean = jnp.sum(jnp.where(there, own, 0)) / number
+        spread = jnp.sqrt(jnp.sum(jnp.where(there, (own - mean) ** 2, 0)) / number)
+        badness = jnp.where(there, jnp.nan_to_num(-direction(f"client_{name}") * own, nan=jnp.inf), -jnp.inf)
+        worst = own[jnp.argsort(-badness)]
         decile = jnp.arange(worst.size) < jnp.maximum(number // 10, 1)
         result[f"client_{name}_mean"] = mean
         result[f"client_{name}_std"] = spread

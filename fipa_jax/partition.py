@@ -7,6 +7,7 @@ its classes, `dirichlet_by_class` spreads every class over the clients and leave
 import ast
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -223,7 +224,50 @@ PARTITIONS = {
 }
 
 
-def pad(clients: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+class Ragged(Sequence):
+    """Each client's indices, in two arrays whatever the number of clients: a million of them are no million objects.
+
+    Args:
+      flat: [N] int, the indices of all clients, one client after another.
+      offsets: [T + 1] int, where each client's begin, and the end.
+    """
+
+    def __init__(self, flat: np.ndarray, offsets: np.ndarray):
+        self.flat, self.offsets = flat, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, client: int) -> np.ndarray:
+        if not -len(self) <= client < len(self):
+            raise IndexError(f"client {client} of {len(self)}")
+        client %= len(self)
+        return self.flat[self.offsets[client] : self.offsets[client + 1]]
+
+
+def by_owner(owner: np.ndarray) -> Ragged:
+    """For each value in `owner` [N], in ascending order, the indices that have it, ascending too."""
+    _, counts = np.unique(owner, return_counts=True)
+    return Ragged(np.argsort(owner, kind="stable"), np.concatenate([[0], np.cumsum(counts)]))
+
+
+def sizes(clients: Sequence[np.ndarray]) -> np.ndarray:
+    """[T] int32, the number of examples of every client.
+
+    Raises:
+      ValueError: there are no clients, or a client has no examples.
+    """
+    num_examples = np.fromiter(map(len, clients), np.int32, len(clients))
+    if not len(clients) or num_examples.min() == 0:
+        empty = np.flatnonzero(num_examples == 0).tolist()
+        raise ValueError(
+            f"every client needs an example, but of {len(clients)} clients these have none: {empty}; lower "
+            f"config.partition.num_clients or choose another config.partition.name"
+        )
+    return num_examples
+
+
+def pad(clients: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Stacks ragged index lists into one rectangle.
 
     Args:
@@ -234,22 +278,16 @@ def pad(clients: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
       `num_examples` masks it), and num_examples [T] int32.
 
     Raises:
-      ValueError: there are no clients, or a client has no examples.
+      ValueError: see `sizes`.
     """
-    num_examples = np.array([len(client) for client in clients], np.int32)
-    if not len(clients) or num_examples.min() == 0:
-        empty = np.flatnonzero(num_examples == 0).tolist()
-        raise ValueError(
-            f"every client needs an example, but of {len(clients)} clients these have none: {empty}; lower "
-            f"config.partition.num_clients or choose another config.partition.name"
-        )
+    num_examples = sizes(clients)
     indices = np.empty([len(clients), num_examples.max()], np.int32)
     for row, client in zip(indices, clients, strict=True):
         row[: len(client)], row[len(client) :] = client, client[0]
     return indices, num_examples
 
 
-def class_counts(clients: list[np.ndarray], labels: np.ndarray, num_classes: int) -> np.ndarray:
+def class_counts(clients: Sequence[np.ndarray], labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Counts the examples of each class at each client: [T, K]."""
     return np.stack([np.bincount(labels[client], minlength=num_classes) for client in clients])
 

@@ -1,6 +1,7 @@
 """How does a phase's config become a plan of its rounds? Names become functions, fields become their arguments."""
 
 import inspect
+import os
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from fipa_jax import aggregate, rounds, second_order, server, sketch, terms, trees
 from fipa_jax import client as client_lib
-from fipa_jax.tasks import Task
+from fipa_jax.tasks import Problem, Task
 
 
 def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients: int) -> rounds.Plan:
@@ -37,6 +38,7 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
         sketch=None if make is None else sketch_of(make, task.loss, settings.sketch),
         aggregator=aggregator,
         server=server.make(settings.server.optimizer, settings.server.momentum),
+        num_clients=num_clients,
         cohort=cohort,
         trainable=settings.trainable,
         sketch_examples=settings.sketch.examples,
@@ -44,7 +46,7 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
         step_scale=settings.local.step_scale if sketched else 0.0,
         max_steps=settings.local.max_steps,
         matched=matched,
-        chunk=config.chunk,
+        chunk=1 if config.chunk < 0 else config.chunk,  # until it is measured
         mesh=make_mesh(config.devices),
     )
 
@@ -90,28 +92,45 @@ def make_rates(settings: ConfigDict, dtype: str) -> rounds.Rates:
     return rounds.Rates(hyper, array(settings.local.lr_decay), array(settings.server.lr))
 
 
-def memory_on_host(config: ConfigDict, plan: rounds.Plan, params, num_clients: int) -> bool:
-    """Whether the clients' memories live on the host rather than on the device.
+def memories_on_host(config: ConfigDict, plan: rounds.Plan, params) -> bool:
+    """Whether what clients keep between rounds lives on the host, by `config.client_memory`; see `_on_host`."""
+    blank = jax.eval_shape(plan.term.init, trees.select(params, plan.trainable))
+    return _on_host(config, "client_memory", plan.num_clients * trees.nbytes(blank))
 
-    By `config.client_memory`: device, host, or auto: on the host where they would take more than a quarter of the
-    device's memory.
+
+def examples_on_host(config: ConfigDict, problem: Problem) -> bool:
+    """Whether the clients and their examples live on the host, by `config.examples_on`; see `_on_host`."""
+    widest = max(map(len, problem.clients))
+    return _on_host(config, "examples_on", trees.nbytes(problem.train) + 4 * len(problem.clients) * widest)
+
+
+def _on_host(config: ConfigDict, field: str, size: int) -> bool:
+    """Whether what takes `size` bytes lives on the host: as the field says, or where it fills a quarter of a device.
 
     Raises:
-      ValueError: they do, but many rounds are to run in one call.
+      ValueError: it does, but many rounds are to run in one call.
     """
-    where, limit = config.client_memory, (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    if where != "auto" or limit is None:  # a CPU gives no limit: it is the host
-        on_host = where == "host"
-    else:
-        blank = jax.eval_shape(plan.term.init, trees.select(params, plan.trainable))
-        on_host = 4 * num_clients * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(blank)) > limit
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or host_bytes()  # a CPU is the host
+    on_host = config[field] == "host" or (config[field] == "auto" and 4 * size > limit)
     if on_host and config.rounds_per_call > 1:
-        raise ValueError("config.rounds_per_call: above 1 it needs config.client_memory = 'device'")
+        raise ValueError(f"config.rounds_per_call: above 1 it needs config.{field} = 'device'")
     return on_host
 
 
+def host_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def make_mesh(devices: int):
-    """`devices` devices along an axis `clients`; None for one."""
+    """`devices` devices, 0 for all, along an axis `clients`; None for one.
+
+    Raises:
+      ValueError: there are fewer, or a process of several would be left without one.
+    """
+    devices = devices or len(jax.devices())
+    if jax.process_count() > 1 and devices != len(jax.devices()):
+        raise ValueError(f"config.devices: {jax.process_count()} processes use all their devices; set it to 0")
     if devices == 1:
         return None
     if devices > len(jax.devices()):

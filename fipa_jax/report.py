@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +13,29 @@ from ml_collections import ConfigDict
 from fipa_jax import partition, plots, sketch, tasks, trees
 
 REPEATS = 10  # of a warning in one phase
+SHOWN = 1000  # clients that are drawn, and whose classes are counted
 CELL = 11  # characters of a figure in the table of rules
+
+
+class Compilations:
+    """How many programs were compiled from now on, how long that took, and how many came from the cache on the disk."""
+
+    def __init__(self):
+        self._events, self._seconds = Counter(), 0.0
+        jax.monitoring.register_event_listener(self._count)
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _count(self, event: str, **_):
+        self._events[event.rpartition("/")[2]] += 1
+
+    def _add(self, event: str, seconds: float, **_):
+        if event == "/jax/core/compile/backend_compile_duration":  # or loading from the cache
+            self._seconds += seconds
+
+    def __str__(self) -> str:
+        hits, misses = self._events["cache_hits"], self._events["cache_misses"]
+        where = f" in {jax.config.jax_compilation_cache_dir}" if hits or misses else ""
+        return f"{hits + misses} programs in {self._seconds:.1f} s, {hits} of them from the cache{where}"
 
 
 def warn(name: str, k: int, info: dict, said: Counter) -> None:
@@ -71,7 +94,8 @@ def describe(config: ConfigDict, problem: tasks.Problem, params) -> None:
     by_class = class_counts(problem)
     if by_class is not None:
         spread = partition.heterogeneity(by_class)
-        print(", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in spread.items()) + " over clients")
+        which = "clients" if len(counts) <= SHOWN else f"the first {SHOWN} clients"
+        print(", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in spread.items()) + f" over {which}")
     print(f"\n{parameter_table(params, config.fipa.trainable)}\n")
 
 
@@ -92,16 +116,21 @@ def parameter_table(params, trainable: str) -> str:
 
 
 def class_counts(problem: tasks.Problem):
-    """[T, K], how many examples of each class every client owns; None for a task without classes."""
+    """[T, K], how many examples of each class clients own, the first `SHOWN`; None for a task without classes."""
     if "label" not in problem.train:
         return None
     labels = np.asarray(problem.train["label"])
-    return partition.class_counts(problem.clients, labels, int(labels.max()) + 1)
+    return partition.class_counts(shown(problem.clients), labels, int(labels.max()) + 1)
+
+
+def shown(clients: Sequence) -> list:
+    """The clients that a person is shown: all, or the first of very many."""
+    return [clients[client] for client in range(min(len(clients), SHOWN))]
 
 
 def draw_split(problem: tasks.Problem, workdir: Path) -> None:
     """Draws who owns which data, where there are classes or at most two inputs to draw."""
-    train, clients, counts = problem.train, problem.clients, class_counts(problem)
+    train, clients, counts = problem.train, shown(problem.clients), class_counts(problem)
     if counts is not None:
         plots.split_by_class(counts, workdir / "split.png")
     elif {"x", "y"} <= set(train) and train["x"].ndim == 2 and train["x"].shape[1] <= 2:
@@ -116,4 +145,4 @@ def draw_prediction(problem: tasks.Problem, params, path: Path) -> None:
         return
     found = np.asarray(jax.jit(problem.task.outputs)(params, test)[0]).reshape(-1)
     x = np.asarray(problem.train["x"])
-    plots.prediction(test["x"], np.asarray(truth).reshape(-1), found, [x[own] for own in problem.clients], path)
+    plots.prediction(test["x"], np.asarray(truth).reshape(-1), found, [x[own] for own in shown(problem.clients)], path)

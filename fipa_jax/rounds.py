@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from fipa_jax import curvature, terms, trees
 from fipa_jax.aggregate import Aggregator, Uploads
 from fipa_jax.client import Hyper, LocalResult, steps_for
-from fipa_jax.simulate import Client, gather, map_clients, masked_mean, present, sample_cohort
+from fipa_jax.memory import Memories
+from fipa_jax.simulate import Client, Cohort, gather, map_clients, masked_mean, present, replicate, sample_cohort, take
 from fipa_jax.sketch import Diagonal, Sketch, above_gradient, smallest, truncate
 
 
@@ -25,7 +24,7 @@ class State(NamedTuple):
     params: Any  # the global model
     aggregator: Any
     server: optax.OptState
-    memory: Any  # of the term, stacked over all clients [T, ...]; inside a stage over the cohort [C, ...]
+    memory: Any  # of the term, stacked over all clients [T, ...], or on the host; inside a stage the cohort's [C, ...]
     shared: Any  # the mean of `memory` over all T clients
     round: jax.Array  # [], int32, counted over all phases
 
@@ -40,6 +39,7 @@ class Plan(NamedTuple):
     sketch: Callable | None
     aggregator: Aggregator
     server: optax.GradientTransformation  # on the negative step, without the learning rate; see `server`
+    num_clients: int  # T
     cohort: int  # C
     trainable: str  # regular expression over parameter paths
     sketch_examples: int = 0  # examples of a client that enter its sketch; 0 for all
@@ -60,18 +60,18 @@ class Rates(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """One round, stage by stage; `data` is the training set {field: [N, ...]}, `clients` all clients stacked [T, ...].
+    """One round, stage by stage.
 
-    From `train` on a stage sees the state of `fetch`, with the memories of the cohort alone: those of all clients may
-    live on the host. Keys derive from the root key, the round number and the client's id: neither the order of the
-    clients nor a resume changes them.
+    From `train` on a stage sees the cohort alone: the `simulate.Cohort`, which `population` makes of its ids, and the
+    state of `fetch`. What belongs to all clients may live on the host. Keys derive from the root key, the round number
+    and the client's id: neither the order of the clients nor a resume changes them.
     """
 
-    init: Callable  # (params, num_clients, round=0, on_host=False) -> State
-    draw: Callable  # (round, clients, root) -> ids [C] of the cohort
-    train: Callable  # (state, rates, data, clients, ids, root, sketches=None) -> LocalResult [C, ...]
-    sketch: Callable  # (state, data, clients, ids, results | None, root) -> Sketch or Diagonal [C, ...], or None
-    aggregate: Callable  # (state, rates, clients, ids, results, sketches) -> (state, info)
+    init: Callable  # (params, round=0, on_host=False) -> State
+    draw: Callable  # (round, root) -> ids [C] of the cohort
+    train: Callable  # (state, rates, cohort, root, sketches=None) -> LocalResult [C, ...]
+    sketch: Callable  # (state, cohort, results | None, root) -> Sketch or Diagonal [C, ...], or None
+    aggregate: Callable  # (state, rates, cohort, results, sketches) -> (state, info)
     plan: Plan
 
 
@@ -84,15 +84,15 @@ def make_stages(plan: Plan) -> Stages:
         chosen = trees.select(params, plan.trainable)
         return chosen, lambda theta, batch: plan.task.outputs(trees.replace(params, theta), batch)
 
-    def init(params, num_clients: int, round: int = 0, on_host: bool = False) -> State:
+    def init(params, round: int = 0, on_host: bool = False) -> State:
         chosen = trees.select(params, plan.trainable)
         blank = plan.term.init(chosen)
-        stack = lambda lib: jax.tree.map(lambda leaf: lib.repeat(lib.asarray(leaf)[None], num_clients, axis=0), blank)
-        memory, server = () if on_host else stack(jnp), plan.server.init(chosen)
+        stacked = lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], plan.num_clients, axis=0)
+        memory, server = () if on_host else jax.tree.map(stacked, blank), plan.server.init(chosen)
         state = State(params, plan.aggregator.init(chosen), server, memory, blank, jnp.asarray(round, jnp.int32))
         if plan.mesh is not None:  # placed where a round leaves it, or the second round would compile anew
-            state = jax.device_put(state, NamedSharding(plan.mesh, PartitionSpec()))
-        return state._replace(memory=stack(np)) if on_host else state
+            state = replicate(state, plan.mesh)
+        return state._replace(memory=Memories(blank)) if on_host else state
 
     def keys(state, root, ids):
         """Of the round: (clients' training [C], clients' sketches [C])."""
@@ -100,11 +100,11 @@ def make_stages(plan: Plan) -> Stages:
         per_client = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         return per_client(train, ids), per_client(sketch, ids)
 
-    def draw(round, clients: Client, root):
+    def draw(round, root):
         key = jax.random.split(jax.random.fold_in(root, round), 3)[0]
-        return sample_cohort(key, clients.num_examples.shape[0], plan.cohort)
+        return sample_cohort(key, plan.num_clients, plan.cohort)
 
-    def train(state: State, rates: Rates, data: dict, clients: Client, ids, root, sketches=None) -> LocalResult:
+    def train(state: State, rates: Rates, cohort: Cohort, root, sketches=None) -> LocalResult:
         hyper = rates.local._replace(lr=rates.local.lr * rates.lr_decay**state.round)
         if plan.matched:
             hyper = hyper._replace(damping=state.aggregator.damping)
@@ -121,11 +121,11 @@ def make_stages(plan: Plan) -> Stages:
             losses = plan.task.loss(outputs(chosen, examples)[0], examples)
             return result._replace(before=masked_mean(losses, present(client)))
 
-        common = state.params, data, hyper, state.shared
-        stacked = take(clients, ids), keys(state, root, ids)[0], state.memory, least
+        common = state.params, cohort.data, hyper, state.shared
+        stacked = cohort.clients, keys(state, root, cohort.ids)[0], state.memory, least
         return map_clients(one, common, *stacked, chunk=plan.chunk, mesh=plan.mesh)
 
-    def sketch(state: State, data: dict, clients: Client, ids, results, root) -> Sketch | Diagonal | None:
+    def sketch(state: State, cohort: Cohort, results, root) -> Sketch | Diagonal | None:
         if plan.sketch is None:
             return None
 
@@ -144,8 +144,8 @@ def make_stages(plan: Plan) -> Stages:
             return found, curvature.make_gradient(only_outputs, plan.task.loss)(theta, batch, mask)
 
         moved = results.delta if plan.aggregator.at == "local" else None
-        stacked = take(clients, ids), keys(state, root, ids)[1], moved
-        found, gradients = map_clients(one, (state.params, data), *stacked, chunk=plan.chunk, mesh=plan.mesh)
+        stacked = cohort.clients, keys(state, root, cohort.ids)[1], moved
+        found, gradients = map_clients(one, (state.params, cohort.data), *stacked, chunk=plan.chunk, mesh=plan.mesh)
         if not plan.gradient_scale:
             return found
         # A client of NaN, which the aggregator sets aside, must not undo the others' sketches.
@@ -154,10 +154,10 @@ def make_stages(plan: Plan) -> Stages:
         rule = lambda sketch, length: above_gradient(sketch, length, total, state.round + 1, plan.gradient_scale)
         return jax.vmap(truncate)(found, jax.vmap(rule)(found, lengths))
 
-    def aggregate(state: State, rates: Rates, clients: Client, ids, results: LocalResult, sketches):
+    def aggregate(state: State, rates: Rates, cohort: Cohort, results: LocalResult, sketches):
         chosen = trees.select(state.params, plan.trainable)
         loss = results.before if plan.aggregator.wants_loss else None
-        uploads = Uploads(results.delta, clients.num_examples[ids], sketches, loss)
+        uploads = Uploads(results.delta, cohort.clients.num_examples, sketches, loss)
         step, rule_state, info = plan.aggregator.apply(uploads, state.aggregator, chosen)
         # A client set aside keeps its old memory, so that one bad upload does not poison the shared mean; so does one
         # without examples, whose memory would change although it took no step.
@@ -165,12 +165,11 @@ def make_stages(plan: Plan) -> Stages:
         accepted = took_part & trees.is_finite((results.loss, results.memory))
         change = trees.zero_unless(accepted, optax.tree.sub(results.memory, state.memory))
         memory = optax.tree.add(state.memory, change)
-        num_clients = clients.num_examples.shape[0]
-        shared = jax.tree.map(lambda mean, d: mean + jnp.sum(d, axis=0) / num_clients, state.shared, change)
+        shared = jax.tree.map(lambda mean, d: mean + jnp.sum(d, axis=0) / plan.num_clients, state.shared, change)
         step = plan.term.correct(step, shared, rates.local.mu)
         update, server = server_rule.update(optax.tree.scale(-1, step), state.server, chosen, deltas=results.delta)
         chosen = jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update)
-        info |= {"ids": ids, "local_loss": jnp.mean(results.loss)}
+        info |= {"ids": cohort.ids, "local_loss": jnp.mean(results.loss)}
         if isinstance(sketches, Sketch):
             info["sketch_pairs"] = jnp.sum(sketches.eigenvalues > 0)
         params = trees.replace(state.params, chosen)
@@ -179,27 +178,30 @@ def make_stages(plan: Plan) -> Stages:
     return Stages(init, draw, train, sketch, aggregate, plan)
 
 
-def work(stages: Stages, seen: State, rates: Rates, data, clients, ids, root, clock=lambda stage, result: result):
+def work(stages: Stages, seen: State, rates: Rates, cohort: Cohort, root, clock=lambda stage, result: result):
     """The clients' part of a round: (results, sketches). Sketches come first where the local steps adapt to them.
 
     Args:
       clock: (name of the stage, its result) -> the result; it may measure the time.
     """
     if stages.plan.step_scale:
-        sketches = clock("sketch", stages.sketch(seen, data, clients, ids, None, root))
-        return clock("train", stages.train(seen, rates, data, clients, ids, root, sketches)), sketches
-    results = clock("train", stages.train(seen, rates, data, clients, ids, root))
-    return results, clock("sketch", stages.sketch(seen, data, clients, ids, results, root))
+        sketches = clock("sketch", stages.sketch(seen, cohort, None, root))
+        return clock("train", stages.train(seen, rates, cohort, root, sketches)), sketches
+    results = clock("train", stages.train(seen, rates, cohort, root))
+    return results, clock("sketch", stages.sketch(seen, cohort, results, root))
 
 
 def compose(stages: Stages) -> Callable:
-    """The round as one function: (state, rates, data, clients, root) -> (state, info). Jit it, or scan over it."""
+    """The round as one function: (state, rates, data, clients, root) -> (state, info). Jit it, or scan over it.
+
+    `data` is the training set {field: [N, ...]} and `clients` all clients, stacked [T, ...]; both on the device.
+    """
 
     def round_(state: State, rates: Rates, data: dict, clients: Client, root):
-        ids = stages.draw(state.round, clients, root)
-        seen = fetch(state, ids)
-        results, sketches = work(stages, seen, rates, data, clients, ids, root)
-        seen, info = stages.aggregate(seen, rates, clients, ids, results, sketches)
+        ids = stages.draw(state.round, root)
+        cohort, seen = Cohort(ids, take(clients, ids), data), fetch(state, ids)
+        results, sketches = work(stages, seen, rates, cohort, root)
+        seen, info = stages.aggregate(seen, rates, cohort, results, sketches)
         return keep(state, seen, ids), info
 
     return round_
@@ -207,24 +209,16 @@ def compose(stages: Stages) -> Callable:
 
 def fetch(state: State, ids) -> State:
     """The state as the cohort `ids` [C] sees it: of the clients' memories its own, [C, ...]."""
-    return state._replace(memory=take(state.memory, ids))
+    on_host = isinstance(state.memory, Memories)
+    return state._replace(memory=state.memory.rows(ids) if on_host else take(state.memory, ids))
 
 
 def keep(state: State, seen: State, ids) -> State:
     """The state after a round: `seen`, with the memories of all clients; those on the host are written in place."""
-
-    def put(stacked, rows):
-        if isinstance(stacked, np.ndarray):
-            stacked[np.asarray(ids)] = rows
-            return stacked
-        return stacked.at[ids].set(rows)
-
-    return seen._replace(memory=jax.tree.map(put, state.memory, seen.memory))
-
-
-def take(stacked, ids):
-    """Rows `ids` of every leaf."""
-    return jax.tree.map(lambda leaf: leaf[ids], stacked)
+    if isinstance(state.memory, Memories):
+        state.memory.put(ids, seen.memory)
+        return seen._replace(memory=state.memory)
+    return seen._replace(memory=jax.tree.map(lambda all_, rows: all_.at[ids].set(rows), state.memory, seen.memory))
 
 
 def subsample(key, client: Client, examples: int) -> Client:

@@ -5,7 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+FEW = 50  # a cohort of less than 1/FEW of the clients is drawn without a permutation of them all
 
 
 class Client(NamedTuple):
@@ -15,9 +18,22 @@ class Client(NamedTuple):
     num_examples: jax.Array  # [], so many of the indices, the first ones, are its own
 
 
+class Cohort(NamedTuple):
+    """The clients of a round, with the examples that they need, or more."""
+
+    ids: jax.Array  # [C] int32, distinct
+    clients: Client  # [C, N] and [C], indices into `data`
+    data: dict  # {field: [M, ...]}
+
+
 def gather(data: dict, indices: jax.Array) -> dict:
     """The examples at `indices` of every field: {field: [N_total, ...]} -> {field: [B, ...]}."""
     return {name: field[indices] for name, field in data.items()}
+
+
+def take(stacked, ids):
+    """Rows `ids` of every leaf: of all clients' [T, ...] the cohort's [C, ...]."""
+    return jax.tree.map(lambda leaf: leaf[ids], stacked)
 
 
 def present(client: Client) -> jax.Array:
@@ -31,10 +47,46 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def sample_cohort(key: jax.Array, num_clients: int, cohort: int) -> jax.Array:
-    """[C] ids of the clients that take part: distinct, uniformly drawn; all of them in order if C = T."""
+    """[C] ids of the clients that take part: distinct, uniformly drawn; all of them in order if C = T.
+
+    Where the cohort is a small part of the population, the work does not grow with the population: ids are drawn
+    independently, and those that repeat an earlier one anew until none does. (No id is preferred over another in this,
+    so all cohorts are equally likely.)
+    """
     if cohort == num_clients:
         return jnp.arange(num_clients)
-    return jax.random.choice(key, num_clients, [cohort], replace=False)
+    if num_clients < FEW * cohort:
+        return jax.random.choice(key, num_clients, [cohort], replace=False)
+    earlier = jnp.tri(cohort, k=-1, dtype=bool)
+
+    def again(carry):
+        key, ids, repeats = carry
+        key, draw = jax.random.split(key)
+        ids = jnp.where(repeats, jax.random.randint(draw, [cohort], 0, num_clients), ids)
+        return key, ids, jnp.any(earlier & (ids[:, None] == ids[None]), axis=1)
+
+    blank = jnp.zeros([cohort], int)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[2]), again, (key, blank, blank == 0))[1]
+
+
+def replicate(tree, mesh: Mesh | None):
+    """The arrays of a tree on the device, or whole on every device of the mesh, also on those of other processes.
+
+    All processes give the same arrays; that is not checked, and nothing is sent.
+    """
+    if mesh is None:
+        return jax.device_put(tree)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf):
+        if isinstance(leaf, int | float):
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(leaf)))
+        leaf = np.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))
+        return jax.make_array_from_callback(leaf.shape, everywhere, lambda index: leaf[index])
+
+    return jax.tree.map(place, tree)
 
 
 def map_clients(fn: Callable, common: tuple, *args, chunk: int = 1, mesh: Mesh | None = None):

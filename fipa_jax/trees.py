@@ -20,6 +20,11 @@ def ravel_stacked(stacked) -> jax.Array:
     return jax.vmap(ravel)(stacked)
 
 
+def nbytes(tree) -> int:
+    """The bytes of all leaves, or of arrays of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def weighted_sum(weights: jax.Array, stacked):
     """sum_m weights[m] tree_m, for weights [C] and a stacked tree."""
     dot = lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, axes=1, precision="highest")

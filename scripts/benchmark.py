@@ -6,6 +6,9 @@ head       the last layer's sketch in closed form, beside the same through the n
 merge      the server's merge: errors against float64, seconds and peak memory, beside one copy of the uploads
 gauss_newton   how close FIPA stays to the centralised Gauss-Newton trajectory, by rank and number of rounds
 step       a network's training step beside the floor of its operations, and its memory
+startup    seconds to the first round, with nothing compiled before and with the cache of compiled programs
+population time and memory of a round beside the number of all clients, of which a hundred take part
+scaling    the same rounds on 1, 2, 4 devices and on two processes: seconds, and whether a bit differs
 round      one client's work in a round beside PyTorch, pfl and fedjax; and a FIPA round beside a FedAvg round
 
 Every command takes --cpus (cores to run on, e.g. 0 or 0,1) and --out (a JSON file for all that was measured).
@@ -19,7 +22,7 @@ from pathlib import Path
 
 from benchmarks import timing
 
-COMMANDS = ("products", "sketch", "head", "merge", "gauss_newton", "step", "round")
+COMMANDS = ("products", "sketch", "head", "merge", "gauss_newton", "step", "startup", "population", "scaling", "round")
 
 
 def main():

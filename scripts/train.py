@@ -16,6 +16,13 @@ from ml_collections import config_flags  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "sine.py"
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, by default configs/sine.py; --config.a.b=value.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    "",
+    "Of several processes that share the clients: HOST:PORT of the first one, or auto under Slurm or on TPUs.",
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "How many there are, where the coordinator is HOST:PORT.")
+PROCESS = flags.DEFINE_integer("process", None, "Which one of them this is, from 0.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Where the results go; by default runs/NAME-OF-THE-CONFIG.")
 
 
@@ -44,8 +51,14 @@ def parse(argv):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; a field is set by --config.field=value")
+    import jax
+
     from fipa_jax import experiment
 
+    if COORDINATOR.value:
+        jax.distributed.initialize(
+            *({"auto": ()}.get(COORDINATOR.value, (COORDINATOR.value, PROCESSES.value, PROCESS.value)))
+        )
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
     try:
         experiment.main(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"))

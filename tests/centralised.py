@@ -57,6 +57,7 @@ def plan(trust=True):
         sketch=lambda outputs, features: sketch.make_sketch(outputs, TASK.loss, rank=RANK, solver="rows"),
         aggregator=aggregate.fipa(relative=False, max_step=0.0, trust=trust),
         server=optax.identity(),
+        num_clients=len(COUNTS),
         cohort=len(COUNTS),
         trainable=".*",
         matched=True,
@@ -78,7 +79,7 @@ def _compiled():
 def run(damping, num_rounds):
     """([parameters before each round and after the last], [info of each round])."""
     stages, step = _compiled()
-    state = stages.init(TASK.init(None), len(COUNTS))
+    state = stages.init(TASK.init(None))
     state = state._replace(aggregator=state.aggregator._replace(damping=jnp.asarray(damping, float)))
     visited, infos = [np.asarray(ravel_pytree(state.params)[0])], []
     for _ in range(num_rounds):

@@ -1,7 +1,16 @@
 """What every test runs under; the environment is set before jax starts."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
 from fipa_jax import config
 
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # shared with the processes that tests start, and gone with them
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 config.prepare_process(devices=4)
 
 import hashlib  # noqa: E402

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fipa_jax import cache, tasks
+from fipa_jax.population import Resident
 
 NUM_EXAMPLES, VIEWS = 7, 3
 
@@ -18,7 +19,7 @@ class Stub(NamedTuple):
 
     config: types.SimpleNamespace
     problem: types.SimpleNamespace
-    train: dict
+    population: Resident
     held: dict
     root: jax.Array
     evaluate: object = None
@@ -47,7 +48,7 @@ def _stub():
     image = jnp.arange(2.0 * NUM_EXAMPLES).reshape(NUM_EXAMPLES, 2)
     data = {"image": image, "label": jnp.arange(NUM_EXAMPLES)}
     config = types.SimpleNamespace(eval=types.SimpleNamespace(batch_size=3))
-    return Stub(config, Problem(task), data, {"test": data}, jax.random.key(0))
+    return Stub(config, Problem(task), Resident(data, None), {"test": data}, jax.random.key(0))
 
 
 PARAMS = {"shift": jnp.array([1.0, 2.0]), "head": jnp.ones([2, 1])}
@@ -56,20 +57,20 @@ PARAMS = {"shift": jnp.array([1.0, 2.0]), "head": jnp.ones([2, 1])}
 @pytest.mark.parametrize("num_views", [0, VIEWS])
 def test_the_body_is_that_of_plain_examples(num_views):
     seen = cache.cached(_stub(), PARAMS, num_views)
-    wanted = (_stub().train["image"] + PARAMS["shift"][None]) ** 2
-    for data in (seen.train, seen.held["test"]):
+    wanted = (_stub().population.data["image"] + PARAMS["shift"][None]) ** 2
+    for data in (seen.population.data, seen.held["test"]):
         assert "image" not in data
         np.testing.assert_allclose(data["body"], wanted, rtol=1e-6)
         out, _ = seen.problem.task.outputs(PARAMS, data)
         np.testing.assert_allclose(out, wanted.sum(axis=1, keepdims=True), rtol=1e-6)
-    assert set(seen.train) - set(seen.held["test"]) == ({"views"} if num_views else set())
+    assert set(seen.population.data) - set(seen.held["test"]) == ({"views"} if num_views else set())
 
 
 def test_views_are_the_bodys_features_of_views_no_two_alike():
     seen = cache.cached(_stub(), PARAMS, VIEWS)
-    views = np.asarray(seen.train["views"])
+    views = np.asarray(seen.population.data["views"])
     assert views.shape == (NUM_EXAMPLES, VIEWS, 2)
-    moved = np.sqrt(views) - np.asarray(_stub().train["image"] + PARAMS["shift"][None])[:, None]
+    moved = np.sqrt(views) - np.asarray(_stub().population.data["image"] + PARAMS["shift"][None])[:, None]
     assert np.all((-1e-5 < moved) & (moved < 1 + 1e-5))
     assert len(np.unique(np.round(moved.ravel(), 4))) > 0.9 * moved.size
 
@@ -84,6 +85,6 @@ def test_training_draws_every_view_of_its_own_example():
 
 
 def test_shapes_alone_cost_nothing():
-    seen = cache.cached(_stub(), PARAMS, VIEWS, run=jax.eval_shape)
-    assert isinstance(seen.train["views"], jax.ShapeDtypeStruct)
-    assert seen.train["views"].shape == (NUM_EXAMPLES, VIEWS, 2)
+    seen = cache.cached(_stub(), PARAMS, VIEWS, by_shapes=True)
+    assert isinstance(seen.population.data["views"], jax.ShapeDtypeStruct)
+    assert seen.population.data["views"].shape == (NUM_EXAMPLES, VIEWS, 2)

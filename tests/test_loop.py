@@ -81,6 +81,22 @@ def test_many_rounds_in_a_call_are_the_same_rounds(monkeypatch):
     assert len({row["bytes_up"] for row in found}) > 1, "no rank adapts: a test of nothing"
 
 
+def test_rounds_that_nobody_waits_for_are_the_same_rounds(monkeypatch):
+    """Looked at when figures are due, to the bit what they are one by one; a time only for the round as a whole."""
+    rule = "fipa:term.name=scaffold"
+    config = tiny(cohort=2, first_round=1)
+    config.eval.every, config.eval.clients_every = 3, 2
+    wanted, _, params = _phase(config, monkeypatch, rule)
+    config.stage_seconds = False
+    found, _, same = _phase(config, monkeypatch, rule)
+    chex.assert_trees_all_equal(same, params)
+    plain = lambda row: {name: value for name, value in row.items() if not name.startswith("seconds_")}
+    assert list(map(plain, found)) == list(map(plain, wanted))
+    assert {name for row in found for name in row if name.startswith("seconds_")} == {"seconds_round"}
+    stages = {f"seconds_{stage}" for stage in ("fetch", "train", "sketch", "aggregate", "evaluate")}
+    assert all(stages <= set(row) and min(row[name] for name in stages) >= 0 for row in wanted)
+
+
 @pytest.mark.parametrize("every", [0, 2])
 def test_figures_are_due_by_the_rounds_number_and_in_the_last(every):
     settings = config_lib.default().eval
@@ -111,9 +127,8 @@ def test_pooled_is_one_client_that_owns_everything(monkeypatch):
         monkeypatch.setattr(tasks, "build", one)
         config.cohort = 0
         wanted = experiment.build(config)
-        chex.assert_trees_all_equal(pooled.clients, wanted.clients)
-        chex.assert_trees_all_equal(pooled.train, wanted.train)
-        assert pooled.clients.num_examples.tolist() == [18]
+        chex.assert_trees_all_equal(pooled.population, wanted.population)
+        assert pooled.population.num_examples.tolist() == [18]
         assert loop.plan_of(pooled, config.fipa).cohort == loop.plan_of(wanted, config.fipa).cohort == 1
 
 
@@ -130,7 +145,8 @@ def test_a_centralised_rule_takes_the_step_of_all_examples_and_those_beside_it_d
     with jax.enable_x64(True):
         built = experiment.build(config)
         before, unravel = ravel_pytree(built.params)
-        error = lambda theta: (built.problem.task.outputs(unravel(theta), built.train)[0] - built.train["y"])[:, 0]
+        data, outputs = built.population.data, built.problem.task.outputs
+        error = lambda theta: (outputs(unravel(theta), data)[0] - data["y"])[:, 0]
         residual, rows = np.asarray(error(before)), np.asarray(jax.jit(jax.jacobian(error))(before))
         curvature, gradient = rows.T @ rows / residual.size, rows.T @ residual / residual.size
         wanted = -np.linalg.solve(curvature + 0.1 * np.eye(before.size), gradient)

@@ -8,7 +8,7 @@ import pytest
 from centralised import COUNTS, TASK, dense, levenberg_marquardt, start
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax import aggregate, client, rounds, sketch, tasks
+from fipa_jax import aggregate, client, rounds, simulate, sketch, tasks
 from fipa_jax.sketch import Sketch
 
 
@@ -112,10 +112,10 @@ def test_clients_take_as_many_steps_as_their_sketches_say(x64):
     plan = plan._replace(aggregator=aggregate.fipa(), sketch=make)
     stages = rounds.make_stages(plan)
     stages = stages._replace(train=jax.jit(stages.train), sketch=jax.jit(stages.sketch))
-    state, ids, root = stages.init(linear.init(None), 3), jnp.arange(3), jax.random.key(0)
+    state, cohort = stages.init(linear.init(None)), simulate.Cohort(jnp.arange(3), clients, data)
     order = []
     clock = lambda stage, result: order.append(stage) or result
-    results, _ = rounds.work(stages, state, centralised.rates(lr), data, clients, ids, root, clock)
+    results, _ = rounds.work(stages, state, centralised.rates(lr), cohort, jax.random.key(0), clock)
     assert order == ["sketch", "train"]
     theta, taken = np.array([1.0, -2.0]), []
     for m in (0, 2):

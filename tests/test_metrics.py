@@ -9,6 +9,7 @@ import pytest
 from flax import serialization
 
 from fipa_jax import checkpoint, metrics, plots, tasks
+from fipa_jax.population import Resident
 from fipa_jax.simulate import Client
 
 NUM_EXAMPLES = 37
@@ -30,9 +31,14 @@ def values():
     return {"accuracy": draw.integers(0, 2, NUM_EXAMPLES).astype(np.float32), "loss": draw.random(NUM_EXAMPLES)}
 
 
+def over_clients(values, clients):
+    people = Resident(None, clients)
+    return metrics.over_clients(people.means(values), people.num_examples)
+
+
 def test_over_clients_is_what_numpy_says(clients, values, x64):
     owned, stacked = clients
-    figures = metrics.over_clients({name: jnp.asarray(value) for name, value in values.items()}, stacked)
+    figures = over_clients({name: jnp.asarray(value) for name, value in values.items()}, stacked)
     for name, value in values.items():
         means = np.array([value[mine].mean() for mine in owned if mine.size])
         worst = means.min() if name == "accuracy" else means.max()  # a tenth of eleven clients is one
@@ -45,15 +51,14 @@ def test_worst_decile_is_a_mean_over_a_tenth_of_the_clients(x64):
     """Of thirty clients with one example each, the three worst."""
     each = Client(jnp.arange(30)[:, None], jnp.ones(30, int))
     value = jnp.asarray(np.random.default_rng(2).permutation(30) / 30.0)
-    figures = metrics.over_clients({"accuracy": value, "loss": value}, each)
+    figures = over_clients({"accuracy": value, "loss": value}, each)
     np.testing.assert_allclose(figures["client_accuracy_worst_decile"], 1 / 30)
     np.testing.assert_allclose(figures["client_loss_worst_decile"], 28 / 30)
 
 
 def test_clients_without_examples_give_zero_not_nan(values):
-    figures = metrics.over_clients(
-        {"loss": jnp.asarray(values["loss"])}, Client(jnp.zeros((2, 3), int), jnp.zeros(2, int))
-    )
+    nobody = Client(jnp.zeros((2, 3), int), jnp.zeros(2, int))
+    figures = over_clients({"loss": jnp.asarray(values["loss"])}, nobody)
     assert all(np.isfinite(value) for value in figures.values())
 
 

@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 
 from fipa_jax import aggregate, curvature, rounds, second_order, sketch, tasks, terms, trees
 from fipa_jax import client as client_lib
+from fipa_jax.population import Resident
 from fipa_jax.simulate import Client
 
 CLIENTS, NUM_EXAMPLES, WIDTH, HIDDEN, NUM_OUTPUTS = 5, 6, 3, 4, 2
@@ -88,6 +89,7 @@ def _plan(
         sketch=makers[rule.curvature],
         aggregator=rule,
         server=options.pop("server", optax.identity()),
+        num_clients=CLIENTS,
         cohort=cohort,
         trainable=trainable,
         **options,
@@ -99,7 +101,7 @@ def _run(plan, num_rounds, rates=None, problem=None, state=None, step=None):
     data, clients = problem or _problem()
     stages = rounds.make_stages(plan)
     step = step or jax.jit(rounds.compose(stages))
-    state = state or stages.init(plan.task.init(jax.random.key(0)), CLIENTS)
+    state = state or stages.init(plan.task.init(jax.random.key(0)))
     infos = []
     for _ in range(num_rounds):
         state, info = step(state, rates or _rates(), data, clients, jax.random.key(ROOT))
@@ -116,7 +118,7 @@ def _two_rounds(chunk, devices):
     """The parameters; the state's places must be a fixed point of the round, or it would compile more than once."""
     plan = _plan(chunk=chunk, mesh=_mesh(devices) if devices else None)
     stages = rounds.make_stages(plan)
-    first = stages.init(plan.task.init(jax.random.key(0)), CLIENTS)
+    first = stages.init(plan.task.init(jax.random.key(0)))
     state, _ = _run(plan, 2, state=first)
     for before, after in zip(jax.tree.leaves(first), jax.tree.leaves(state), strict=True):
         assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
@@ -129,16 +131,19 @@ def test_memories_on_the_host_do_not_change_a_run(x64):
     wanted, _ = _run(plan, 3)
     stages = rounds.make_stages(plan)
     draw, train, sketch, aggregate_ = map(jax.jit, stages[1:-1])
-    (data, clients), root = _problem(), jax.random.key(ROOT)
-    state = stages.init(plan.task.init(jax.random.key(0)), CLIENTS, on_host=True)
+    people, root = Resident(*_problem()), jax.random.key(ROOT)
+    state, drawn = stages.init(plan.task.init(jax.random.key(0)), on_host=True), set()
     for _ in range(3):
-        ids = draw(state.round, clients, root)
-        seen = rounds.fetch(state, ids)
+        cohort = people.cohort(draw(state.round, root))
+        seen = rounds.fetch(state, cohort.ids)
         assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(seen.memory))
-        results = train(seen, _rates(), data, clients, ids, root)
-        sketches = sketch(seen, data, clients, ids, results, root)
-        seen, _ = aggregate_(seen, _rates(), clients, ids, results, sketches)
-        state = rounds.keep(state, seen, ids)
+        results = train(seen, _rates(), cohort, root)
+        sketches = sketch(seen, cohort, results, root)
+        seen, _ = aggregate_(seen, _rates(), cohort, results, sketches)
+        state = rounds.keep(state, seen, cohort.ids)
+        drawn |= set(cohort.ids.tolist())
+        assert len(state.memory) == len(drawn)
+    state = state._replace(memory=state.memory.rows(np.arange(CLIENTS)))
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(state.memory))
     chex.assert_trees_all_close(jax.device_get(state), jax.device_get(wanted), rtol=1e-9, atol=1e-12)
 
@@ -176,7 +181,7 @@ def test_a_round_compiles_once_and_a_resume_is_exact(x64):
     ids = [tuple(info["ids"]) for info in infos]
     assert all(len(set(cohort)) == 3 and set(cohort) <= set(range(CLIENTS)) for cohort in ids)
     assert len(set(ids)) > 1, "all rounds have the same cohort"
-    later = stages.init(plan.task.init(jax.random.key(9)), CLIENTS, 2)
+    later = stages.init(plan.task.init(jax.random.key(9)), 2)
     assert [tuple(info["ids"]) for info in run(2, state=later)[1]] == ids[2:]
 
     # SCAFFOLD: the server's control stays the mean of all clients' own, and those that were never drawn hold zero.
@@ -235,7 +240,7 @@ def test_rates_scale_what_they_name(x64):
     start = plan.task.init(jax.random.key(0))
 
     def moved(round, **rates):
-        state, _ = _run(plan, 1, rates=_rates(**rates), state=stages.init(start, CLIENTS, round), step=step)
+        state, _ = _run(plan, 1, rates=_rates(**rates), state=stages.init(start, round), step=step)
         return jax.tree.map(lambda a, b: a - b, state.params, start)
 
     data, clients = _problem()
@@ -256,13 +261,13 @@ def _staged(*options):
 
 
 def _first_sketches(options, problem):
-    """(state, ids, results, sketches) of the first round; the sketches with a clients axis."""
-    (data, clients), root = problem, jax.random.key(ROOT)
+    """(state, cohort, results, sketches) of the first round; the sketches with a clients axis."""
+    root = jax.random.key(ROOT)
     plan, stages = _staged(*options)
-    state = stages.init(plan.task.init(jax.random.key(0)), CLIENTS)
-    ids = stages.draw(state.round, clients, root)
-    results = _staged()[1].train(state, _rates(), data, clients, ids, root)  # the same for all of these plans
-    return state, ids, results, stages.sketch(state, data, clients, ids, results, root)
+    state = stages.init(plan.task.init(jax.random.key(0)))
+    cohort = Resident(*problem).cohort(stages.draw(state.round, root))
+    results = _staged()[1].train(state, _rates(), cohort, root)  # the same for all of these plans
+    return state, cohort, results, stages.sketch(state, cohort, results, root)
 
 
 @pytest.mark.parametrize(("at", "chunk"), [("broadcast", 1), ("local", 0)])
@@ -287,9 +292,9 @@ def test_the_rank_adapts_to_the_gradients(x64, broken):
     if broken:
         data = data | {"y": data["y"].at[clients.indices[2, 0]].set(jnp.nan)}
     scale, problem = 0.2, (data, clients)
-    state, ids, results, whole = _first_sketches((), problem)
+    state, cohort, results, whole = _first_sketches((), problem)
     *_, cut = _first_sketches((("gradient_scale", scale),), problem)
-    _, info = _staged()[1].aggregate(state, _rates(), clients, ids, results, cut)
+    _, info = _staged()[1].aggregate(state, _rates(), cohort, results, cut)
     there = np.arange(CLIENTS) != 2 if broken else np.full(CLIENTS, True)
     np.testing.assert_array_equal(info["rejected"], ~there)
     gradient = curvature.make_gradient(lambda params, batch: _network(params, batch)[0], _half_squared)
@@ -312,7 +317,7 @@ def test_auto_takes_any_task(x64):
     chex.assert_trees_all_close(state.params, by_rows.params, rtol=1e-2, atol=1e-3)
     assert 0.99 < info["captured"] <= 1 + 1e-12 and info["sketches_unconverged"] == 0
     stages = rounds.make_stages(_plan(LINEAR, solver="auto"))
-    state = stages.init(LINEAR.init(jax.random.key(0)), CLIENTS)
+    state = stages.init(LINEAR.init(jax.random.key(0)))
     jax.eval_shape(rounds.compose(stages), state, _rates(), *_problem(), jax.random.key(ROOT))
 
 

@@ -125,6 +125,7 @@ def _stages(term, aggregator="mean", optimizer="sgd", cohort=NUM_CLIENTS, steps=
             sketch=None,
             aggregator=aggregate.AGGREGATORS[aggregator](),
             server=server.make(optimizer, 0.9),
+            num_clients=NUM_CLIENTS,
             cohort=cohort,
             trainable=".*",
         )
@@ -138,7 +139,7 @@ def _run(stages, number, mu=0.0, lr=0.2, server_lr=1.0):
     clients = simulate.Client(owned, jnp.full(NUM_CLIENTS, NUM_EXAMPLES))
     data = jax.tree.map(jnp.asarray, DATA)
     step = jax.jit(rounds.compose(stages))
-    states = [stages.init(LINEAR.init(None), NUM_CLIENTS)]
+    states = [stages.init(LINEAR.init(None))]
     for _ in range(number):
         states.append(step(states[-1], rates, data, clients, jax.random.key(0))[0])
     return states

@@ -4,7 +4,7 @@ This is the only open set of the package: a new task is a new file here and one 
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -53,7 +53,7 @@ class Problem(NamedTuple):
     train: dict  # {field: array [N, ...]}, all clients' examples
     test: dict  # {field: array [N_test, ...]}, the server's test set
     holdout: dict | None  # examples set apart from the training set for tuning, or None
-    clients: list[np.ndarray]  # per client, the indices of its examples in `train`
+    clients: Sequence[np.ndarray]  # per client, the indices of its examples in `train`
 
 
 TASKS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from scipy.cluster.vq import ClusterError, kmeans2
 
-from fipa_jax import models
+from fipa_jax import models, partition
 from fipa_jax.tasks import Problem
 from fipa_jax.tasks.regression import regression
 
@@ -68,7 +68,7 @@ def read(file: str) -> dict:
     return arrays
 
 
-def split(task, x: np.ndarray, client: np.ndarray | None) -> list[np.ndarray]:
+def split(task, x: np.ndarray, client: np.ndarray | None) -> partition.Ragged:
     """For each client the indices of its examples, by the rule `task.split`, a key of `SPLITS`.
 
     Args:
@@ -87,7 +87,7 @@ def split(task, x: np.ndarray, client: np.ndarray | None) -> list[np.ndarray]:
             f"{len(x)} to train on; lower it"
         )
     owner = SPLITS[task.split](task, x, client)
-    return [np.flatnonzero(owner == each) for each in np.unique(owner)]
+    return partition.by_owner(owner)
 
 
 def _by_column(task, x, client):

@@ -86,10 +86,10 @@ def trajectory(experiment, rank: int, K: int, substeps: int, horizon: float, *, 
     round_, rates = rounds.compose(stages), phase.make_rates(settings, experiment.config.precision)
 
     def body(state, _):
-        state, _ = round_(state, rates, experiment.train, experiment.clients, experiment.root)
+        state, _ = round_(state, rates, *experiment.population, experiment.root)
         return state, trees.ravel(state.params)
 
-    start = stages.init(experiment.params, experiment.clients.num_examples.size)
+    start = stages.init(experiment.params)
     path = jax.jit(lambda state: jax.lax.scan(body, state, length=K)[1])(start)
     return np.asarray(jnp.concatenate([trees.ravel(experiment.params)[None], path]))
 

@@ -110,6 +110,7 @@ def stages_of(args, task, trainable: str, options: dict | None, rule):
         sketch=None if options is None else make,
         aggregator=rule,
         server=optax.identity(),
+        num_clients=args.clients,
         cohort=args.clients,
         trainable=trainable,
     )
@@ -125,10 +126,10 @@ def add_stages(timers: dict, first: dict, name: str, stages, params, data, owned
     import jax
     import jax.numpy as jnp
 
-    from fipa_jax import rounds
+    from fipa_jax import population, rounds
 
     root, rates = jax.random.key(2), rounds.Rates(setting.hyper(), jnp.float32(1), jnp.float32(1))
-    state = stages.init(params, owned.num_examples.shape[0])
+    state = stages.init(params)
 
     def add(stage: str, *arguments):
         program = jax.jit(getattr(stages, stage)).lower(*arguments).compile()
@@ -138,10 +139,10 @@ def add_stages(timers: dict, first: dict, name: str, stages, params, data, owned
         first[name, stage] = time.perf_counter() - start
         return result
 
-    ids = stages.draw(state.round, owned, root)
-    trained = trained or add("train", state, rates, data, owned, ids, root)
-    sketches = None if name.startswith("mean") else add("sketch", state, data, owned, ids, trained, root)
-    _, info = add("aggregate", state, rates, owned, ids, trained, sketches)
+    cohort = population.Resident(data, owned).cohort(stages.draw(state.round, root))
+    trained = trained or add("train", state, rates, cohort, root)
+    sketches = None if name.startswith("mean") else add("sketch", state, cohort, trained, root)
+    _, info = add("aggregate", state, rates, cohort, trained, sketches)
     return trained, sketches, info
 
 

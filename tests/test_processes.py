@@ -1,0 +1,54 @@
+"""Several processes, as on several hosts: two with two devices each find to the bit the model that one device finds."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from fipa_jax import metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (
+    "--config.task.num_clients=3",  # four devices: one of them works for nobody
+    "--config.task.examples_per_client=8",
+    "--config.model.widths=(3,)",
+    "--config.fipa.sketch.rank=3",
+    "--config.fipa.rounds=2",
+    "--config.rounds_per_call=1",
+    "--config.compare=('fipa',)",
+    "--config.devices=0",
+)
+
+
+def start(*flags, workdir, devices):
+    """Starts the script with so many devices of its own."""
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts/train.py"), f"--workdir={workdir}", *SMALL, *flags],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait(process):
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def test_two_processes_with_two_devices_are_one_device(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    together = ("--processes=2", f"--coordinator=localhost:{port}")
+    pair = [start(*together, f"--process={p}", workdir=tmp_path / f"of{p}", devices=2) for p in (0, 1)]
+    said = [wait(process) for process in pair]
+    wait(start(workdir=tmp_path / "alone", devices=1))
+    assert (tmp_path / "of0" / "fipa.msgpack").read_bytes() == (tmp_path / "alone" / "fipa.msgpack").read_bytes()
+    rows = [metrics.read(tmp_path / run / "metrics.jsonl") for run in ("of0", "alone")]
+    assert [row["test_mse"] for row in rows[0]] == [row["test_mse"] for row in rows[1]]
+    assert not (tmp_path / "of1").exists() and "test_mse" in said[0] and "test_mse" not in said[1]
