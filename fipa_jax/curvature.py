@@ -255,9 +255,12 @@ def indefinite(eigenvalues: jax.Array) -> jax.Array:
     return jnp.min(eigenvalues, axis=-1) < -jnp.sqrt(jnp.finfo(eigenvalues.dtype).eps) * size
 
 
-def forward_flops(outputs: Callable, params, batch) -> float:
-    """The floating-point operations of `outputs`' matrix products and convolutions, over the whole batch."""
-    return _flops(jax.make_jaxpr(outputs)(params, batch))
+def forward_flops(function: Callable, *args) -> float:
+    """The floating-point operations of a function's matrix products and convolutions.
+
+    A loop whose length its program does not know counts once.
+    """
+    return _flops(jax.make_jaxpr(function)(*args))
 
 
 def _flops(jaxpr) -> float:

@@ -43,7 +43,8 @@ def run_phase(experiment, settings: ConfigDict, name: str, params, first: int, w
     unseen = 1 if config.stage_seconds else config.eval.every  # rounds that run before the host looks at any
     per_call = config.rounds_per_call if config.rounds_per_call > 1 else unseen
     rows, said = [], Counter()
-    with tqdm(total=settings.rounds, desc=f"{name:<12}", unit="round", disable=jax.process_index() > 0) as bar:
+    quiet = {"disable": True} if jax.process_index() else {}  # else it is as $TQDM_DISABLE says
+    with tqdm(total=settings.rounds, desc=f"{name:<12}", unit="round", **quiet) as bar:
         for k in range(first, last + 1, per_call):
             state, found = advance(state, rates, k, min(per_call, last + 1 - k), last)
             for row, info in found:

@@ -31,6 +31,7 @@ def gather(data: dict, indices: jax.Array) -> dict:
     return {name: field[indices] for name, field in data.items()}
 
 
+@jax.jit
 def take(stacked, ids):
     """Rows `ids` of every leaf: of all clients' [T, ...] the cohort's [C, ...]."""
     return jax.tree.map(lambda leaf: leaf[ids], stacked)

@@ -9,6 +9,7 @@ step       a network's training step beside the floor of its operations, and its
 startup    seconds to the first round, with nothing compiled before and with the cache of compiled programs
 population time and memory of a round beside the number of all clients, of which a hundred take part
 scaling    the same rounds on 1, 2, 4 devices and on two processes: seconds, and whether a bit differs
+profile    a config's round, stage by stage: seconds, operations, memory; and a trace for the profiler
 round      one client's work in a round beside PyTorch, pfl and fedjax; and a FIPA round beside a FedAvg round
 
 Every command takes --cpus (cores to run on, e.g. 0 or 0,1) and --out (a JSON file for all that was measured).
@@ -22,7 +23,10 @@ from pathlib import Path
 
 from benchmarks import timing
 
-COMMANDS = ("products", "sketch", "head", "merge", "gauss_newton", "step", "startup", "population", "scaling", "round")
+COMMANDS = (
+    "products", "sketch", "head", "merge", "gauss_newton", "step", "startup", "population", "scaling", "profile",
+    "round",
+)  # fmt: skip
 
 
 def main():

@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SINE = str(ROOT / "configs" / "sine.py")
 COMMANDS = {
     "products": "products --model=cnn_6k --examples=4 --widths 2 --micro-batches 2 --repeats=1",
     "head": "head --features=4 --classes=3 --examples=6 --pixels=16 --channels 2 2 --ranks 2 --epochs=1 --repeats=1",
     "merge": "merge --parts=size --size=300 --clients=2 --rank=2 --size-methods=gram --stores=float32 --repeats=1",
     "gauss_newton": "gauss_newton --ranks 2 --rounds 2 4 --substeps=2 --plot=gap.png",
     "step": "step --model=cnn_6k --side=32 --classes=10 --batch=4 --repeats=1",
+    "startup": "startup --models sine --rules fedavg",
+    "population": "population --populations 20 --cohort=2 --pool=50 --model=cnn_6k --terms scaffold --rounds=2",
+    "scaling": "scaling --model=sine --rules fedavg --clients=2 --examples=8 --rounds=2 --places 1x2",
+    "profile": "profile --config=FILE --set task.examples_per_client=8 fipa.sketch.rank=3 --rounds=1",
     "round": "round --model=cnn_6k --examples=8 --clients=2 --batch=4 --repeats=1",
     "rules": "round --rules --model=cnn_6k --examples=8 --clients=2 --sketches=head --epochs=1 --repeats=1",
 }
@@ -22,7 +27,12 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_measurement_runs(name, tmp_path):
     out = tmp_path / "figures.json"
-    command = [sys.executable, ROOT / "scripts" / "benchmark.py", *COMMANDS[name].split(), f"--out={out}"]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "benchmark.py",
+        *COMMANDS[name].replace("FILE", SINE).split(),
+        f"--out={out}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())

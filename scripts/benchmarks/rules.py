@@ -68,7 +68,7 @@ def measure(args) -> dict:
             rows.append(
                 {"sketch": settings["name"], "by": " ".join(seen), "base": f"mean {trainable}"}
                 | {"train GFLOP": train_flops / 1e9}
-                | {"sketch GFLOP": args.clients * sketch_flops(seen, products, args, own, *restricted) / 1e9}
+                | {"sketch GFLOP": args.clients * sketch_flops(seen, products, own, *restricted) / 1e9}
                 | {"captured": float(info["captured"]), "residual": float(info["sketch_residual"])}
             )
     slow = {name: [value] for name, value in first.items() if value > args.budget}
@@ -189,16 +189,20 @@ def how_seen(options, own, chosen, outputs, features) -> tuple[str, str]:
     return sketch.resolve(outputs, chosen, own, features=features, **fields)
 
 
-def sketch_flops(seen, products: float, args, own, chosen, outputs, features) -> float:
-    """Floating-point operations of one client's sketch, by the counts of `sketch.choose`."""
+def sketch_flops(seen, products: float, own, chosen, outputs, features, loss_rank: int = 0) -> float:
+    """Floating-point operations of one client's sketch, `own` being its examples, by the counts of `sketch.choose`."""
+    import jax
+
     from fipa_jax import curvature, trees
 
-    rows, size = args.examples * setting.NUM_CLASSES, trees.ravel(chosen).size
+    out = jax.tree.leaves(jax.eval_shape(outputs, chosen, own))
+    examples, classes = out[0].shape[0], loss_rank or sum(leaf.size // leaf.shape[0] for leaf in out)
+    rows, size = examples * classes, trees.ravel(chosen).size
     forward = curvature.forward_flops(outputs, chosen, own)
     if seen[1] == "matrix_free":
         return 4 * forward * products
     if seen[1] == "head":
-        return forward + 4 * args.examples * size * products
+        return forward + 4 * examples * size * products
     narrow, wide = sorted((rows, size))
-    pullbacks = 2 * forward * setting.NUM_CLASSES
+    pullbacks = 2 * forward * classes
     return pullbacks + (4 * rows * size * products if seen[0] != "exact" else 2 * narrow**2 * wide + 25 * narrow**3)

@@ -10,7 +10,7 @@ import statistics
 
 from benchmarks import timing, whole_run
 
-PLACES = ((1, 1), (1, 2), (1, 4), (2, 2))  # (processes, devices of each)
+PLACES = ("1x1", "1x2", "1x4", "2x2")  # processes x devices of each
 
 
 def run(options: list[str]) -> dict:
@@ -24,8 +24,10 @@ def run(options: list[str]) -> dict:
     parser.add_argument("--examples", type=int, default=200, help="of each client")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--places", nargs="+", default=list(PLACES), help="processes x devices of each")
     args = parser.parse_args(options)
-    rows = [measure(args, rule, *place) for rule in args.rules for place in PLACES]
+    places = [tuple(map(int, place.split("x"))) for place in args.places]
+    rows = [measure(args, rule, *place) for rule in args.rules for place in places]
     timing.table(rows)
     for rule in args.rules:
         hashes = {row["hash"] for row in rows if row["rule"] == rule}
