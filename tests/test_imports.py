@@ -143,6 +143,15 @@ def test_importing_a_module_leaves_jax_as_it_was():
     )
 
 
+def test_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.delenv(name)
+    code = "from fipa_jax import config; config.prepare_process(); import jax; jax.jit(lambda x: x + 1)(2);"
+    (folder,) = python(f"{code} print(jax.config.jax_compilation_cache_dir)")
+    assert Path(folder).parent == tmp_path / "fipa_jax" and list(Path(folder).iterdir())
+
+
 def test_preparing_the_process_keeps_what_the_user_has_set():
     code = (
         "import os; os.environ.update(XLA_FLAGS='--xla_cpu_enable_concurrency_optimized_scheduler=true', "

@@ -55,6 +55,17 @@ def test_one_after_another_the_devices_do_not_change_a_bit(devices):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("devices", [0, 2])
+def test_replicated_arrays_are_whole_on_every_device(devices, x64):
+    tree = {"a": np.arange(6.0).reshape(2, 3), "key": jax.random.key(3), "n": 4}
+    found = simulate.replicate(tree, _mesh(devices) if devices else None)
+    np.testing.assert_array_equal(found["a"], tree["a"])
+    assert found["a"].dtype == np.float64 and found["n"] == 4
+    np.testing.assert_array_equal(jax.random.normal(found["key"], [3]), jax.random.normal(tree["key"], [3]))
+    for leaf in (found["a"], found["key"]):
+        assert leaf.sharding.is_fully_replicated and len(leaf.devices()) == max(devices, 1)
+
+
 def test_a_single_client_keeps_its_axis():
     one = jax.tree.map(lambda leaf: leaf[:1], _clients())
     for chunk in (0, 1, 2):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ def train(*flags, folder):
     """Runs the script without standard input; returns the finished process."""
     command = [sys.executable, str(ROOT / "scripts/train.py"), *flags]
     # The tests' own flags, such as four devices, are not a user's.
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "TFDS_DATA_DIR")}
+    not_theirs = ("XLA_FLAGS", "TFDS_DATA_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    environment = {name: value for name, value in os.environ.items() if name not in not_theirs}
     return subprocess.run(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240
     )
@@ -47,6 +49,12 @@ def runs(tmp_path_factory):
 def figures(row):
     """What of a row does not depend on the machine's speed."""
     return {name: value for name, value in row.items() if not name.startswith("seconds_")}
+
+
+def test_what_was_compiled_once_comes_from_the_cache(runs):
+    said = re.search(r"compiled (\d+) programs in [\d.]+ s, (\d+) of them from the cache in (.+)", runs[2].stdout)
+    assert said[1] == said[2] and int(said[1]) > 10
+    assert said[3] == os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 def test_a_row_for_every_round_of_every_run(runs):
