@@ -10,7 +10,11 @@ EPOCHS = 5  # that a time is the mean of: one is too short for the clock
 
 
 def spec() -> dict:
-    """What to run, from the command line: channels, hidden, classes, examples, batch, lr."""
+    """What to run, from the command line.
+
+    Of a CNN: channels, hidden; of a ResNet: widths, blocks; of both: classes, examples, batch, lr and weights, a file
+    of ours to start from.
+    """
     return json.loads(sys.argv[1])
 
 
@@ -19,16 +23,18 @@ def user_seconds() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
 
-def serve(versions: str, variants: dict[str, Callable[[int], None]]) -> None:
+def serve(versions: str, variants: dict[str, Callable[[int], None]], logits: list) -> None:
     """Writes what there is to run, then for each variant's name read from stdin the user CPU seconds of its epoch.
 
     Args:
       versions: of the library and what it stands on.
       variants: {name: function that runs so many clients' epochs and waits for them}.
+      logits: [B, K] of the first batch with our weights, to be compared with ours.
     """
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what a library prints is no answer
-        print(json.dumps({"versions": versions, "variants": list(variants)}), file=answers, flush=True)
+        hello = {"versions": versions, "variants": list(variants), "logits": logits}
+        print(json.dumps(hello), file=answers, flush=True)
         for line in sys.stdin:
             start = user_seconds()
             variants[line.strip()](EPOCHS)
