@@ -6,7 +6,7 @@ head       the last layer's sketch in closed form, beside the same through the n
 merge      the server's merge: errors against float64, seconds and peak memory, beside one copy of the uploads
 gauss_newton   how close FIPA stays to the centralised Gauss-Newton trajectory, by rank and number of rounds
 step       a network's training step beside the floor of its operations, and its memory
-round      one client's work in a round beside PyTorch, pfl and fedjax; and a FIPA round beside a FedAvg round
+round      one client's work in a round beside PyTorch, pfl, fedjax and Flower; and a FIPA round beside a FedAvg round
 
 Every command takes --cpus (cores to run on, e.g. 0 or 0,1) and --out (a JSON file for all that was measured).
 """

@@ -3,8 +3,9 @@
 The same network on the same random uint8 images 32x32x3 everywhere, the pixels made floats inside the epoch. All start
 from the same weights, and a peer whose logits then differ from ours ends the measurement. Seconds are user CPU seconds
 of one client's epoch, the variants in alternation. Ours: one client's program after another, several clients by
-lax.map, and by vmap. PyTorch: its bare training loop. pfl and fedjax: their own FedAvg simulation of one client a
-round, for the CNNs alone. Each runs in an interpreter of its own; one that is not named is left out.
+lax.map, and by vmap. PyTorch: its bare training loop. pfl, fedjax and Flower: their own FedAvg simulation of one client
+a round, for the CNNs alone; Flower's seconds are those of all its processes. Each runs in an interpreter of its own;
+one that is not named is left out.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import numpy as np
 from benchmarks import rules, setting, timing
 from benchmarks.round_workers import serve
 
-PEERS = ("torch", "pfl", "fedjax")
+PEERS = ("torch", "pfl", "fedjax", "flower")
 RESNET_PEERS = ("torch",)
 TOLERANCE = 1e-3  # of the largest logit: float32, and one network's order of sums is not another's
 
