@@ -42,7 +42,7 @@ NETWORKS = {"cnn": models.CNN((3, 4), 10, hidden=5), "resnet": models.ResNet((4,
 
 @pytest.fixture
 def one_client(monkeypatch):
-    """The round benchmark, and its options for one client of six images."""
+    """The round benchmark, found as the scripts find it, and its options for one client of six images."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     return importlib.import_module("benchmarks.round"), argparse.Namespace(examples=6, clients=1, batch=3)
 
@@ -75,3 +75,16 @@ def test_a_peer_with_another_network_ends_the_measurement(one_client):
     for value in (0.1, float("nan")):
         with pytest.raises(SystemExit, match="not ours"):
             benchmark.check({"torch": 1e-6, "pfl": value})
+
+
+def test_the_clock_of_a_family_counts_a_childs_child(one_client):
+    serve = importlib.import_module("benchmarks.round_workers.serve")
+    work = "import time\nwhile time.process_time() < 0.3: sum(range(10**5))\nprint(flush=True)\ninput()"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}])"
+    own, family = serve.user_seconds(), serve.family_seconds()
+    child = subprocess.Popen([sys.executable, "-c", nested], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child.stdout.readline()
+    running = serve.family_seconds() - family
+    child.communicate("\n")
+    ended = serve.family_seconds() - family
+    assert serve.user_seconds() - own < 0.15 < running <= ended

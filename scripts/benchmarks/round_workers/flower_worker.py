@@ -8,7 +8,6 @@ its end of them. Waiting for a round is sleeping; what Ray's other processes do 
 import importlib.metadata
 import logging
 import os
-from pathlib import Path
 
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}  # before flwr and ray read them
 
@@ -63,26 +62,9 @@ def make_server(spec: dict) -> ServerApp:
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("ray", "torch"))
         versions = f"flower {importlib.metadata.version('flwr')} on {versions}"
         variants = {f"flower, {layout}": rounds(layout) for layout in torch_worker.LAYOUTS}
-        serve.serve(versions, variants, torch_worker.logits(network, spec), clock=family_seconds)
+        serve.serve(versions, variants, torch_worker.logits(network, spec), clock=serve.family_seconds)
 
     return app
-
-
-def family_seconds() -> float:
-    """User CPU seconds so far of this process, its descendants, and those of them that have ended."""
-    parents, seconds = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
-            continue
-        parents[int(folder.name)] = int(fields[1])
-        seconds[int(folder.name)] = (int(fields[11]) + int(fields[13])) / os.sysconf("SC_CLK_TCK")
-
-    def ours(pid: int) -> bool:
-        return pid == os.getpid() or (pid in parents and ours(parents[pid]))
-
-    return sum(value for pid, value in seconds.items() if ours(pid))
 
 
 if __name__ == "__main__":
