@@ -10,7 +10,7 @@ startup    seconds to the first round, with nothing compiled before and with the
 population time and memory of a round beside the number of all clients, of which a hundred take part
 scaling    the same rounds on 1, 2, 4 devices and on two processes: seconds, and whether a bit differs
 profile    a config's round, stage by stage: seconds, operations, memory; and a trace for the profiler
-round      one client's work in a round beside PyTorch, pfl and fedjax; and a FIPA round beside a FedAvg round
+round      one client's work in a round beside PyTorch, pfl, fedjax and Flower; and a FIPA round beside a FedAvg round
 
 Every command takes --cpus (cores to run on, e.g. 0 or 0,1) and --out (a JSON file for all that was measured).
 """

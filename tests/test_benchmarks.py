@@ -1,11 +1,18 @@
 """Every measurement that takes seconds when it is tiny runs, and leaves its figures in a file; no figure is judged."""
 
+import argparse
+import importlib
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+
+from fipa_jax import models
 
 ROOT = Path(__file__).resolve().parents[1]
 SINE = str(ROOT / "configs" / "sine.py")
@@ -19,7 +26,7 @@ COMMANDS = {
     "population": "population --populations 20 --cohort=2 --pool=50 --model=cnn_6k --terms scaffold --rounds=2",
     "scaling": "scaling --model=sine --rules fedavg --clients=2 --examples=8 --rounds=2 --places 1x2",
     "profile": "profile --config=FILE --set task.examples_per_client=8 fipa.sketch.rank=3 --rounds=1",
-    "round": "round --model=cnn_6k --examples=8 --clients=2 --batch=4 --repeats=1",
+    "round": f"round --model=cnn_6k --examples=8 --clients=2 --batch=4 --repeats=1 --torch-python={sys.executable}",
     "rules": "round --rules --model=cnn_6k --examples=8 --clients=2 --sketches=head --epochs=1 --repeats=1",
 }
 
@@ -38,3 +45,56 @@ def test_a_measurement_runs(name, tmp_path):
     result = json.loads(out.read_text())
     assert result["machine"]["versions"]["jax"]
     assert result["setting"], "what was measured is written down"
+
+
+NETWORKS = {"cnn": models.CNN((3, 4), 10, hidden=5), "resnet": models.ResNet((4, 8), 1, 10)}
+
+
+@pytest.fixture
+def one_client(monkeypatch):
+    """The round benchmark, found as the scripts find it, and its options for one client of six images."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("benchmarks.round"), argparse.Namespace(examples=6, clients=1, batch=3)
+
+
+def test_one_client_of_a_resnet_is_timed(one_client):
+    benchmark, args = one_client
+    variants, flops = benchmark.ours(args, *benchmark.problem(args, NETWORKS["resnet"]))
+    assert flops > 0
+    assert list(variants) == ["ours, client by client"], "stacking one client is no other variant"
+    assert next(iter(variants.values()))() > 0
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_peer_gets_our_weights(name, one_client, tmp_path):
+    benchmark, args = one_client
+    task, params, train = benchmark.problem(args, NETWORKS[name])
+    spec = benchmark.describe(args, NETWORKS[name], params, tmp_path / "weights.npz")
+    with np.load(spec["weights"]) as saved:
+        assert sum(leaf.size for leaf in saved.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed: its network cannot be compared with ours")
+    worker, hello = benchmark.start("torch", sys.executable, spec)
+    worker.communicate("")
+    assert benchmark.difference(task, params, train, np.array(hello["logits"])) < benchmark.TOLERANCE
+
+
+def test_a_peer_with_another_network_ends_the_measurement(one_client):
+    benchmark, _ = one_client
+    benchmark.check({"torch": 1e-6})
+    for value in (0.1, float("nan")):
+        with pytest.raises(SystemExit, match="not ours"):
+            benchmark.check({"torch": 1e-6, "pfl": value})
+
+
+def test_the_clock_of_a_family_counts_a_childs_child(one_client):
+    serve = importlib.import_module("benchmarks.round_workers.serve")
+    work = "import time\nwhile time.process_time() < 0.3: sum(range(10**5))\nprint(flush=True)\ninput()"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}])"
+    own, family = serve.user_seconds(), serve.family_seconds()
+    child = subprocess.Popen([sys.executable, "-c", nested], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child.stdout.readline()
+    running = serve.family_seconds() - family
+    child.communicate("\n")
+    ended = serve.family_seconds() - family
+    assert serve.user_seconds() - own < 0.15 < running <= ended

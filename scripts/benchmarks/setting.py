@@ -24,18 +24,27 @@ def cifar(model: str = "cnn_23k", examples: int = 500, data_dir: str = "", init_
     import jax
     import jax.numpy as jnp
 
-    from fipa_jax import checkpoint, data, models
+    from fipa_jax import checkpoint, data
     from fipa_jax.tasks import images
 
     batch = data.load("cifar10", "train", data_dir) if data_dir else random_images(examples)
     batch = {name: jnp.asarray(field[:examples]) for name, field in batch.items()}
     mean, std = data.standardise("cifar10", np.asarray(batch["image"]))
-    task = images.classifier(models.MODELS[model](None, NUM_CLASSES), SHAPE, mean, std, augmented=False)
+    task = images.classifier(module(model), SHAPE, mean, std, augmented=False)
     params = task.init(jax.random.key(0))
     if init_from:
         return task, checkpoint.load_model(init_from, params), batch
     delta = jax.jit(local_training(task, examples, epochs))(params, batch, jax.random.key(1))
     return task, jax.tree.map(jnp.add, params, delta), batch
+
+
+def module(model: str):
+    """A CNN or ResNet of `fipa_jax.models` for the setting's classes; the ResNets' head is one layer."""
+    from ml_collections import ConfigDict
+
+    from fipa_jax import models
+
+    return models.build(ConfigDict({"name": model, "head_width": 0, "compute_dtype": ""}), NUM_CLASSES)
 
 
 def local_training(task, examples: int, epochs: int = 5, batch_size: int = BATCH):

@@ -4,6 +4,7 @@ import importlib.metadata
 
 import haiku as hk
 import jax
+import numpy as np
 
 if not hasattr(jax, "tree_map"):  # fedjax calls it by the name it had until jax 0.4.25
     jax.tree_map = jax.tree_util.tree_map
@@ -35,14 +36,23 @@ def client(spec: dict, examples: int):
     return fedjax.ClientDataset({"x": batch["image"], "y": batch["label"]})
 
 
-def make_epochs(spec: dict):
+def our_weights(spec: dict, model):
+    """The weights in spec["weights"]: {path of `fipa_jax.trees.paths`: leaf} by np.savez, in the same order."""
+    params = model.init(jax.random.PRNGKey(0))
+    with np.load(spec["weights"]) as saved:
+        leaves = [saved[path] for path in sorted(saved)]
+    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in jax.tree.leaves(params)]:
+        raise RuntimeError("haiku's parameters have other shapes than ours")
+    return jax.tree.unflatten(jax.tree.structure(params), map(jax.numpy.asarray, leaves))
+
+
+def make_epochs(spec: dict, model, params):
     """count -> so many rounds of one client, one epoch each."""
-    model = make_model(spec)
     batches = fedjax.ShuffleRepeatBatchHParams(batch_size=spec["batch"], num_epochs=1)
     algorithm = fedjax.algorithms.fed_avg.federated_averaging(
         fedjax.model_grad(model), fedjax.optimizers.sgd(spec["lr"]), fedjax.optimizers.sgd(1.0), batches
     )
-    state, owned = algorithm.init(model.init(jax.random.PRNGKey(0))), client(spec, spec["examples"])
+    state, owned = algorithm.init(params), client(spec, spec["examples"])
 
     def run(count: int):
         nonlocal state
@@ -54,5 +64,9 @@ def make_epochs(spec: dict):
 
 
 if __name__ == "__main__":
-    variants = {"fedjax": make_epochs(serve.spec())}
-    serve.serve(f"fedjax {importlib.metadata.version('fedjax')} on jax {jax.__version__}", variants)
+    spec = serve.spec()
+    model = make_model(spec)
+    params = our_weights(spec, model)
+    logits = model.apply_for_eval(params, client(spec, spec["examples"])[: spec["batch"]].all_examples()).tolist()
+    versions = f"fedjax {importlib.metadata.version('fedjax')} on jax {jax.__version__}"
+    serve.serve(versions, {"fedjax": make_epochs(spec, model, params)}, logits)

@@ -19,7 +19,7 @@ from benchmarks.round_workers import serve, torch_worker
 NEVER = 10**9  # central iterations between evaluations, the first apart
 
 
-class Network(torch_worker.Network):
+class Network(torch_worker.CNN):
     """The network with what pfl asks of a model."""
 
     def loss(self, images, labels):
@@ -31,11 +31,15 @@ class Network(torch_worker.Network):
         return {"loss": Weighted(len(labels) * self.loss(images, labels).item(), len(labels))}
 
 
+def make_network(spec: dict, layout: str) -> Network:
+    return torch_worker.with_our_weights(Network(spec), spec, layout)
+
+
 def make_epochs(spec: dict, layout: str):
     """count -> so many central iterations of one user, one epoch each."""
-    network = Network(spec).to(memory_format=torch_worker.LAYOUTS[layout])
+    network = make_network(spec, layout)
     model = PyTorchModel(network, torch.optim.SGD, torch.optim.SGD(network.parameters(), lr=1.0))
-    user = PyTorchTensorDataset(torch_worker.tensors(spec, layout), user_id="0")
+    user = PyTorchTensorDataset(torch_worker.tensors(spec["examples"], layout), user_id="0")
     federated = FederatedDataset(lambda user_id: user, get_user_sampler("random", ["0"]))
     backend = SimulatedBackend(federated, federated, postprocessors=[WeightByDatapoints()])
     train = NNTrainHyperParams(local_batch_size=spec["batch"], local_num_epochs=1, local_learning_rate=spec["lr"])
@@ -54,5 +58,7 @@ def make_epochs(spec: dict, layout: str):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    variants = {f"pfl, {layout}": make_epochs(serve.spec(), layout) for layout in torch_worker.LAYOUTS}
-    serve.serve(f"pfl {importlib.metadata.version('pfl')} on torch {torch.__version__}", variants)
+    spec = serve.spec()
+    variants = {f"pfl, {layout}": make_epochs(spec, layout) for layout in torch_worker.LAYOUTS}
+    logits = torch_worker.logits(make_network(spec, "default"), spec)
+    serve.serve(f"pfl {importlib.metadata.version('pfl')} on torch {torch.__version__}", variants, logits)
