@@ -10,6 +10,7 @@ from jax import lax
 
 ACTIVATIONS = {"gelu": nn.gelu, "relu": nn.relu, "sigmoid": nn.sigmoid, "silu": nn.silu, "tanh": nn.tanh}
 LAYOUT = ("NHWC", "HWIO", "NHWC")  # of images, kernels and results
+CACHE = 2**19  # bytes of patches that stay in a core's cache
 
 
 class Features(NamedTuple):
@@ -67,22 +68,38 @@ def conv(
 
 
 def _conv_by_matmul(lhs, rhs, strides, padding, precision):
-    """The convolution as patches [B H' W', h w C] times the kernel [h w C, F]; arguments as for `conv`."""
-    kernel = rhs.shape[:2]
+    """The convolution as patches [B H' W', h w C] times the kernel [h w C, F]; arguments as for `conv`.
+
+    As many images at a time as leave the patches in a core's cache. They are made again for the cotangents, as reading
+    them back from memory takes longer than that.
+    """
+    kernel, images = rhs.shape[:2], lhs.shape[0]
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], kernel, strides, padding)
-    if any(side for pair in padding for side in pair):
-        lhs = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
-    rows, columns = ((size - k) // s + 1 for size, k, s in zip(lhs.shape[1:3], kernel, strides, strict=True))
-    shifts = [
-        lhs[:, i : i + (rows - 1) * strides[0] + 1 : strides[0], j : j + (columns - 1) * strides[1] + 1 : strides[1]]
-        for i in range(kernel[0])
-        for j in range(kernel[1])
-    ]
-    # A plain matrix product: with the patches' four axes left apart, a training step takes 1.6 times as long.
-    patches = jnp.concatenate(shifts, axis=-1).reshape(-1, rhs[..., 0].size)
-    products = jnp.matmul(patches, rhs.reshape(-1, rhs.shape[-1]), precision=precision)
-    return products.reshape(lhs.shape[0], rows, columns, rhs.shape[-1])
+    sides = zip(lhs.shape[1:3], kernel, strides, padding, strict=True)
+    rows, columns = ((size + sum(pad) - k) // s + 1 for size, k, s, pad in sides)
+    depth = rhs[..., 0].size
+
+    def some(lhs):
+        if any(side for pair in padding for side in pair):
+            lhs = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
+        reach = (rows - 1) * strides[0] + 1, (columns - 1) * strides[1] + 1
+        shifts = [
+            lhs[:, i : i + reach[0] : strides[0], j : j + reach[1] : strides[1]]
+            for i in range(kernel[0])
+            for j in range(kernel[1])
+        ]
+        # A plain matrix product: with the patches' four axes left apart, a training step takes 1.6 times as long.
+        patches = jnp.concatenate(shifts, axis=-1).reshape(-1, depth)
+        products = jnp.matmul(patches, rhs.reshape(depth, -1), precision=precision)
+        return products.reshape(lhs.shape[0], rows, columns, -1)
+
+    fit = max(CACHE // (rows * columns * depth * lhs.dtype.itemsize), 1)
+    size = next(number for number in range(min(fit, images), 0, -1) if images % number == 0)
+    if size == images:
+        return some(lhs)
+    products = lax.map(jax.checkpoint(some), lhs.reshape(-1, size, *lhs.shape[1:]))
+    return products.reshape(images, *products.shape[2:])
 
 
 @jax.custom_jvp
