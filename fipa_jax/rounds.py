@@ -123,7 +123,8 @@ def make_stages(plan: Plan) -> Stages:
 
         common = state.params, data, hyper, state.shared
         stacked = take(clients, ids), keys(state, root, ids)[0], state.memory, least
-        return map_clients(one, common, *stacked, chunk=plan.chunk, mesh=plan.mesh)
+        sizes = clients.num_examples[ids]
+        return map_clients(one, common, *stacked, sizes=sizes, chunk=plan.chunk, mesh=plan.mesh)
 
     def sketch(state: State, data: dict, clients: Client, ids, results, root) -> Sketch | Diagonal | None:
         if plan.sketch is None:
@@ -145,7 +146,8 @@ def make_stages(plan: Plan) -> Stages:
 
         moved = results.delta if plan.aggregator.at == "local" else None
         stacked = take(clients, ids), keys(state, root, ids)[1], moved
-        found, gradients = map_clients(one, (state.params, data), *stacked, chunk=plan.chunk, mesh=plan.mesh)
+        common, sizes = (state.params, data), clients.num_examples[ids]
+        found, gradients = map_clients(one, common, *stacked, sizes=sizes, chunk=plan.chunk, mesh=plan.mesh)
         if not plan.gradient_scale:
             return found
         # A client of NaN, which the aggregator sets aside, must not undo the others' sketches.

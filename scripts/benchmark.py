@@ -6,6 +6,7 @@ head       the last layer's sketch in closed form, beside the same through the n
 merge      the server's merge: errors against float64, seconds and peak memory, beside one copy of the uploads
 gauss_newton   how close FIPA stays to the centralised Gauss-Newton trajectory, by rank and number of rounds
 step       a network's training step beside the floor of its operations, and its memory
+ragged     a round of clients of very different sizes, padded, beside the sum of the clients' own work
 round      one client's work in a round beside PyTorch, pfl and fedjax; and a FIPA round beside a FedAvg round
 
 Every command takes --cpus (cores to run on, e.g. 0 or 0,1) and --out (a JSON file for all that was measured).
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from benchmarks import timing
 
-COMMANDS = ("products", "sketch", "head", "merge", "gauss_newton", "step", "round")
+COMMANDS = ("products", "sketch", "head", "merge", "gauss_newton", "step", "ragged", "round")
 
 
 def main():
