@@ -318,6 +318,8 @@ def fold(add: Callable, total, micro: MicroBatches, *others):
     """
     at = lambda i, stacked: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
     body = lambda i, total: add(total, *at(i, (micro.batch, micro.weight, *others)))
+    if micro.weight.shape[0] == 1:  # no loop: what does not change can be lifted out of a solver's own
+        return body(0, total)
     return jax.lax.fori_loop(0, _most(micro.count), body, total)
 
 

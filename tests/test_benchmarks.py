@@ -14,7 +14,7 @@ COMMANDS = {
     "merge": "merge --parts=size --size=300 --clients=2 --rank=2 --size-methods=gram --stores=float32 --repeats=1",
     "gauss_newton": "gauss_newton --ranks 2 --rounds 2 4 --substeps=2 --plot=gap.png",
     "step": "step --model=cnn_6k --side=32 --classes=10 --batch=4 --repeats=1",
-    "ragged": "ragged --model=cnn_6k --examples=24 --clients=3 --rank=2 --epochs=1 --chunk=2 --repeats=1",
+    "ragged": "ragged --model=cnn_6k --examples=16 --clients=2 --rank=2 --solver=rows --epochs=1 --chunk=2 --repeats=1",
     "round": "round --model=cnn_6k --examples=8 --clients=2 --batch=4 --repeats=1",
     "rules": "round --rules --model=cnn_6k --examples=8 --clients=2 --sketches=head --epochs=1 --repeats=1",
 }

@@ -2,8 +2,8 @@
 
 The clients of a by-class Dirichlet split, all of one cohort, are run together by `simulate.map_clients`, padded to the
 largest of them; and each alone, by a program of its own that is padded to nothing. What the first takes beyond the
-second is spent on padding. Local training is that of the FIPA phase of `recipes.whole_model`, and so are the sketches,
-of at most half as many examples as a client has in the mean. User CPU seconds, medians, the variants in alternation.
+second is spent on padding. Local training and sketches are those of the FIPA phase of `recipes.whole_model`. User CPU
+seconds, medians, the variants in alternation.
 """
 
 import argparse
@@ -30,6 +30,7 @@ def run(options: list[str]) -> dict:
     parser.add_argument("--alpha", type=float, default=0.1, help="of the by-class Dirichlet split")
     parser.add_argument("--epochs", type=int, default=5, help="of local training")
     parser.add_argument("--rank", type=int, default=50, help="of the sketches")
+    parser.add_argument("--sketch-examples", type=int, default=250, help="of a client, that its sketch sees; 0 for all")
     parser.add_argument("--micro-batch", type=int, default=5, help="examples whose curvature is seen at a time")
     parser.add_argument("--solver", default="auto", help="of the sketches")
     parser.add_argument("--chunk", type=int, default=4, help="clients side by side, beside one after another")
@@ -77,7 +78,6 @@ def work_of(args) -> dict:
     recipes.whole_model(config)
     local, seen = config.fipa.local, config.fipa.sketch
     local.epochs, seen.rank, seen.micro_batch, seen.solver = args.epochs, args.rank, args.micro_batch, args.solver
-    examples = min(seen.examples, args.examples // args.clients // 2)
     half = np.full(3, 0.5)
     module = models.MODELS[args.model](None, setting.NUM_CLASSES)
     task = images.classifier(module, setting.SHAPE, half, half / 2, augmented=False)
@@ -90,7 +90,7 @@ def work_of(args) -> dict:
 
     def see(params, data, owned, key):
         draw_key, solve_key = jax.random.split(key)
-        owned = rounds.subsample(draw_key, owned, examples)
+        owned = rounds.subsample(draw_key, owned, args.sketch_examples)
         return find(solve_key, params, simulate.gather(data, owned.indices), simulate.present(owned))
 
     params = task.init(jax.random.key(1))
