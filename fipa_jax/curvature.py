@@ -19,6 +19,14 @@ from jax.flatten_util import ravel_pytree
 JACOBIANS = ("head", "matrix_free", "rows")
 
 
+class MicroBatches(NamedTuple):
+    """A client's examples, so many at a time; padding repeats the last one and weighs nothing."""
+
+    batch: Any  # leaves [n, B, ...]
+    weight: jax.Array  # [n, B], 1/N for the examples that are there
+    count: jax.Array  # [] int32, micro-batches up to the last example that is there: no loop looks at those behind
+
+
 class Curvature(NamedTuple):
     """A client's H [P, P], seen without being formed; it lives inside one traced function."""
 
@@ -44,7 +52,9 @@ def make_ggn(
     Args:
       outputs: (params, batch) -> pytree [B, ...], each example's outputs depending on that example alone.
       loss: (outputs, batch) -> [B], loss of each example.
-      micro_batch: examples whose activations (or Jacobian rows) are computed at a time; 0 takes all at once.
+      micro_batch: examples whose activations (or Jacobian rows) are computed at a time; 0 takes all at once. Only the
+        micro-batches up to the mask's last example are computed, so that a small client costs little though it is
+        padded; all at once it costs as much as the largest one.
       jacobian: `matrix_free` linearises the network anew in each product: memory of one micro-batch. `rows` computes
         the scaled rows A = [L_n^{1/2} J_n / sqrt(N)] once, [N K, P] in memory, and each product is two large matrix
         products: for networks whose weights are used many times per example (convolutions) and few outputs this is
@@ -79,25 +89,24 @@ def _matrix_free(outputs, loss, params, micro):
     flat, unravel = ravel_pytree(params)
 
     def product(vectors):  # [P, B] -> [P, B]
-        def add(total, micro_batch):
-            batch, weight = micro_batch
+        def add(total, batch, weight):
             out, push = jax.linearize(lambda p: outputs(p, batch), params)
             pull = jax.linear_transpose(push, params)
             hessian = loss_derivatives(loss, out, batch, weight)[1]
             column = lambda v: ravel_pytree(pull(hessian(push(unravel(v))))[0])[0]
             # On a CPU one after another: side by side they leave its cache, which takes two to three times as long.
             if jax.default_backend() == "cpu":
-                return total + jax.lax.map(column, vectors.T).T, None
-            return total + jax.vmap(column, in_axes=1, out_axes=1)(vectors), None
+                return total + jax.lax.map(column, vectors.T).T
+            return total + jax.vmap(column, in_axes=1, out_axes=1)(vectors)
 
-        return jax.lax.scan(add, jnp.zeros_like(vectors), micro)[0]
+        return fold(add, jnp.zeros_like(vectors), micro)
 
     return Curvature(product, flat.size, flat.dtype)
 
 
 def _rows(outputs, loss, params, micro, loss_rank):
     """H = A^T A by explicit scaled rows A, computed once, micro-batch by micro-batch."""
-    rows, negative = jax.lax.map(lambda m: scaled_rows(outputs, loss, params, *m, loss_rank), micro)
+    rows, negative = stack(lambda batch, weight: scaled_rows(outputs, loss, params, batch, weight, loss_rank), micro)
     rows = rows.reshape(-1, rows.shape[-1])
 
     def product(vectors):  # [P, B] -> [P, B]
@@ -162,8 +171,7 @@ def _roots(loss, out, batch, weight):
 def _head(outputs, loss, features, params, micro):
     """H V for the last dense layer, out_n = W^T phi_n + b: J_n = phi_n^T kron I, so that no network is in the loop."""
     flat, unravel = ravel_pytree(params)
-    evaluate = lambda m: (outputs(params, m[0]), features(params, m[0]))
-    out, phi = jax.lax.map(evaluate, micro)  # [n, B, K], [n, B, F]
+    out, phi = stack(lambda batch, _: (outputs(params, batch), features(params, batch)), micro)  # [n, B, K], [n, B, F]
     if not is_last_layer(params, *jax.tree.map(lambda x: x[0], (out, phi))):
         shapes = lambda tree: [list(leaf.shape) for leaf in jax.tree.leaves(tree)]
         raise ValueError(
@@ -176,27 +184,25 @@ def _head(outputs, loss, features, params, micro):
     def product(vectors):  # [P, B] -> [P, B]
         columns = jax.vmap(unravel, in_axes=1, out_axes=-1)(vectors)
 
-        def add(total, m):
-            out, phi, (batch, weight) = m
+        def add(total, batch, weight, out, phi):
             # The kernel's tangent is [F, K, B] and the bias's [K, B]; one product for all columns.
             push = lambda leaf: jnp.tensordot(phi, leaf, 1) if leaf.ndim == 3 else leaf[None]
             tangent = sum(push(leaf) for leaf in jax.tree.leaves(columns))
             hessian = loss_derivatives(loss, out, batch, weight)[1]
             curved = jax.vmap(hessian, in_axes=2, out_axes=2)(jnp.broadcast_to(tangent, (*out.shape, tangent.shape[2])))
             pull = lambda leaf: jnp.tensordot(phi, curved, [[0], [0]]) if leaf.ndim == 3 else jnp.sum(curved, 0)
-            return jax.tree.map(lambda t, leaf: t + pull(leaf), total, columns), None
+            return jax.tree.map(lambda t, leaf: t + pull(leaf), total, columns)
 
-        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, columns), (out, phi, micro))
+        total = fold(add, jax.tree.map(jnp.zeros_like, columns), micro, out, phi)
         return jax.vmap(lambda tree: ravel_pytree(tree)[0], in_axes=-1, out_axes=1)(total)
 
-    def trace(m):
-        """sum_n weight_n tr(L_n) (|phi_n|^2 + 1 with a bias)."""
-        out, phi, (batch, weight) = m
+    def trace(total, batch, weight, out, phi):
+        """Adds sum_n weight_n tr(L_n) (|phi_n|^2 + 1 with a bias)."""
         hessian = loss_derivatives(loss, out, batch, weight)[1]
         diagonal = jax.lax.map(lambda unit: hessian(jnp.broadcast_to(unit, out.shape)) @ unit, jnp.eye(out.shape[1]))
-        return jnp.vdot(jnp.sum(diagonal, 0), jnp.sum(phi**2, axis=1) + has_bias)
+        return total + jnp.vdot(jnp.sum(diagonal, 0), jnp.sum(phi**2, axis=1) + has_bias)
 
-    return Curvature(product, flat.size, flat.dtype, trace=jnp.sum(jax.lax.map(trace, (out, phi, micro))))
+    return Curvature(product, flat.size, flat.dtype, trace=fold(trace, jnp.zeros([], flat.dtype), micro, out, phi))
 
 
 def is_last_layer(params, out, features) -> bool:
@@ -227,8 +233,8 @@ def make_diagonal(outputs: Callable, loss: Callable, *, micro_batch: int = 0) ->
 
     def diagonal(params, batch, mask=None):
         micro = _micro_batches(params, batch, mask, micro_batch)
-        add = lambda total, m: (total + jnp.sum(scaled_rows(outputs, loss, params, *m)[0] ** 2, axis=0), None)
-        return jax.lax.scan(add, jnp.zeros_like(ravel_pytree(params)[0]), micro)[0]
+        add = lambda total, *one: total + jnp.sum(scaled_rows(outputs, loss, params, *one)[0] ** 2, axis=0)
+        return fold(add, jnp.zeros_like(ravel_pytree(params)[0]), micro)
 
     return diagonal
 
@@ -293,11 +299,53 @@ def _weights(params, batch, mask):
     return mask.astype(dtype) / jnp.maximum(jnp.sum(mask), 1).astype(dtype)
 
 
-def _micro_batches(params, batch, mask, size):
-    """(batch, weights) in micro-batches: leaves [n, size, ...]. Padding repeats the last example and weighs nothing."""
+def _micro_batches(params, batch, mask, size) -> MicroBatches:
     weight = _weights(params, batch, mask)
     size = size or weight.shape[0]
     pad = lambda x, mode: jnp.pad(x, [(0, -x.shape[0] % size)] + [(0, 0)] * (x.ndim - 1), mode=mode)
     split = lambda x, mode: pad(x, mode).reshape(-1, size, *x.shape[1:])
+    weights = split(weight, "constant")
+    there = jnp.any(weights > 0, axis=1)
+    count = jnp.max(jnp.where(there, 1 + jnp.arange(there.shape[0], dtype=jnp.int32), 0))
     # Never an input the network has not seen, not even as padding: its derivatives may not be finite.
-    return jax.tree.map(lambda x: split(x, "edge"), batch), split(weight, "constant")
+    return MicroBatches(jax.tree.map(lambda x: split(x, "edge"), batch), weights, count)
+
+
+def fold(add: Callable, total, micro: MicroBatches, *others):
+    """total <- add(total, batch, weight, *others) over the micro-batches that hold examples, one after another.
+
+    It has no reverse-mode derivative, as the number of steps is the data's.
+
+    Args:
+      others: what goes with each micro-batch, leaves [n, ...].
+    """
+    at = lambda i, stacked: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
+    body = lambda i, total: add(total, *at(i, (micro.batch, micro.weight, *others)))
+    if micro.weight.shape[0] == 1:  # no loop: what does not change can be lifted out of a solver's own
+        return body(0, total)
+    return jax.lax.fori_loop(0, _most(micro.count), body, total)
+
+
+def stack(function: Callable, micro: MicroBatches):
+    """function(batch, weight) of the micro-batches that hold examples, leaves [n, ...]; zero for those behind them."""
+    first = jax.tree.map(lambda x: x[0], (micro.batch, micro.weight))
+    shapes = jax.eval_shape(function, *first)
+    empty = jax.tree.map(lambda x: jnp.zeros([micro.weight.shape[0], *x.shape], x.dtype), shapes)
+    put = lambda all_, i, one: jax.tree.map(lambda x, y: x.at[i].set(y), all_, one)
+    number = jnp.arange(micro.weight.shape[0])
+    return fold(lambda all_, batch, weight, i: put(all_, i, function(batch, weight)), empty, micro, number)
+
+
+@jax.custom_batching.custom_vmap
+def _most(count):
+    """The count itself; of clients side by side the largest one.
+
+    A loop whose length differs among them would select between the old and the new value of all that it carries, in
+    each step: of the rows of all micro-batches. The further steps add nothing, since their examples weigh nothing.
+    """
+    return count
+
+
+@_most.def_vmap
+def _most_of_all(axis_size, in_batched, count):
+    return jnp.max(count), False

@@ -121,9 +121,9 @@ def make_stages(plan: Plan) -> Stages:
             losses = plan.task.loss(outputs(chosen, examples)[0], examples)
             return result._replace(before=masked_mean(losses, present(client)))
 
-        common = state.params, cohort.data, hyper, state.shared
+        common, sizes = (state.params, cohort.data, hyper, state.shared), cohort.clients.num_examples
         stacked = cohort.clients, keys(state, root, cohort.ids)[0], state.memory, least
-        return map_clients(one, common, *stacked, chunk=plan.chunk, mesh=plan.mesh)
+        return map_clients(one, common, *stacked, sizes=sizes, chunk=plan.chunk, mesh=plan.mesh)
 
     def sketch(state: State, cohort: Cohort, results, root) -> Sketch | Diagonal | None:
         if plan.sketch is None:
@@ -145,7 +145,8 @@ def make_stages(plan: Plan) -> Stages:
 
         moved = results.delta if plan.aggregator.at == "local" else None
         stacked = cohort.clients, keys(state, root, cohort.ids)[1], moved
-        found, gradients = map_clients(one, (state.params, cohort.data), *stacked, chunk=plan.chunk, mesh=plan.mesh)
+        common, sizes = (state.params, cohort.data), cohort.clients.num_examples
+        found, gradients = map_clients(one, common, *stacked, sizes=sizes, chunk=plan.chunk, mesh=plan.mesh)
         if not plan.gradient_scale:
             return found
         # A client of NaN, which the aggregator sets aside, must not undo the others' sketches.

@@ -90,16 +90,21 @@ def replicate(tree, mesh: Mesh | None):
     return jax.tree.map(place, tree)
 
 
-def map_clients(fn: Callable, common: tuple, *args, chunk: int = 1, mesh: Mesh | None = None):
-    """Applies `fn(*common, *client)` to every client, and stacks the results [C, ...].
+def map_clients(
+    fn: Callable, common: tuple, *args, sizes: jax.Array | None = None, chunk: int = 1, mesh: Mesh | None = None
+):
+    """Applies `fn(*common, *client)` to every client, and stacks the results [C, ...] in the clients' order.
 
     Args:
       fn: the program of one client. Arrays that it needs come as arguments: over a mesh it must not close over them.
       common: pytrees that are the same for all clients.
       *args: stacked pytrees, a leading clients axis [C, ...] on each leaf.
+      sizes: [C], what each client's work is about proportional to, such as `num_examples`. Clients side by side take as
+        long as the largest of them, and devices as long as the one with most to do: by their sizes those that go
+        together are nearly equal, and every device gets its share of large and small ones.
       chunk: clients side by side in one `vmap`; 1 runs one client's program after another, 0 all at once.
       mesh: devices with an axis `clients`, over which the clients are spread; C is padded to a multiple of it by
-        repeating clients whose results are dropped. The result does not depend on it.
+        repeating a client whose results are dropped. The result does not depend on it.
     """
     clients = jax.tree.leaves(args)[0].shape[0]
 
@@ -109,13 +114,28 @@ def map_clients(fn: Callable, common: tuple, *args, chunk: int = 1, mesh: Mesh |
             return jax.vmap(lambda *one: fn(*common, *one))(*args)
         return jax.lax.map(lambda one: fn(*common, *one), args, batch_size=None if chunk == 1 else chunk)
 
-    if mesh is None:
+    if mesh is None and (sizes is None or chunk in (0, 1)):
         return local(common, args)
-    devices = mesh.shape["clients"]
-    wrap = jnp.arange(clients + -clients % devices) % clients
-    padded = jax.tree.map(lambda leaf: leaf[wrap], args)
+    devices = 1 if mesh is None else mesh.shape["clients"]
+    by_size = jnp.arange(clients) if sizes is None else jnp.argsort(-sizes)  # [C], the largest first
+    dealt = deal(clients + -clients % devices, devices)
+    spread_out = jax.tree.map(lambda leaf: leaf[by_size[np.minimum(dealt, clients - 1)]], args)
+    place = jnp.asarray(np.argsort(dealt))[jnp.argsort(by_size)]  # [C], where each client has come to
+    if mesh is None:
+        return jax.tree.map(lambda leaf: leaf[place], local(common, spread_out))
     everywhere, split = PartitionSpec(), PartitionSpec("clients")
-    spread = jax.shard_map(local, mesh=mesh, in_specs=(everywhere, split), out_specs=split, check_vma=False)
+    run = jax.shard_map(local, mesh=mesh, in_specs=(everywhere, split), out_specs=split, check_vma=False)
     # Every device gets all results: a sum over clients that is itself spread would change its order with the devices.
-    gathered = jax.lax.with_sharding_constraint(spread(common, padded), NamedSharding(mesh, everywhere))
-    return jax.tree.map(lambda leaf: leaf[:clients], gathered)
+    gathered = jax.lax.with_sharding_constraint(run(common, spread_out), NamedSharding(mesh, everywhere))
+    return jax.tree.map(lambda leaf: leaf[place], gathered)
+
+
+def deal(count: int, hands: int) -> np.ndarray:
+    """[count] ranks, one hand's after another's, dealt in turns there and back, so that all hands are about as good.
+
+    Example:
+      deal(6, 2) is [0, 3, 4, 1, 2, 5].
+    """
+    turns = np.arange(count).reshape(-1, hands)
+    turns[1::2] = turns[1::2, ::-1]
+    return turns.T.reshape(-1)

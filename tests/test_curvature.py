@@ -182,6 +182,59 @@ def test_padding_changes_nothing_and_an_empty_client_has_no_curvature(x64, jacob
     np.testing.assert_array_equal(matrix(garbage, jnp.zeros(NUM_EXAMPLES, bool)), np.zeros([size, size]))
 
 
+COUNTS = [0, 1, 3, 4, NUM_EXAMPLES]  # of examples that are there, in micro-batches of three
+
+
+def _every_way(model):
+    """{name: (batch, mask) -> arrays}: all that goes over micro-batches, of a model's outputs."""
+    _, loss, _ = LOSSES["softmax"]
+    params, _ = _problem()
+
+    def matrix(jacobian):
+        chosen, of, places = _restricted(HEAD if jacobian == "head" else tuple(params))
+        ggn = curvature.make_ggn(of(model), loss, jacobian=jacobian, micro_batch=3, features=of(_hidden))
+        seen = lambda found: (found.product(jnp.eye(int(places.sum()))), found.trace)
+        return lambda batch, mask: seen(ggn(chosen, batch, mask))
+
+    diagonal = curvature.make_diagonal(model, loss, micro_batch=3)
+    return {way: matrix(way) for way in curvature.JACOBIANS} | {"diagonal": lambda *one: diagonal(params, *one)}
+
+
+@pytest.mark.parametrize("way", [*curvature.JACOBIANS, "diagonal"])
+def test_the_network_is_not_evaluated_for_micro_batches_behind_the_last_example(x64, way):
+    evaluated = []
+
+    @jax.custom_jvp
+    def note(x):
+        jax.debug.callback(lambda: evaluated.append(1))
+        return x
+
+    note.defjvp(lambda primals, tangents: (note(*primals), *tangents))
+    ways = _every_way(lambda params, batch: note(_network(params, batch)))
+    see = jax.jit(ways[way])
+
+    def evaluations(count):
+        evaluated.clear()
+        jax.block_until_ready(see(_problem()[1], jnp.arange(NUM_EXAMPLES) < count))
+        jax.effects_barrier()
+        return len(evaluated)
+
+    in_one = evaluations(3)
+    assert in_one > 0
+    assert [evaluations(count) for count in COUNTS] == [in_one * -(-count // 3) for count in COUNTS]
+
+
+@pytest.mark.parametrize("way", [*curvature.JACOBIANS, "diagonal"])
+def test_clients_side_by_side_see_as_one_alone(x64, way):
+    see = jax.jit(_every_way(_network)[way])
+    _, batch = _problem()
+    masks = jnp.arange(NUM_EXAMPLES)[None] < jnp.array(COUNTS)[:, None]
+    together = jax.jit(jax.vmap(see, in_axes=(None, 0)))(batch, masks)
+    for i, mask in enumerate(masks):
+        alone = jax.tree.map(lambda leaf: leaf[i], together)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12), alone, see(batch, mask))
+
+
 def test_without_a_mask_all_examples_count(x64):
     outputs, loss, hessian = LOSSES["softmax"]
     found, _ = _seen(outputs, loss, None, "matrix_free", micro_batch=3)

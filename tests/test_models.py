@@ -39,12 +39,15 @@ def _config(name, **options):
         ((2, 3), (2, 1), ((1, 0), (2, 1))),
     ],
 )
-@pytest.mark.parametrize("at_a_time", [1, 2, 4])
+@pytest.mark.parametrize("at_a_time", [2, 4])
 def test_conv_equals_xlas_in_value_tangents_and_cotangents(kernel, strides, padding, at_a_time, monkeypatch):
-    """Also where the images go through the cache one or two at a time, and for a product that is transposed."""
-    monkeypatch.setattr(models, "CACHE", at_a_time * 9 * 9 * 27 * 4 // (1 if at_a_time > 2 else 4))
+    """Also where the images go through the cache two at a time, and for a product that is transposed."""
     x, dx = _normal(0, 4, 9, 8, 3), _normal(1, 4, 9, 8, 3)
     w, dw = _normal(2, *kernel, 3, 4), _normal(3, *kernel, 3, 4)
+
+    xlas = lambda x, w: lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=models.LAYOUT)
+    patches = np.prod(jax.eval_shape(xlas, x, w).shape[1:3]) * w[..., 0].size
+    monkeypatch.setattr(models, "CACHE", at_a_time * patches * x.dtype.itemsize)
 
     def derivatives(function):
         y, push = jax.linearize(function, x, w)
@@ -52,8 +55,7 @@ def test_conv_equals_xlas_in_value_tangents_and_cotangents(kernel, strides, padd
         return *jax.jvp(function, (x, w), (dx, dw)), jax.vjp(function, x, w)[1](jnp.sin(y)), push(dx, dw), pulled
 
     ours = jax.jit(lambda: derivatives(lambda x, w: models._conv_by_matmul(x, w, strides, padding, None)))()
-    xlas = derivatives(lambda x, w: lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=models.LAYOUT))
-    _close(ours, xlas)
+    _close(ours, derivatives(xlas))
 
 
 def test_conv_under_vmap_over_kernels_is_a_loop_over_kernels():

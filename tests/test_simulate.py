@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from fipa_jax import simulate
 
 CLIENTS = 5  # a multiple of no number of devices and of no chunk
+SIZES = jnp.array([2, 9, 1, 9, 4])
 
 
 def _mesh(devices):
@@ -32,18 +33,22 @@ def _clients():
 
 
 @functools.cache
-def _mapped(chunk, devices):
+def _mapped(chunk, devices, sized=True):
     mesh = _mesh(devices) if devices else None
-    run = jax.jit(lambda *args: simulate.map_clients(_program, (), *args, chunk=chunk, mesh=mesh))
+    sizes = SIZES if sized else None
+    run = jax.jit(lambda *args: simulate.map_clients(_program, (), *args, sizes=sizes, chunk=chunk, mesh=mesh))
     return jax.tree.map(np.asarray, run(*_clients()))
 
 
-@pytest.mark.parametrize(("chunk", "devices"), [(1, 0), (2, 0), (0, 0), (16, 0), (1, 4), (2, 2), (2, 4), (0, 2)])
-def test_every_way_gives_each_clients_own_result(chunk, devices):
+WAYS = [(1, 0), (2, 0), (0, 0), (16, 0), (1, 4), (2, 2), (2, 4), (0, 2)]
+
+
+@pytest.mark.parametrize(("chunk", "devices", "sized"), [(*way, True) for way in WAYS] + [(2, 0, False), (1, 4, False)])
+def test_every_way_gives_each_clients_own_result(chunk, devices, sized):
     single = jax.jit(_program)
     wanted = [single(*jax.tree.map(lambda leaf: leaf[m], _clients())) for m in range(CLIENTS)]
     wanted = jax.tree.map(lambda *leaves: np.stack(leaves), *wanted)
-    found = _mapped(chunk, devices)
+    found = _mapped(chunk, devices, sized)
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)  # vmap changes the order of sums
@@ -64,6 +69,31 @@ def test_replicated_arrays_are_whole_on_every_device(devices, x64):
     np.testing.assert_array_equal(jax.random.normal(found["key"], [3]), jax.random.normal(tree["key"], [3]))
     for leaf in (found["a"], found["key"]):
         assert leaf.sharding.is_fully_replicated and len(leaf.devices()) == max(devices, 1)
+
+
+@jax.custom_batching.custom_vmap
+def _largest_beside(size):
+    return size
+
+
+@_largest_beside.def_vmap
+def _largest_of_all(axis_size, in_batched, sizes):
+    return jnp.max(sizes), False
+
+
+def test_a_chunk_holds_clients_of_nearly_equal_sizes():
+    run = lambda sizes: simulate.map_clients(_largest_beside, (), sizes, sizes=sizes, chunk=2)
+    np.testing.assert_array_equal(jax.jit(run)(SIZES), [4, 9, 1, 9, 4])
+
+
+@pytest.mark.parametrize("hands", [1, 2, 4])
+def test_everybody_is_dealt_as_much(hands):
+    sizes = np.sort(np.random.default_rng(0).exponential(size=24))[::-1]
+    dealt = simulate.deal(len(sizes), hands)
+    assert sorted(dealt) == list(range(len(sizes)))
+    share = sizes[dealt].reshape(hands, -1)
+    assert np.all(np.diff(share, axis=1) <= 0), "each hand's by falling size"
+    assert np.ptp(share.sum(axis=1)) <= sizes[0]
 
 
 def test_a_single_client_keeps_its_axis():
