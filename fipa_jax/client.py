@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from fipa_jax.simulate import Client, gather, masked_mean, present
 from fipa_jax.terms import Done, Local, Term, none
 
+FEW = 5  # examples whose activations in a small network stay in a core's cache
 # Gradient -> direction, without the learning rate: that is traced, so that a schedule or a sweep does not recompile.
 OPTIMIZERS = {
     "sgd": lambda momentum: optax.identity(),
@@ -69,6 +70,7 @@ def first_order(
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
     batch_size: int = 50,
+    micro_batch: int = 0,
     epochs: int = 1,
     steps: int = 0,
     term: Term | None = None,
@@ -83,16 +85,21 @@ def first_order(
       weight_decay: added to the gradient after clipping, as weight_decay * params.
       clip_norm: bound on the gradient's norm; 0 for none.
       batch_size: B; an epoch's last batch may be smaller. 0 takes all of the client's examples at once.
+      micro_batch: examples whose gradients are computed at a time, as many as divide the batch; 0 for all, -1 for what
+        suits the backend: a few on a CPU, whose cache then holds their activations. The gradient is the same but for
+        rounding.
       epochs: passes over the client's own examples.
       steps: number of steps instead of epochs, where positive.
       term: additive term of the objective.
 
     Raises:
-      ValueError: the optimiser is not known.
+      ValueError: the optimiser is not known; micro-batches with a term that needs the whole batch.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"local.optimizer: unknown optimizer {optimizer!r}; known: {', '.join(sorted(OPTIMIZERS))}")
     term = term or none()
+    if micro_batch > 0 and term.whole_batch:
+        raise ValueError("local.micro_batch: this term compares the batch's examples with each other; set it to 0")
     direction = optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
@@ -115,6 +122,8 @@ def first_order(
             return jnp.argsort(jnp.where(in_order < client.num_examples, draw, 2.0))
 
         objective = make_objective(outputs, loss, term, params, data, client, hyper, memory, shared)
+        at_a_time = batch if term.whole_batch else _micro_batch(micro_batch, batch)
+        descent = in_micro_batches(jax.grad(objective, has_aux=True), batch // at_a_time)
 
         def step(s, carry):
             theta, opt_state, order, total = carry
@@ -125,7 +134,7 @@ def first_order(
             chosen = jax.lax.dynamic_slice(order, (first,), (batch,))
             examples = gather(data, client.indices[jnp.minimum(chosen, size - 1)])
             examples = augment(jax.random.fold_in(augment_key, s), examples)
-            gradient, mean_loss = jax.grad(objective, has_aux=True)(theta, examples, position < client.num_examples)
+            gradient, mean_loss = descent(theta, examples, position < client.num_examples)
             update, opt_state = direction.update(gradient, opt_state, theta)
             theta = jax.tree.map(lambda p, u: (p - hyper.lr * u).astype(p.dtype), theta, update)
             return theta, opt_state, order, total + mean_loss
@@ -139,6 +148,33 @@ def first_order(
         return LocalResult(delta, memory, total / jnp.maximum(num_steps, 1))
 
     return solve
+
+
+def in_micro_batches(gradient: Callable, number: int) -> Callable:
+    """`gradient(theta, examples, mask) -> (gradient, mean loss)`, as a sum over so many micro-batches."""
+    if number == 1:
+        return gradient
+
+    def summed(theta, examples, mask):
+        parts = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), (examples, mask))
+        shares = jnp.sum(parts[1], axis=1) / jnp.maximum(jnp.sum(mask), 1)
+
+        def add(total, part):
+            given, share = part
+            found = gradient(theta, *given)
+            return jax.tree.map(lambda t, g: (t + share * g).astype(t.dtype), total, found), None
+
+        blank = jax.tree.map(jnp.zeros_like, theta), jnp.zeros([], ravel_pytree(theta)[0].dtype)
+        return jax.lax.scan(add, blank, (parts, shares))[0]
+
+    return summed
+
+
+def _micro_batch(wanted: int, batch: int) -> int:
+    """The largest divisor of the batch that is at most as wanted."""
+    if wanted < 0:
+        wanted = FEW if jax.default_backend() == "cpu" else 0
+    return next(m for m in range(min(wanted or batch, batch), 0, -1) if batch % m == 0)
 
 
 def steps_for(least: jax.Array, lr: jax.Array, scale: float, most: int) -> jax.Array:

@@ -110,6 +110,7 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "weight_decay": 0.0,
                 "clip_norm": 0.0,  # bound on the gradient's norm; 0 for none
                 "batch_size": 50,  # 0 for all of the client's examples
+                "micro_batch": 0,  # examples whose gradients are computed at a time; 0 for all, -1 as suits the backend
                 "epochs": 5,
                 "steps": 0,  # instead of epochs, where positive
                 "step_scale": 0.0,  # c of the published rule for the steps, by the sketch; 0 for none; published: 0.01
@@ -280,6 +281,7 @@ def _validate_phase(name, settings, least_rounds):
     _at_least(f"{name}.cache_views", settings.cache_views, 0)
     for field in ("lr", "lr_decay", "momentum", "weight_decay", "clip_norm", "batch_size", "steps", "damping"):
         _at_least(f"{name}.local.{field}", settings.local[field], 0)
+    _at_least(f"{name}.local.micro_batch", settings.local.micro_batch, -1)
     for field in ("tries", "step_scale"):
         _at_least(f"{name}.local.{field}", settings.local[field], 0)
     _at_least(f"{name}.local.max_steps", settings.local.max_steps, 1)

@@ -70,7 +70,7 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
         population = Resident(*on_device((problem.train, Client(*partition.pad(problem.clients)))))
     held = {"test": problem.test} | ({} if problem.holdout is None else {"holdout": problem.holdout})
     root = jax.random.key(config.seed)
-    params = problem.task.init(jax.random.fold_in(root, 2**31))
+    params = jax.jit(problem.task.init)(jax.random.fold_in(root, 2**31))  # op by op it would compile each alone
     params = jax.tree.map(lambda leaf: leaf.astype(config.precision), params)
     if config.init_from:
         params = checkpoint.load_model(config.init_from, params)

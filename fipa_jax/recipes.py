@@ -12,7 +12,7 @@ def images(data: str, model: str) -> ConfigDict:
     config.partition.num_clients, config.cohort = 100, 5
     config.eval.clients_every = 10
     for phase in (config.warmup, config.fipa):
-        phase.local.lr, phase.local.lr_decay = 0.1, 0.998
+        phase.local.lr, phase.local.lr_decay, phase.local.micro_batch = 0.1, 0.998, -1
         phase.local.weight_decay, phase.local.clip_norm = 1e-3, 10.0
     return config
 

@@ -49,6 +49,7 @@ class Term(NamedTuple):
     penalty: Callable = lambda local: 0.0  # Local -> scalar
     update: Callable = lambda done: done.memory  # Done -> memory
     correct: Callable = lambda step, shared, mu: step  # what the server makes of the aggregated step
+    whole_batch: bool = False  # whether the penalty is more than a mean over the batch's examples, or free of them
     travels: bool = False  # whether the memory is sent to the server, and `shared` to the clients
 
 
@@ -149,7 +150,7 @@ def rcl(temperature: float = 0.05, negatives: int = 2, threshold: float = 0.7) -
         levels = local.features.levels
         return local.mu * sum(of_level(level, both & equal, both & ~equal, mask) for level in levels) / len(levels)
 
-    return Term(penalty=penalty)
+    return Term(penalty=penalty, whole_batch=True)
 
 
 def logit_adjustment() -> Term:

@@ -1,6 +1,7 @@
 """Local training against plain loops and dense solves."""
 
 import functools
+import types
 
 import chex
 import jax
@@ -17,6 +18,7 @@ from clients import (
     make_hyper,
     make_params,
     network,
+    softmax,
     solve,
     squared,
 )
@@ -88,6 +90,41 @@ def test_what_the_padding_holds_does_not_matter(x64, batch_size):
     other = solve(make_client(5, np.where(np.arange(NUM_EXAMPLES) < 5, INDICES, 6)), make_hyper(), **options)
     chex.assert_trees_all_equal(one, other)
     assert np.all(np.isfinite(one.loss)) and np.linalg.norm(ravel_pytree(one.delta)[0]) > 0
+
+
+@pytest.mark.parametrize("term", ["none", "prox", "logit_adjustment"])
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "count"), [(4, 2, 7), (6, 3, 4), (6, 4, 8), (0, 1, 8), (0, -1, 5)]
+)
+def test_micro_batches_do_not_change_the_steps(x64, term, batch_size, micro_batch, count):
+    """Whatever of them is padding: the last batch's may be all of one, and of the next a part."""
+    options = {"batch_size": batch_size, "epochs": 2, "term": terms.TERMS[term](), "loss": softmax}
+    found = solve(make_client(count), make_hyper(mu=0.3), micro_batch=micro_batch, **options)
+    wanted = solve(make_client(count), make_hyper(mu=0.3), **options)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_a_gradient_is_computed_for_so_many_examples_at_a_time(monkeypatch):
+    """On a CPU a few, on an accelerator all; all of them for a term that compares examples, or for none asked."""
+
+    def seen(backend, micro_batch, term="none"):
+        sizes = set()
+
+        def outputs(params, batch):
+            sizes.add(len(batch["x"]))
+            features = types.SimpleNamespace(levels=(batch["x"],), last=batch["x"])
+            return network(params, batch)[0], features
+
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        local = client_lib.first_order(softmax, KEEP, batch_size=8, micro_batch=micro_batch, term=terms.TERMS[term]())
+        data, given = make_data(), (make_client(8), jax.random.key(0), make_hyper(), (), ())
+        jax.eval_shape(lambda params: local(outputs, params, data, *given), make_params())
+        return sizes
+
+    assert seen("cpu", 3) == {2} and seen("cpu", 0) == {8} and seen("gpu", 4) == {4}
+    assert seen("cpu", -1) == {4} and seen("gpu", -1) == {8} and seen("cpu", -1, "rcl") == {8}
+    with pytest.raises(ValueError, match=r"local\.micro_batch: .*set it to 0"):
+        seen("cpu", 2, "rcl")
 
 
 # A loss linear in a parameter per example: a step on a batch moves the batch's own entries by -lr / |batch|.

@@ -131,7 +131,7 @@ def ours(args, task, params, train) -> tuple[dict, float]:
     from fipa_jax import client, curvature, simulate
 
     clients, examples = args.clients, args.examples
-    solve = client.first_order(task.loss, task.augment, batch_size=args.batch, epochs=1)
+    solve = client.first_order(task.loss, task.augment, batch_size=args.batch, micro_batch=-1, epochs=1)
     owned = simulate.Client(
         indices=jnp.arange(examples * clients, dtype=jnp.int32).reshape(clients, examples),
         num_examples=jnp.full(clients, examples),

@@ -105,7 +105,7 @@ def stages_of(args, task, trainable: str, options: dict | None, rule):
     make = lambda outputs, features: sketch.make_sketch(outputs, task.loss, features=features, **options)
     plan = rounds.Plan(
         task=task,
-        local=client.first_order(task.loss, task.augment, batch_size=args.batch, epochs=args.epochs),
+        local=client.first_order(task.loss, task.augment, batch_size=args.batch, micro_batch=-1, epochs=args.epochs),
         term=terms.none(),
         sketch=None if options is None else make,
         aggregator=rule,

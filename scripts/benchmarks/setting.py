@@ -53,7 +53,7 @@ def local_training(task, examples: int, epochs: int = 5, batch_size: int = BATCH
 
     from fipa_jax import client, simulate
 
-    solve = client.first_order(task.loss, task.augment, batch_size=batch_size, epochs=epochs)
+    solve = client.first_order(task.loss, task.augment, batch_size=batch_size, micro_batch=-1, epochs=epochs)
     owned = simulate.Client(jnp.arange(examples, dtype=jnp.int32), jnp.asarray(examples))
     return lambda params, batch, key: solve(task.outputs, params, batch, owned, key, hyper(), (), ()).delta
 

@@ -60,7 +60,8 @@ def problem_and_config(spec: dict):
     else:
         config.model.name, config.model.head_width = spec["model"], 64 if "resnet" in spec["model"] else 0
         recipes.whole_model(config)
-        config.fipa.local.batch_size, config.fipa.local.epochs = spec["batch"], spec["epochs"]
+        local = config.fipa.local
+        local.batch_size, local.micro_batch, local.epochs = spec["batch"], -1, spec["epochs"]
     config.update_from_flattened_dict(spec.get("fields", {}))
     if spec["model"] == "sine":
         return None, config
