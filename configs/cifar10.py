@@ -20,7 +20,7 @@ def get_config(variant: str = ""):
 
     config.fipa.rounds = 50
     recipes.whole_model(config)
-    head = "trainable=^Dense_1/:cache_body=true:local.lr"
+    head = "trainable=^Dense_1/:cache_body=true:local.micro_batch=0:local.lr"
     config.compare = (
         "fipa",
         "fedavg:local.lr=0.1:server.lr=0.08",

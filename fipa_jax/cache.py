@@ -59,7 +59,8 @@ def cached(experiment, params, num_views: int, by_shapes: bool = False):
         keys = jax.random.split(jax.random.fold_in(experiment.root, 2**31 + 1), num_views)
         numbered = people.over(people.data | {"example": np.arange(num_examples, dtype=np.int32)})
         views = [of_people(view, numbered, (params, key)) for key in keys]
-        train["views"] = run(lambda *views: jnp.stack(views, axis=1), *views)
+        stack = jnp.stack if by_shapes or isinstance(views[0], jax.Array) else np.stack  # they stay where they are
+        train["views"] = run(lambda *views: stack(views, axis=1), *views)
     head = tasks.head_only(task)
     return experiment._replace(
         problem=experiment.problem._replace(task=head),

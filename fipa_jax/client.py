@@ -171,10 +171,11 @@ def in_micro_batches(gradient: Callable, number: int) -> Callable:
 
 
 def _micro_batch(wanted: int, batch: int) -> int:
-    """The largest divisor of the batch that is at most as wanted."""
-    if wanted < 0:
-        wanted = FEW if jax.default_backend() == "cpu" else 0
-    return next(m for m in range(min(wanted or batch, batch), 0, -1) if batch % m == 0)
+    """The largest divisor of the batch that is at most as wanted; as suits the backend, the nearest to a few."""
+    divisors = [m for m in range(1, batch + 1) if batch % m == 0]
+    if wanted < 0 and jax.default_backend() == "cpu":
+        return min((m for m in divisors if 2 * m > FEW), key=lambda m: abs(m - FEW), default=batch)
+    return max(m for m in divisors if m <= (wanted if wanted > 0 else batch))
 
 
 def steps_for(least: jax.Array, lr: jax.Array, scale: float, most: int) -> jax.Array:

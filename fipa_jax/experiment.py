@@ -95,6 +95,7 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
 def main(config: ConfigDict, workdir: Path) -> None:
     """Runs the config and prints the rules side by side."""
     if jax.process_index():  # the first process speaks and writes for all
+        logging.set_verbosity(logging.ERROR)
         with tempfile.TemporaryDirectory() as unseen, contextlib.redirect_stdout(io.StringIO()):
             run(config, Path(unseen))
         return

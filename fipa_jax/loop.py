@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from fipa_jax import config as config_lib
 from fipa_jax import metrics, phase, report, rounds, sketch, trees, tune
 from fipa_jax.population import Ahead, OnHost
-from fipa_jax.simulate import replicate
+from fipa_jax.simulate import replicate, take
 
 # Fields of a phase that are traced or only steer the loop: rules that differ in these alone share compiled programs.
 TRACED = ("rounds", "local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr")
@@ -191,13 +192,20 @@ def start(experiment, stages: rounds.Stages, params, first: int) -> rounds.State
 
 
 def tuned_chunk(experiment, settings: ConfigDict, stages: rounds.Stages, state: rounds.State, rates) -> int:
-    """The fastest chunk for the phase on this machine, see `tune`; all processes take the first one's."""
-    plan, people, device = stages.plan, experiment.population, jax.devices()[0]
+    """The fastest chunk for the phase on this machine, see `tune`; all processes take the first one's.
+
+    Measured on one device with its share of a cohort: no process waits for another before all have searched.
+    """
+    plan, people, config = stages.plan, experiment.population, experiment.config
     clients = -(-plan.cohort // (1 if plan.mesh is None else plan.mesh.size))
     shapes = jax.tree.map(lambda leaf: str((leaf.shape, leaf.dtype)), (state.params, people.shapes(plan.cohort)))
-    depends = key_of(settings, stages.plan, state), shapes, clients, device.device_kind, os.cpu_count(), jax.__version__
+    fields = [group.to_json_best_effort() for group in (config.task, config.data, config.model)]
+    machine = jax.devices()[0].device_kind, os.cpu_count(), jax.__version__
+    depends = key_of(settings, plan, state), shapes, fields, clients, machine
     cohort = people.cohort(stages.draw(state.round, experiment.root))
-    measure = tune.seconds_of(plan, rates, state.params, cohort, experiment.root)
+    cohort = cohort._replace(ids=cohort.ids[:clients], clients=take(cohort.clients, np.arange(clients)))
+    params, rates, cohort = replicate(jax.device_get((state.params, rates, cohort)), None)
+    measure = tune.seconds_of(plan._replace(mesh=None, cohort=clients), rates, params, cohort, jax.random.key(0))
     chunk = tune.fastest_chunk(measure, clients, repr(depends), config_lib.user_cache() / "chunks.json")
     return int(multihost_utils.broadcast_one_to_all(jnp.int32(chunk)))
 

@@ -95,11 +95,14 @@ def _conv_by_matmul(lhs, rhs, strides, padding, precision):
         return products.reshape(lhs.shape[0], rows, columns, -1)
 
     fit = max(CACHE // (rows * columns * depth * lhs.dtype.itemsize), 1)
-    size = next(number for number in range(min(fit, images), 0, -1) if images % number == 0)
-    if size == images:
+    if fit >= images:
         return some(lhs)
-    products = lax.map(jax.checkpoint(some), lhs.reshape(-1, size, *lhs.shape[1:]))
-    return products.reshape(images, *products.shape[2:])
+    divisor = next(number for number in range(fit, 0, -1) if images % number == 0)
+    size = divisor if 2 * divisor > fit else fit  # then a remainder comes behind
+    whole = images // size * size
+    products = lax.map(jax.checkpoint(some), lhs[:whole].reshape(-1, size, *lhs.shape[1:]))
+    products = products.reshape(whole, *products.shape[2:])
+    return products if whole == images else jnp.concatenate([products, some(lhs[whole:])])
 
 
 @jax.custom_jvp

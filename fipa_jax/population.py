@@ -133,7 +133,3 @@ class Ahead:
                 return self._fetch(k)
 
         return self._thread.submit(fetch)
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._thread.shutdown(cancel_futures=True)

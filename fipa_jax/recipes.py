@@ -81,7 +81,7 @@ def head_alone(config: ConfigDict, trainable: str) -> None:
       trainable: the pattern of the head's layers.
     """
     fipa = config.fipa
-    fipa.trainable, fipa.cache_body = trainable, True
+    fipa.trainable, fipa.cache_body, fipa.local.micro_batch = trainable, True, 0
     fipa.sketch.solver, fipa.sketch.rank = "auto", 10
     fipa.aggregator.form, fipa.aggregator.relative, fipa.aggregator.damping = "tikhonov", False, 0.01
     fipa.server.lr = 0.01  # gamma beta

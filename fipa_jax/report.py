@@ -21,7 +21,7 @@ class Compilations:
     """How many programs were compiled from now on, how long that took, and how many came from the cache on the disk."""
 
     def __init__(self):
-        self._events, self._seconds = Counter(), 0.0
+        self._events, self._programs, self._seconds = Counter(), 0, 0.0
         jax.monitoring.register_event_listener(self._count)
         jax.monitoring.register_event_duration_secs_listener(self._add)
 
@@ -30,12 +30,12 @@ class Compilations:
 
     def _add(self, event: str, seconds: float, **_):
         if event == "/jax/core/compile/backend_compile_duration":  # or loading from the cache
-            self._seconds += seconds
+            self._programs, self._seconds = self._programs + 1, self._seconds + seconds
 
     def __str__(self) -> str:
-        hits, misses = self._events["cache_hits"], self._events["cache_misses"]
-        where = f" in {jax.config.jax_compilation_cache_dir}" if hits or misses else ""
-        return f"{hits + misses} programs in {self._seconds:.1f} s, {hits} of them from the cache{where}"
+        folder, hits = jax.config.jax_compilation_cache_dir, self._events["cache_hits"]
+        where = f", {hits} of them from the cache in {folder}" if folder else ""
+        return f"{self._programs} programs in {self._seconds:.1f} s{where}"
 
 
 def warn(name: str, k: int, info: dict, said: Counter) -> None:

@@ -3,6 +3,7 @@
 The stages are apart so that a run can time each; `compose` makes them one jittable function.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -219,7 +220,13 @@ def keep(state: State, seen: State, ids) -> State:
     if isinstance(state.memory, Memories):
         state.memory.put(ids, seen.memory)
         return seen._replace(memory=state.memory)
-    return seen._replace(memory=jax.tree.map(lambda all_, rows: all_.at[ids].set(rows), state.memory, seen.memory))
+    return seen._replace(memory=_put(state.memory, ids, seen.memory))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stacked, ids, rows):
+    """The stacked tree [T, ...] with `rows` [C, ...] at `ids`, in its place."""
+    return jax.tree.map(lambda all_, new: all_.at[ids].set(new), stacked, rows)
 
 
 def subsample(key, client: Client, examples: int) -> Client:

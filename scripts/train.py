@@ -55,6 +55,10 @@ def main(argv):
 
     from fipa_jax import experiment
 
+    if (PROCESSES.value is None) != (COORDINATOR.value in ("", "auto")) or (PROCESSES.value is None) != (
+        PROCESS.value is None
+    ):
+        sys.exit("error: --coordinator=HOST:PORT, --processes and --process come together, or --coordinator=auto alone")
     if COORDINATOR.value:
         jax.distributed.initialize(
             *({"auto": ()}.get(COORDINATOR.value, (COORDINATOR.value, PROCESSES.value, PROCESS.value)))

@@ -3,13 +3,14 @@
 import types
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fipa_jax import cache, tasks
-from fipa_jax.population import Resident
+from fipa_jax.population import OnHost, Resident
 
 NUM_EXAMPLES, VIEWS = 7, 3
 
@@ -52,6 +53,19 @@ def _stub():
 
 
 PARAMS = {"shift": jnp.array([1.0, 2.0]), "head": jnp.ones([2, 1])}
+
+
+def test_what_lives_on_the_host_stays_there():
+    """Features and views are as large as the examples, which did not fit on the device."""
+    stub = _stub()
+    data = jax.tree.map(np.asarray, stub.population.data)
+    people = OnHost(data, [np.arange(3), np.arange(3, NUM_EXAMPLES)], 1, jax.device_put)
+    on_host = stub._replace(population=people)
+    found, wanted = (cache.cached(each, PARAMS, VIEWS).population.data for each in (on_host, stub))
+    assert all(isinstance(field, np.ndarray) for field in found.values())
+    chex.assert_trees_all_close(found, jax.device_get(wanted), rtol=1e-6)
+    shapes = lambda data: {name: (field.shape, field.dtype) for name, field in data.items()}
+    assert shapes(cache.cached(on_host, PARAMS, VIEWS, by_shapes=True).population.data) == shapes(found)
 
 
 @pytest.mark.parametrize("num_views", [0, VIEWS])

@@ -104,6 +104,12 @@ def test_micro_batches_do_not_change_the_steps(x64, term, batch_size, micro_batc
     chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize(("batch", "wanted"), [(50, 5), (8, 4), (14, 7), (499, 499), (2, 2), (1, 1)])
+def test_a_few_examples_are_near_to_five(batch, wanted):
+    assert client_lib._micro_batch(-1, batch) == wanted
+    assert client_lib._micro_batch(0, batch) == batch
+
+
 def test_a_gradient_is_computed_for_so_many_examples_at_a_time(monkeypatch):
     """On a CPU a few, on an accelerator all; all of them for a term that compares examples, or for none asked."""
 

@@ -39,10 +39,10 @@ def _config(name, **options):
         ((2, 3), (2, 1), ((1, 0), (2, 1))),
     ],
 )
-@pytest.mark.parametrize("at_a_time", [2, 4])
+@pytest.mark.parametrize("at_a_time", [3, 5])
 def test_conv_equals_xlas_in_value_tangents_and_cotangents(kernel, strides, padding, at_a_time, monkeypatch):
-    """Also where the images go through the cache two at a time, and for a product that is transposed."""
-    x, dx = _normal(0, 4, 9, 8, 3), _normal(1, 4, 9, 8, 3)
+    """Also where the images go through the cache in threes and a remainder, and for a product that is transposed."""
+    x, dx = _normal(0, 5, 9, 8, 3), _normal(1, 5, 9, 8, 3)
     w, dw = _normal(2, *kernel, 3, 4), _normal(3, *kernel, 3, 4)
 
     xlas = lambda x, w: lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=models.LAYOUT)

@@ -127,7 +127,6 @@ def test_the_next_round_is_fetched_while_this_one_runs(x64):
     assert ahead(0) == 0 and begun.wait(10)
     assert [int(ahead(k)) for k in (1, 2, 3)] == [1, 2, 3] and called == [0, 1, 2, 3]
     assert ahead(2).dtype == np.float64  # a round again
-    ahead.close()
 
 
 def test_an_error_in_the_thread_is_the_rounds():

@@ -22,8 +22,9 @@ SMALL = (
 
 
 def start(*flags, workdir, devices):
-    """Starts the script with so many devices of its own."""
+    """Starts the script with so many devices of its own, and a user's cache of its own."""
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment["XDG_CACHE_HOME"] = f"{workdir}-cache"
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts/train.py"), f"--workdir={workdir}", *SMALL, *flags],
         env=environment,
@@ -44,11 +45,13 @@ def test_two_processes_with_two_devices_are_one_device(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    together = ("--processes=2", f"--coordinator=localhost:{port}")
+    # With one client a device there is but one chunk to choose, and each process finds it for itself.
+    together = ("--processes=2", f"--coordinator=localhost:{port}", "--config.chunk=-1")
     pair = [start(*together, f"--process={p}", workdir=tmp_path / f"of{p}", devices=2) for p in (0, 1)]
     said = [wait(process) for process in pair]
     wait(start(workdir=tmp_path / "alone", devices=1))
     assert (tmp_path / "of0" / "fipa.msgpack").read_bytes() == (tmp_path / "alone" / "fipa.msgpack").read_bytes()
     rows = [metrics.read(tmp_path / run / "metrics.jsonl") for run in ("of0", "alone")]
     assert [row["test_mse"] for row in rows[0]] == [row["test_mse"] for row in rows[1]]
+    assert (tmp_path / "of1-cache" / "fipa_jax" / "chunks.json").exists()
     assert not (tmp_path / "of1").exists() and "test_mse" in said[0] and "test_mse" not in said[1]
