@@ -1,6 +1,7 @@
 """How good is a model, overall and for each client? And the file that keeps it, one row a round."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +113,16 @@ def jsonable(value):
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value
+
+
+def within(rows: list[dict], seconds: float) -> list[dict]:
+    """The rows of each run up to the round with which its rounds, compilation and all, have taken so many seconds."""
+    taken, kept = Counter(), []
+    for row in rows:
+        taken[row["run"]] += sum(value for name, value in row.items() if name.startswith("seconds_"))
+        if taken[row["run"]] <= seconds:
+            kept.append(row)
+    return kept
 
 
 def series(rows: list[dict]) -> dict:

@@ -19,12 +19,13 @@ def main():
     parser.add_argument(
         "--last", type=int, default=1, help="a run's figure is its mean over this many last evaluations"
     )
+    parser.add_argument("--seconds", type=float, default=math.inf, help="a run counts until its rounds took so long")
     parser.add_argument("--figures", default="test_,holdout_", help="beginnings of the figures' names")
     args = parser.parse_args()
     values = {}
     for workdir in args.workdirs:
         try:
-            rows = metrics.read(workdir / "metrics.jsonl")
+            rows = metrics.within(metrics.read(workdir / "metrics.jsonl"), args.seconds)
         except FileNotFoundError as error:
             sys.exit(f"error: no run in {workdir}: {error}")
         for (run, name), series in metrics.series(rows).items():

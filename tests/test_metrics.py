@@ -199,3 +199,10 @@ def test_the_picture_of_a_prediction_is_drawn(dim, tmp_path):
     x, truth = rng.random((9, dim)), rng.random(9)
     plots.prediction(x, truth, truth + 0.1, [x[:4], x[4:]], tmp_path / "model.png")
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_within_so_many_seconds_are_counted_for_each_run():
+    row = lambda run, k, **seconds: {"run": run, "round": k} | {f"seconds_{n}": s for n, s in seconds.items()}
+    rows = [row("a", k, train=0.5, sketch=0.5) for k in range(4)] + [row("b", k, round=2.0) for k in range(4)]
+    assert metrics.within(rows, 3.0) == rows[:3] + rows[4:5]
+    assert metrics.within(rows, float("inf")) == rows
