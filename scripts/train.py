@@ -48,21 +48,23 @@ def parse(argv):
     return rest
 
 
+def join():
+    """Joins the processes that share the clients, if the flags name any."""
+    import jax
+
+    address = "" if COORDINATOR.value == "auto" else COORDINATOR.value
+    if len({not address, PROCESSES.value is None, PROCESS.value is None}) > 1:
+        sys.exit("error: --coordinator=HOST:PORT, --processes and --process come together, or --coordinator=auto alone")
+    if COORDINATOR.value:
+        jax.distributed.initialize(address or None, PROCESSES.value, PROCESS.value)
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; a field is set by --config.field=value")
-    import jax
-
     from fipa_jax import experiment
 
-    if (PROCESSES.value is None) != (COORDINATOR.value in ("", "auto")) or (PROCESSES.value is None) != (
-        PROCESS.value is None
-    ):
-        sys.exit("error: --coordinator=HOST:PORT, --processes and --process come together, or --coordinator=auto alone")
-    if COORDINATOR.value:
-        jax.distributed.initialize(
-            *({"auto": ()}.get(COORDINATOR.value, (COORDINATOR.value, PROCESSES.value, PROCESS.value)))
-        )
+    join()
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
     try:
         experiment.main(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"))

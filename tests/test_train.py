@@ -159,3 +159,10 @@ def test_a_mistake_leaves_an_earlier_run_where_it_is(runs):
     before = sorted(runs[0].iterdir())
     assert train(*TINY, "--config.fipa.sketch.rank=99", folder=runs[0].parent.parent).returncode != 0
     assert sorted(runs[0].iterdir()) == before
+
+
+def test_flags_of_processes_come_together(tmp_path):
+    for flags in (["--process=1"], ["--coordinator=localhost:1"], ["--coordinator=auto", "--processes=2"]):
+        result = train(*flags, folder=tmp_path)
+        assert result.returncode == 1 and result.stderr.startswith("error: --coordinator=HOST:PORT, --processes")
+    assert not list(tmp_path.iterdir())
