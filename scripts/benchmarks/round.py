@@ -199,6 +199,11 @@ def ask(worker: subprocess.Popen, variant: str) -> float:
     return float(answer)
 
 
+def ratio(above: float, below: float) -> float | None:
+    """above / below; None where the clock's ticks were too long to see the time below."""
+    return above / below if below else None
+
+
 def report(seconds: dict[str, list[float]], flops: float) -> None:
     """Prints medians, the rate of the matrix products, and the ratios to ours and to plain PyTorch."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -206,8 +211,8 @@ def report(seconds: dict[str, list[float]], flops: float) -> None:
     timing.table(
         [
             {"": name, "median": median, "min": min(seconds[name]), "max": max(seconds[name])}
-            | {"GFLOP/s": flops / median / 1e9}
-            | {f"/ {baseline}": median / medians[baseline] for baseline in baselines}
+            | {"GFLOP/s": ratio(flops / 1e9, median)}
+            | {f"/ {baseline}": ratio(median, medians[baseline]) for baseline in baselines}
             for name, median in medians.items()
         ]
     )
