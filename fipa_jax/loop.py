@@ -242,15 +242,14 @@ def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> Cal
     Args:
       state, results, sketches: of a round, or their shapes.
     """
-    size = trees.nbytes
-    model = size(trees.select(state.params, plan.trainable))
-    down = plan.cohort * (model + size(state.shared if plan.term.travels else ()))
-    up, pair = size((results.delta, results.before, results.memory if plan.term.travels else ())), 0
+    model = trees.nbytes(trees.select(state.params, plan.trainable))
+    down = plan.cohort * (model + trees.nbytes(state.shared if plan.term.travels else ()))
+    up, pair = trees.nbytes((results.delta, results.before, results.memory if plan.term.travels else ())), 0
     if isinstance(sketches, sketch.Sketch):
-        pair = size((sketches.eigenvalues, sketches.basis)) // sketches.eigenvalues.size
-        up += size(sketches.report) + (plan.cohort * model if plan.gradient_scale else 0)
+        pair = trees.nbytes((sketches.eigenvalues, sketches.basis)) // sketches.eigenvalues.size
+        up += trees.nbytes(sketches.report) + (plan.cohort * model if plan.gradient_scale else 0)
     else:
-        up += size(sketches)
+        up += trees.nbytes(sketches)
     return lambda info: {"bytes_down": down, "bytes_up": up + pair * int(info.get("sketch_pairs", 0))}
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-FEW = 50  # a cohort of less than 1/FEW of the clients is drawn without a permutation of them all
+SPARSE = 50  # a cohort of less than 1/SPARSE of the clients is drawn without a permutation of them all
 
 
 class Client(NamedTuple):
@@ -56,7 +56,7 @@ def sample_cohort(key: jax.Array, num_clients: int, cohort: int) -> jax.Array:
     """
     if cohort == num_clients:
         return jnp.arange(num_clients)
-    if num_clients < FEW * cohort:
+    if num_clients < SPARSE * cohort:
         return jax.random.choice(key, num_clients, [cohort], replace=False)
     earlier = jnp.tri(cohort, k=-1, dtype=bool)
 

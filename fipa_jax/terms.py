@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fipa_jax.simulate import masked_mean
+
 
 class Local(NamedTuple):
     """What a term may look at in one local step."""
@@ -111,7 +113,7 @@ def moon(temperature: float = 0.5) -> Term:
         mine = _normalise(local.features.last)
         similarity = lambda params: jnp.sum(mine * _normalise(local.outputs(params, local.batch)[1].last), axis=1)
         there, past = similarity(local.anchor), similarity(local.memory)
-        return local.mu * _mean(_contrast(there, past[:, None], temperature), local.mask)
+        return local.mu * masked_mean(_contrast(there, past[:, None], temperature), local.mask)
 
     def update(done: Done):
         return optax.tree.add(done.anchor, done.delta)
@@ -141,7 +143,7 @@ def rcl(temperature: float = 0.05, negatives: int = 2, threshold: float = 0.7) -
         # An example that is not there has no class mates, not even itself.
         pulled = _contrast(jnp.where(mask, lowest, 0), hardest, temperature)
         spread = _contrast(jnp.ones_like(close), close[:, None], temperature)
-        return _mean(pulled + spread, mask)
+        return masked_mean(pulled + spread, mask)
 
     def penalty(local: Local):
         label, mask = local.batch["label"], local.mask
@@ -165,7 +167,7 @@ def logit_adjustment() -> Term:
         own = jnp.where(local.present[:, None], jax.nn.one_hot(local.own("label"), classes, dtype=local.out.dtype), 0)
         prior = (jnp.sum(own, axis=0) + 1) / (jnp.sum(local.present) + classes)
         loss = lambda out: optax.softmax_cross_entropy_with_integer_labels(out, local.batch["label"])
-        return _mean(loss(local.out + local.mu * jnp.log(prior)[None]) - loss(local.out), local.mask)
+        return masked_mean(loss(local.out + local.mu * jnp.log(prior)[None]) - loss(local.out), local.mask)
 
     return Term(penalty=penalty)
 
@@ -196,8 +198,3 @@ def _normalise(features):
     """Rows of length one; a row of zeros stays zero, with a finite derivative."""
     square = jnp.sum(features**2, axis=1, keepdims=True)
     return features * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
-
-
-def _mean(values, mask):
-    """The mean over the examples that are there."""
-    return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)

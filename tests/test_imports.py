@@ -25,7 +25,7 @@ ARROWS = {
     "simulate": set(),
     "memory": set(),
     "population": {"simulate"},
-    "terms": set(),
+    "terms": {"simulate"},
     "client": {"simulate", "terms"},
     "second_order": {"client", "curvature", "simulate", "terms"},
     "server": {"trees"},

@@ -140,7 +140,7 @@ def test_an_error_in_the_thread_is_the_rounds():
 def test_a_small_cohort_of_many_clients_is_distinct_and_fair():
     """Drawn without a permutation of the population: uniform over clients, and over pairs."""
     total, cohort, draws = 200, 4, 3000
-    assert total >= simulate.FEW * cohort
+    assert total >= simulate.SPARSE * cohort
     ids = np.asarray(
         jax.vmap(lambda key: simulate.sample_cohort(key, total, cohort))(jax.random.split(jax.random.key(0), draws))
     )
