@@ -46,12 +46,16 @@ def measure(args, rule: str, processes: int, devices: int) -> dict:
     together = [whole_run.start(devices, process=process, **spec) for process in range(processes)]
     found = [whole_run.finish(process) for process in together]
     hashes = {each["hash"][:12] for each in found}
+    later = found[0]["stages"][1:-1] or found[0]["stages"]
+    median = lambda *stages: statistics.median(sum(row.get(f"seconds_{s}", 0.0) for s in stages) for row in later)
     return {
         "rule": rule,
         "processes": processes,
         "devices": processes * devices,
         "first s": max(each["first"] for each in found),
         "round s": statistics.median(found[0]["rounds"][1:-1] or found[0]["rounds"]),
+        "clients s": median("train", "sketch"),
+        "merge s": median("aggregate"),
         "user s": sum(each["user"] for each in found),
         "hash": " ".join(sorted(hashes)),
     }
