@@ -1,49 +1,310 @@
-"""A model as one portable file: flax's msgpack of {path: array}, whatever the parameter pytree is made of."""
+"""What outlives a process? A model as one portable file, and a run's checkpoints, which tell when they were altered.
 
+Checkpoints are orbax's: written beside the run's work, and there whole or not at all. Beyond that each is sealed by the
+SHA-256 of its files, and says that of its arrays: one that is not as it was written is set aside, and the one before it
+used. Nothing in here is unpickled.
+"""
+
+import contextlib
+import errno
+import hashlib
 import os
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
 from flax import serialization
 
 from fipa_jax import trees
 
-
-def save_model(path: Path, params) -> None:
-    """Writes the parameters; the file is either there whole or not at all."""
-    path = Path(path)
-    temporary = path.with_suffix(".partial")
-    temporary.write_bytes(
-        serialization.msgpack_serialize({path: np.asarray(leaf) for path, leaf in trees.paths(params).items()})
-    )
-    os.replace(temporary, path)
+SEAL = "SHA256SUMS"  # in each step's folder, in the format of the command `sha256sum`
+SLACK = 2**20  # bytes that a step takes beside its arrays, at most
 
 
-def load_model(path: Path, like):
-    """Reads parameters saved by `save_model`.
+class Saved(NamedTuple):
+    """A checkpoint."""
+
+    step: int
+    leaves: dict  # {path: NumPy array}
+    note: dict  # what the run noted of it, and `names`
+
+
+class Checkpoints:
+    """A run's checkpoints in a folder: the last `keep` steps, and those that have a name.
 
     Args:
-      path: the file.
-      like: parameters of the model they are for.
+      folder: made if it is not there. What a write that was cut short has left in it is removed.
+      keep: the step before the last one is what a damaged last one falls back to.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder, self._keep = Path(folder).absolute(), keep
+        self._thread, self._writing = ThreadPoolExecutor(1, "checkpoint"), None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                cleanup_tmp_directories=True,
+                preservation_policy=self,
+                multiprocessing_options=_alone(),
+            ),
+        )
+        self._notes = {step: _note(self._folder / str(step)) for step in self._manager.all_steps()}
+
+    def save(self, step: int, tree, note: dict, names: Iterable[str] = ()) -> None:
+        """Starts to write a step as soon as the last one is on the disk.
+
+        Args:
+          step: above all others.
+          tree: pytree of arrays that nothing writes to meanwhile.
+          note: anything that JSON has words for.
+          names: by which the step is kept, until a later one takes them.
+
+        Raises:
+          OSError: there is no room for it, or the last one could not be written.
+        """
+        self.wait()
+        leaves = {path: np.asarray(leaf) for path, leaf in trees.paths(tree).items()}
+        check_room(self._folder, trees.nbytes(leaves) + SLACK)
+        empty = {path: [str(leaf.dtype), *leaf.shape] for path, leaf in leaves.items() if not leaf.size}
+        filled = {path: leaf for path, leaf in leaves.items() if leaf.size}  # the only ones that orbax takes
+        note = note | {"sha256": digest(leaves), "empty": empty, "names": [*names]}
+        self._notes[step] = note
+        args = ocp.args.Composite(arrays=ocp.args.StandardSave(filled), note=ocp.args.JsonSave(note))
+        with self._told(step):
+            if not self._manager.save(step, args=args, force=True):
+                raise ValueError(f"step {self._manager.latest_step()} is there already")
+        self._writing = self._thread.submit(self._finish, step)
+
+    def wait(self) -> None:
+        """Waits until the last step is on the disk.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        if self._writing is not None:
+            self._writing.result()
+
+    def close(self) -> None:
+        """Waits, and lets go of what orbax holds."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._manager.close()
+
+    def named(self) -> dict:
+        """{name: (step, its note)}, the last step of each name."""
+        return {name: (step, note) for step, note in sorted(self._notes.items()) for name in note["names"]}
+
+    def should_preserve(self, checkpoints, *, context):
+        """Which steps stay, as orbax asks its preservation policy."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self._keep :], *(step for step, _ in self.named().values())}
+        self._notes = {step: note for step, note in self._notes.items() if step in kept}
+        return [step in kept for step in steps]
+
+    def _finish(self, step: int):
+        """Seals the step once orbax has written it."""
+        with self._told(step):
+            self._manager.wait_until_finished()
+            write(self._folder / str(step) / SEAL, _seal(self._folder / str(step)))
+
+    @contextlib.contextmanager
+    def _told(self, step: int):
+        """Makes one error of those of all libraries below."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(f"checkpoint {step} could not be written to {self._folder}: {error}") from error
+
+
+def recover(folder: Path, check: Callable = lambda note: None) -> Saved | None:
+    """The last step that is as it was written; those after it, and all damaged ones, are set aside.
+
+    Args:
+      folder: of the checkpoints.
+      check: of a step's note; raises a ValueError where the step is of no use.
+
+    Returns:
+      None if no step was ever finished: one without a seal was being written, or removed, when its process ended.
+
+    Raises:
+      ValueError: there are steps, but none is of any use; they stay where they are.
+    """
+    folder, saved, broken = Path(folder).absolute(), None, {}
+    steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    for step in sorted(steps, key=lambda path: -int(path.name)):
+        if not (step / SEAL).exists():
+            shutil.rmtree(step)
+            continue
+        try:
+            if saved:
+                _check_seal(step)
+                continue
+            found = read(step)
+            check(found.note)
+            saved = found
+        except ValueError as error:
+            broken[step] = error
+    if broken and not saved:
+        raise ValueError(f"no checkpoint can be used: {'; '.join(map(str, broken.values()))}")
+    for step, error in broken.items():
+        aside = folder.with_name("broken") / step.name
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}-again")
+        aside.parent.mkdir(exist_ok=True)
+        step.rename(aside)
+        logging.warning("%s: moved to %s, as %s", step, aside, error)
+    return saved
+
+
+def read(folder: Path) -> Saved:
+    """Reads the step in a folder.
+
+    Raises:
+      ValueError: it is not what was written.
+    """
+    _check_seal(folder)
+    with _reader() as reader:
+        both = ocp.args.Composite(arrays=ocp.args.StandardRestore(), note=ocp.args.JsonRestore())
+        arrays, note = (reader.restore(folder, args=both)[item] for item in ("arrays", "note"))
+    empty = {path: np.zeros(shape, dtype) for path, (dtype, *shape) in note["empty"].items()}
+    leaves = {path: np.asarray(leaf) for path, leaf in {**arrays, **empty}.items()}
+    if digest(leaves) != note["sha256"]:
+        raise ValueError(f"the checkpoint {folder} is damaged: its arrays are not those that were saved")
+    return Saved(int(folder.name), leaves, note)
+
+
+def digest(leaves: dict) -> str:
+    """The SHA-256 of {path: array}: of paths, types, shapes and contents."""
+    total = hashlib.sha256()
+    for path in sorted(leaves):
+        leaf = np.ascontiguousarray(leaves[path])
+        total.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
+        total.update(leaf.reshape(-1).view(np.uint8))
+    return total.hexdigest()
+
+
+def export(path: Path, params) -> None:
+    """Writes a model's parameters as one portable file: flax's msgpack of their paths and arrays, and their SHA-256."""
+    leaves = {path: np.asarray(leaf) for path, leaf in trees.paths(params).items()}
+    write(path, serialization.msgpack_serialize({"sha256": digest(leaves), "params": leaves}))
+
+
+def load(path: Path, like=None):
+    """Reads a model: a file that `export` has written, or a step of a run's checkpoints.
+
+    Example:
+      load("runs/cifar10/fipa.msgpack"), or load("runs/cifar10/checkpoints/120").
+
+    Args:
+      path: of the file, or of the step's folder.
+      like: parameters of the model they are for, or their shapes; None for nested dictionaries as flax has them.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is damaged, or holds another model's parameters.
+      ValueError: it is damaged, or holds another model's parameters.
     """
     path = Path(path)
+    if path.is_dir():
+        whole = read(path.absolute()).leaves
+        leaves = {name.removeprefix("params/"): leaf for name, leaf in whole.items() if name.startswith("params/")}
+    else:
+        leaves = _read_model(path)
+    if like is None:
+        return jax.tree.map(jnp.asarray, trees.nested(leaves))
+    try:
+        return jax.tree.map(jnp.asarray, trees.fitted(leaves, like))
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit config.model and config.precision: {error}") from None
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file that is either there whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.partial")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Reserves so many bytes and gives them back, which asks quotas too.
+
+    Raises:
+      OSError: they are not there.
+    """
+    probe = folder / "room.partial"
+    try:
+        with probe.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            error.errno, f"no room for {size / 2**20:.1f} MiB in {folder}: {os.strerror(error.errno)}"
+        ) from None
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _read_model(path: Path) -> dict:
+    """{path: array} of an exported model."""
     if not path.is_file():
-        raise FileNotFoundError(f"config.init_from: no model file at {path}")
+        raise FileNotFoundError(f"no model file at {path}")
     try:
         found = serialization.msgpack_restore(path.read_bytes())
-        if not all(isinstance(leaf, np.ndarray) for leaf in found.values()):
+        leaves, wanted = found["params"], found["sha256"]
+        if not all(isinstance(leaf, np.ndarray) for leaf in leaves.values()):
             raise TypeError("its values are not arrays")
-    except Exception as error:
-        raise ValueError(f"config.init_from: {path} is not a model file, or is damaged ({error})") from error
-    describe = lambda leaves: {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
-    saved, wanted = describe(found), describe(trees.paths(like))
-    if saved != wanted:
-        differ = sorted(path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path))
-        lines = "; ".join(f"{path}: {saved.get(path, 'absent')}, needed {wanted.get(path, 'none')}" for path in differ)
-        raise ValueError(f"config.init_from: {path} does not fit config.model and config.precision: {lines}")
-    return trees.replace(like, {path: jnp.asarray(leaf) for path, leaf in found.items()})
+        if digest(leaves) != wanted:
+            raise ValueError("its arrays are not those that were saved")
+    except Exception as error:  # of any kind of content
+        raise ValueError(f"{path} is not a model file, or is damaged ({error})") from error
+    return leaves
+
+
+def _seal(folder: Path) -> bytes:
+    """The digests of a step's files."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return "".join(f"{_digest_of_file(folder / name)}  {name}\n" for name in names if name != SEAL).encode()
+
+
+def _check_seal(folder: Path) -> None:
+    """Raises a ValueError that names a file if a step's files are not as they were written."""
+    wanted, found = (folder / SEAL).read_bytes() if (folder / SEAL).is_file() else b"", _seal(folder)
+    if wanted != found:
+        differ = {*wanted.split(b"\n")} ^ {*found.split(b"\n")}
+        names = {line.rpartition(b"  ")[2].decode(errors="replace") for line in differ} - {""} or {SEAL}
+        raise ValueError(f"the checkpoint {folder} is damaged: {min(names)} is not as it was written")
+
+
+def _note(folder: Path) -> dict:
+    with _reader() as reader:
+        return reader.restore(folder, args=ocp.args.Composite(note=ocp.args.JsonRestore()))["note"]
+
+
+def _reader():
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone())
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Of several processes, the first one writes and reads for all."""
+    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+
+
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

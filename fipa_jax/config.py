@@ -41,6 +41,12 @@ def default() -> ConfigDict:
     config.init_from = ""  # a saved model (model.msgpack) to start from instead of a fresh initialisation
     config.first_round = 0  # number of the first round: a schedule goes on where the saved model's run stopped
 
+    config.checkpoint = ConfigDict()
+    config.checkpoint.seconds = (
+        10.0  # between checkpoints, at least: the work that a killed run loses; 0 for each round
+    )
+    config.checkpoint.keep = 3  # the last so many stay, and those at the warm-up's end and of each rule's best round
+
     config.task = ConfigDict()
     config.task.name = "sine"
     config.task.num_clients = 2  # sine: equal intervals of [0, 1]
@@ -195,6 +201,8 @@ def validate(config: ConfigDict) -> None:
     _at_least("rounds_per_call", config.rounds_per_call, 1)
     _at_least("devices", config.devices, 0)
     _at_least("first_round", config.first_round, 0)
+    _at_least("checkpoint.seconds", config.checkpoint.seconds, 0)
+    _at_least("checkpoint.keep", config.checkpoint.keep, 1)
     _at_least("eval.every", config.eval.every, 1)
     _at_least("eval.clients_every", config.eval.clients_every, 0)
     _at_least("eval.batch_size", config.eval.batch_size, 1)

@@ -1,12 +1,11 @@
 """A config becomes a run: the only file that imports all sides.
 
 `build` makes the problem and the compiled stages; `run` goes through warm-up and the compared rules, and leaves in the
-work directory: config.json, metrics.jsonl, summary.json, curves.png, split.png and the models.
+work directory: the models, metrics.jsonl, summary.json, curves.png, split.png, and what a `journal` keeps.
 """
 
 import contextlib
 import io
-import itertools
 import json
 import re
 import tempfile
@@ -20,13 +19,10 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from fipa_jax import cache, checkpoint, loop, metrics, partition, phase, plots, report, rounds, tasks
+from fipa_jax import cache, checkpoint, journal, loop, metrics, origin, partition, phase, plots, report, rounds, tasks
 from fipa_jax import config as config_lib
 from fipa_jax.population import OnHost, Resident
 from fipa_jax.simulate import Client, replicate
-
-# What a run writes, and so what may be moved aside when the next one comes.
-WRITTEN = ("config.json", "metrics.jsonl", "summary.json", "*.png", "*.msgpack")
 
 
 class Experiment(NamedTuple):
@@ -73,7 +69,10 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
     params = jax.jit(problem.task.init)(jax.random.fold_in(root, 2**31))  # op by op it would compile each alone
     params = jax.tree.map(lambda leaf: leaf.astype(config.precision), params)
     if config.init_from:
-        params = checkpoint.load_model(config.init_from, params)
+        try:
+            params = checkpoint.load(config.init_from, params)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"config.init_from: {error}") from error
     experiment = Experiment(
         config=config,
         problem=problem,
@@ -92,45 +91,55 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
     return experiment
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
-    """Runs the config and prints the rules side by side."""
+def main(config: ConfigDict, workdir: Path, resume: str = "yes") -> None:
+    """Runs the config, or the rest of it, and prints the rules side by side; see `run`."""
     if jax.process_index():  # the first process speaks and writes for all
         logging.set_verbosity(logging.ERROR)
         with tempfile.TemporaryDirectory() as unseen, contextlib.redirect_stdout(io.StringIO()):
-            run(config, Path(unseen))
+            run(config, Path(unseen), resume)
         return
     compiled = report.Compilations()
-    summary = run(config, workdir)
+    summary = run(config, workdir, resume)
     print(f"\n{report.table(summary)}\n\ncompiled {compiled}")
     print(f"metrics, models and plots are in {workdir}")
 
 
-def run(config: ConfigDict, workdir: Path) -> dict:
+def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
     """Runs warm-up and every compared rule; returns what `summary.json` holds.
 
     Jax's precision is set for the run alone, from `config.precision`.
+
+    Args:
+      config: all fields.
+      workdir: of the results; a run that was stopped in there goes on.
+      resume: `yes`, `no` or `anyway`, see `journal.open_at`.
+
+    Raises:
+      ValueError, FileNotFoundError, ImportError: before anything is written, see `build` and `journal.open_at`.
+      OSError: the disk is full, or fails; what was saved before stays.
+      stopping.Stopped: a signal asked for it; all is saved.
     """
     config_lib.validate(config)
     with jax.enable_x64(config.precision == "float64"):
         experiment = build(config)
-        workdir = fresh(Path(workdir))
-        (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
-        report.draw_split(experiment.problem, workdir)
-        writer = metrics.Writer(workdir / "metrics.jsonl")
-        try:
-            return run_phases(experiment, workdir, writer)
-        finally:
-            writer.close()
+        come_from = {"data": origin.of_data(experiment.problem, experiment.params), "code": origin.of_code()}
+        with journal.open_at(Path(workdir), config, come_from, resume) as kept:
+            report.draw_split(experiment.problem, workdir)
+            return run_phases(experiment, Path(workdir), kept)
 
 
-def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) -> dict:
+def run_phases(experiment: Experiment, workdir: Path, kept: journal.Journal) -> dict:
     """The warm-up, then each compared rule from the model it ends with: {"runs": {NAME: {final, best, config}}}.
 
-    Model, summary and curves are written as soon as a phase is done: an error in a later one does not cost them.
+    Model, summary and curves are written as soon as a phase is done: an error in a later one does not cost them. Phases
+    that were done before the run was stopped are passed over.
     """
     config = experiment.config
     report.describe(config, experiment.problem, experiment.params)
-    first, summary = config.first_round, {"runs": {}}
+    phases = {"warmup": config} if config.warmup.rounds else {}
+    for spec in config.compare if config.fipa.rounds else ():
+        phases[spec] = config.copy_and_resolve_references()
+        phases[spec].fipa, phases[spec].compare = config_lib.rule(config, spec), (spec,)
     seen_by_head = {}
 
     def view(name: str, settings: ConfigDict, params) -> Experiment:
@@ -143,28 +152,35 @@ def run_phases(experiment: Experiment, workdir: Path, writer: metrics.Writer) ->
             seen = seen_by_head[key]
         return pooled(seen) if settings.pooled else seen
 
-    def finish(name: str, params, rows: list[dict], as_run: ConfigDict) -> None:
+    def finish(name: str, params) -> dict:
         file = re.sub(r"[^\w.-]", "_", name.replace("=", "-"))
-        checkpoint.save_model(workdir / f"{file}.msgpack", params)
+        checkpoint.export(workdir / f"{file}.msgpack", params)
         report.draw_prediction(experiment.problem, params, workdir / f"{file}.png")
-        if name != "warmup" or not config.fipa.rounds:
-            summary["runs"][name] = metrics.summarise(rows) | {"config": json.loads(as_run.to_json_best_effort())}
-            (workdir / "summary.json").write_text(json.dumps(metrics.jsonable(summary), indent=2) + "\n")
         rows = metrics.read(workdir / "metrics.jsonl")
         figures = dict.fromkeys(name for row in rows for name in row if name.startswith("test_"))
         plots.curves(rows, list(figures), workdir / "curves.png")
+        summary = {"runs": {}}
+        for run_name, as_run in phases.items():
+            own = [row for row in rows if row["run"] == run_name]
+            if own and (run_name != "warmup" or len(phases) == 1):
+                fields = {"config": json.loads(as_run.to_json_best_effort())}
+                summary["runs"][run_name] = metrics.summarise(own) | fields
+        checkpoint.write(workdir / "summary.json", f"{json.dumps(metrics.jsonable(summary), indent=2)}\n".encode())
+        return summary
 
-    params = experiment.params
-    if config.warmup.rounds:
-        seen = view("warmup", config.warmup, params)
-        params, rows = loop.run_phase(seen, config.warmup, "warmup", params, first, writer)
-        finish("warmup", params, rows, config)
-    for spec in config.compare if config.fipa.rounds else ():
-        as_run = config.copy_and_resolve_references()
-        as_run.fipa, as_run.compare = config_lib.rule(config, spec), (spec,)
-        seen = view("fipa", as_run.fipa, params)
-        final, rows = loop.run_phase(seen, as_run.fipa, spec, params, first + config.warmup.rounds, writer)
-        finish(spec, final, rows, as_run)
+    names, start = list(phases), kept.started_from(experiment.params)
+    going_on = kept.saved.note["phase"] if kept.saved else names[0]
+    if going_on not in names:
+        raise ValueError(f"--resume: the run was stopped in {going_on!r}, which config.compare has no more")
+    for name in names[names.index(going_on) :]:
+        group, first = (
+            ("warmup", config.first_round) if name == "warmup" else ("fipa", config.first_round + config.warmup.rounds)
+        )
+        settings = phases[name][group]
+        params = loop.run_phase(view(group, settings, start), settings, name, start, first, kept)
+        summary = finish(name, params)
+        if name == "warmup":
+            start = kept.start = params
     return summary
 
 
@@ -200,28 +216,3 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     by_shapes = stages._replace(train=stages.train.eval_shape, sketch=stages.sketch.eval_shape)
     results, sketches = rounds.work(by_shapes, state, rates, cohort, experiment.root)
     stages.aggregate.eval_shape(state, rates, cohort, results, sketches)
-
-
-def fresh(workdir: Path) -> Path:
-    """Makes the work directory; an earlier run's files in it are moved into `previous-N`, never written over.
-
-    Raises:
-      ValueError: the directory holds something else than runs.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    foreign = [
-        path.name for path in workdir.iterdir() if not any(path.match(name) for name in (*WRITTEN, "previous-*"))
-    ]
-    if foreign:
-        raise ValueError(
-            f"--workdir: {workdir} holds {sorted(foreign)[0]!r}, no run's file; name an empty or a new folder"
-        )
-    earlier = [path for path in workdir.iterdir() if not path.match("previous-*")]
-    if earlier:
-        number = next(n for n in itertools.count(1) if not (workdir / f"previous-{n}").exists())
-        aside = workdir / f"previous-{number}"
-        aside.mkdir()
-        for path in earlier:
-            path.rename(aside / path.name)
-        logging.warning("%s held an earlier run: moved to %s", workdir, aside)
-    return workdir

@@ -1,5 +1,6 @@
 """How does a phase run, round after round? Stage by stage, each timed, or many rounds in one compiled call."""
 
+import functools
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from fipa_jax import config as config_lib
 from fipa_jax import metrics, phase, report, rounds, sketch, trees, tune
+from fipa_jax.journal import Journal
 from fipa_jax.population import Ahead, OnHost
 from fipa_jax.simulate import replicate, take
 
@@ -23,8 +25,8 @@ from fipa_jax.simulate import replicate, take
 TRACED = ("rounds", "local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr")
 
 
-def run_phase(experiment, settings: ConfigDict, name: str, params, first: int, writer: metrics.Writer):
-    """Runs one phase from `params`; returns (params, its metrics rows).
+def run_phase(experiment, settings: ConfigDict, name: str, params, first: int, journal: Journal):
+    """Runs one phase from `params`, or from where it was when the run was stopped; returns the parameters after it.
 
     Args:
       experiment: `experiment.Experiment`.
@@ -32,43 +34,54 @@ def run_phase(experiment, settings: ConfigDict, name: str, params, first: int, w
       name: of the run, in the metrics file and on the screen.
       params: the whole model's, that the phase starts from.
       first: number of its first round.
-      writer: of the metrics file.
+      journal: of the run.
     """
     config, last = experiment.config, first + settings.rounds - 1
     stages = rounds.make_stages(plan_of(experiment, settings))
     rates = replicate(phase.make_rates(settings, config.precision), stages.plan.mesh)
-    state = start(experiment, stages, params, first)
+    state, saved = start(experiment, stages, params, first), journal.resumed(name)
+    if saved:
+        state = rounds.restored(state, saved.leaves, stages.plan.mesh)
     if config.chunk < 0:
-        stages = rounds.make_stages(stages.plan._replace(chunk=tuned_chunk(experiment, settings, stages, state, rates)))
-    advance = (in_blocks if config.rounds_per_call > 1 else by_stage)(experiment, settings, stages, state)
+        chunk = saved.note["chunk"] if saved else tuned_chunk(experiment, settings, stages, state, rates)
+        stages = rounds.make_stages(stages.plan._replace(chunk=chunk))
+    make = in_blocks if config.rounds_per_call > 1 else functools.partial(by_stage, asked=journal.asked)
+    advance = make(experiment, settings, stages, state, last)
     unseen = 1 if config.stage_seconds else config.eval.every  # rounds that run before the host looks at any
     per_call = config.rounds_per_call if config.rounds_per_call > 1 else unseen
-    rows, said = [], Counter()
+    k, said = int(state.round), Counter()
     quiet = {"disable": True} if jax.process_index() else {}  # else it is as $TQDM_DISABLE says
-    with tqdm(total=settings.rounds, desc=f"{name:<12}", unit="round", **quiet) as bar:
-        for k in range(first, last + 1, per_call):
-            state, found = advance(state, rates, k, min(per_call, last + 1 - k), last)
+    with tqdm(total=settings.rounds, initial=k - first, desc=f"{name:<12}", unit="round", **quiet) as bar:
+        while k <= last:
+            state, found = advance(state, rates, k, min(per_call, last + 1 - k))
             for row, info in found:
                 report.warn(name, row["round"], info, said)
-                rows.append(metrics.jsonable({"run": name} | row))
-                writer.write(rows[-1])
-                bar.set_postfix_str(report.progress(rows[-1]), refresh=False)
+                row = metrics.jsonable({"run": name} | row)
+                journal.write(row)
+            bar.set_postfix_str(report.progress(row), refresh=False)
             bar.update(len(found))
-    return state.params, rows
+            k += len(found)
+            journal.keep(name, state, row, {"chunk": stages.plan.chunk}, ended=k > last)
+    return state.params
 
 
-def by_stage(experiment, settings, stages, state) -> Callable:
-    """Builds `advance(state, rates, k, count, last) -> (state, [(row, info)])`: `count` rounds, one after another.
+def by_stage(experiment, settings, stages, state, last: int, asked: Callable = lambda: False) -> Callable:
+    """Builds `advance(state, rates, k, count) -> (state, [(row, info)])`: `count` rounds, one after another.
 
     With `config.stage_seconds` each stage is waited for and timed; without, the host looks at nothing before the end.
+
+    Args:
+      state: any of the phase.
+      last: number of the phase's last round.
+      asked: whether to end after the round that is under way.
     """
     config, people, root = experiment.config, experiment.population, experiment.root
     stages = compiled(experiment, settings, stages, state)
     fetch = lambda k: people.cohort(stages.draw(jnp.int32(k), root))
     if isinstance(people, OnHost):
-        fetch = Ahead(fetch, int(state.round) + settings.rounds - 1)
+        fetch = Ahead(fetch, last)
 
-    def one(state, rates, k, last, clock):
+    def one(state, rates, k, clock):
         cohort = clock("fetch", fetch(k))
         seen = rounds.fetch(state, cohort.ids)
         results, sketches = rounds.work(stages, seen, rates, cohort, root, clock)
@@ -80,14 +93,15 @@ def by_stage(experiment, settings, stages, state) -> Callable:
         figures |= on_clients(experiment, people, state.params) if own else {}
         return state, (info, clock("evaluate", figures), sent)
 
-    def advance(state, rates, k, count, last):
-        found, clocks, whole = [], [Clock(config.stage_seconds) for _ in range(count)], Clock()
-        for j, clock in enumerate(clocks):
-            state, row = one(state, rates, k + j, last, clock)
+    def advance(state, rates, k, count):
+        found, clocks, whole = [], [], Clock()
+        while len(found) < count and not (found and asked()):
+            clocks.append(Clock(config.stage_seconds))
+            state, row = one(state, rates, k + len(found), clocks[-1])
             found.append(row)
         infos, figures, sent = zip(*found, strict=True)
         infos, figures = whole("round", jax.device_get((infos, figures)))
-        each = {} if config.stage_seconds else {"seconds_round": whole.seconds["seconds_round"] / count}
+        each = {} if config.stage_seconds else {"seconds_round": whole.seconds["seconds_round"] / len(found)}
         rows = [
             {"round": k + j} | figures[j] | report.figures(info) | sent[j](info) | clocks[j].seconds | each
             for j, info in enumerate(infos)
@@ -97,8 +111,8 @@ def by_stage(experiment, settings, stages, state) -> Callable:
     return advance
 
 
-def in_blocks(experiment, settings, stages, state) -> Callable:
-    """Builds `advance(state, rates, k, count, last) -> (state, [(row, info)])`: `count` rounds in one compiled call.
+def in_blocks(experiment, settings, stages, state, last: int) -> Callable:
+    """Builds `advance(state, rates, k, count) -> (state, [(row, info)])`: `count` rounds in one compiled call.
 
     Evaluation is part of the program, and nothing comes back to the host in between. One compilation serves any count
     up to `config.rounds_per_call`.
@@ -135,7 +149,7 @@ def in_blocks(experiment, settings, stages, state) -> Callable:
     shapes = jax.eval_shape(uploads, state, rates, people, root)
     sent = traffic_of(state, *shapes, stages.plan)
 
-    def advance(state, rates, k, count, last):
+    def advance(state, rates, k, count):
         clock = Clock()
         state, (infos, figures) = run(state, rates, people, experiment.held, root, count, last)
         infos, figures = jax.device_get(clock("round", (infos, figures)))

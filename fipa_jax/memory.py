@@ -41,6 +41,18 @@ class Memories:
         for stacked, new in zip(jax.tree.leaves(self._rows), jax.tree.leaves(rows), strict=True):
             stacked[places] = np.asarray(new)
 
+    def snapshot(self) -> dict:
+        """{"ids": [S], "rows": copies of their memories [S, ...]} of the clients seen."""
+        number = len(self)
+        return {
+            "ids": np.fromiter(self._row_of, np.int64, number),
+            "rows": jax.tree.map(lambda rows: rows[:number].copy(), self._rows),
+        }
+
+    def blank_of(self, number: int) -> dict:
+        """What a `snapshot` after so many clients looks like."""
+        return {"ids": np.zeros(number, np.int64), "rows": self._blanks(number)}
+
     def _reserve(self, number: int) -> None:
         """Makes room for so many rows; doubling, each row is copied twice at most in the mean."""
         have = len(jax.tree.leaves(self._rows)[0]) if jax.tree.leaves(self._rows) else number

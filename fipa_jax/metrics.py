@@ -1,6 +1,7 @@
 """How good is a model, overall and for each client? And the file that keeps it, one row a round."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -82,15 +83,26 @@ def over_clients(means: dict, num_examples: jax.Array) -> dict:
 
 
 class Writer:
-    """Appends rows to a JSON-lines file, each on the disk when `write` returns."""
+    """Appends rows to a JSON-lines file, each in the file when `write` returns.
 
-    def __init__(self, path: Path):
-        self._file = path.open("w")
+    Args:
+      path: of the file.
+      size: bytes of it that are kept; what comes after them goes.
+    """
+
+    def __init__(self, path: Path, size: int = 0):
+        self._file = path.open("ab")
+        self._file.truncate(size)
 
     def write(self, row: dict) -> None:
         """Writes one row; values are numbers, strings or lists; a NaN is written as null."""
-        self._file.write(json.dumps(jsonable(row), allow_nan=False) + "\n")
+        self._file.write(json.dumps(jsonable(row), allow_nan=False).encode() + b"\n")
         self._file.flush()
+
+    def sync(self) -> int:
+        """The file's size in bytes, all of which are on the disk when `sync` returns."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def close(self) -> None:
         """Closes the file."""

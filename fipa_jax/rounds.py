@@ -223,6 +223,42 @@ def keep(state: State, seen: State, ids) -> State:
     return seen._replace(memory=_put(state.memory, ids, seen.memory))
 
 
+@jax.jit
+def _copied(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def snapshot(state: State) -> State:
+    """The state on the host, in copies that later rounds do not write to."""
+    on_host = isinstance(state.memory, Memories)
+    memory = state.memory.snapshot() if on_host else None
+    # Its own part of what every process holds: not all of them need take the snapshot.
+    here = jax.tree.map(lambda leaf: leaf.addressable_data(0), state._replace(memory=()) if on_host else state)
+    found = jax.device_get(_copied(here))
+    return found._replace(memory=memory) if on_host else found
+
+
+def restored(state: State, leaves: dict, mesh=None) -> State:
+    """The state whose `snapshot` had these leaves.
+
+    Args:
+      state: a blank one of the same phase.
+      leaves: {path: array}; those that begin with no field of the state are passed over.
+      mesh: of the phase's plan.
+
+    Raises:
+      ValueError: they are not of such a phase.
+    """
+    own = {path: leaf for path, leaf in leaves.items() if path.partition("/")[0] in State._fields}
+    store = state.memory
+    if not isinstance(store, Memories):
+        return _copied(replicate(trees.fitted(own, state), mesh))
+    seen = len(own.get("memory/ids", ()))
+    found = trees.fitted(own, state._replace(memory=store.blank_of(seen)))
+    store.put(found.memory["ids"], found.memory["rows"])
+    return _copied(replicate(found._replace(memory=()), mesh))._replace(memory=store)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(stacked, ids, rows):
     """The stacked tree [T, ...] with `rows` [C, ...] at `ids`, in its place."""

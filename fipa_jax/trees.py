@@ -67,6 +67,33 @@ def select(params, pattern: str) -> dict:
     return chosen
 
 
+def nested(leaves: dict) -> dict:
+    """{path: leaf} as nested dictionaries: {"Dense_0/kernel": leaf} is {"Dense_0": {"kernel": leaf}}."""
+    tree = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        inner = tree
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = leaf
+    return tree
+
+
+def fitted(leaves: dict, like):
+    """The tree `like` with the arrays {path: array} in its places.
+
+    Raises:
+      ValueError: their paths, types or shapes are not those of `like`; says where.
+    """
+    describe = lambda leaves: {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
+    found, wanted = describe(leaves), describe(paths(like))
+    if found != wanted:
+        differ = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
+        each = (f"{path}: {found.get(path, 'absent')}, needed {wanted.get(path, 'none')}" for path in differ)
+        raise ValueError("; ".join(each))
+    return replace(like, leaves)
+
+
 def replace(params, chosen: dict):
     """The inverse of `select`: `params` with the leaves of `chosen` put in their places."""
     leaves = [chosen.get(path, leaf) for path, leaf in paths(params).items()]

@@ -23,6 +23,13 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("processes", None, "How many there are, where the coordinator is HOST:PORT.")
 PROCESS = flags.DEFINE_integer("process", None, "Which one of them this is, from 0.")
+RESUME = flags.DEFINE_enum(
+    "resume",
+    "yes",
+    ["yes", "no", "anyway"],
+    "Whether a run that was stopped in the work directory goes on: yes, where config, data and code are the same; "
+    "anyway; or no, which moves it aside.",
+)
 WORKDIR = flags.DEFINE_string("workdir", "", "Where the results go; by default runs/NAME-OF-THE-CONFIG.")
 
 
@@ -62,12 +69,15 @@ def join():
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; a field is set by --config.field=value")
-    from fipa_jax import experiment
+    from fipa_jax import experiment, stopping
 
     join()
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
     try:
-        experiment.main(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"))
+        experiment.main(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"), RESUME.value)
+    except stopping.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.number)
     except (ValueError, OSError, ImportError) as error:
         logging.debug("traceback", exc_info=True)  # shown by --verbosity=1
         sys.exit(f"error: {error}")

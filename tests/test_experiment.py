@@ -152,8 +152,8 @@ def test_rules_share_a_program_only_where_their_numbers_are_traced(tmp_path, mon
 
 def test_parameters_may_be_any_pytree(tmp_path):
     params = ({"w": jnp.arange(3.0)}, [jnp.ones((2, 2)), jnp.zeros(())])
-    checkpoint.save_model(tmp_path / "model.msgpack", params)
-    found = checkpoint.load_model(tmp_path / "model.msgpack", params)
+    checkpoint.export(tmp_path / "model.msgpack", params)
+    found = checkpoint.load(tmp_path / "model.msgpack", params)
     assert isinstance(found, tuple) and isinstance(found[1], list)
     np.testing.assert_array_equal(found[0]["w"], params[0]["w"])
 
@@ -182,7 +182,7 @@ def test_a_phase_on_cached_features_is_the_same_phase(tmp_path):
     with jax.enable_x64(True):
         like = experiment.build(config).params
         files = tmp_path / "warmup.msgpack", *tmp_path.glob("fedavg*cache_body*.msgpack")
-        before, after = (checkpoint.load_model(file, like) for file in files)
+        before, after = (checkpoint.load(file, like) for file in files)
     chex.assert_trees_all_equal(before["Dense_0"], after["Dense_0"])
     assert not np.array_equal(before["Dense_1"]["kernel"], after["Dense_1"]["kernel"])
 

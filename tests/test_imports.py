@@ -42,16 +42,22 @@ ARROWS = {
     "config": set(),
     "recipes": {"config"},
     "checkpoint": {"trees"},
+    "stopping": set(),
+    "origin": {"__init__", "partition", "trees"},
+    "journal": {"checkpoint", "metrics", "origin", "rounds", "stopping", "trees"},
     "plots": set(),
     "metrics": set(),
     "report": {"partition", "plots", "sketch", "tasks", "trees"},
     "phase": {"aggregate", "client", "rounds", "second_order", "server", "sketch", "tasks", "terms", "trees"},
     "cache": {"metrics", "tasks", "trees"},
     "tune": {"rounds"},
-    "loop": {"config", "tune", "metrics", "phase", "population", "simulate", "report", "rounds", "sketch", "trees"},
+    "loop": {
+        "config", "journal", "tune", "metrics", "phase", "population", "simulate", "report", "rounds", "sketch",
+        "trees",
+    },
     "experiment": {
-        "cache", "checkpoint", "config", "loop", "metrics", "partition", "phase", "plots", "population", "report",
-        "rounds", "simulate", "tasks",
+        "cache", "checkpoint", "config", "journal", "loop", "metrics", "origin", "partition", "phase", "plots",
+        "population", "report", "rounds", "simulate", "tasks",
     },
 }  # fmt: skip
 LIGHT = {"jax", "optax", "numpy", "chex"}  # what the modules for other people's loops may need

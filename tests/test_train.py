@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
     """The same run twice into one directory, by the default config and work directory, and what the second printed."""
     folder = tmp_path_factory.mktemp("train")
     for _ in range(2):
-        result = train(*TINY, "--config.warmup.rounds=1", f"--config.compare={RULES}", folder=folder)
+        result = train(*TINY, "--config.warmup.rounds=1", f"--config.compare={RULES}", "--resume=no", folder=folder)
         assert result.returncode == 0, result.stderr
     return folder / "runs/sine", folder / "runs/sine/previous-1", result
 

@@ -62,15 +62,15 @@ def measure(config, args) -> tuple[list[dict], str]:
 
     from fipa_jax import config as config_lib
     from fipa_jax import experiment, loop, phase, rounds
+    from fipa_jax.journal import Rows
 
     built, settings = experiment.build(config), config_lib.rule(config, args.rule)
-    rows = []
-    writer = type("Rows", (), {"write": staticmethod(rows.append)})
+    rows = Rows()
     first, last = settings.copy_and_resolve_references(), settings.copy_and_resolve_references()
     first.rounds, last.rounds = args.rounds, 1
-    params, _ = loop.run_phase(built, first, args.rule, built.params, 0, writer)
+    params = loop.run_phase(built, first, args.rule, built.params, 0, rows)
     with jax.profiler.trace(args.trace) if args.trace else contextlib.nullcontext():
-        loop.run_phase(built, last, args.rule, params, args.rounds, writer)
+        loop.run_phase(built, last, args.rule, params, args.rounds, rows)
 
     stages = rounds.make_stages(loop.plan_of(built, settings))
     state = stages.init(params)

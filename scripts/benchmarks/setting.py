@@ -33,7 +33,7 @@ def cifar(model: str = "cnn_23k", examples: int = 500, data_dir: str = "", init_
     task = images.classifier(module(model), SHAPE, mean, std, augmented=False)
     params = task.init(jax.random.key(0))
     if init_from:
-        return task, checkpoint.load_model(init_from, params), batch
+        return task, checkpoint.load(init_from, params), batch
     delta = jax.jit(local_training(task, examples, epochs))(params, batch, jax.random.key(1))
     return task, jax.tree.map(jnp.add, params, delta), batch
 

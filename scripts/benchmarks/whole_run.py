@@ -81,22 +81,25 @@ def measure(spec: dict) -> dict:
     import jax
 
     from fipa_jax import experiment, loop, report, trees
+    from fipa_jax.journal import Rows
 
     if spec.get("processes", 1) > 1:
         jax.distributed.initialize(spec["coordinator"], spec["processes"], spec["process"])
     compiled = report.Compilations()
     problem, config = problem_and_config(spec)
-    rows, times = [], []
+    times = []
 
-    class Writer:
+    class Timed(Rows):
         def write(self, row):
-            rows.append(row)
+            self.append(row)
             times.append(time.time())
+
+    rows = Timed()
 
     with jax.enable_x64(config.precision == "float64"):
         built = experiment.build(config, problem)
         settings = config_lib.rule(config, config.compare[0])
-        params, _ = loop.run_phase(built, settings, "run", built.params, 0, Writer())
+        params = loop.run_phase(built, settings, "run", built.params, 0, rows)
         digest = hashlib.sha256(jax.device_get(trees.ravel(params)).tobytes()).hexdigest()
     stages = [{name: value for name, value in row.items() if name.startswith("seconds_")} for row in rows]
     usage = resource.getrusage(resource.RUSAGE_SELF)
