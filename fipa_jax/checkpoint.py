@@ -25,6 +25,7 @@ from flax import serialization
 from fipa_jax import trees
 
 SEAL = "SHA256SUMS"  # in each step's folder, in the format of the command `sha256sum`
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, or quota, says
 SLACK = 2**20  # bytes that a step takes beside its arrays, at most
 
 
@@ -99,7 +100,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._manager.close()
+            with contextlib.suppress(Exception):  # what could not be written was said by then
+                self._manager.close()
 
     def named(self) -> dict:
         """{name: (step, its note)}, the last step of each name."""
@@ -124,7 +126,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            raise OSError(f"checkpoint {step} could not be written to {self._folder}: {error}") from error
+            full = os.strerror(errno.ENOSPC) in str(error)
+            why = os.strerror(errno.ENOSPC) if full else str(error)
+            words = f"checkpoint {step} could not be written to {self._folder}: {why}"
+            raise OSError(errno.ENOSPC if full else errno.EIO, words) from error
 
 
 def recover(folder: Path, check: Callable = lambda note: None) -> Saved | None:
@@ -251,7 +256,7 @@ def check_room(folder: Path, size: int) -> None:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         raise OSError(
             error.errno, f"no room for {size / 2**20:.1f} MiB in {folder}: {os.strerror(error.errno)}"

@@ -99,6 +99,8 @@ def main(config: ConfigDict, workdir: Path, resume: str = "yes") -> None:
             run(config, Path(unseen), resume)
         return
     compiled = report.Compilations()
+    # What orbax has to say of a write that failed is raised as one error.
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
     summary = run(config, workdir, resume)
     print(f"\n{report.table(summary)}\n\ncompiled {compiled}")
     print(f"metrics, models and plots are in {workdir}")
@@ -123,9 +125,15 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
     with jax.enable_x64(config.precision == "float64"):
         experiment = build(config)
         come_from = {"data": origin.of_data(experiment.problem, experiment.params), "code": origin.of_code()}
-        with journal.open_at(Path(workdir), config, come_from, resume) as kept:
-            report.draw_split(experiment.problem, workdir)
-            return run_phases(experiment, Path(workdir), kept)
+        try:
+            with journal.open_at(Path(workdir), config, come_from, resume) as kept:
+                report.draw_split(experiment.problem, workdir)
+                return run_phases(experiment, Path(workdir), kept)
+        except OSError as error:
+            if error.errno in checkpoint.FULL:
+                hint = "free some room, and the same command goes on from the last checkpoint"
+                raise OSError(error.errno, f"{error.strerror}; {hint}") from error
+            raise
 
 
 def run_phases(experiment: Experiment, workdir: Path, kept: journal.Journal) -> dict:
