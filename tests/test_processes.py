@@ -1,9 +1,11 @@
 """Several processes, as on several hosts: two with two devices each find to the bit the model that one device finds."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from fipa_jax import metrics
@@ -14,7 +16,7 @@ SMALL = (
     "--config.task.examples_per_client=8",
     "--config.model.widths=(3,)",
     "--config.fipa.sketch.rank=3",
-    "--config.fipa.rounds=2",
+    "--config.fipa.rounds=60",
     "--config.rounds_per_call=1",
     "--config.compare=('fipa',)",
     "--config.devices=0",
@@ -35,20 +37,33 @@ def start(*flags, workdir, devices):
     )
 
 
-def wait(process):
-    said = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, said
-    return said
-
-
-def test_two_processes_with_two_devices_are_one_device(tmp_path):
+def start_pair(folder):
+    """Starts two processes with two devices each, that belong together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     # With one client a device there is but one chunk to choose, and each process finds it for itself.
     together = ("--processes=2", f"--coordinator=localhost:{port}", "--config.chunk=-1")
-    pair = [start(*together, f"--process={p}", workdir=tmp_path / f"of{p}", devices=2) for p in (0, 1)]
-    said = [wait(process) for process in pair]
+    return [start(*together, f"--process={p}", workdir=folder / f"of{p}", devices=2) for p in (0, 1)]
+
+
+def wait(process, status=0):
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == status, said
+    return said
+
+
+def test_two_processes_with_two_devices_are_one_device(tmp_path):
+    """Though they were stopped on the way, by a signal to one of them, and have gone on."""
+    pair, rows = start_pair(tmp_path), tmp_path / "of0" / "metrics.jsonl"
+    while pair[1].poll() is None and not (rows.exists() and rows.read_bytes().count(b"\n") > 10):
+        time.sleep(0.01)
+    pair[1].send_signal(signal.SIGTERM)
+    for process in pair:
+        assert "stopped by SIGTERM after round" in wait(process, 128 + signal.SIGTERM)
+    assert 10 < len(metrics.read(rows)) < 60
+    said = [wait(process) for process in start_pair(tmp_path)]
+    assert "going on after round" in said[0]
     wait(start(workdir=tmp_path / "alone", devices=1))
     assert (tmp_path / "of0" / "fipa.msgpack").read_bytes() == (tmp_path / "alone" / "fipa.msgpack").read_bytes()
     rows = [metrics.read(tmp_path / run / "metrics.jsonl") for run in ("of0", "alone")]
