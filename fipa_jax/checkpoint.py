@@ -189,6 +189,12 @@ def read(folder: Path) -> Saved:
     return Saved(int(folder.name), leaves, note)
 
 
+def named(folder: Path) -> dict[str, Path]:
+    """{name: the last step's folder of that name} of a run's checkpoints: `end of warmup`, `best of NAME`."""
+    steps = sorted((path for path in Path(folder).iterdir() if (path / SEAL).exists()), key=lambda path: int(path.name))
+    return {name: step for step in steps for name in _note(step.absolute())["names"]}
+
+
 def digest(leaves: dict) -> str:
     """The SHA-256 of {path: array}: of paths, types, shapes and contents."""
     total = hashlib.sha256()
@@ -209,11 +215,12 @@ def load(path: Path, like=None):
     """Reads a model: a file that `export` has written, or a step of a run's checkpoints.
 
     Example:
-      load("runs/cifar10/fipa.msgpack"), or load("runs/cifar10/checkpoints/120").
+      load("runs/cifar10/fipa.msgpack"), or load(named("runs/cifar10/checkpoints")["best of fipa"]).
 
     Args:
       path: of the file, or of the step's folder.
-      like: parameters of the model they are for, or their shapes; None for nested dictionaries as flax has them.
+      like: parameters of the model they are for, or their shapes; None for nested dictionaries of
+        NumPy arrays.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -226,7 +233,7 @@ def load(path: Path, like=None):
     else:
         leaves = _read_model(path)
     if like is None:
-        return jax.tree.map(jnp.asarray, trees.nested(leaves))
+        return trees.nested(leaves)
     try:
         return jax.tree.map(jnp.asarray, trees.fitted(leaves, like))
     except ValueError as error:

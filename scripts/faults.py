@@ -3,6 +3,7 @@
 kills      SIGKILL at random points and inside saves; every run is resumed until it ends
 flips      single bits flipped in checkpoint files, files cut short
 signals    SIGTERM and SIGINT: rounds lost, seconds to exit
+hashes     the final model of runs that must not differ
 disk       a full disk (as root: it mounts a tmpfs)
 clients    faulty uploads under every aggregator
 mistakes   mistakes in configs and flags
@@ -16,7 +17,7 @@ import importlib
 import sys
 import time
 
-COMMANDS = ("kills", "flips", "signals", "disk", "clients", "mistakes")
+COMMANDS = ("kills", "flips", "signals", "hashes", "disk", "clients", "mistakes")
 
 
 def main():

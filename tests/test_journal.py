@@ -203,9 +203,8 @@ def test_the_best_round_and_the_warm_ups_end_are_kept(tmp_path):
     config = config_of()
     config.fipa.rounds, config.checkpoint.keep = 6, 1
     experiment.run(config, tmp_path)
-    kept = checkpoint.Checkpoints(tmp_path / "checkpoints", 1)
-    steps, rows = {name: step for name, (step, _) in kept.named().items()}, metrics.read(tmp_path / "metrics.jsonl")
-    kept.close()
+    steps = {name: int(step.name) for name, step in checkpoint.named(tmp_path / "checkpoints").items()}
+    rows = metrics.read(tmp_path / "metrics.jsonl")
     wanted = {"end of warmup": 2}
     for name in ("warmup", *RULES):
         own = [(row["test_mse"], number) for number, row in enumerate(rows, 1) if row["run"] == name]
