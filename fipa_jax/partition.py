@@ -43,8 +43,7 @@ def partition(
       FileNotFoundError: there is no such file.
       ValueError: the name is not known, or the split asked for does not exist.
     """
-    if name not in PARTITIONS:
-        raise ValueError(f"config.partition.name: unknown split {name!r}; known: {', '.join(sorted(PARTITIONS))}")
+    fields = check(name, alpha=alpha, shards_per_client=shards_per_client, file=file)
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"a split needs integer labels [N], got {labels.dtype} {list(labels.shape)}")
@@ -52,14 +51,24 @@ def partition(
         raise ValueError(
             f"config.partition.num_clients: needs 1 to {len(labels)} clients, one example each, got {num_clients}"
         )
-    rule, fields = PARTITIONS[name]
-    given = {"alpha": alpha, "shards_per_client": shards_per_client, "file": file}
+    clients = PARTITIONS[name][0](np.random.default_rng(seed), labels, num_clients, **fields)
+    return [np.sort(client) for client in clients]
+
+
+def check(name: str, **given) -> dict:
+    """Of the given fields of config.partition those that the rule `name` reads; needs no data.
+
+    Raises:
+      ValueError: the name is not known, or a field has no value that its rule can take.
+    """
+    if name not in PARTITIONS:
+        raise ValueError(f"config.partition.name: unknown split {name!r}; known: {', '.join(sorted(PARTITIONS))}")
+    _, fields = PARTITIONS[name]
     for field in fields:
         value, wanted = given[field], "the path of a split" if field == "file" else "a positive number"
         if not value or not (field == "file" or value > 0):
             raise ValueError(f"config.partition.{field}: split {name!r} needs {wanted}, got {value!r}")
-    clients = rule(np.random.default_rng(seed), labels, num_clients, **{field: given[field] for field in fields})
-    return [np.sort(client) for client in clients]
+    return {field: given[field] for field in fields}
 
 
 def dirichlet(rng: np.random.Generator, labels: np.ndarray, num_clients: int, alpha: float) -> list[np.ndarray]:

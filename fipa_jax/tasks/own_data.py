@@ -28,6 +28,8 @@ def build(config) -> Problem:
       ValueError: the file is no .npz of plain arrays that fit together, or the split asked for does not exist.
     """
     task, dtype = config.task, np.dtype(config.precision)
+    if task.split not in SPLITS:
+        raise ValueError(f"config.task.split: unknown split {task.split!r}; known: {', '.join(sorted(SPLITS))}")
     arrays = read(task.file)
     (x, y, client), (x_test, y_test) = _set_apart(arrays, task)
     clients = split(task, x, client)
@@ -79,8 +81,6 @@ def split(task, x: np.ndarray, client: np.ndarray | None) -> partition.Ragged:
     Raises:
       ValueError: the rule is not known, its column or array is not there, or a client would own nothing.
     """
-    if task.split not in SPLITS:
-        raise ValueError(f"config.task.split: unknown split {task.split!r}; known: {', '.join(sorted(SPLITS))}")
     if task.split != "given" and len(x) < task.num_clients:
         raise ValueError(
             f"config.task.num_clients: {task.num_clients} clients need an example each, but config.task.file has "
