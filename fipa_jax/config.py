@@ -227,6 +227,10 @@ def validate(config: ConfigDict) -> None:
     is_mnist = config.task.name == "images" and config.data.name.partition(":")[0] == "mnist"
     if is_mnist and config.data.augment and config.data.flip:
         raise ValueError("config.data.flip: a mirrored digit is no digit; with the data set 'mnist' set it to False")
+    if config.task.name == "images" and config.cohort > config.partition.num_clients:
+        raise ValueError(
+            f"config.cohort: {config.cohort} is above the number of clients, {config.partition.num_clients}"
+        )
     if not config.compare:
         raise ValueError(f"config.compare: needs a tuple of rules such as ('fipa', 'fedavg'), got {config.compare!r}")
     if len(set(config.compare)) != len(config.compare):

@@ -17,7 +17,7 @@ def build(config) -> Problem:
     """Builds the task from the data set `config.data`, its split `config.partition` and the model `config.model`.
 
     Args:
-      config: fields read are config.data, config.partition, config.model and config.cohort.
+      config: fields read are config.data, config.partition and config.model.
 
     Returns:
       The problem, its arrays in NumPy: image [N, H, W, C] uint8, label [N] int32.
@@ -29,10 +29,6 @@ def build(config) -> Problem:
     models.build(config.model, num_outputs=1)  # what is wrong with the config shows before the data are loaded
     given = {field: config.partition[field] for field in ("alpha", "shards_per_client", "file")}
     partition.check(config.partition.name, **given)
-    if config.cohort > config.partition.num_clients:
-        raise ValueError(
-            f"config.cohort: {config.cohort} is above the number of clients, {config.partition.num_clients}"
-        )
     if config.partition.name == "file":
         _check_order(config)
     test_split = config.data.test_split or data.test_split(config.data.name)
