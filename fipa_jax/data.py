@@ -299,7 +299,7 @@ def _sum(path: Path) -> Path:
 
 
 def _write_cache(cached: dict[str, Path], arrays: dict[str, np.ndarray]) -> None:
-    """Writes each array beside its name and then renames it, so that no reader ever sees half a file; its digest too."""
+    """Writes each array beside its name and then renames it, so that no reader ever sees half a file, and its digest."""
     for field, path in cached.items():
         part = None
         try:

@@ -1,7 +1,6 @@
 """Regression on a user's own arrays, read from an .npz file and split over clients."""
 
-import zipfile
-import zlib
+import difflib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from fipa_jax import models, partition
 from fipa_jax.tasks import Problem
 from fipa_jax.tasks.regression import regression
 
-BROKEN = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)  # what reading another kind of file raises
 NAMES = ("x", "y", "x_test", "y_test", "client")  # of the arrays that the task knows
 RECIPE = 'np.savez("mine.npz", x=x, y=y)'
 KMEANS_STEPS = 30
@@ -171,16 +169,22 @@ def _load(file, stream):
     """{name: array} of those arrays that the task knows, all of real numbers."""
     try:
         archive = np.load(stream, allow_pickle=False)
-    except BROKEN as error:
-        _refuse(file, f"is no .npz archive ({error}), and nothing is unpickled; write one with {RECIPE}")
+    except partition.BROKEN as error:
+        _refuse(file, f"is no .npz archive{partition.why(error)}, and nothing is unpickled; write one with {RECIPE}")
     if not isinstance(archive, np.lib.npyio.NpzFile):
         _refuse(file, f"holds one bare array and is no .npz archive; write one with {RECIPE}")
+    for name in sorted({*archive.files} - {*NAMES}):  # one flipped bit makes another name, too
+        if near := difflib.get_close_matches(name, [*NAMES, *(f"{known}.npy" for known in NAMES)], 1, cutoff=0.8):
+            _refuse(file, f"has an array {name!r}; did you mean {near[0].removesuffix('.npy')!r}?")
     arrays = {}
     for name in [name for name in NAMES if name in archive.files]:
         try:
             arrays[name] = archive[name]
-        except BROKEN as error:
-            _refuse(file, f"has a {name!r} that cannot be read ({error}); nothing is unpickled: save plain numbers")
+        except partition.BROKEN as error:
+            _refuse(
+                file,
+                f"has a {name!r} that cannot be read{partition.why(error)}; nothing is unpickled: save plain numbers",
+            )
         if arrays[name].dtype.kind not in "biuf":
             _refuse(file, f"has {name!r} of dtype {arrays[name].dtype}; save real numbers")
     return arrays

@@ -1,6 +1,6 @@
-"""What does a mistake in a config say? Runs the script with each, and checks what a person gets to see.
+"""What does a mistake in a config say? Starts scripts/train.py with each, and looks at what a person gets to see.
 
-An error is one line that names the mistake, within seconds; nothing is written or moved.
+That must be one line that names the mistake, within `SECONDS`; and nothing may be written or moved.
 """
 
 import os
@@ -12,205 +12,188 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 2.0  # that an error may take
-# Config files with a mistake, put into a folder {files}, apart from that which the script runs in.
-HEAD = "from fipa_jax import config as config_lib\n\n\ndef get_config():\n    config = config_lib.default()\n"
+CIFAR10, OWN_DATA = (f"--config={ROOT}/configs/{name}.py" for name in ("cifar10", "own_data"))
+SECONDS = 2.0  # that an error may take, on a quiet core
+
+# Config files, each with one mistake, for the folder FILES of the flags below.
+START = "from fipa_jax import config as config_lib\n\n\ndef get_config():\n    config = config_lib.default()\n"
 FILES = {
-    "syntax.py": HEAD + "    config.fipa.rounds = (3\n    return config\n",
-    "no_get_config.py": "from fipa_jax import config as config_lib\n\nCONFIG = config_lib.default()\n",
-    "misspelt.py": HEAD + "    config.fipa.rouns = 3\n    return config\n",
-    "misspelt_group.py": HEAD + "    config.fpia.rounds = 3\n    return config\n",
-    "text_for_number.py": HEAD + "    config.fipa.rounds = '3'\n    return config\n",
-    "fraction_for_count.py": HEAD + "    config.fipa.rounds = 1.5\n    return config\n",
-    "none.py": HEAD + "    config.seed = None\n    return config\n",
-    "true_for_count.py": HEAD + "    config.cohort = True\n    return config\n",
-    "text_in_widths.py": HEAD + "    config.model.widths = ('16', 16)\n    return config\n",
-    "returns_nothing.py": HEAD + "    config.seed = 1\n",
-    "returns_dict.py": HEAD + "    return config.to_dict()\n",
-    "of_its_own.py": "from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({'seed': 0})\n",
-    "wrong_import.py": "from fipa_jax import recipies\n" + HEAD + "    return config\n",
-    "wrong_name.py": HEAD + "    confg.seed = 1\n    return config\n",
-    "wrong_argument.py": "from fipa_jax import recipes\n\n\ndef get_config():\n    return recipes.images('cifar10')\n",
-    "replaces_group.py": HEAD + "    config.fipa.local = {'lr': 0.1}\n    return config\n",
-    "extra_field.py": HEAD + "    with config.unlocked():\n        config.fipa.epochs = 3\n    return config\n",
-    "a_file": "",
+    "syntax.py": START + "    config.fipa.rounds = (3\n    return config\n",
+    "import.py": "from fipa_jax import recipies\n",
+    "name.py": START + "    confg.seed = 1\n    return config\n",
+    "argument.py": "from fipa_jax import recipes\n\n\ndef get_config():\n    return recipes.images('cifar10')\n",
+    "function.py": "from fipa_jax import config as config_lib\n\nCONFIG = config_lib.default()\n",
+    "nothing.py": START + "    config.seed = 1\n",
+    "dict.py": START + "    return config.to_dict()\n",
+    "own.py": "from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({'seed': 0})\n",
+    "field.py": START + "    config.fipa.rouns = 3\n    return config\n",
+    "group.py": START + "    config.fpia.rounds = 3\n    return config\n",
+    "whole_group.py": START + "    config.fipa.local = {'lr': 0.1}\n    return config\n",
+    "text.py": START + "    config.fipa.rounds = '3'\n    return config\n",
+    "fraction.py": START + "    config.fipa.rounds = 1.5\n    return config\n",
+    "none.py": START + "    config.seed = None\n    return config\n",
+    "true.py": START + "    config.cohort = True\n    return config\n",
+    "widths.py": START + "    config.model.widths = ('16', 16)\n    return config\n",
 }
 
-P=ROOT/"configs"
+# name -> (flags, what the line must say)
 MISTAKES = {
-    # names
-    "field": (["--config.fipa.rouns=3"], []),
-    "field2": (["--config.sed=3"], []),
-    "group": (["--config.fpia.rounds=3"], []),
-    "inner group": (["--config.fipa.loca.lr=3"], []),
-    "field of another group": (["--config.fipa.rank=3"], []),
-    "flag": (["--workdri=here"], []),
-    "no dashes": (["config.fipa.rounds=3"], []),
-    "space": (["--config.fipa.rounds", "= 3"], []),
-    "group set": (["--config.fipa=3"], []),
-    "value as group": (["--config.seed.x=3"], []),
-    "task": (["--config.task.name=sin"], []),
-    "equation": (["--config.task.name=pde", "--config.task.equation=poisson"], []),
-    "data name": ([f"--config={P}/cifar10.py", "--config.data.name=cifar1O", "--config.data.dir={files}"], []),
-    "data dir": ([f"--config={P}/cifar10.py", "--config.data.dir={files}/nowhere"], []),
-    "model": (["--config.model.name=cnn"], []),
-    "activation": (["--config.model.activation=rleu"], []),
-    "optimizer": (["--config.fipa.local.optimizer=adamw"], []),
-    "solver": (["--config.fipa.sketch.solver=lancsoz"], []),
-    "jacobian": (["--config.fipa.sketch.jacobian=row"], []),
-    "form": (["--config.fipa.aggregator.form=dampd"], []),
-    "aggregator": (["--config.fipa.aggregator.name=fedavg"], []),
-    "weighting": (["--config.fipa.aggregator.weighting=example"], []),
-    "merge": (["--config.fipa.aggregator.merge=svd"], []),
-    "at": (["--config.compare=('fisher_diagonal:aggregator.at=home',)"], []),
-    "term": (["--config.fipa.term.name=fedprox"], []),
-    "server": (["--config.fipa.server.optimizer=fedadam"], []),
-    "partition": ([f"--config={P}/cifar10.py", "--config.partition.name=dirichelt"], []),
-    "npz split": ([f"--config={P}/own_data.py", "--config.task.split=columns"], []),
-    "system": (["--config.fipa.local.system=chol"], []),
-    "rule": (["--config.compare=('fipa','fedavgg')"], []),
-    "rule field": (["--config.compare=('fipa','fedavg:server.lrr=1')"], []),
-    "rule value": (["--config.compare=('fipa','fedavg:server.lr=fast')"], []),
-    "rule nan": (["--config.compare=('fipa:server.lr=nan',)"], []),
-    "rule no value": (["--config.compare=('fipa:server.lr',)"], []),
-    "rule empty": (["--config.compare=('',)"], []),
-    "precision": (["--config.precision=float16"], []),
-    "store": (["--config.fipa.sketch.store=bf16"], []),
-    "store int": (["--config.fipa.sketch.store=int8"], []),
-    "compute dtype": ([f"--config={P}/sine.py", "--config.model.name=resnet20", "--config.model.compute_dtype=bfloat17"], []),
-    "compute dtype mlp": (["--config.model.compute_dtype=bfloat17"], []),
-    "compute dtype int": (["--config.model.name=resnet20", "--config.model.compute_dtype=int8"], []),
-    "examples_on": (["--config.examples_on=gpu"], []),
-    "client_memory": (["--config.client_memory=ram"], []),
-    # types
-    "seed text": (["--config.seed=abc"], []),
-    "seed fraction": (["--config.seed=1.5"], []),
-    "rounds fraction": (["--config.fipa.rounds=1.5"], []),
-    "rounds exp": (["--config.fipa.rounds=1e3"], []),
-    "widths int": (["--config.model.widths=16"], []),
-    "widths text": (["--config.model.widths=abc"], []),
-    "widths float": (["--config.model.widths=(16.5,)"], []),
-    "widths neg": (["--config.model.widths=(-3,)"], []),
-    "widths zero": (["--config.model.widths=(0,)"], []),
-    "widths empty": (["--config.model.widths=()"], []),
-    "widths syntax": (["--config.model.widths=(16,"], []),
-    "widths strings": (["--config.model.widths=('a',)"], []),
-    "widths list": (["--config.model.widths=[8,8]"], []),
-    "bool text": (["--config.fipa.pooled=maybe"], []),
-    "bool nr": (["--config.stage_seconds=2"], []),
-    "none": (["--config.seed=None"], []),
-    "none float": (["--config.fipa.local.lr=None"], []),
-    "none str": (["--config.task.name=None"], []),
-    "nan": (["--config.fipa.local.lr=nan"], []),
-    "nan damping": (["--config.fipa.aggregator.damping=nan"], []),
-    "inf": (["--config.fipa.local.lr=inf"], []),
-    "inf damping": (["--config.fipa.aggregator.damping=inf"], []),
-    "inf max_step": (["--config.fipa.aggregator.max_step=inf"], []),
-    "neg lr": (["--config.fipa.local.lr=-0.1"], []),
-    "neg rounds": (["--config.fipa.rounds=-1"], []),
-    "nan boundary": (["--config.task.name=pde", "--config.task.boundary_weight=nan"], []),
-    "compare str": (["--config.compare=fipa"], []),
-    "compare str2": (["--config.compare=fipa,fedavg"], []),
-    "compare empty": (["--config.compare=()"], []),
-    "compare ints": (["--config.compare=(1,2)"], []),
-    "compare twice": (["--config.compare=('fipa','fipa')"], []),
-    "empty value": (["--config.fipa.rounds="], []),
-    "huge seed": (["--config.seed=99999999999999999999"], []),
-    "huge seed2": (["--config.seed=9999999999"], []),
-    "huge int": (["--config.fipa.sketch.rank=99999999999"], []),
-    "momentum 2": (["--config.fipa.local.momentum=2"], []),
-    "energy nan": (["--config.fipa.sketch.energy=nan"], []),
-    # combos
-    "cohort": (["--config.cohort=3"], []),
-    "rank": (["--config.fipa.sketch.rank=1000"], []),
-    "trust cohort": (["--config.cohort=1"], []),
-    "matched": (["--config.fipa.local.optimizer=sgd"], []),
-    "cache_body": (["--config.fipa.cache_body=True"], []),
-    "step_scale": (["--config.fipa.local.step_scale=0.01"], []),
-    "rpc host": (["--config.client_memory=host"], []),
-    "rpc host2": (["--config.examples_on=host"], []),
-    "trainable none": (["--config.fipa.trainable=Conv"], []),
-    "trainable regex": (["--config.fipa.trainable=("], []),
-    "trainable empty": (["--config.fipa.trainable="], []),
-    "devices": (["--config.devices=64"], []),
-    "nothing": (["--config.fipa.rounds=0", "--config.warmup.rounds=0"], []),
-    "head solver": (["--config.fipa.sketch.solver=head"], []),
-    "dyn mu": (["--config.fipa.local.optimizer=sgd", "--config.fipa.local.matched=False", "--config.fipa.aggregator.trust=False", "--config.fipa.term.name=dyn", "--config.fipa.term.mu=0"], []),
-    "gn term": (["--config.fipa.term.name=prox"], []),
-    "lbfgs clip": (["--config.fipa.local.optimizer=lbfgs", "--config.fipa.local.matched=False", "--config.fipa.local.clip_norm=1"], []),
-    "init_from": (["--config.init_from=nonesuch.msgpack"], []),
-    "init_from dir": (["--config.init_from={files}"], []),
-    "init_from other": (["--config.init_from={files}/misspelt.py"], []),
-    "alpha": ([f"--config={P}/cifar10.py", "--config.partition.alpha=0"], []),
-    "alpha neg": ([f"--config={P}/cifar10.py", "--config.partition.alpha=-1"], []),
-    "alpha nan": ([f"--config={P}/cifar10.py", "--config.partition.alpha=nan"], []),
-    "part 0": ([f"--config={P}/cifar10.py", "--config.partition.num_clients=0"], []),
-    "shards 0": ([f"--config={P}/cifar10.py", "--config.partition.name=shards", "--config.partition.shards_per_client=0"], []),
-    "part file": ([f"--config={P}/cifar10.py", "--config.partition.name=file"], []),
-    "part file2": ([f"--config={P}/cifar10.py", "--config.partition.name=file", "--config.partition.file=nowhere.json"], []),
-    "cohort images": ([f"--config={P}/cifar10.py", "--config.cohort=101"], []),
-    "mlp images": ([f"--config={P}/cifar10.py", "--config.model.name=mpl"], []),
-    "rule in images": ([f"--config={P}/cifar10.py", "--config.fipa.aggregator.form=x"], []),
-    "part seed": ([f"--config={P}/cifar10.py", "--config.partition.seed=-1"], []),
-    "task seed": (["--config.task.seed=-1"], []),
-    "npz no file": ([f"--config={P}/own_data.py"], []),
-    "npz file": ([f"--config={P}/own_data.py", "--config.task.file={files}/misspelt.py"], []),
-    "num_clients 0": (["--config.task.num_clients=0"], []),
-    "head_width": (["--config.model.head_width=-1"], []),
-    "sine cnn": (["--config.model.name=cnn_6k"], []),
-    "sine resnet": (["--config.model.name=resnet20"], []),
-    "mnist flip": ([f"--config={P}/cifar10.py", "--config.data.name=mnist"], []),
-    # files
-    "config dir": (["--config=" + str(P)], []),
-    "config dir abs": (["--config={files}"], []),
-    "config none": (["--config={files}/nonesuch.py"], []),
-    "config empty": (["--config="], []),
-    "config nothing": (["--config"], []),
-    "config not py": (["--config={files}/a_file"], []),
-    "config name": (["--config=sine"], []),
-    "variant": ([f"--config={P}/sine.py:newton"], []),
-    "variant none": ([f"--config={P}/fashion_mnist.py:newton"], []),
-    **{"file " + name: (["--config={files}/" + name], []) for name in FILES if name != "a_file"},
-    "workdir file": (["--workdir={files}/a_file"], []),
-    "workdir below file": (["--workdir={files}/a_file/x"], []),
-    "workdir unwritable": (["--workdir=/proc/runs"], []),
-    "workdir foreign": (["--workdir={files}"], []),
-    "process": (["--process=1"], []),
-    "processes abc": (["--processes=abc"], []),
-    "extra": (["train"], []),
-    "twice": (["--config.seed"], []),
+    # Names: of flags, fields and groups, and of what can be chosen.
+    "misspelt flag": ("--workdri=here", "'workdri' workdir"),
+    "no dashes": ("config.fipa.rounds=3", "config.fipa.rounds=3 --config.field=value"),
+    "misspelt field": ("--config.fipa.rouns=3", "config.fipa.rouns 'rounds'"),
+    "misspelt group": ("--config.fipa.loca.lr=3", "config.fipa.loca.lr 'local'"),
+    "field of another group": ("--config.fipa.rank=3", "config.fipa.rank 'sketch.rank'"),
+    "group for a field": ("--config.fipa=3", "config.fipa group rounds"),
+    "field for a group": ("--config.seed.x=3", "config.seed.x value"),
+    "task": ("--config.task.name=sin", "config.task.name 'sin' sine"),
+    "equation": ("--config.task.name=pde --config.task.equation=poisson", "config.task.equation 'poisson' poisson_1d"),
+    "model": ("--config.model.name=cnn", "config.model.name 'cnn' cnn_23k"),
+    "activation": ("--config.model.activation=rleu", "config.model.activation 'rleu' relu"),
+    "local optimiser": ("--config.fipa.local.optimizer=adamw", "local.optimizer 'adamw' adam"),
+    "server optimiser": ("--config.fipa.server.optimizer=fedadam", "server.optimizer 'fedadam' adam"),
+    "solver": ("--config.fipa.sketch.solver=lancsoz", "sketch.solver 'lancsoz' lanczos"),
+    "jacobian": ("--config.fipa.sketch.jacobian=row", "sketch.jacobian 'row' rows"),
+    "form": ("--config.fipa.aggregator.form=dampd", "aggregator.form 'dampd' damped"),
+    "aggregator": ("--config.fipa.aggregator.name=fedavg", "aggregator.name 'fedavg' mean"),
+    "term": ("--config.fipa.term.name=fedprox", "term.name 'fedprox' prox"),
+    "compared rule": ("--config.compare=('fipa','fedavgg')", "config.compare 'fedavgg' fedavg"),
+    "rules without a tuple": ("--config.compare=fipa,fedavg", "config.compare 'fipa,fedavg' fipa_pinv"),
+    "field of a rule": ("--config.compare=('fedavg:server.lrr=1',)", "config.compare 'lrr' 'lr'"),
+    "partition": (f"{CIFAR10} --config.partition.name=dirichelt", "config.partition.name 'dirichelt' dirichlet"),
+    "data set": (f"{CIFAR10} --config.data.name=cifar1O --config.data.dir=FILES", "'cifar1O' config.data.dir"),
+    "data folder": (f"{CIFAR10} --config.data.dir=FILES/nowhere", "'cifar10' config.data.dir prepare_data.py"),
+    "split of own arrays": (f"{OWN_DATA} --config.task.split=columns", "config.task.split 'columns' column"),
+    "precision": ("--config.precision=float16", "config.precision 'float16' float32"),
+    "dtype of a basis": ("--config.fipa.sketch.store=bf16", "sketch.store 'bf16' bfloat16"),
+    "dtype of a model": ("--config.model.compute_dtype=bfloat17", "config.model.compute_dtype bfloat16"),
+    # Types and ranges.
+    "text for a number": ("--config.seed=abc", "config.seed whole 'abc'"),
+    "fraction for a count": ("--config.fipa.rounds=1.5", "config.fipa.rounds whole '1.5'"),
+    "None": ("--config.fipa.local.lr=None", "config.fipa.local.lr number 'None'"),
+    "NaN": ("--config.fipa.local.lr=nan", "config.fipa.local.lr nan"),
+    "infinity": ("--config.fipa.aggregator.damping=inf", "config.fipa.aggregator.damping finite inf"),
+    "negative": ("--config.fipa.local.lr=-0.1", "config.fipa.local.lr least -0.1"),
+    "too large": ("--config.seed=99999999999999999999", "config.seed 2^31"),
+    "no value": ("--config.fipa.rounds=", "config.fipa.rounds whole ''"),
+    "text for a truth": ("--config.fipa.pooled=maybe", "config.fipa.pooled True 'maybe'"),
+    "text in a tuple": ("--config.model.widths=abc", "config.model.widths tuple ('abc',)"),
+    "open bracket": ("--config.model.widths=(16,", "config.model.widths tuple '(16,'"),
+    "no unit in a layer": ("--config.model.widths=(0,)", "config.model.widths least 1"),
+    "empty tuple": ("--config.compare=()", "config.compare tuple ()"),
+    "numbers for rules": ("--config.compare=(1,2)", "config.compare tuple (1, 2)"),
+    "value in a rule": ("--config.compare=('fedavg:server.lr=fast',)", "config.compare server.lr number 'fast'"),
+    "momentum": ("--config.fipa.local.momentum=2", "config.fipa.local.momentum [0, 1) 2"),
+    "alpha": (f"{CIFAR10} --config.partition.alpha=0", "config.partition.alpha positive 0"),
+    # Combinations.
+    "cohort": ("--config.cohort=3", "config.cohort 3 2"),
+    "cohort of images": (f"{CIFAR10} --config.cohort=101", "config.cohort 101 100"),
+    "rank": ("--config.fipa.sketch.rank=1000", "sketch.rank 1000 321"),
+    "trust with a cohort": ("--config.cohort=1", "config.fipa.aggregator.trust config.cohort"),
+    "matched without Gauss-Newton": ("--config.fipa.local.optimizer=sgd", "config.fipa.local.matched gauss_newton"),
+    "step scale of second order": ("--config.fipa.local.step_scale=0.01", "config.fipa.local.step_scale 0"),
+    "term with Gauss-Newton": ("--config.fipa.term.name=prox", "local.optimizer gauss_newton term.name"),
+    "body cached, all trained": ("--config.fipa.cache_body=True", "config.fipa.cache_body config.fipa.trainable"),
+    "head's solver, all trained": ("--config.fipa.sketch.solver=head", "head trainable"),
+    "rounds in one call, host": ("--config.client_memory=host", "config.rounds_per_call config.client_memory"),
+    "pattern without a match": ("--config.fipa.trainable=Conv", "trainable 'Conv' Dense_0/bias"),
+    "broken pattern": ("--config.fipa.trainable=(", "config.fipa.trainable regular"),
+    "devices": ("--config.devices=64", "config.devices 64 1"),
+    "no rounds": ("--config.fipa.rounds=0", "config.fipa.rounds nothing"),
+    "images' model, no images": ("--config.model.name=cnn_6k", "config.model.name images mlp"),
+    "mirrored digits": (f"{CIFAR10} --config.data.name=mnist", "config.data.flip False"),
+    # Files.
+    "no config file": ("--config=FILES/nonesuch.py", "--config nonesuch.py"),
+    "folder for a config": ("--config=FILES", "--config no file"),
+    "name for a config": ("--config=sine", "--config 'sine' configs/sine.py"),
+    "variant": (f"--config={ROOT}/configs/sine.py:newton", "sine.py 'newton' gauss_newton, sgd"),
+    "work directory is a file": ("--workdir=FILES/none.py", "--workdir none.py folder"),
+    "work directory in a file": ("--workdir=FILES/none.py/x", "--workdir none.py folder"),
+    "no such saved model": ("--config.init_from=nonesuch.msgpack", "config.init_from nonesuch.msgpack"),
+    "another file's saved model": ("--config.init_from=FILES/none.py", "config.init_from none.py"),
+    "no own arrays": (OWN_DATA, "config.task.file .npz"),
+    "other file for own arrays": (f"{OWN_DATA} --config.task.file=FILES/none.py", "config.task.file none.py .npz"),
+    "config file: syntax": ("--config=FILES/syntax.py", "never closed syntax.py line 6"),
+    "config file: import": ("--config=FILES/import.py", "import.py line 1 'recipies'"),
+    "config file: name": ("--config=FILES/name.py", "name.py line 6 'confg'"),
+    "config file: argument": ("--config=FILES/argument.py", "argument.py line 5 'model'"),
+    "config file: no get_config": ("--config=FILES/function.py", "function.py get_config()"),
+    "config file: no return": ("--config=FILES/nothing.py", "needs got NoneType"),
+    "config file: a dict": ("--config=FILES/dict.py", "needs got dict"),
+    "config file: fields of its own": ("--config=FILES/own.py", "missing fipa_jax.config.default()"),
+    "config file: field": ("--config=FILES/field.py", 'field.py line 6 "rouns" "rounds"'),
+    "config file: group": ("--config=FILES/group.py", "group.py line 6 'fpia' \"fipa\""),
+    "config file: group replaced": ("--config=FILES/whole_group.py", "config.fipa.local missing"),
+    "config file: text": ("--config=FILES/text.py", "text.py line 6 'rounds' int"),
+    "config file: fraction": ("--config=FILES/fraction.py", "fraction.py line 6 'rounds' 1.5"),
+    "config file: None": ("--config=FILES/none.py", "config.seed whole None"),
+    "config file: True for a count": ("--config=FILES/true.py", "config.cohort whole True"),
+    "config file: text in a tuple": ("--config=FILES/widths.py", "config.model.widths tuple '16'"),
 }
 
 
 class Row(NamedTuple):
-    """What happened after a mistake."""
+    """What a mistake led to."""
 
-    name: str
+    mistake: str
     seconds: float
-    error: str  # what was printed
-    wrong: str  # with it; "" for nothing
+    line: str  # the last of what was printed as an error
+    wrong: str  # about it; "" for nothing
 
 
-def run(names=()):
+def write_files(folder: Path) -> None:
+    """Writes the config files with mistakes."""
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+
+
+def flags(mistake: str, files: Path) -> list[str]:
+    """The command line of a mistake."""
+    return MISTAKES[mistake][0].replace("FILES", str(files)).split()
+
+
+def unsaid(mistake: str, line: str) -> list[str]:
+    """What the line should say of a mistake and does not."""
+    return [text for text in MISTAKES[mistake][1].split(" ") if text not in line]
+
+
+def start(mistake: str, folder: Path) -> Row:
+    """Starts the script with a mistake, in an empty folder."""
+    files, here = folder / "files", Path(tempfile.mkdtemp(dir=folder))
+    if not files.exists():
+        files.mkdir()
+        write_files(files)
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *flags(mistake, files)]
+    environment = os.environ | {"TQDM_DISABLE": "1", "TFDS_DATA_DIR": str(here / "nowhere")}
+    begin = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, cwd=here, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        )
+    except subprocess.TimeoutExpired:
+        return Row(mistake, 60.0, "", "runs on")
+    lines = done.stderr.strip().splitlines()
+    line = lines[-1] if lines else ""
+    wrong = {
+        "it ran": done.returncode == 0,
+        f"{len(lines)} lines": len(lines) != 1,
+        "no error": not line.startswith("error: "),
+        f"does not say {unsaid(mistake, line)}": unsaid(mistake, line),
+        "something was written": any(here.iterdir()),
+    }
+    return Row(mistake, time.perf_counter() - begin, line, ", ".join(name for name, true in wrong.items() if true))
+
+
+def run(mistakes=tuple(MISTAKES)) -> list[Row]:
+    """Makes every mistake and prints a table: mistake, seconds, what the script says, what is wrong with that."""
     with tempfile.TemporaryDirectory() as folder:
-        files = Path(folder)/"files"; files.mkdir()
-        for n, t in FILES.items(): (files/n).write_text(t)
-        for name, (flags, _) in MISTAKES.items():
-            if names and name not in names: continue
-            cwd = Path(tempfile.mkdtemp(dir=folder))
-            start = time.perf_counter()
-            try:
-                r = subprocess.run([sys.executable, str(ROOT/"scripts/train.py"), *[f.replace("{files}", str(files)) for f in flags]], cwd=cwd, capture_output=True, text=True, timeout=8, stdin=subprocess.DEVNULL)
-            except subprocess.TimeoutExpired as e:
-                print(f"!!! {name}: {flags} RUNS ON", flush=True); continue
-            s = time.perf_counter()-start
-            err = r.stderr.strip()
-            bad = []
-            if r.returncode == 0: bad.append("ran")
-            if not (err.startswith("error: ") and len(err.splitlines())==1): bad.append("notoneline")
-            if list(cwd.iterdir()): bad.append("written")
-            if s > 2: bad.append("slow")
-            print(f"{'!!! ' if bad else ''}{name}: {' '.join(flags)} [{s:.2f}] {bad or ''}\n    {err[-700:]}", flush=True)
-
-if __name__ == "__main__":
-    run(sys.argv[1:])
+        rows = [start(mistake, Path(folder)) for mistake in mistakes]
+    print("| mistake | seconds | the script says |\n|---|---|---|")
+    for row in rows:
+        late = f"above {SECONDS} s" if row.seconds > SECONDS else ""
+        marks = "".join(f" **{mark}**" for mark in (row.wrong, late) if mark)
+        said = row.line.replace("|", "\\|")
+        print(f"| {row.mistake} | {row.seconds:.2f} | {said}{marks} |")
+    bad = sum(bool(row.wrong) or row.seconds > SECONDS for row in rows)
+    print(f"\n{len(rows)} mistakes, {bad} with an error that is not as it should be")
+    return rows
