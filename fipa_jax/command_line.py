@@ -38,7 +38,7 @@ def parse(argv: list[str], config: flags.FlagHolder, default: Path, values: flag
             try:
                 fields.find(config_lib.default(), found[1])
             except KeyError as error:
-                raise ValueError(f"config.{found[1]}: {error.args[0]}") from None
+                raise ValueError(_one_line(f"config.{found[1]}: {error.args[0]}")) from None
     logger = logging.get_absl_logger()
     try:
         logger.disabled = True  # it would say beforehand what the error says
@@ -78,14 +78,20 @@ def _say(error, file):
     while cause is not None:
         places = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if frame.filename == file]
         if places:
-            return f"{file}, line {places[-1]}: {type(cause).__name__}: {_one_line(cause)}"
+            return f"{file}, line {places[-1]}: {type(cause).__name__}: {_one_line(_text(cause))}"
         cause = cause.__context__
-    return _one_line(error)
+    return _one_line(_text(error))
 
 
-def _one_line(error):
+def _text(error):
     """An error's text without the list of all fields, with which ml_collections fills screens."""
     while error.args and isinstance(error.args[0], Exception):  # one error in the other's place
         (error,) = error.args
     text = str(error.args[0] if isinstance(error, KeyError) else error)
-    return " ".join(re.sub(r"Other fields present:.*?(?=Did you mean|$)", "", text, flags=re.S).split())
+    return re.sub(r"Other fields present:.*?(?=Did you mean|$)", "", text, flags=re.S)
+
+
+def _one_line(text):
+    """At most a screen."""
+    line = " ".join(text.split())
+    return line if len(line) <= 1000 else f"{line[:400]} ... {line[-400:]}"

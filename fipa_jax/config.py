@@ -182,7 +182,7 @@ def rule(config: ConfigDict, spec: str) -> ConfigDict:
             group, field = fields.find(changed, path)
             group[field] = fields.parse(text, group[field])
         except (KeyError, ValueError) as error:
-            raise ValueError(f"config.compare: {spec!r}, {path}: {error.args[0]}") from None
+            raise ValueError(f"config.compare: {spec!r}, {path!r}: {error.args[0]}") from None
     return changed
 
 

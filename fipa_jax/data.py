@@ -58,7 +58,7 @@ def load(name: str, split: str, data_dir: str = "", cache_dir: str = "") -> dict
         raise ValueError(
             f"config.data: {name} has no split {split!r}; known: {', '.join(sorted(builder.info.splits))}"
         ) from error
-    if not num_examples:
+    if num_examples < 1:  # `train[5:3]` counts as -2
         raise ValueError(f"config.data: {split!r} of {name} holds no examples; take another slice")
     cached = _cached(folder, split, cache_dir)
     arrays = _read_cache(cached, num_examples)
@@ -299,7 +299,7 @@ def _sum(path: Path) -> Path:
 
 
 def _write_cache(cached: dict[str, Path], arrays: dict[str, np.ndarray]) -> None:
-    """Writes each array beside its name and then renames it, so that no reader ever sees half a file, and its digest."""
+    """Writes each array beside its name and then renames it, so that no reader ever sees half a file."""
     for field, path in cached.items():
         part = None
         try:

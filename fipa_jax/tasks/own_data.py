@@ -1,6 +1,7 @@
 """Regression on a user's own arrays, read from an .npz file and split over clients."""
 
 import difflib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,9 @@ def _load(file, stream):
         _refuse(file, f"is no .npz archive{partition.why(error)}, and nothing is unpickled; write one with {RECIPE}")
     if not isinstance(archive, np.lib.npyio.NpzFile):
         _refuse(file, f"holds one bare array and is no .npz archive; write one with {RECIPE}")
+    stream.seek(-12 - len(archive.zip.comment), os.SEEK_END)  # a number that zipfile does not look at
+    if (there := int.from_bytes(stream.read(2), "little")) != len(archive.files):
+        _refuse(file, f"is damaged: it should hold {there} arrays, but lists {archive.files}; write it anew")
     for name in sorted({*archive.files} - {*NAMES}):  # one flipped bit makes another name, too
         if near := difflib.get_close_matches(name, [*NAMES, *(f"{known}.npy" for known in NAMES)], 1, cutoff=0.8):
             _refuse(file, f"has an array {name!r}; did you mean {near[0].removesuffix('.npy')!r}?")
