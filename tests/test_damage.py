@@ -88,15 +88,13 @@ def test_a_flipped_bit_in_a_record_is_found(folder):
     shutil.rmtree(folder.parents[2] / "cache")
     content, draw = path.read_bytes(), np.random.default_rng(0)
     held = np.flatnonzero(np.frombuffer(content, np.uint8))
-    found = 0
     for position in draw.choice(held[held >= 64], 40, replace=False):  # after the signature
         altered = bytearray(content)
         altered[position] ^= 1 << draw.integers(8)
         path.write_bytes(altered)
         refused(folder)
-        found += 1
     path.write_bytes(content)
-    assert found == 40 and np.array_equal(load(folder)["image"], before["image"])
+    assert np.array_equal(load(folder)["image"], before["image"])
 
 
 @pytest.mark.parametrize("file", [RECORDS, "dataset_info.json", "features.json"])
@@ -129,7 +127,6 @@ def test_a_prepared_folder_imports_no_code_but_that_of_tfds(folder, form, monkey
     monkeypatch.syspath_prepend(tmp_path)
     path = folder / "features.json"
     if form == "info":
-        edit("dataset_info.json", '__main__|test_[a-z]*|toy(?=")', "evil")(folder)
         edit("dataset_info.json", "{", '{"features": {"pythonClassName": "evil.Label"},')(folder)
     elif form == "legacy":
         path.write_text(json.dumps({"type": "evil.Label", "content": {}}))

@@ -24,6 +24,7 @@ STARTED = (
     "misspelt flag", "misspelt field", "text for a number", "variant", "no config file", "config file: field",
     "work directory is a file", "work directory in a file", "data folder", "rank",
 )  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # by ml_collections
 
 
 def parse(argv):

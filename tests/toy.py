@@ -23,7 +23,7 @@ def prepare(root):
         warnings.simplefilter("ignore")
         tfds = pytest.importorskip("tensorflow_datasets")
 
-        class Toy(tfds.core.GeneratorBasedBuilder):
+        class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # prepared twice in a session
             VERSION = tfds.core.Version("1.0.0")
             pkg_dir_path = root
 
