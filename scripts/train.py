@@ -32,7 +32,8 @@ def parse(argv):
     """Parses the flags; a mistake in them, or in the config, ends in one line."""
     try:
         rest = command_line.parse(argv, CONFIG, DEFAULT)
-        command_line.check_workdir(Path(WORKDIR.value or "runs"))
+        if not PROCESS.value and COORDINATOR.value != "auto":  # only the first process writes
+            command_line.check_workdir(Path(WORKDIR.value or "runs"))
     except ValueError as error:
         sys.exit(f"error: {error}")
     if flags.FLAGS["verbosity"].using_default_value:

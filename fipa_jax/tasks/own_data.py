@@ -78,7 +78,7 @@ def split(task, x: np.ndarray, client: np.ndarray | None) -> partition.Ragged:
       client: [N] owners' ids of the training set, or None.
 
     Raises:
-      ValueError: the rule is not known, its column or array is not there, or a client would own nothing.
+      ValueError: the rule's column or array is not there, or a client would own nothing.
     """
     if task.split != "given" and len(x) < task.num_clients:
         raise ValueError(
