@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from fipa_jax import checkpoint, command_line, data, experiment, partition
+from fipa_jax import checkpoint, command_line, data, experiment, partition, phase
 from fipa_jax.tasks import own_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +22,7 @@ sys.path.remove(str(ROOT / "scripts"))
 # Those for which the script itself is started: of each kind one.
 STARTED = (
     "misspelt flag", "misspelt field", "text for a number", "variant", "no config file", "config file: field",
-    "work directory is a file", "work directory in a file", "data folder", "rank",
+    "work directory is a file", "work directory in a file", "config file: no return", "data folder", "rank",
 )  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # by ml_collections
 
@@ -54,6 +54,14 @@ def test_a_mistake_is_one_line(mistake, files, monkeypatch, tmp_path):
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 1000
     if mistake != "misspelt flag":  # other flags are there
         assert not mistakes.unsaid(mistake, str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize("mistake", ["local optimiser", "server optimiser", "solver", "form", "devices"])
+def test_names_are_looked_up_before_data_are_loaded(mistake):
+    config = parse(mistakes.flags(mistake, Path()))
+    with pytest.raises(ValueError) as caught:
+        phase.check(config)
+    assert not mistakes.unsaid(mistake, str(caught.value)) and "(in the rule 'fipa')" in str(caught.value)
 
 
 @pytest.mark.parametrize("mistake", STARTED)

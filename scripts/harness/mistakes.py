@@ -83,6 +83,7 @@ MISTAKES = {
     "empty tuple": ("--config.compare=()", "config.compare tuple ()"),
     "numbers for rules": ("--config.compare=(1,2)", "config.compare tuple (1, 2)"),
     "value in a rule": ("--config.compare=('fedavg:server.lr=fast',)", "config.compare server.lr number 'fast'"),
+    "infinity in a rule": ("--config.compare=('fipa:server.lr=inf',)", "config.fipa.server.lr finite inf 'fipa:server"),
     "momentum": ("--config.fipa.local.momentum=2", "config.fipa.local.momentum [0, 1) 2"),
     "alpha": (f"{CIFAR10} --config.partition.alpha=0", "config.partition.alpha positive 0"),
     # Combinations.
