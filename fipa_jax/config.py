@@ -4,7 +4,6 @@ A file in `configs/` starts from `default()` and overrides what differs. The Con
 not exist is an error that names the nearest one.
 """
 
-import difflib
 import hashlib
 import os
 import platform
@@ -12,6 +11,8 @@ import re
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from fipa_jax import fields
 
 # Compared rules: what each changes in the FIPA phase. Local work, cohort and rounds stay the same for all.
 RULES = {
@@ -177,12 +178,17 @@ def rule(config: ConfigDict, spec: str) -> ConfigDict:
         raise ValueError(f"config.compare: unknown rule {name!r}; known: {', '.join(sorted(RULES))}")
     changed = config.fipa.copy_and_resolve_references()
     for path, value in RULES[name].items():
-        _set(changed, path, value, spec)
+        group, field = fields.find(changed, path)
+        group[field] = value
     for override in overrides:
         path, found, text = override.partition("=")
         if not found:
             raise ValueError(f"config.compare: {spec!r} needs NAME:field=value, got {override!r}")
-        _set(changed, path, text, spec)
+        try:
+            group, field = fields.find(changed, path)
+            group[field] = fields.parse(text, group[field])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"config.compare: {spec!r}, {path!r}: {error.args[0]}") from None
     return changed
 
 
@@ -192,6 +198,7 @@ def validate(config: ConfigDict) -> None:
     Raises:
       ValueError: names the field, what was needed and what arrived.
     """
+    fields.check(config, default())
     _one_of("precision", config.precision, ("float32", "float64"))
     for field in ("examples_on", "client_memory"):
         _one_of(field, config[field], ("auto", "device", "host"))
@@ -214,6 +221,12 @@ def validate(config: ConfigDict) -> None:
     if not 0 < config.task.test_fraction < 1:
         raise ValueError(f"config.task.test_fraction: needs a fraction in (0, 1), got {config.task.test_fraction}")
     _at_least("task.column", config.task.column, 0)
+    _at_least("task.seed", config.task.seed, 0)
+    _at_least("partition.seed", config.partition.seed, 0)
+    _at_least("partition.num_clients", config.partition.num_clients, 1)
+    _at_least("model.widths", min(config.model.widths, default=1), 1)
+    _at_least("model.head_width", config.model.head_width, 0)
+    _one_of("model.compute_dtype", config.model.compute_dtype, ("", "bfloat16", "float16", "float32", "float64"))
     if not 0 <= config.data.holdout < 1:
         raise ValueError(f"config.data.holdout: needs a fraction in [0, 1), got {config.data.holdout}")
     _at_least("data.side", config.data.side, 0)
@@ -222,7 +235,11 @@ def validate(config: ConfigDict) -> None:
     is_mnist = config.task.name == "images" and config.data.name.partition(":")[0] == "mnist"
     if is_mnist and config.data.augment and config.data.flip:
         raise ValueError("config.data.flip: a mirrored digit is no digit; with the data set 'mnist' set it to False")
-    if isinstance(config.compare, str) or not config.compare:
+    if config.task.name == "images" and config.cohort > config.partition.num_clients:
+        raise ValueError(
+            f"config.cohort: {config.cohort} is above the number of clients, {config.partition.num_clients}"
+        )
+    if not config.compare:
         raise ValueError(f"config.compare: needs a tuple of rules such as ('fipa', 'fedavg'), got {config.compare!r}")
     if len(set(config.compare)) != len(config.compare):
         raise ValueError(f"config.compare: names a rule twice: {config.compare}")
@@ -231,6 +248,7 @@ def validate(config: ConfigDict) -> None:
     for spec in config.compare:
         settings = rule(config, spec)
         try:
+            fields.check(settings, config.fipa, "config.fipa")
             _validate_phase("fipa", settings, least_rounds=min(config.fipa.rounds, 1))
         except ValueError as error:
             raise ValueError(f"{error} (in the rule {spec!r})") from None
@@ -287,7 +305,12 @@ def _validate_phase(name, settings, least_rounds):
         found = f"got {settings.trainable!r} ({error})"
         raise ValueError(f"config.{name}.trainable: needs a regular expression, {found}") from None
     _at_least(f"{name}.cache_views", settings.cache_views, 0)
-    for field in ("lr", "lr_decay", "momentum", "weight_decay", "clip_norm", "batch_size", "steps", "damping"):
+    for group in ("local", "server"):
+        if not 0 <= settings[group].momentum < 1:
+            raise ValueError(
+                f"config.{name}.{group}.momentum: needs a number in [0, 1), got {settings[group].momentum}"
+            )
+    for field in ("lr", "lr_decay", "weight_decay", "clip_norm", "batch_size", "steps", "damping"):
         _at_least(f"{name}.local.{field}", settings.local[field], 0)
     _at_least(f"{name}.local.micro_batch", settings.local.micro_batch, -1)
     for field in ("tries", "step_scale"):
@@ -311,31 +334,6 @@ def _validate_phase(name, settings, least_rounds):
     _at_least(f"{name}.server.lr", settings.server.lr, 0)
 
 
-def _set(config, path, value, spec):
-    *parents, last = path.split(".")
-    for parent in parents:
-        if parent not in config or not isinstance(config[parent], ConfigDict):
-            _unknown(config, parent, spec)
-        config = config[parent]
-    if last not in config or isinstance(config[last], ConfigDict):
-        _unknown(config, last, spec)
-    kind = type(config[last])
-    try:
-        parsed = {"true": True, "false": False}[value.lower()] if kind is bool and value is not True else kind(value)
-    except (KeyError, ValueError):
-        raise ValueError(f"config.compare: {spec!r} needs {kind.__name__} for {path}, got {value!r}") from None
-    config[last] = parsed
-
-
-def _unknown(config, field, spec):
-    if field in config:
-        kind = "a group of fields" if isinstance(config[field], ConfigDict) else "a value, not a group of fields"
-        raise ValueError(f"config.compare: {spec!r}: {field!r} is {kind}")
-    near = difflib.get_close_matches(field, list(config), 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(config)}"
-    raise ValueError(f"config.compare: {spec!r} names no field {field!r} of the FIPA phase; {hint}")
-
-
 def _at_least(field, value, least):
     if not value >= least:  # NaN is not
         raise ValueError(f"config.{field}: needs at least {least}, got {value}")
@@ -343,4 +341,4 @@ def _at_least(field, value, least):
 
 def _one_of(field, value, known):
     if value not in known:
-        raise ValueError(f"config.{field}: unknown {value!r}; known: {', '.join(known)}")
+        raise ValueError(f"config.{field}: unknown {value!r}; known: {', '.join(filter(None, known))}")

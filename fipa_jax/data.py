@@ -1,6 +1,8 @@
 """Where do arrays come from? Prepared TFDS data sets, decoded once and cached; nothing here reaches the network."""
 
+import contextlib
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -23,6 +25,7 @@ CHANNEL_STATS = {
     "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
 }
 TEST_SPLITS = {"tiny_imagenet": "validation"}  # where it is not `test`: that of Tiny-ImageNet has no labels
+SUMS = "SHA256SUMS"  # the file beside prepared ones with their digests, as the program sha256sum reads them
 BLOCK = 1024  # images decoded, or summed, at a time
 
 
@@ -41,7 +44,7 @@ def load(name: str, split: str, data_dir: str = "", cache_dir: str = "") -> dict
     Raises:
       FileNotFoundError: the data set is not prepared in `data_dir`.
       ImportError: a package that reading needs is not installed.
-      ValueError: the split is not known, or the data set is not one of images with labels.
+      ValueError: the split is not known or empty, the data set is not one of images with labels, or it is damaged.
     """
     folder = _prepared(name, data_dir)
     builder = _builder(folder)
@@ -55,9 +58,12 @@ def load(name: str, split: str, data_dir: str = "", cache_dir: str = "") -> dict
         raise ValueError(
             f"config.data: {name} has no split {split!r}; known: {', '.join(sorted(builder.info.splits))}"
         ) from error
+    if num_examples < 1:  # `train[5:3]` counts as -2
+        raise ValueError(f"config.data: {split!r} of {name} holds no examples; take another slice")
     cached = _cached(folder, split, cache_dir)
     arrays = _read_cache(cached, num_examples)
     if arrays is None:
+        verify(folder)
         arrays = _decode(builder, split, num_examples)
         _write_cache(cached, arrays)
     return arrays
@@ -136,23 +142,86 @@ def _prepared(name: str, data_dir: str) -> Path:
     base, _, version = name.partition(":")
     found = [info.parent for info in (root(data_dir) / base).glob(f"{version or '[0-9]*'}/dataset_info.json")]
     if not found:
-        prepare = (
-            f"python scripts/prepare_data.py {base} --data-dir={root(data_dir)}"
-            if base in CHANNEL_STATS
-            else f"with tensorflow, tfds build {base} --data_dir={root(data_dir)} --file_format=array_record"
-        )
         raise FileNotFoundError(
             f"the data set {name!r} is not prepared: looked for {root(data_dir) / base / (version or '<version>')}/"
             f"dataset_info.json and found none. Point config.data.dir (now {data_dir!r}; '' means $TFDS_DATA_DIR or "
             f"~/tensorflow_datasets) at the folder that holds {base}/, or prepare the data once, on a machine with "
-            f"network: {prepare}"
+            f"network: {_recipe(base, root(data_dir))}"
         )
     return max(found, key=lambda folder: [int(part) if part.isdigit() else -1 for part in folder.name.split(".")])
 
 
+def _recipe(base: str, root: Path) -> str:
+    """How a data set is prepared."""
+    if base in CHANNEL_STATS:
+        return f"python scripts/prepare_data.py {base} --data-dir={root}"
+    return f"with tensorflow, tfds build {base} --data_dir={root} --file_format=array_record"
+
+
 def _builder(folder: Path):
-    """Opens a prepared folder with TFDS."""
-    return import_tfds(f"reading {folder}").builder_from_directory(folder)
+    """Opens a prepared folder with TFDS, whose classes alone may be named in it: TFDS imports what it finds there."""
+    tfds = import_tfds(f"reading {folder}")
+    with _reading(folder):
+        for file in ("features.json", "dataset_info.json"):
+            for name in _classes((folder / file).read_text()):
+                if "." in name and not name.startswith("tensorflow_datasets."):
+                    raise ValueError(f"{file} names code that is not TFDS's, {name}")
+        return tfds.builder_from_directory(folder)
+
+
+def _classes(tree):
+    """The names of classes in a tree of JSON, under each key by which TFDS has them, also in texts that are JSON."""
+    if isinstance(tree, str):
+        with contextlib.suppress(ValueError):
+            yield from _classes(json.loads(tree))
+    elif isinstance(tree, list):
+        for part in tree:
+            yield from _classes(part)
+    elif isinstance(tree, dict):
+        for key, part in tree.items():
+            is_name = key in ("pythonClassName", "python_class_name", "type") and isinstance(part, str)
+            yield from [part] if is_name else _classes(part)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path):
+    """Makes whatever is wrong with prepared files a ValueError that names their folder and the way out."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # TFDS, protobuf, array_record and pillow have many
+        raise ValueError(
+            f"config.data.dir: {folder} is damaged, or a file of it is missing ({' '.join(str(error).split())}); "
+            f"remove it and prepare it anew: {_recipe(folder.parent.name, folder.parent.parent)}"
+        ) from error
+
+
+def write_sums(folder: Path) -> None:
+    """Writes beside prepared files the digests that `verify` compares."""
+    lines = [f"{_digest(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.name != SUMS]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def verify(folder: Path) -> None:
+    """Compares prepared files with their digests, where there are some: TFDS itself writes none.
+
+    array_record's own hashes find a flipped bit, but not a file in another one's place.
+
+    Raises:
+      ValueError: a file has changed or is missing.
+    """
+    with _reading(folder):
+        lines = (folder / SUMS).read_text().splitlines() if (folder / SUMS).exists() else []
+        for line in lines:
+            digest, _, file = line.partition("  ")
+            if _digest(folder / file) != digest:
+                raise ValueError(f"{file} is not as it was prepared")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def import_tfds(purpose: str):
@@ -178,12 +247,15 @@ def import_tfds(purpose: str):
 def _decode(builder, split: str, num_examples: int) -> dict[str, np.ndarray]:
     """Decodes all images of a split into one array."""
     logging.info("decoding %d images of %s, split %s", num_examples, builder.info.full_name, split)
-    source = builder.as_data_source(split=split)
-    first = source[0]["image"]
+    folder = Path(builder.data_dir)
+    with _reading(folder):
+        source = builder.as_data_source(split=split)
+        first = source[0]["image"]
     image = np.empty([num_examples, *first.shape], np.uint8)
     label = np.empty([num_examples], np.int32)
     for start in range(0, num_examples, BLOCK):
-        records = source.__getitems__(list(range(start, min(start + BLOCK, num_examples))))
+        with _reading(folder):
+            records = source.__getitems__(list(range(start, min(start + BLOCK, num_examples))))
         for i, record in enumerate(records, start):
             if record["image"].shape != first.shape:
                 raise ValueError(
@@ -208,19 +280,22 @@ def _read_cache(cached: dict[str, Path], num_examples: int) -> dict[str, np.ndar
     arrays = {}
     for (field, path), dtype, ndim in zip(cached.items(), (np.uint8, np.int32), (4, 1), strict=True):
         try:
+            whole = _digest(path) == _sum(path).read_text()
             arrays[field] = array = np.load(path, mmap_mode="r", allow_pickle=False)
-            whole = array.offset + array.nbytes == path.stat().st_size
         except FileNotFoundError:
             return None
         except (OSError, ValueError, EOFError) as error:
             logging.warning("decoding anew: the cache %s cannot be read (%s)", path, error)
             return None
-        if not whole or array.dtype != dtype or array.ndim != ndim or len(array) != num_examples:
-            logging.warning(
-                "decoding anew: the cache %s holds %s %s, not %d examples", path, array.dtype, array.shape, num_examples
-            )
+        if not whole or (array.dtype, array.ndim, len(array)) != (dtype, ndim, num_examples):
+            logging.warning("decoding anew: the cache %s is not as it was written, %d examples", path, num_examples)
             return None
     return arrays
+
+
+def _sum(path: Path) -> Path:
+    """The file beside a cached array that holds its digest."""
+    return path.with_suffix(".sha256")
 
 
 def _write_cache(cached: dict[str, Path], arrays: dict[str, np.ndarray]) -> None:
@@ -232,7 +307,9 @@ def _write_cache(cached: dict[str, Path], arrays: dict[str, np.ndarray]) -> None
             with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
                 part = Path(file.name)
                 np.save(file, arrays[field], allow_pickle=False)
+            digest = _digest(part)
             os.replace(part, path)
+            _sum(path).write_text(digest)
         except OSError as error:
             logging.warning(
                 "going on without a cache: %s cannot be written (%s); set config.data.cache_dir", path, error

@@ -77,6 +77,7 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> Path:
         builder = _builder(tfds, name, source, class_names, splits)(data_dir=root, file_format="array_record")
         try:
             builder.download_and_prepare()  # into a temporary folder, renamed at the end
+            data.write_sums(folder)
         except (OSError, RuntimeError) as error:
             raise OSError(f"{folder} cannot be written, and nothing is left of it ({error})") from error
     return folder

@@ -53,7 +53,8 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
         raise ValueError(
             f"config.precision: {config.precision} needs `with jax.enable_x64(True):` around build; run has it"
         )
-    plots.pyplot()  # its absence must show now
+    phase.check(config)  # before data are loaded, which may take long
+    plots.check()  # its absence must show now
     problem = problem or tasks.build(config)
     if config.cohort > len(problem.clients):
         raise ValueError(f"config.cohort: {config.cohort} is above the number of clients, {len(problem.clients)}")

@@ -176,6 +176,10 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Maps images [B, H, W, C] to outputs [B, K] and features; the levels are those of the convolutions."""
+        least = 1
+        for _ in self.channels:
+            least = 2 * least + 2
+        _check_images(x, least)
         levels = ()
         for channels in self.channels:
             x = nn.Conv(
@@ -212,6 +216,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Maps images [B, H, W, C] to outputs [B, K] and features; the levels are the stem's and each stage's."""
+        _check_images(x, 1)
         param_dtype, given = x.dtype, x.dtype
         x = x.astype(self.dtype or given)
         x, before = _ConvNorm(self.widths[0], param_dtype=param_dtype, name="stem")(x, activate=True)
@@ -320,6 +325,16 @@ def build(config_model, num_outputs: int) -> nn.Module:
       ValueError: the name of the model or of the activation is not known.
     """
     return MODELS[_known("name", config_model.name, MODELS, "model")](config_model, num_outputs)
+
+
+def _check_images(x, least):
+    """Refuses what is no batch of images of `least` x `least` pixels or more."""
+    if x.ndim != 4 or min(x.shape[1:3]) < least:
+        found = "x".join(map(str, x.shape[1:]))
+        raise ValueError(
+            f"config.model.name: this model needs images of {least} x {least} pixels or more, got inputs {found}; take "
+            f"'mlp' for what is no image, and see config.data.side"
+        )
 
 
 def _known(field, name, table, kind=None):

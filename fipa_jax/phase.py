@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from fipa_jax import aggregate, rounds, second_order, server, sketch, terms, trees
 from fipa_jax import client as client_lib
+from fipa_jax import config as config_lib
 from fipa_jax.tasks import Problem, Task
 
 
@@ -25,6 +26,7 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
     solver = find(solvers, "local.optimizer", settings.local.optimizer)
     rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
     aggregator = rule(**fields_for(rule, settings.aggregator))
+    optimizer = server.make(settings.server.optimizer, settings.server.momentum)
     sketched, cohort = aggregator.curvature == "sketch", config.cohort or num_clients
     matched = settings.local.matched and sketched
     _check_fit(settings, aggregator, term, everyone=cohort == num_clients)
@@ -37,7 +39,7 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
         term=term,
         sketch=None if make is None else sketch_of(make, task.loss, settings.sketch),
         aggregator=aggregator,
-        server=server.make(settings.server.optimizer, settings.server.momentum),
+        server=optimizer,
         num_clients=num_clients,
         cohort=cohort,
         trainable=settings.trainable,
@@ -49,6 +51,26 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
         chunk=1 if config.chunk < 0 else config.chunk,  # until it is measured
         mesh=make_mesh(config.devices),
     )
+
+
+def check(config: ConfigDict) -> None:
+    """Checks the names in all phases, and what fits together whatever the data: before they are loaded.
+
+    Raises:
+      ValueError: see `make_plan`.
+    """
+    blank, phases = Task(init=None, outputs=None, loss=None, metrics=None), {}
+    if config.warmup.rounds:
+        phases["the warm-up"] = config.warmup
+    if config.fipa.rounds:
+        phases |= {f"the rule {spec!r}": config_lib.rule(config, spec) for spec in config.compare}
+    for name, settings in phases.items():
+        try:
+            plan = make_plan(config, settings, blank, num_clients=config.cohort or 1)
+            if plan.sketch is not None:
+                plan.sketch(None, None)
+        except ValueError as error:
+            raise ValueError(f"{error} (in {name})") from None
 
 
 def _check_fit(settings: ConfigDict, aggregator: aggregate.Aggregator, term: terms.Term, everyone: bool) -> None:

@@ -1,20 +1,26 @@
 """Pictures of a run: its curves, and who owns which data. Needs matplotlib (`pip install 'fipa_jax[plots]'`)."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
 
 
-def pyplot():
-    """matplotlib.pyplot, drawing to files.
+def check() -> None:
+    """Checks that there is matplotlib, without the time that its import takes.
 
     Raises:
       ImportError: it is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("a run draws its curves and needs matplotlib: pip install 'fipa_jax[plots]'") from error
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("a run draws its curves and needs matplotlib: pip install 'fipa_jax[plots]'")
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing to files; raises as `check` does."""
+    check()
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as module
 

@@ -14,6 +14,8 @@ config_lib.prepare_process()  # before jax starts
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+from fipa_jax import command_line  # noqa: E402
+
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "sine.py"
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, by default configs/sine.py; --config.a.b=value.")
 COORDINATOR = flags.DEFINE_string(
@@ -34,22 +36,13 @@ WORKDIR = flags.DEFINE_string("workdir", "", "Where the results go; by default r
 
 
 def parse(argv):
-    """Parses the flags; a mistake in them, or in the config file, ends in one line."""
-    if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv):
-        argv = [argv[0], f"--config={DEFAULT}", *argv[1:]]  # as the flag's own default, it would be read before parsing
+    """Parses the flags; a mistake in them, or in the config, ends in one line."""
     try:
-        rest = flags.FLAGS(argv)
-        _ = CONFIG.value.seed  # a config file that could not be read shows itself only here
-    except (AttributeError, KeyError) as error:
-        # ml_collections raises a KeyError, whose text names the nearest field, or wraps one.
-        cause = error if isinstance(error, KeyError) else (error.args or (None,))[0]
-        if not isinstance(cause, KeyError):
-            raise
-        sys.exit(f"error: there is no such config field: {' '.join(cause.args[0].split())}")
-    except flags.Error as error:  # its last line says what is wrong, those before it how the config file got there
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        rest = command_line.parse(argv, CONFIG, DEFAULT)
+        if not PROCESS.value and COORDINATOR.value != "auto":  # only the first process writes
+            command_line.check_workdir(Path(WORKDIR.value or "runs"))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = logging.WARNING  # not the libraries' reports on what they are doing
     return rest
@@ -66,9 +59,7 @@ def join():
         jax.distributed.initialize(address or None, PROCESSES.value, PROCESS.value)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; a field is set by --config.field=value")
+def main(_):
     from fipa_jax import experiment, stopping
 
     join()

@@ -99,9 +99,9 @@ def test_every_rule_applies_to_the_defaults(name):
         ("fipa:xyz=1", "no field .xyz.*; known: .*rounds, "),
         ("fipa:server=1", "'server' is a group of fields"),
         ("fipa:server.lr.x=1", "'lr' is a value"),
-        ("fipa:local.epochs=1.5", "needs int for local.epochs, got '1.5'"),
-        ("fipa:server.lr=fast", "needs float for server.lr, got 'fast'"),
-        ("fipa:aggregator.relative=maybe", "needs bool for aggregator.relative, got 'maybe'"),
+        ("fipa:local.epochs=1.5", "'local.epochs': needs a whole number, got '1.5'"),
+        ("fipa:server.lr=fast", "'server.lr': needs a number, got 'fast'"),
+        ("fipa:aggregator.relative=maybe", "'aggregator.relative': needs True or False, got 'maybe'"),
     ],
 )
 def test_a_mistake_in_a_compared_rule(spec, message):

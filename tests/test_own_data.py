@@ -169,7 +169,7 @@ def test_a_missing_file_is_named(config, file):
 def test_another_kind_of_file_is_no_npz(config, tmp_path, content):
     other = tmp_path / "other.npz"
     other.write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.task\.file: .* is no \.npz archive .*nothing is unpickled"):
+    with pytest.raises(ValueError, match=r"config\.task\.file: .* is no \.npz archive.*nothing is unpickled"):
         tasks.build(config(_arrays(), file=str(other)))
 
 

@@ -131,30 +131,6 @@ def test_a_saved_model_goes_on_as_the_run_did(runs, tmp_path):
     assert [figures(row) for row in metrics.read(tmp_path / "here/metrics.jsonl")] == expected
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--config.model.name=nonesuch"], ["config.model.name", "'nonesuch'", "known: cnn_200k", "mlp"]),
-        (["--config.fipa.rouns=3"], ["no such config field", "'rouns'", '"rounds"']),
-        (["--config.fipa.loca.lr=3"], ["no such config field", "'loca'", '"local"']),
-        ([f"--config={ROOT}/configs/sine.py:newton"], ["configs/sine.py", "'newton'", "known: gauss_newton, sgd"]),
-        (["--workdri=here"], ["'workdri'", "workdir"]),
-        ([f"--config={ROOT}/configs/nonesuch.py"], ["configs/nonesuch.py", "No such file"]),
-        ([f"--config={ROOT}/configs/cifar10.py", "--config.data.dir=nowhere"],
-         ["'cifar10' is not prepared", "config.data.dir", "nowhere/cifar10", "scripts/prepare_data.py cifar10"]),
-    ],
-    ids=["unknown name", "misspelt field", "misspelt group", "unknown variant", "misspelt flag", "no file", "no data"],
-)  # fmt: skip
-def test_a_mistake_is_one_line_that_says_what_to_do(flags, said, tmp_path):
-    result = train(*flags, folder=tmp_path)
-    assert result.returncode != 0
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: ")
-    for text in said:
-        assert text in line
-    assert not list(tmp_path.iterdir()), "nothing is written or moved"
-
-
 def test_a_mistake_leaves_an_earlier_run_where_it_is(runs):
     before = sorted(runs[0].iterdir())
     assert train(*TINY, "--config.fipa.sketch.rank=99", folder=runs[0].parent.parent).returncode != 0

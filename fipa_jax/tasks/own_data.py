@@ -1,7 +1,7 @@
 """Regression on a user's own arrays, read from an .npz file and split over clients."""
 
-import zipfile
-import zlib
+import difflib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ from fipa_jax import models, partition
 from fipa_jax.tasks import Problem
 from fipa_jax.tasks.regression import regression
 
-BROKEN = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)  # what reading another kind of file raises
 NAMES = ("x", "y", "x_test", "y_test", "client")  # of the arrays that the task knows
 RECIPE = 'np.savez("mine.npz", x=x, y=y)'
 KMEANS_STEPS = 30
@@ -28,6 +27,8 @@ def build(config) -> Problem:
       ValueError: the file is no .npz of plain arrays that fit together, or the split asked for does not exist.
     """
     task, dtype = config.task, np.dtype(config.precision)
+    if task.split not in SPLITS:
+        raise ValueError(f"config.task.split: unknown split {task.split!r}; known: {', '.join(sorted(SPLITS))}")
     arrays = read(task.file)
     (x, y, client), (x_test, y_test) = _set_apart(arrays, task)
     clients = split(task, x, client)
@@ -77,10 +78,8 @@ def split(task, x: np.ndarray, client: np.ndarray | None) -> partition.Ragged:
       client: [N] owners' ids of the training set, or None.
 
     Raises:
-      ValueError: the rule is not known, its column or array is not there, or a client would own nothing.
+      ValueError: the rule's column or array is not there, or a client would own nothing.
     """
-    if task.split not in SPLITS:
-        raise ValueError(f"config.task.split: unknown split {task.split!r}; known: {', '.join(sorted(SPLITS))}")
     if task.split != "given" and len(x) < task.num_clients:
         raise ValueError(
             f"config.task.num_clients: {task.num_clients} clients need an example each, but config.task.file has "
@@ -171,16 +170,25 @@ def _load(file, stream):
     """{name: array} of those arrays that the task knows, all of real numbers."""
     try:
         archive = np.load(stream, allow_pickle=False)
-    except BROKEN as error:
-        _refuse(file, f"is no .npz archive ({error}), and nothing is unpickled; write one with {RECIPE}")
+    except partition.BROKEN as error:
+        _refuse(file, f"is no .npz archive{partition.why(error)}, and nothing is unpickled; write one with {RECIPE}")
     if not isinstance(archive, np.lib.npyio.NpzFile):
         _refuse(file, f"holds one bare array and is no .npz archive; write one with {RECIPE}")
+    stream.seek(-12 - len(archive.zip.comment), os.SEEK_END)  # a number that zipfile does not look at
+    if (there := int.from_bytes(stream.read(2), "little")) != len(archive.files):
+        _refuse(file, f"is damaged: it should hold {there} arrays, but lists {archive.files}; write it anew")
+    for name in sorted({*archive.files} - {*NAMES}):  # one flipped bit makes another name, too
+        if near := difflib.get_close_matches(name, [*NAMES, *(f"{known}.npy" for known in NAMES)], 1, cutoff=0.8):
+            _refuse(file, f"has an array {name!r}; did you mean {near[0].removesuffix('.npy')!r}?")
     arrays = {}
     for name in [name for name in NAMES if name in archive.files]:
         try:
             arrays[name] = archive[name]
-        except BROKEN as error:
-            _refuse(file, f"has a {name!r} that cannot be read ({error}); nothing is unpickled: save plain numbers")
+        except partition.BROKEN as error:
+            _refuse(
+                file,
+                f"has a {name!r} that cannot be read{partition.why(error)}; nothing is unpickled: save plain numbers",
+            )
         if arrays[name].dtype.kind not in "biuf":
             _refuse(file, f"has {name!r} of dtype {arrays[name].dtype}; save real numbers")
     return arrays
