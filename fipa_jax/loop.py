@@ -15,12 +15,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fipa_jax import config as config_lib
-from fipa_jax import metrics, phase, report, rounds, sketch, trees, tune
+from fipa_jax import faults, metrics, phase, report, rounds, sketch, trees, tune
 from fipa_jax.population import Ahead, OnHost
 from fipa_jax.simulate import replicate, take
 
 # Fields of a phase that are traced or only steer the loop: rules that differ in these alone share compiled programs.
-TRACED = ("rounds", "local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr")
+TRACED = (
+    "rounds", "max_skips", "local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr",
+    *(f"faults.{name}" for name in faults.Rates._fields),
+)  # fmt: skip
 
 
 def run_phase(experiment, settings: ConfigDict, name: str, params, first: int, writer: metrics.Writer):
@@ -52,6 +55,7 @@ def run_phase(experiment, settings: ConfigDict, name: str, params, first: int, w
                 report.warn(name, row["round"], info, said)
                 rows.append(metrics.jsonable({"run": name} | row))
                 writer.write(rows[-1])
+                report.check_progress(name, rows, settings.max_skips)
                 bar.set_postfix_str(report.progress(rows[-1]), refresh=False)
             bar.update(len(found))
     return state.params, rows
@@ -222,7 +226,7 @@ def compiled(experiment, settings: ConfigDict, stages: rounds.Stages, state: rou
 
 def key_of(settings: ConfigDict, plan: rounds.Plan, state: rounds.State) -> str:
     """What two phases must share to share their compiled programs."""
-    static = json.loads(settings.to_json_best_effort()) | {"chunk": plan.chunk}
+    static = json.loads(settings.to_json_best_effort()) | {"chunk": plan.chunk, "has_faults": plan.faults}
     # A rule's own numbers are traced if it keeps them in its state, as `FipaState` does.
     traced = [f"aggregator.{name}" for name in getattr(state.aggregator, "_fields", ())]
     for path in (*TRACED, *traced):
