@@ -52,7 +52,7 @@ def test_a_client_of_nan_is_reported_and_every_rule_goes_on_without_it(tmp_path,
         assert row["test_mse"] > 0 and row["clients_rejected"] == 1
         assert row.get("sketches_not_finite") == (None if name == "fisher_diagonal" else 1)
         assert not {"flags", "rejected", "ids"} & set(row)
-        assert f"{name}, round 0: clients [1]: left out: update or sketch is not finite" in caplog.text
+        assert f"{name}, round 0: clients [1]: left out: its update is not finite" in caplog.text
     assert caplog.text.count(f"clients [1]: {sketch.FLAGS['not_finite']}") == 2 * 2  # rules with sketches, rounds
 
 
