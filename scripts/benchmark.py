@@ -11,6 +11,7 @@ population time and memory of a round beside the number of all clients, of which
 scaling    the same rounds on 1, 2, 4 devices and on two processes: seconds, and whether a bit differs
 profile    a config's round, stage by stage: seconds, operations, memory; and a trace for the profiler
 ragged     a round of clients of very different sizes, padded, beside the sum of the clients' own work
+robust     what one faulty client of five does to the step, by fault and rule, and by the caps
 round      one client's work in a round beside PyTorch, pfl, fedjax and Flower; and a FIPA round beside a FedAvg round
 
 Every command takes --cpus (cores to run on, e.g. 0 or 0,1) and --out (a JSON file for all that was measured).
@@ -26,7 +27,7 @@ from benchmarks import timing
 
 COMMANDS = (
     "products", "sketch", "head", "merge", "gauss_newton", "step", "startup", "population", "scaling", "profile",
-    "ragged", "round",
+    "ragged", "robust", "round",
 )  # fmt: skip
 
 
