@@ -25,7 +25,7 @@ class Aggregator(NamedTuple):
     """A rule as two pure functions; `state` is what the next round needs, `info` what a person needs."""
 
     init: Callable  # params -> state
-    apply: Callable  # (uploads, state, params) -> (step, state, info: {name: array}, with `rejected` [C])
+    apply: Callable  # (uploads, state, params) -> (step, state, info: {name: array}, with `rejected` [C] bool)
     curvature: str = "none"  # what the clients have to send of it: none, sketch or diagonal
     at: str = "broadcast"  # the parameters at which they see it: broadcast, or local, those after their training
     wants_loss: bool = False  # whether they have to send their loss at the broadcast parameters

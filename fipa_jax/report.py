@@ -94,7 +94,7 @@ def check_progress(name: str, rows: list[dict], most: int) -> None:
         return
     row = rows[-1]
     counts = {words: row.get(f"rejected_{reason}") for reason, words in uploads.REASONS.items()}
-    counts |= {words: row.get(f"clients_{field}") for field, words in NOTED.items()}
+    counts[NOTED["absent"]] = row.get("clients_absent")
     why = "; ".join(f"{count} clients: {words}" for words, count in counts.items() if count)
     raise RuntimeError(
         f"{name}: {most} rounds in a row were skipped, the last one round {row['round']}. In it: "

@@ -115,8 +115,9 @@ def make_stages(plan: Plan) -> Stages:
         if plan.matched:
             hyper = hyper._replace(damping=state.aggregator.damping)
         least = None if sketches is None else jax.vmap(smallest)(sketches.eigenvalues)
-        key = jax.random.fold_in(root, state.round)
-        faults = faults_lib.draw(key, rates.faults, cohort.ids) if plan.faults else None
+        faults = None
+        if plan.faults:
+            faults = faults_lib.draw(jax.random.fold_in(root, state.round), rates.faults, cohort.ids)
 
         def one(params, data, hyper, shared, client, key, memory, least, part):
             chosen, outputs = restrict(params)

@@ -96,7 +96,8 @@ def _bases(size, rank, clients=3, seed=0):
 
 def _distance(basis, eigenvalues=None):
     eigenvalues = np.ones((len(basis), basis.shape[2])) if eigenvalues is None else eigenvalues
-    return jax.jit(uploads.orthonormality)(Sketch(jnp.asarray(eigenvalues, jnp.float32), jnp.asarray(basis)))
+    probe = jax.jit(lambda sent: uploads.orthonormality(sent))  # traced anew: BLOCK may have changed
+    return probe(Sketch(jnp.asarray(eigenvalues, jnp.float32), jnp.asarray(basis)))
 
 
 @pytest.mark.parametrize("block", [1, 40, 10**9])
