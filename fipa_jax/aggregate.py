@@ -292,7 +292,7 @@ def fipa_step(delta, sketch: Sketch, num_examples: jax.Array, **options):
       delta: the clients' updates, a parameter pytree with a leading clients axis [C, ...].
       sketch: the clients' stacked sketches: eigenvalues [C, R], basis [C, P, R].
       num_examples: [C].
-      **options: of `fipa`: form, damping, relative, rcond, max_step, weighting. The numeric ones may be traced.
+      **options: of `fipa`; damping, rcond, max_step and explosion may be traced.
 
     Returns:
       (step, info): the step is a parameter pytree, to be added to the broadcast parameters.
