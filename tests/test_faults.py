@@ -36,7 +36,8 @@ def test_faults_come_at_their_rates_and_apart_from_each_other():
     part = np.asarray(drawn.part)
     slow = np.asarray(drawn.kinds["straggle"])
     assert np.all(part[~slow] == 1) and 0 < part[slow].min() < 0.01 and part[slow].max() <= 1
-    np.testing.assert_allclose(np.quantile(part[slow], [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.05)
+    for those in (slow, *(slow & np.asarray(drawn.kinds[kind]) for kind in ("drop", "nan", "flip", "scale"))):
+        np.testing.assert_allclose(np.quantile(part[those], [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.1)
 
 
 def test_a_clients_fault_is_its_own_and_the_rounds():
@@ -45,6 +46,12 @@ def test_a_clients_fault_is_its_own_and_the_rounds():
     assert np.any(np.asarray(whole.kinds["nan"]) != np.asarray(_drawn(round=1, nan=0.3).kinds["nan"]))
     assert not any(kind.any() for kind in _drawn().kinds.values())
     assert all(kind.all() for kind in _drawn(**dict.fromkeys(faults.KINDS, 1.0)).kinds.values())
+
+
+def test_the_keys_are_not_those_of_cohort_training_and_sketches():
+    part = _drawn(ids=range(3), straggle=1.0).part
+    others = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 3)
+    assert not np.any(part == 1 - jax.vmap(lambda key: jax.random.uniform(key, [len(faults.KINDS) + 1])[-1])(others))
 
 
 def test_an_upload_arrives_as_its_faults_say():
