@@ -5,7 +5,7 @@ parameters, so a server optimiser (an optax transform) composes with any rule.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,9 @@ from fipa_jax import merge as merging
 from fipa_jax import trees
 from fipa_jax import trust as trust_lib
 from fipa_jax.sketch import Diagonal, Sketch
+from fipa_jax.uploads import Uploads, cap_traces, screen
 
 WEIGHTINGS = ("examples", "uniform")
-
-
-class Uploads(NamedTuple):
-    """What a round's C clients send; every array has a leading clients axis."""
-
-    delta: Any  # parameter pytree [C, ...]: the client's new minus the broadcast parameters
-    num_examples: jax.Array  # [C]; a client with 0 takes no part
-    # Stacked, P in the order of jax.tree.leaves: eigenvalues [C, R] and basis [C, P, R], or values [C, P].
-    sketch: Sketch | Diagonal | None = None
-    loss: jax.Array | None = None  # [C], the clients' mean losses at the broadcast parameters, if the rule wants them
 
 
 class Aggregator(NamedTuple):
@@ -46,6 +37,7 @@ class FipaState(NamedTuple):
     damping: jax.Array  # [], beta, absolute or relative to H's largest eigenvalue
     rcond: jax.Array  # [], pinv drops eigenvalues of H below rcond times the largest
     max_step: jax.Array  # [], bound on |step| / max_m |delta_m|; 0 for none
+    explosion: jax.Array  # [], the same ratio above which the step is another's, see `FALLBACKS`; 0 for none
     last: trust_lib.Trust | None = None  # of the last step, by which the damping adapts
 
 
@@ -54,7 +46,7 @@ def mean(weighting: str = "examples") -> Aggregator:
     _check_weighting(weighting)
 
     def apply(uploads, state, params):
-        weights, uploads, info = _screen(uploads, params, weighting)
+        weights, uploads, info = screen(uploads, params, weighting)
         step = trees.weighted_sum(weights, uploads.delta)
         return step, state, info | _compare(step, step, uploads.delta)
 
@@ -68,6 +60,8 @@ def fipa(
     relative: bool = True,
     rcond: float = 1e-5,
     max_step: float = 5.0,
+    explosion: float = 100.0,
+    trace_cap: float = 1000.0,
     trust: bool = False,
     weighting: str = "examples",
     merge: str = "auto",
@@ -92,6 +86,19 @@ def fipa(
     that asks no more than that the eigenvalues it leaves out be small beside beta. `trust` finds such a beta round by
     round.
 
+    How far can one client j move the step? In the damped form, with s' the step without it at the same beta,
+    d = delta_j - s', A = sum_{m != j} w_m (H_m + beta I) and K = w_j (H_j + beta I):
+
+        (A + K) s = A s' + K delta_j, so that x = s - s' has (A + K) x = K d, and |x|_A <= |d|_A
+        |x|_A^2 + |x|_K^2 = x^T K d <= |x|_K |d|_K, so that |x|_A <= |d|_K / 2
+
+    The first holds whatever its eigenvalues are: a client without bounds decides alone in the directions that it names.
+    With `trace_cap` c and tau the lower median of the traces K <= kappa I, kappa = w_j (c tau + beta): the others'
+    model of their loss, |x|_A^2 / 2, rises by at most kappa |d|^2 / 8. `max_step` says nothing of that; it bounds |x|
+    by 2 max_step max_m |delta_m|, in any form and at any beta. Through A >= (1 - w_j) beta I the cap gives
+    |x| <= (kappa / ((1 - w_j) beta))^{1/2} |d| / 2, which is more unless beta is large. And where beta is relative the
+    cap keeps one client's eigenvalues from raising it above all that the others know.
+
     Args:
       form: `damped`, `tikhonov` or `pinv`.
       damping: beta. Directions with eigenvalues below it are left to the mean (damped) or not moved (tikhonov).
@@ -99,6 +106,11 @@ def fipa(
       rcond: for pinv, the cut-off of H's eigenvalues relative to the largest.
       max_step: the step is shortened to at most this many times the longest client update: nearly collinear clients
         can otherwise amplify noise. 0 for no bound.
+      explosion: a step that is not finite, or before it is shortened longer than this many times the longest client
+        update, is noise: the damped form with beta at least `CAREFUL` times H's largest eigenvalue takes its place, and
+        where that fails too the mean. 0 for no bound: then only what is not finite fails.
+      trace_cap: a client's eigenvalues are scaled down so that their sum is at most this many times the clients' lower
+        median, see `uploads.cap_traces`; 0 for no cap.
       trust: whether beta follows the clients' losses and a step that raised them is undone, see `trust.judge`; for
         rounds in which all clients take part, and a server's learning rate of 1. `damping` is the first round's.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
@@ -117,24 +129,28 @@ def fipa(
     def init(params):
         dtype = ravel_pytree(params)[0].dtype
         last = trust_lib.init(ravel_pytree(params)[0].size, dtype) if trust else None
-        return FipaState(*(jnp.asarray(x, dtype) for x in (damping, rcond, max_step)), last)
+        return FipaState(*(jnp.asarray(x, dtype) for x in (damping, rcond, max_step, explosion)), last)
 
     def apply(uploads, state, params):
         if not isinstance(uploads.sketch, Sketch):
             raise ValueError("fipa needs uploads.sketch, a Sketch of eigenvalues [C, R] and basis [C, P, R]")
         if trust and uploads.loss is None:
             raise ValueError("fipa with trust needs uploads.loss [C], the clients' mean losses before their work")
-        weights, uploads, info = _screen(uploads, params, weighting)
+        weights, uploads, info = screen(uploads, params, weighting)
         _, unravel = ravel_pytree(params)
+        sketch, capped = cap_traces(uploads.sketch, weights, trace_cap)
         deltas = trees.ravel_stacked(uploads.delta)  # [C, P]
         dbar = jnp.matmul(weights, deltas, precision="highest")
         base = dbar if form == "damped" else jnp.zeros_like(dbar)
 
-        def targets(start, rows):  # [C, b]
-            part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows, axis=-1)
-            return part(deltas) - part(base)[None]
+        def merged_about(base):
+            def targets(start, rows):  # [C, b]
+                part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows, axis=-1)
+                return part(deltas) - part(base)[None]
 
-        merged = merging.merge(weights, uploads.sketch, targets, merge)
+            return merging.merge(weights, sketch, targets, merge)
+
+        merged = merged_about(base)
         spectrum = merged.spectrum
         beta = state.damping * spectrum[0] if relative else state.damping
         beta = jnp.zeros_like(beta) if form == "pinv" else beta
@@ -144,22 +160,43 @@ def fipa(
         step = base + merged.solve(inverse)
         inverse = inverse(spectrum)
         least = jnp.min(jnp.where((inverse > 0) & (spectrum > floor * spectrum[0]), spectrum, spectrum[0]))
-        bound = jnp.where(state.max_step > 0, state.max_step * _longest(deltas), jnp.inf)
+        longest = _longest(deltas)
+
+        def careful():
+            """The damped form, with a damping that no rounding gets through."""
+            again = merged if form == "damped" else merged_about(dbar)
+            enough = jnp.maximum(beta, CAREFUL * spectrum[0])
+            return dbar + again.solve(lambda spectrum: _damped_inverse(spectrum, enough, state.rcond, floor)), enough
+
+        limit = jnp.where(state.explosion > 0, state.explosion * longest, jnp.inf)
+        failed = ~_sound(step, limit)
+        step, used = jax.lax.cond(failed, careful, lambda: (step, beta))
+        failed_too = failed & ~_sound(step, limit)
+        step = jnp.where(failed_too, dbar, step)
+        bound = jnp.where(state.max_step > 0, state.max_step * longest, jnp.inf)
         step = _bound(step, bound)
         if trust:
-            step, state, verdict = _trusted(step, state, weights, uploads, beta)
+            step, state, verdict = _trusted(step, state, weights, uploads._replace(sketch=sketch), used)
             info |= verdict
         info |= {
             "effective_rank": jnp.sum(inverse * spectrum),
             "merged_pairs": jnp.sum((uploads.sketch.eigenvalues > 0) & (weights > 0)[:, None]),
             "condition": _ratio(spectrum[0] + beta, least + beta),
             "spectrum": spectrum,
+            "fallback": failed.astype(jnp.int32) + failed_too,
+            "capped": capped,
         }
         info |= _describe(uploads.sketch, weights)
         step, dbar = unravel(step), unravel(dbar)
         return step, state, info | _compare(step, dbar, uploads.delta)
 
     return Aggregator(init, apply, curvature="sketch", wants_loss=trust)
+
+
+def _sound(step, limit):
+    """[] bool: the step is finite, and no longer than the limit."""
+    length = jnp.linalg.norm(step)
+    return jnp.isfinite(length) & (length <= limit)
 
 
 def _trusted(step, state: FipaState, weights, uploads: Uploads, beta):
@@ -231,7 +268,7 @@ def diagonal(
     def apply(uploads, state, params):
         if not isinstance(uploads.sketch, Diagonal):
             raise ValueError("diagonal needs uploads.sketch, a Diagonal of values [C, P]")
-        weights, uploads, info = _screen(uploads, params, weighting)
+        weights, uploads, info = screen(uploads, params, weighting)
         deltas = trees.ravel_stacked(uploads.delta)
         dbar = jnp.matmul(weights, deltas, precision="highest")
         values = jnp.where((weights > 0)[:, None], jnp.maximum(uploads.sketch.values, 0), 0).astype(dbar.dtype)
@@ -239,7 +276,10 @@ def diagonal(
         beta = state.damping * jnp.max(total) if relative else state.damping
         # In the form dbar + ..., which passes identical updates through unchanged.
         pull = jnp.einsum("c,cp,cp->p", weights, values, deltas - dbar[None], precision="highest")
-        step, dbar = (ravel_pytree(params)[1](x) for x in (dbar + _ratio(pull, total + beta), dbar))
+        step = dbar + _ratio(pull, total + beta)
+        failed = ~_sound(step, jnp.inf)
+        info["fallback"] = 2 * failed.astype(jnp.int32)
+        step, dbar = (ravel_pytree(params)[1](x) for x in (jnp.where(failed, dbar, step), dbar))
         return step, state, info | _compare(step, dbar, uploads.delta)
 
     return Aggregator(init, apply, curvature="diagonal", at=at)
@@ -252,7 +292,7 @@ def fipa_step(delta, sketch: Sketch, num_examples: jax.Array, **options):
       delta: the clients' updates, a parameter pytree with a leading clients axis [C, ...].
       sketch: the clients' stacked sketches: eigenvalues [C, R], basis [C, P, R].
       num_examples: [C].
-      **options: of `fipa`: form, damping, relative, rcond, max_step, weighting. The numeric ones may be traced.
+      **options: of `fipa`; damping, rcond, max_step and explosion may be traced.
 
     Returns:
       (step, info): the step is a parameter pytree, to be added to the broadcast parameters.
@@ -263,6 +303,9 @@ def fipa_step(delta, sketch: Sketch, num_examples: jax.Array, **options):
     return step, info
 
 
+# What `info["fallback"]` counts, in words: what is taken instead of a step that is not finite or explodes.
+FALLBACKS = ("none", "the damped form with a larger damping", "the mean")
+CAREFUL = 1e-3  # its damping, in units of H's largest eigenvalue
 AGGREGATORS = {"diagonal": diagonal, "fipa": fipa, "mean": mean}
 PLACES = ("broadcast", "local")
 
@@ -270,51 +313,6 @@ PLACES = ("broadcast", "local")
 def _check_weighting(weighting):
     if weighting not in WEIGHTINGS:
         raise ValueError(f"aggregator.weighting: unknown {weighting!r}; known: {', '.join(WEIGHTINGS)}")
-
-
-def _screen(uploads: Uploads, params, weighting: str):
-    """Checks shapes, and sets aside the clients that must not take part: no examples, or anything not finite.
-
-    Returns:
-      (weights [C], uploads with those clients' updates zeroed, info with `rejected` [C] bool). If no client is left
-      all weights are 0, and so is the step.
-    """
-    _check_shapes(uploads, params)
-    num_examples, dtype = jnp.asarray(uploads.num_examples), ravel_pytree(params)[0].dtype
-    sketch = uploads.sketch
-    present = num_examples > 0
-    # The norm as well: it can overflow where no entry does, and the step would.
-    lengths = jax.vmap(optax.tree.norm)(uploads.delta)
-    sent = sketch._replace(report=None) if isinstance(sketch, Sketch) else sketch
-    accepted = present & jnp.isfinite(lengths) & trees.is_finite((uploads.delta, sent))
-    if isinstance(sketch, Sketch) and sketch.report is not None:
-        accepted &= ~sketch.report.flags["not_finite"]
-    counts = num_examples if weighting == "examples" else present
-    counts = jnp.where(accepted, counts, 0).astype(dtype)
-    weights = _ratio(counts, jnp.sum(counts))
-    delta = trees.zero_unless(accepted, uploads.delta)
-    # The sketches are not zeroed, which would copy all of them: whoever reads them skips those of weight 0.
-    return weights, uploads._replace(delta=delta, num_examples=num_examples), {"rejected": present & ~accepted}
-
-
-def _check_shapes(uploads: Uploads, params):
-    clients = jnp.shape(uploads.num_examples)
-    if len(clients) != 1:
-        raise ValueError(f"uploads.num_examples: needed shape [C], got {clients}")
-    want = jax.tree.map(lambda leaf: clients + jnp.shape(leaf), params)
-    got = jax.tree.map(jnp.shape, uploads.delta)
-    if want != got:
-        raise ValueError(f"uploads.delta: needed the parameters' tree with a leading clients axis, {want}, got {got}")
-    size = ravel_pytree(params)[0].size
-    if isinstance(uploads.sketch, Diagonal) and uploads.sketch.values.shape != (*clients, size):
-        raise ValueError(f"uploads.sketch: needed values {(*clients, size)}, got {uploads.sketch.values.shape}")
-    if isinstance(uploads.sketch, Sketch):
-        eigenvalues, basis = uploads.sketch.eigenvalues.shape, uploads.sketch.basis.shape
-        if eigenvalues[:1] != clients or len(eigenvalues) != 2 or basis != (*clients, size, *eigenvalues[1:]):
-            raise ValueError(
-                f"uploads.sketch: needed eigenvalues [C, R] and basis [C, P, R] with C = {clients[0]}, P = {size}, "
-                f"got {eigenvalues} and {basis}"
-            )
 
 
 def _describe(sketch: Sketch, weights) -> dict:

@@ -33,6 +33,7 @@ class Hyper(NamedTuple):
     damping: jax.Array  # [], of the Gauss-Newton step
     mu: jax.Array  # [], weight of the term
     steps: jax.Array | int = 0  # [] int32, local steps, where positive, instead of the solver's own number
+    part: jax.Array | None = None  # [] in (0, 1], the share of the steps after which a first-order solver stops
 
 
 class LocalResult(NamedTuple):
@@ -42,6 +43,7 @@ class LocalResult(NamedTuple):
     memory: Any  # of the term
     loss: jax.Array  # [], mean training loss over its steps
     before: Any = ()  # [], mean loss over its examples at the broadcast parameters, where the rule asks for it
+    faults: Any = ()  # `faults.Faults`, what goes wrong with the upload, where faults are injected
 
 
 def make_objective(outputs, loss, term: Term, params, data, client: Client, hyper: Hyper, memory, shared) -> Callable:
@@ -112,6 +114,8 @@ def first_order(
         per_epoch = jnp.maximum((client.num_examples + batch - 1) // batch, 1)
         # An empty client takes no step at all; a client's trip count is its own, so small clients cost little.
         wanted = jnp.where(hyper.steps > 0, hyper.steps, steps if steps else epochs * per_epoch)
+        if hyper.part is not None:
+            wanted = jnp.ceil(hyper.part * wanted).astype(jnp.int32)
         num_steps = jnp.where(client.num_examples > 0, wanted, 0)
         order_key, augment_key = jax.random.split(key)
         in_order = jnp.arange(size + -size % batch)

@@ -19,7 +19,7 @@ RULES = {
     "fipa": {},
     "fedavg": {"aggregator.name": "mean"},
     "fisher_diagonal": {"aggregator.name": "diagonal"},
-    "centralised": {"pooled": True},
+    "centralised": {"pooled": True, "least_clients": 1},
     "fipa_pinv": {"aggregator.form": "pinv"},
     "fipa_tikhonov": {"aggregator.form": "tikhonov"},
     "fipa_damped": {"aggregator.form": "damped"},
@@ -155,11 +155,24 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "rcond": 1e-5,  # pinv's cut-off
                 "trust": False,  # damping follows the clients' losses, and a step that raised them is undone
                 "max_step": 5.0,  # bound on |step| / max |delta|; 0 for none
+                "explosion": 100.0,  # the ratio above which the damped form, or the mean, is taken instead; 0 for none
+                "trace_cap": 1000.0,  # bound on a client's eigenvalues' sum over the clients' lower median; 0 for none
                 "merge": "auto",  # of the sketches: auto, qr, tsqr, gram
                 "at": "local",  # where the diagonal rule sees the curvature: local or broadcast parameters
             },
             # sgd, momentum (FedAvgM), adam (FedAdam), yogi (FedYogi), acg (FedACG, with the term prox), exp (FedExP)
             "server": {"optimizer": "sgd", "momentum": 0.9, "lr": 1.0},
+            "least_clients": 1,  # a round in which fewer are left of its clients is skipped
+            "max_skips": 10,  # so many skipped rounds in a row end the run; 0 for never
+            # Injected for studies: the probability that an upload has the fault.
+            "faults": {
+                "drop": 0.0,  # it never arrives
+                "straggle": 0.0,  # the client has done only a random part of its local steps
+                "nan": 0.0,  # its update is NaN
+                "flip": 0.0,  # its update comes with the opposite sign
+                "scale": 0.0,  # its eigenvalues come multiplied by `scale_by`
+                "scale_by": 1e6,
+            },
         }
     )
 
@@ -329,9 +342,15 @@ def _validate_phase(name, settings, least_rounds):
         _at_least(f"{name}.sketch.{field}", settings.sketch[field], 0)
     if not 0 <= settings.sketch.energy <= 1:
         raise ValueError(f"config.{name}.sketch.energy: needs a share in [0, 1], got {settings.sketch.energy}")
-    for field in ("damping", "rcond", "max_step"):
+    for field in ("damping", "rcond", "max_step", "explosion", "trace_cap"):
         _at_least(f"{name}.aggregator.{field}", settings.aggregator[field], 0)
     _at_least(f"{name}.server.lr", settings.server.lr, 0)
+    for field in ("least_clients", "max_skips"):
+        _at_least(f"{name}.{field}", settings[field], 0)
+    for field, value in settings.faults.items():
+        _at_least(f"{name}.faults.{field}", value, 0)
+        if value > 1 and field != "scale_by":
+            raise ValueError(f"config.{name}.faults.{field}: needs a probability in [0, 1], got {value}")
 
 
 def _at_least(field, value, least):

@@ -16,13 +16,16 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fipa_jax import config as config_lib
-from fipa_jax import metrics, phase, report, rounds, sketch, trees, tune
+from fipa_jax import faults, metrics, phase, report, rounds, sketch, trees, tune
 from fipa_jax.journal import Journal
 from fipa_jax.population import Ahead, OnHost
 from fipa_jax.simulate import replicate, take
 
 # Fields of a phase that are traced or only steer the loop: rules that differ in these alone share compiled programs.
-TRACED = ("rounds", "local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr")
+TRACED = (
+    "rounds", "max_skips", "local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr",
+    *(f"faults.{name}" for name in faults.Rates._fields),
+)  # fmt: skip
 
 
 def run_phase(experiment, settings: ConfigDict, name: str, params, first: int, journal: Journal):
@@ -49,19 +52,20 @@ def run_phase(experiment, settings: ConfigDict, name: str, params, first: int, j
     advance = make(experiment, settings, stages, state, last)
     unseen = 1 if config.stage_seconds else config.eval.every  # rounds that run before the host looks at any
     per_call = config.rounds_per_call if config.rounds_per_call > 1 else unseen
-    k, said = int(state.round), Counter()
+    k, rows, said = int(state.round), [], Counter()
     quiet = {"disable": True} if jax.process_index() else {}  # else it is as $TQDM_DISABLE says
     with tqdm(total=settings.rounds, initial=k - first, desc=f"{name:<12}", unit="round", **quiet) as bar:
         while k <= last:
             state, found = advance(state, rates, k, min(per_call, last + 1 - k))
             for row, info in found:
                 report.warn(name, row["round"], info, said)
-                row = metrics.jsonable({"run": name} | row)
-                journal.write(row)
-            bar.set_postfix_str(report.progress(row), refresh=False)
+                rows.append(metrics.jsonable({"run": name} | row))
+                journal.write(rows[-1])
+                report.check_progress(name, rows, settings.max_skips)
+            bar.set_postfix_str(report.progress(rows[-1]), refresh=False)
             bar.update(len(found))
             k += len(found)
-            journal.keep(name, state, row, {"chunk": stages.plan.chunk}, ended=k > last)
+            journal.keep(name, state, rows[-1], {"chunk": stages.plan.chunk}, ended=k > last)
     return state.params
 
 
@@ -236,7 +240,7 @@ def compiled(experiment, settings: ConfigDict, stages: rounds.Stages, state: rou
 
 def key_of(settings: ConfigDict, plan: rounds.Plan, state: rounds.State) -> str:
     """What two phases must share to share their compiled programs."""
-    static = json.loads(settings.to_json_best_effort()) | {"chunk": plan.chunk}
+    static = json.loads(settings.to_json_best_effort()) | {"chunk": plan.chunk, "has_faults": plan.faults}
     # A rule's own numbers are traced if it keeps them in its state, as `FipaState` does.
     traced = [f"aggregator.{name}" for name in getattr(state.aggregator, "_fields", ())]
     for path in (*TRACED, *traced):

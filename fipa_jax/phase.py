@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
-from fipa_jax import aggregate, rounds, second_order, server, sketch, terms, trees
+from fipa_jax import aggregate, faults, rounds, second_order, server, sketch, terms, trees
 from fipa_jax import client as client_lib
 from fipa_jax import config as config_lib
 from fipa_jax.tasks import Problem, Task
+
+MANY = 2**31 - 1  # clients, where it is not known yet how many there are
 
 
 def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients: int) -> rounds.Plan:
@@ -30,6 +32,7 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
     sketched, cohort = aggregator.curvature == "sketch", config.cohort or num_clients
     matched = settings.local.matched and sketched
     _check_fit(settings, aggregator, term, everyone=cohort == num_clients)
+    _check_faults(settings, cohort)
     local_fields = fields_for(solver, settings.local) | ({"tries": 0} if matched else {})
     makers = {"none": None, "sketch": sketch.make_sketch, "diagonal": sketch.make_diagonal}
     make = makers[aggregator.curvature]
@@ -48,6 +51,8 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
         step_scale=settings.local.step_scale if sketched else 0.0,
         max_steps=settings.local.max_steps,
         matched=matched,
+        faults=_has_faults(settings),
+        least_clients=settings.least_clients,
         chunk=1 if config.chunk < 0 else config.chunk,  # until it is measured
         mesh=make_mesh(config.devices),
     )
@@ -66,7 +71,7 @@ def check(config: ConfigDict) -> None:
         phases |= {f"the rule {spec!r}": config_lib.rule(config, spec) for spec in config.compare}
     for name, settings in phases.items():
         try:
-            plan = make_plan(config, settings, blank, num_clients=config.cohort or 1)
+            plan = make_plan(config, settings, blank, num_clients=config.cohort or MANY)
             if plan.sketch is not None:
                 plan.sketch(None, None)
         except ValueError as error:
@@ -94,6 +99,21 @@ def _check_fit(settings: ConfigDict, aggregator: aggregate.Aggregator, term: ter
         raise ValueError(f"config.fipa.local.step_scale: {optimizer!r} takes its own number of steps; set it to 0")
 
 
+def _check_faults(settings: ConfigDict, cohort: int) -> None:
+    """Refuses faults that cannot happen, and a minimum of clients that no round reaches."""
+    optimizer = settings.local.optimizer
+    if settings.faults.straggle and (optimizer not in client_lib.LOCAL_SOLVERS or settings.local.steps == 1):
+        raise ValueError(
+            f"config.fipa.faults.straggle: needs a first-order solver that takes several steps, got local.optimizer "
+            f"= {optimizer!r} with local.steps = {settings.local.steps}; set it to 0"
+        )
+    if settings.least_clients > cohort:
+        raise ValueError(
+            f"config.fipa.least_clients: {settings.least_clients} is above the number of clients in a round, "
+            f"{cohort}: every round would be skipped"
+        )
+
+
 def sketch_of(make: Callable, loss: Callable, settings: ConfigDict) -> Callable:
     """(outputs, features) -> a client's sketch, or diagonal, with the config's fields."""
     fields = fields_for(make, settings)
@@ -111,7 +131,13 @@ def make_rates(settings: ConfigDict, dtype: str) -> rounds.Rates:
     """A phase's traced hyper-parameters, from its config."""
     array = lambda value: jnp.asarray(value, dtype)
     hyper = client_lib.Hyper(array(settings.local.lr), array(settings.local.damping), array(settings.term.mu))
-    return rounds.Rates(hyper, array(settings.local.lr_decay), array(settings.server.lr))
+    wrong = faults.Rates(**{name: array(value) for name, value in settings.faults.items()})
+    lr_decay, server_lr = array(settings.local.lr_decay), array(settings.server.lr)
+    return rounds.Rates(hyper, lr_decay, server_lr, wrong if _has_faults(settings) else ())
+
+
+def _has_faults(settings: ConfigDict) -> bool:
+    return any(settings.faults[kind] for kind in faults.KINDS)
 
 
 def memories_on_host(config: ConfigDict, plan: rounds.Plan, params) -> bool:

@@ -10,10 +10,15 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from fipa_jax import partition, plots, sketch, tasks, trees
+from fipa_jax import aggregate, partition, plots, sketch, stopping, tasks, trees, uploads
 
 REPEATS = 10  # of a warning in one phase
 SHOWN = 1000  # clients that are drawn, and whose classes are counted
+# What is said of clients besides those left out: field of `info` -> words.
+NOTED = {
+    "absent": "take no part: nothing of them arrived, or they have no examples",
+    "capped": "eigenvalues scaled down, their sum being above aggregator.trace_cap times the median client's",
+}
 CELL = 11  # characters of a figure in the table of rules
 
 
@@ -39,27 +44,63 @@ class Compilations:
 
 
 def warn(name: str, k: int, info: dict, said: Counter) -> None:
-    """Says which clients were set aside and whose sketches are flagged, and why: a fallback is never silent.
+    """Says who was left out, capped or flagged and why, and what the round made of it: a fallback is never silent.
 
     Each kind is said `REPEATS` times at most, as `said` counts; all cases are in metrics.jsonl.
     """
-    kinds = {"left out: update or sketch is not finite": info["rejected"]}
+    # A rule of one's own may give no reasons.
+    reasons = info.get("reasons") or {"by the rule": info["rejected"]}
+    kinds = {f"left out: {uploads.REASONS.get(reason, reason)}": clients for reason, clients in reasons.items()}
+    kinds |= {words: info[field] for field, words in NOTED.items() if field in info}
     # A rank beyond the curvature's own is no fault: its surplus pairs are not even sent.
     kinds |= {
         sketch.FLAGS[flag]: clients for flag, clients in info.get("flags", {}).items() if flag != "rank_deficient"
     }
     for words, clients in kinds.items():
-        said[words] += bool(clients.any())
-        if clients.any() and said[words] <= REPEATS:
-            last = " (said no more; all cases are in metrics.jsonl)" if said[words] == REPEATS else ""
-            logging.warning("%s, round %d: clients %s: %s%s", name, k, info["ids"][clients].tolist(), words, last)
+        if clients.any():
+            _say(f"{name}, round {k}: clients {info['ids'][clients].tolist()}: ", words, said)
+    if info.get("fallback"):
+        taken = aggregate.FALLBACKS[info["fallback"]]
+        _say(f"{name}, round {k}: ", f"the step was not finite or exploded: {taken} is taken instead", said)
+    if info.get("skipped"):
+        _say(f"{name}, round {k}: ", "skipped: too few clients are left, or the parameters would not be finite", said)
+
+
+def _say(where: str, words: str, said: Counter) -> None:
+    said[words] += 1
+    if said[words] <= REPEATS:
+        last = " (said no more; all cases are in metrics.jsonl)" if said[words] == REPEATS else ""
+        logging.warning("%s%s%s", where, words, last)
 
 
 def figures(info: dict) -> dict:
-    """The numbers of a round's `info` that go into its metrics row."""
-    row = {key: value for key, value in info.items() if key not in ("ids", "rejected", "flags")}
-    row |= {f"sketches_{flag}": int(clients.sum()) for flag, clients in info.get("flags", {}).items()}
-    return row | {"clients_rejected": int(info["rejected"].sum())}
+    """The numbers of a round's `info` that go into its metrics row; of what is said of each client, the count."""
+    groups = {"flags": "sketches", "reasons": "rejected", "faults": "faults"}
+    counts = {"clients_rejected": info["rejected"]}
+    counts |= {f"clients_{field}": info[field] for field in NOTED if field in info}
+    for group, prefix in groups.items():
+        counts |= {f"{prefix}_{name}": clients for name, clients in info.get(group, {}).items()}
+    row = {key: value for key, value in info.items() if key not in ("ids", "rejected", *NOTED, *groups)}
+    return row | {name: int(clients.sum()) for name, clients in counts.items()}
+
+
+def check_progress(name: str, rows: list[dict], most: int) -> None:
+    """Looks at the rows of a phase for so many skipped rounds in a row; 0 for never.
+
+    Raises:
+      stopping.Stalled: they are there; says what the last of them lacked, and what to change.
+    """
+    if not most or len(rows) < most or not all(row.get("skipped") for row in rows[-most:]):
+        return
+    row = rows[-1]
+    counts = {words: row.get(f"rejected_{reason}") for reason, words in uploads.REASONS.items()}
+    counts[NOTED["absent"]] = row.get("clients_absent")
+    why = "; ".join(f"{count} clients: {words}" for words, count in counts.items() if count)
+    raise stopping.Stalled(
+        f"{name}: {most} rounds in a row were skipped, the last one round {row['round']}. In it: "
+        f"{why or 'the new parameters were not finite'}. Lower local.lr or server.lr, look at the clients' data, lower "
+        "least_clients, or raise max_skips (0: never stop)"
+    )
 
 
 def progress(row: dict) -> str:

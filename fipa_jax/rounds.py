@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from fipa_jax import curvature, terms, trees
-from fipa_jax.aggregate import Aggregator, Uploads
+from fipa_jax import faults as faults_lib
+from fipa_jax.aggregate import Aggregator
 from fipa_jax.client import Hyper, LocalResult, steps_for
 from fipa_jax.memory import Memories
 from fipa_jax.simulate import Client, Cohort, gather, map_clients, masked_mean, present, replicate, sample_cohort, take
 from fipa_jax.sketch import Diagonal, Sketch, above_gradient, smallest, truncate
+from fipa_jax.uploads import Uploads
 
 
 class State(NamedTuple):
@@ -48,6 +50,8 @@ class Plan(NamedTuple):
     step_scale: float = 0.0  # c of `client.steps_for`: local steps that adapt to the client's sketch; 0 for none
     max_steps: int = 0  # bound on those
     matched: bool = False  # whether the clients' Gauss-Newton steps take the rule's damping
+    faults: bool = False  # whether faults are injected
+    least_clients: int = 1  # with fewer accepted clients a round is skipped
     chunk: int = 1
     mesh: Any = None
 
@@ -58,6 +62,7 @@ class Rates(NamedTuple):
     local: Hyper
     lr_decay: jax.Array  # [], the local learning rate is lr * lr_decay ** round
     server_lr: jax.Array  # [], gamma
+    faults: Any = ()  # `faults.Rates`, where faults are injected
 
 
 class Stages(NamedTuple):
@@ -110,9 +115,13 @@ def make_stages(plan: Plan) -> Stages:
         if plan.matched:
             hyper = hyper._replace(damping=state.aggregator.damping)
         least = None if sketches is None else jax.vmap(smallest)(sketches.eigenvalues)
+        faults = None
+        if plan.faults:
+            faults = faults_lib.draw(jax.random.fold_in(root, state.round), rates.faults, cohort.ids)
 
-        def one(params, data, hyper, shared, client, key, memory, least):
+        def one(params, data, hyper, shared, client, key, memory, least, part):
             chosen, outputs = restrict(params)
+            hyper = hyper._replace(part=part)
             if least is not None:
                 hyper = hyper._replace(steps=steps_for(least, hyper.lr, plan.step_scale, plan.max_steps))
             result = plan.local(outputs, chosen, data, client, key, hyper, memory, shared)
@@ -123,8 +132,10 @@ def make_stages(plan: Plan) -> Stages:
             return result._replace(before=masked_mean(losses, present(client)))
 
         common, sizes = (state.params, cohort.data, hyper, state.shared), cohort.clients.num_examples
-        stacked = cohort.clients, keys(state, root, cohort.ids)[0], state.memory, least
-        return map_clients(one, common, *stacked, sizes=sizes, chunk=plan.chunk, mesh=plan.mesh)
+        part = faults.part if plan.faults else None
+        stacked = cohort.clients, keys(state, root, cohort.ids)[0], state.memory, least, part
+        results = map_clients(one, common, *stacked, sizes=sizes, chunk=plan.chunk, mesh=plan.mesh)
+        return results._replace(faults=faults) if plan.faults else results
 
     def sketch(state: State, cohort: Cohort, results, root) -> Sketch | Diagonal | None:
         if plan.sketch is None:
@@ -159,23 +170,36 @@ def make_stages(plan: Plan) -> Stages:
     def aggregate(state: State, rates: Rates, cohort: Cohort, results: LocalResult, sketches):
         chosen = trees.select(state.params, plan.trainable)
         loss = results.before if plan.aggregator.wants_loss else None
-        uploads = Uploads(results.delta, cohort.clients.num_examples, sketches, loss)
+        uploads = results.delta, sketches, cohort.clients.num_examples
+        if plan.faults:
+            uploads = faults_lib.inject(results.faults, rates.faults.scale_by, *uploads)
+        delta, sketches, num_examples = uploads
+        uploads = Uploads(delta, num_examples, sketches, loss)
         step, rule_state, info = plan.aggregator.apply(uploads, state.aggregator, chosen)
         # A client set aside keeps its old memory, so that one bad upload does not poison the shared mean; so does one
         # without examples, whose memory would change although it took no step.
-        took_part = (uploads.num_examples > 0) & ~info["rejected"]
+        took_part = (num_examples > 0) & ~info["rejected"]
         accepted = took_part & trees.is_finite((results.loss, results.memory))
         change = trees.zero_unless(accepted, optax.tree.sub(results.memory, state.memory))
         memory = optax.tree.add(state.memory, change)
         shared = jax.tree.map(lambda mean, d: mean + jnp.sum(d, axis=0) / plan.num_clients, state.shared, change)
         step = plan.term.correct(step, shared, rates.local.mu)
-        update, server = server_rule.update(optax.tree.scale(-1, step), state.server, chosen, deltas=results.delta)
+        sent = {"deltas": delta, "present": took_part}
+        update, server = server_rule.update(optax.tree.scale(-1, step), state.server, chosen, **sent)
         chosen = jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update)
         info |= {"ids": cohort.ids, "local_loss": jnp.mean(results.loss)}
         if isinstance(sketches, Sketch):
             info["sketch_pairs"] = jnp.sum(sketches.eigenvalues > 0)
-        params = trees.replace(state.params, chosen)
-        return State(params, rule_state, server, memory, shared, state.round + 1), info
+        if plan.faults:
+            info["faults"] = results.faults.kinds
+        # A step back needs nobody: the one before it may have cost all clients.
+        skipped = (jnp.sum(took_part) < plan.least_clients) & ~jnp.asarray(info.get("undone", False))
+        for leaf in jax.tree.leaves(chosen):
+            skipped |= ~jnp.all(jnp.isfinite(leaf))
+        info["skipped"] = skipped
+        after = State(trees.replace(state.params, chosen), rule_state, server, memory, shared, state.round)
+        after = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), state, after)
+        return after._replace(round=state.round + 1), info
 
     return Stages(init, draw, train, sketch, aggregate, plan)
 

@@ -17,11 +17,10 @@ def fedexp(epsilon: float = 1e-3) -> optax.GradientTransformationExtraArgs:
 
         max(1, sum_m |delta_m|^2 / (2 C (|step|^2 + epsilon)))
 
-    over the C clients whose updates are finite: the more they disagree, the longer the step.
+    over the C clients that take part, `present`: the more they disagree, the longer the step.
     """
 
-    def update(updates, state, params=None, *, deltas, **_):
-        present = trees.is_finite(deltas)
+    def update(updates, state, params=None, *, deltas, present, **_):
         squares = jax.vmap(lambda delta: optax.tree.norm(delta, squared=True))(trees.zero_unless(present, deltas))
         mean_square = jnp.sum(squares) / jnp.maximum(jnp.sum(present), 1)
         scale = jnp.maximum(1, mean_square / (2 * (optax.tree.norm(updates, squared=True) + epsilon)))
@@ -44,7 +43,8 @@ OPTIMIZERS: dict[str, Callable] = {
 
 
 def make(name: str, momentum: float) -> optax.GradientTransformation:
-    """The optimiser `name`; `rounds` gives it the clients' stacked updates as `deltas`, if it takes them.
+    """The optimiser `name`; `rounds` gives it the clients' stacked updates as `deltas` and who of them takes
+    part as `present`, if it takes them.
 
     Raises:
       ValueError: the name is not known.

@@ -17,6 +17,10 @@ class Stopped(Exception):
         self.number = number  # of the signal
 
 
+class Stalled(Exception):
+    """The run makes no progress."""
+
+
 class Signals:
     """A context in which `asked` is the number of the signal that asked the run to stop; 0 before.
 

@@ -69,7 +69,7 @@ def main(_):
     except stopping.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, stopping.Stalled) as error:
         logging.debug("traceback", exc_info=True)  # shown by --verbosity=1
         sys.exit(f"error: {error}")
 

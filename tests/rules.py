@@ -86,6 +86,31 @@ RULES = {
     ),
 }
 FIPA = [name for name in RULES if not name.startswith(("mean", "diagonal"))]
+
+
+def _set(field, index, value):
+    """Sets entries of a client's own arrays, (delta, count, eigenvalues, basis), to what they are multiplied by."""
+
+    def spoil(own):
+        own[field][index] = value(own[field]) if callable(value) else value
+
+    return spoil
+
+
+# What may be wrong with a client: name -> (the reason it is left out for, what spoils its own arrays in place).
+FAULTS = {
+    "update_nan": ("update_not_finite", _set(0, -1, np.nan)),
+    "update_infinite": ("update_not_finite", _set(0, -1, -np.inf)),
+    "update_overflows": ("update_not_finite", _set(0, ..., 1e200)),
+    "eigenvalue_nan": ("sketch_not_finite", _set(2, -1, np.nan)),
+    "eigenvalue_infinite": ("sketch_not_finite", _set(2, 0, np.inf)),
+    "basis_nan": ("sketch_not_finite", _set(3, (-1, 0), np.nan)),
+    "eigenvalue_negative": ("curvature_negative", _set(2, -1, -9.0)),
+    "basis_too_long": ("basis_not_orthonormal", _set(3, ..., lambda basis: 1.5 * basis)),
+    "basis_repeats_a_column": ("basis_not_orthonormal", _set(3, (..., 1), lambda basis: basis[:, 0])),
+    "examples_negative": ("examples_invalid", _set(1, ..., -3)),
+}
+each_fault = pytest.mark.parametrize("fault", FAULTS)
 each_rule = pytest.mark.parametrize("name", RULES)
 each_fipa = pytest.mark.parametrize("name", FIPA)
 each_form = pytest.mark.parametrize("form", aggregate.FORMS)

@@ -10,7 +10,20 @@ import numpy as np
 import pytest
 from runs import tiny
 
-from fipa_jax import aggregate, checkpoint, client, experiment, loop, metrics, report, rounds, sketch, tasks, terms
+from fipa_jax import (
+    aggregate,
+    checkpoint,
+    client,
+    experiment,
+    loop,
+    metrics,
+    report,
+    rounds,
+    sketch,
+    tasks,
+    terms,
+    uploads,
+)
 
 
 def figures(workdir):
@@ -52,7 +65,7 @@ def test_a_client_of_nan_is_reported_and_every_rule_goes_on_without_it(tmp_path,
         assert row["test_mse"] > 0 and row["clients_rejected"] == 1
         assert row.get("sketches_not_finite") == (None if name == "fisher_diagonal" else 1)
         assert not {"flags", "rejected", "ids"} & set(row)
-        assert f"{name}, round 0: clients [1]: left out: update or sketch is not finite" in caplog.text
+        assert f"{name}, round 0: clients [1]: left out: its update is not finite" in caplog.text
     assert caplog.text.count(f"clients [1]: {sketch.FLAGS['not_finite']}") == 2 * 2  # rules with sketches, rounds
 
 
@@ -76,6 +89,37 @@ def test_a_flag_is_counted_in_the_row_and_warned_of_in_words(flag, caplog):
     report.warn("fipa", 4, info, Counter())
     wanted = f"fipa, round 4: clients [7, 9]: {sketch.FLAGS[flag]}"
     assert (wanted in caplog.text) == (flag != "rank_deficient")
+
+
+@pytest.mark.parametrize("reason", uploads.REASONS)
+def test_a_client_left_out_is_counted_and_named_with_its_reason(reason, caplog):
+    there = np.array([False, True, True])
+    blank = {name: np.zeros(3, bool) for name in uploads.REASONS}
+    info = _info() | {"rejected": there, "reasons": blank | {reason: there}, "absent": ~there, "capped": ~there}
+    row = report.figures(info)
+    assert {name: row[f"rejected_{name}"] for name in uploads.REASONS} == {
+        n: 2 * (n == reason) for n in uploads.REASONS
+    }
+    assert row["clients_rejected"] == 2 and row["clients_absent"] == row["clients_capped"] == 1
+    assert not {"reasons", "absent", "capped"} & set(row)
+    report.warn("fipa", 4, info, Counter())
+    assert f"fipa, round 4: clients [8, 9]: left out: {uploads.REASONS[reason]}" in caplog.text
+    assert "round 4: clients [7]: take no part" in caplog.text and "clients [7]: eigenvalues scaled" in caplog.text
+    assert len(caplog.records) == 3
+
+
+def test_a_rule_of_ones_own_needs_no_reasons(caplog):
+    report.warn("mine", 4, _info() | {"rejected": np.array([True, False, False])}, Counter())
+    assert "mine, round 4: clients [7]: left out: by the rule" in caplog.text
+
+
+def test_a_fallback_and_a_skipped_round_are_said(caplog):
+    for fallback, words in ((1, "the damped form with a larger damping is taken"), (2, "the mean is taken")):
+        report.warn("fipa", 4, _info() | {"fallback": np.int32(fallback), "skipped": np.bool_(False)}, Counter())
+        assert words in caplog.records[-1].message
+    assert len(caplog.records) == 2
+    report.warn("fipa", 5, _info() | {"fallback": np.int32(0), "skipped": np.bool_(True)}, Counter())
+    assert "fipa, round 5: skipped: too few clients" in caplog.records[-1].message and len(caplog.records) == 3
 
 
 def test_rounds_in_order_are_not_warned_of(caplog):

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fipa_jax"
 
-# module -> the modules of the package that it may import: curvature -> eigen -> sketch -> merge -> aggregate, beside
-# trees; simulate -> client, and with curvature -> second_order; these meet in rounds; partition, data, models -> tasks;
-# all sides meet in experiment alone, but for what a person sees of them, in report.
+# module -> the modules of the package that it may import: curvature -> eigen -> sketch -> merge, uploads -> aggregate,
+# beside trees; simulate -> client, and with curvature -> second_order; these meet in rounds; partition, data, models ->
+# tasks; all sides meet in experiment alone, but for what a person sees of them, in report.
 ARROWS = {
     "__init__": set(),
     "trees": set(),
@@ -21,7 +21,9 @@ ARROWS = {
     "sketch": {"curvature", "eigen"},
     "merge": {"sketch"},
     "trust": set(),
-    "aggregate": {"trees", "sketch", "merge", "trust"},
+    "uploads": {"trees", "sketch"},
+    "aggregate": {"trees", "sketch", "merge", "trust", "uploads"},
+    "faults": {"sketch"},
     "simulate": set(),
     "memory": set(),
     "population": {"simulate"},
@@ -29,7 +31,9 @@ ARROWS = {
     "client": {"simulate", "terms"},
     "second_order": {"client", "curvature", "simulate", "terms"},
     "server": {"trees"},
-    "rounds": {"trees", "curvature", "sketch", "aggregate", "client", "memory", "simulate", "terms"},
+    "rounds": {
+        "trees", "curvature", "sketch", "aggregate", "client", "faults", "memory", "simulate", "terms", "uploads",
+    },
     "partition": set(),
     "data": {"config"},
     "datasets": {"data"},
@@ -49,13 +53,16 @@ ARROWS = {
     "journal": {"checkpoint", "metrics", "origin", "rounds", "stopping", "trees"},
     "plots": set(),
     "metrics": set(),
-    "report": {"partition", "plots", "sketch", "tasks", "trees"},
-    "phase": {"aggregate", "client", "config", "rounds", "second_order", "server", "sketch", "tasks", "terms", "trees"},
+    "report": {"aggregate", "partition", "plots", "sketch", "stopping", "tasks", "trees", "uploads"},
+    "phase": {
+        "aggregate", "client", "config", "faults", "rounds", "second_order", "server", "sketch", "tasks", "terms",
+        "trees",
+    },
     "cache": {"metrics", "tasks", "trees"},
     "tune": {"rounds"},
     "loop": {
-        "config", "journal", "tune", "metrics", "phase", "population", "simulate", "report", "rounds", "sketch",
-        "trees",
+        "config", "faults", "journal", "tune", "metrics", "phase", "population", "simulate", "report", "rounds",
+        "sketch", "trees",
     },
     "experiment": {
         "cache", "checkpoint", "config", "journal", "loop", "metrics", "origin", "partition", "phase", "plots",
@@ -64,8 +71,8 @@ ARROWS = {
 }  # fmt: skip
 LIGHT = {"jax", "optax", "numpy", "chex"}  # what the modules for other people's loops may need
 FOR_IMPORTERS = (
-    "trees", "curvature", "eigen", "sketch", "merge", "trust", "aggregate", "simulate", "client", "second_order",
-    "memory", "population", "rounds",
+    "trees", "curvature", "eigen", "sketch", "merge", "trust", "uploads", "aggregate", "simulate", "client",
+    "second_order", "faults", "memory", "population", "rounds",
 )  # fmt: skip
 
 

@@ -182,12 +182,16 @@ def test_fedexp_by_hand(x64):
     step = jax.tree.map(lambda d: d.mean(0), deltas)
     rule = server.fedexp()
     negative = optax.tree.scale(-1, step)
-    found, _ = rule.update(negative, rule.init(step), step, deltas=deltas)
+    update = lambda deltas, present: rule.update(negative, rule.init(step), step, deltas=deltas, present=present)[0]
+    found = update(deltas, jnp.ones(3, bool))
     square = lambda tree: sum(float(jnp.vdot(x, x)) for x in jax.tree.leaves(tree))
     wanted = max(1, square(deltas) / 3 / (2 * (square(step) + 1e-3)))
     chex.assert_trees_all_close(found, optax.tree.scale(wanted, negative), rtol=1e-12)
     same = jax.tree.map(lambda s: jnp.stack([s] * 3), step)
-    chex.assert_trees_all_equal(rule.update(negative, rule.init(step), step, deltas=same)[0], negative)
+    chex.assert_trees_all_equal(update(same, jnp.ones(3, bool)), negative)
+    for value in (7.0, np.nan):  # of a client that takes no part, finite or not
+        more = jax.tree.map(lambda d, value=value: jnp.concatenate([d, jnp.full_like(d[:1], value)]), deltas)
+        chex.assert_trees_all_close(update(more, jnp.array([True, True, True, False])), found, rtol=1e-12)
 
 
 def test_acg_is_a_lookahead_with_momentum(x64):

@@ -1,0 +1,244 @@
+"""What do clients send, and which of it may take part? Each reason to leave a client out has a name and words.
+
+What is checked are faults, not attacks: a client that is broken shows itself here, one that lies within the bounds of
+what a sound client could send does not, and only the caps (`cap_traces`, and a rule's bound on the step) limit it.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+from fipa_jax import trees
+from fipa_jax.sketch import Diagonal, Sketch
+
+# Why a client is left out, in words.
+REASONS = {
+    "update_not_finite": "its update is not finite, or so long that the norm overflows",
+    "sketch_not_finite": "its sketch is not finite",
+    "curvature_negative": "its curvature has negative values beyond rounding",
+    "basis_not_orthonormal": "the columns of its sketch's basis are not orthonormal",
+    "loss_not_finite": "its loss at the broadcast parameters is not finite",
+    "examples_invalid": "its number of examples is negative, not finite or too large to be one",
+}
+# A basis that was rounded to bfloat16 on its way is off by less than 0.01, a column that is sent twice by 1.
+ORTHONORMAL = 0.05  # bound on the entries of |U^T U v - v|, v random signs
+BLOCK = 2**20  # entries of the bases that are looked at together
+
+
+class Uploads(NamedTuple):
+    """What a round's C clients send; every array has a leading clients axis."""
+
+    delta: Any  # parameter pytree [C, ...]: the client's new minus the broadcast parameters
+    num_examples: jax.Array  # [C]; a client with 0 takes no part
+    # Stacked, P in the order of jax.tree.leaves: eigenvalues [C, R] and basis [C, P, R], or values [C, P].
+    sketch: Sketch | Diagonal | None = None
+    loss: jax.Array | None = None  # [C], the clients' mean losses at the broadcast parameters, if the rule wants them
+
+
+def screen(uploads: Uploads, params, weighting: str):
+    """Checks shapes, and leaves out the clients that must not take part: without examples, or at fault.
+
+    Args:
+      params: parameter pytree, whose tree and shapes the updates must have.
+      weighting: `examples` (w_m = N_m / sum N) or `uniform`.
+
+    Returns:
+      (weights [C], uploads with the updates of those clients zeroed, info with `rejected` [C] bool, those at fault,
+      `reasons` {name in `REASONS`: [C] bool}, and `absent` [C] bool, those with 0 examples, which is no fault). If no
+      client is left all weights are 0.
+
+    Raises:
+      ValueError: shapes do not fit.
+    """
+    _check_shapes(uploads, params)
+    num_examples, dtype = jnp.asarray(uploads.num_examples), ravel_pytree(params)[0].dtype
+    there = num_examples != 0  # NaN is not 0
+    reasons = {name: there & found for name, found in _faults(uploads, num_examples, dtype).items()}
+    rejected = jnp.any(jnp.stack(list(reasons.values())), axis=0)
+    accepted = there & ~rejected
+    counts = num_examples if weighting == "examples" else there
+    counts = jnp.where(accepted, counts, 0).astype(dtype)
+    total = jnp.sum(counts)
+    weights = counts / jnp.where(total > 0, total, 1)
+    delta = trees.zero_unless(accepted, uploads.delta)
+    info = {"rejected": rejected, "reasons": reasons, "absent": ~there}
+    # The sketches are not zeroed, which would copy all of them: whoever reads them skips those of weight 0.
+    return weights, uploads._replace(delta=delta, num_examples=num_examples), info
+
+
+def _faults(uploads: Uploads, num_examples, dtype) -> dict:
+    """{name in `REASONS`: [C] bool}, of present and absent clients alike."""
+    nowhere = jnp.zeros(num_examples.shape, bool)
+    most = jnp.finfo(dtype).max / num_examples.size  # above it the sum could overflow
+    # The norm as well as the entries: it can overflow where no entry does, and the step would.
+    lengths = jax.vmap(optax.tree.norm)(uploads.delta)
+    found = dict.fromkeys(REASONS, nowhere) | {
+        "update_not_finite": ~jnp.isfinite(lengths),
+        "examples_invalid": ~((num_examples >= 0) & (num_examples <= most)),
+    }
+    sketch = uploads.sketch
+    if isinstance(sketch, Sketch):
+        finite, distance = orthonormality(sketch)
+        finite &= trees.is_finite(sketch.eigenvalues)
+        if sketch.report is not None:
+            finite &= ~sketch.report.flags["not_finite"]
+        found |= {
+            "sketch_not_finite": ~finite,
+            "curvature_negative": _negative(sketch.eigenvalues),
+            "basis_not_orthonormal": finite & ~(distance <= ORTHONORMAL),
+        }
+    elif isinstance(sketch, Diagonal):
+        found |= {
+            "sketch_not_finite": ~trees.is_finite(sketch.values),
+            "curvature_negative": _negative(sketch.values),
+        }
+    if uploads.loss is not None:
+        found["loss_not_finite"] = ~jnp.isfinite(uploads.loss)
+    return found
+
+
+def _negative(values) -> jax.Array:
+    """[C] bool: values [C, n] below zero by more than rounding, beside the client's largest, can explain."""
+    tolerance = jnp.sqrt(jnp.finfo(values.dtype).eps)
+    return jnp.min(values, axis=1) < -tolerance * jnp.max(values, axis=1)
+
+
+def orthonormality(sketch: Sketch):
+    """(finite [C] bool, distance [C]): whether the bases [C, P, R] are finite, and max_i |(U^T U - I) v|_i.
+
+    One probe v of random signs, on the pairs that are kept: a column of length 1 + a gives 2 a, one that is sent twice
+    gives 1, a sound basis its rounding. The bases are read once, block by block of rows: U^T U v = sum_b U_b^T U_b v.
+    """
+    clients, size, rank = sketch.basis.shape
+    dtype = jnp.promote_types(sketch.basis.dtype, jnp.float32)
+    signs = np.random.default_rng(0).choice([-1, 1], rank)  # the same in every round
+    kept = sketch.eigenvalues > 0
+    probe = jnp.where(kept, jnp.asarray(signs, dtype)[None], 0)
+    length = min(size, max(BLOCK // (clients * rank), 1))
+    along = lambda subscripts, *x: jnp.einsum(subscripts, *x, precision="highest")
+
+    def body(i, carry):
+        # Behind a barrier, or XLA converts a bfloat16 basis to float32 as a whole, before the loop.
+        basis, finite, image = carry
+        basis, i = jax.lax.optimization_barrier((basis, i))
+        begin = jnp.minimum(i * length, size - length)
+        part = jax.lax.dynamic_slice_in_dim(basis, begin, length, axis=1).astype(dtype)
+        rows = along("cbr,cr->cb", part, probe)  # not finite where an entry is not, also of a pair left out
+        finite &= jnp.all(jnp.isfinite(rows), axis=1)
+        rows = jnp.where((begin + jnp.arange(length) >= i * length)[None], rows, 0)  # the last block repeats some
+        return basis, finite, image + along("cbr,cb->cr", part, rows)
+
+    start = sketch.basis, jnp.ones([clients], bool), jnp.zeros([clients, rank], dtype)
+    _, finite, image = jax.lax.fori_loop(0, -(-size // length), body, start)
+    return finite, jnp.max(jnp.where(kept, jnp.abs(image - probe), 0), axis=1)
+
+
+def cap_traces(sketch: Sketch, weights, cap: float):
+    """Scales a client's eigenvalues down so that their sum is at most `cap` times the clients' lower median.
+
+    Args:
+      sketch: eigenvalues [C, R].
+      weights: [C]; clients of weight 0 have no say.
+      cap: c; 0 for none.
+
+    Returns:
+      (sketch, capped [C] bool). While at most half of the clients are at fault, the median is no more than some sound
+      client's trace. Where it is 0, as half of the clients have no curvature, there is no cap.
+    """
+    there = weights > 0
+    if not cap:
+        return sketch, jnp.zeros_like(there)
+    traces = jnp.sum(jnp.maximum(sketch.eigenvalues, 0), axis=1)
+    middle = jnp.sort(jnp.where(there, traces, jnp.inf))[jnp.maximum(jnp.sum(there) - 1, 0) // 2]
+    bound = jnp.where(middle > 0, cap * middle, jnp.inf)
+    capped = there & (traces > bound)
+    factor = jnp.where(capped, bound / jnp.where(capped, traces, 1), 1).astype(sketch.eigenvalues.dtype)
+    return sketch._replace(eigenvalues=sketch.eigenvalues * factor[:, None]), capped
+
+
+def _check_shapes(uploads: Uploads, params):
+    clients = jnp.shape(uploads.num_examples)
+    if len(clients) != 1:
+        raise ValueError(f"uploads.num_examples: needed shape [C], got {clients}")
+    want = jax.tree.map(lambda leaf: clients + jnp.shape(leaf), params)
+    got = jax.tree.map(jnp.shape, uploads.delta)
+    if want != got:
+        raise ValueError(f"uploads.delta: needed the parameters' tree with a leading clients axis, {want}, got {got}")
+    size = ravel_pytree(params)[0].size
+    if isinstance(uploads.sketch, Diagonal) and uploads.sketch.values.shape != (*clients, size):
+        raise ValueError(f"uploads.sketch: needed values {(*clients, size)}, got {uploads.sketch.values.shape}")
+    if isinstance(uploads.sketch, Sketch):
+        eigenvalues, basis = uploads.sketch.eigenvalues.shape, uploads.sketch.basis.shape
+        if eigenvalues[:1] != clients or len(eigenvalues) != 2 or basis != (*clients, size, *eigenvalues[1:]):
+            raise ValueError(
+                f"uploads.sketch: needed eigenvalues [C, R] and basis [C, P, R] with C = {clients[0]}, P = {size}, "
+                f"got {eigenvalues} and {basis}"
+            )
+
+
+def collect(sent: Sequence[Uploads], params) -> tuple[Uploads, dict[int, str]]:
+    """Stacks what single clients have sent; one that does not fit becomes a client without examples.
+
+    For clients that are other programs: what arrives may have any tree, shape, rank or dtype.
+
+    Args:
+      sent: of each client, without the leading clients axis.
+      params: parameter pytree, whose tree and shapes the updates must have.
+
+    Returns:
+      (uploads [C, ...], {place of a client that does not fit: why, in words}). The kind and the rank of the sketches
+      are those that most of the others have.
+
+    Raises:
+      ValueError: no client fits.
+    """
+    wrong = {place: why for place, one in enumerate(sent) if (why := _misfit(one, params))}
+    kinds = {place: _kind(one) for place, one in enumerate(sent) if place not in wrong}
+    if not kinds:
+        raise ValueError(f"uploads: none of {len(sent)} clients fits the parameters: {wrong}")
+    usual = Counter(kinds.values()).most_common(1)[0][0]
+    wrong |= {place: f"sent {kind}, most sent {usual}" for place, kind in kinds.items() if kind != usual}
+    blank = jax.tree.map(np.zeros_like, next(one for place, one in enumerate(sent) if place not in wrong))
+    stacked = [blank if place in wrong else one for place, one in enumerate(sent)]
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *stacked), wrong
+
+
+def _misfit(one: Uploads, params) -> str:
+    """What of a single client's upload does not fit the parameters, in words; "" if all fits."""
+    sketch, want = one.sketch, jax.tree.map(np.shape, params)
+    if not isinstance(sketch, Sketch | Diagonal | None):
+        return f"its sketch is a {type(sketch).__name__}, needed Sketch, Diagonal or None"
+    sent = sketch._replace(report=None) if isinstance(sketch, Sketch) else sketch
+    try:
+        shapes = jax.tree.map(np.shape, one._replace(sketch=sent))
+        dtypes = {jnp.result_type(leaf).name for leaf in jax.tree.leaves((one.delta, sent, one.loss))}
+    except (TypeError, ValueError) as error:
+        return f"holds what is no array: {error}"
+    if shapes.delta != want:
+        return f"its update has the tree or shapes {shapes.delta}, needed {want}"
+    if shapes.num_examples != () or shapes.loss not in ((), None):
+        return f"num_examples and loss need to be numbers, got shapes {shapes.num_examples} and {shapes.loss}"
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        return f"needed floating-point numbers, got {', '.join(sorted(dtypes))}"
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+    if isinstance(sketch, Diagonal) and shapes.sketch.values != (size,):
+        return f"its diagonal has the shape {shapes.sketch.values}, needed {(size,)}"
+    if isinstance(sketch, Sketch):
+        eigenvalues, basis = shapes.sketch.eigenvalues, shapes.sketch.basis
+        if len(eigenvalues) != 1 or basis != (size, *eigenvalues):
+            return f"its sketch has eigenvalues {eigenvalues} and basis {basis}, needed [R] and [{size}, R]"
+    return ""
+
+
+def _kind(one: Uploads) -> str:
+    """What kind of curvature a client has sent; those that are stacked share it."""
+    loss = "" if one.loss is None else ", with its loss"
+    if not isinstance(one.sketch, Sketch):
+        return f"{'no sketch' if one.sketch is None else 'a diagonal'}{loss}"
+    return f"a sketch of rank {len(one.sketch.eigenvalues)}{' with a report' if one.sketch.report else ''}{loss}"

@@ -1,0 +1,16 @@
+"""Faulty uploads under every rule, and eigenvalues times a million: `faults.py clients`; see `benchmark.py robust`."""
+
+from benchmarks import robust
+
+
+def add_options(parser) -> None:
+    parser.add_argument("--size", default="1000", help="parameters, P")
+
+
+def run(args) -> dict:
+    """How many were taken for sound, and how far the others move the step."""
+    rows = robust.run([f"--size={args.size}"])["faults"]
+    distances = [row[rule] for row in rows for rule in row if rule != "fault"]
+    taken = sum(distance == "taken" for distance in distances)
+    numbers = [distance for distance in distances if distance != "taken"]
+    return {"faults x rules": len(distances), "taken for sound": taken, "farthest from without it": max(numbers)}
