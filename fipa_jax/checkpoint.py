@@ -25,7 +25,9 @@ from flax import serialization
 from fipa_jax import trees
 
 SEAL = "SHA256SUMS"  # in each step's folder, in the format of the command `sha256sum`
+REMOVED = ".removed"  # what a step's folder is called while it is removed
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, or quota, says
+PROBE = 2**26  # bytes; file systems that cannot reserve them write them
 SLACK = 2**20  # bytes that a step takes beside its arrays, at most
 
 
@@ -49,16 +51,18 @@ class Checkpoints:
         self._folder, self._keep = Path(folder).absolute(), keep
         self._thread, self._writing = ThreadPoolExecutor(1, "checkpoint"), None
         self._folder.mkdir(parents=True, exist_ok=True)
+        # It removes no step: that is done here, once a later one is sealed.
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 cleanup_tmp_directories=True,
-                preservation_policy=self,
                 multiprocessing_options=_alone(),
             ),
         )
         self._notes = {step: _note(self._folder / str(step)) for step in self._manager.all_steps()}
+        for removed in self._folder.glob(f"*{REMOVED}"):  # nearly
+            shutil.rmtree(removed)
 
     def save(self, step: int, tree, note: dict, names: Iterable[str] = ()) -> None:
         """Starts to write a step as soon as the last one is on the disk.
@@ -77,13 +81,17 @@ class Checkpoints:
         check_room(self._folder, trees.nbytes(leaves) + SLACK)
         empty = {path: [str(leaf.dtype), *leaf.shape] for path, leaf in leaves.items() if not leaf.size}
         filled = {path: leaf for path, leaf in leaves.items() if leaf.size}  # the only ones that orbax takes
-        note = note | {"sha256": digest(leaves), "empty": empty, "names": [*names]}
-        self._notes[step] = note
+        note = note | {"step": step, "sha256": digest(leaves), "empty": empty, "names": [*names]}
         args = ocp.args.Composite(arrays=ocp.args.StandardSave(filled), note=ocp.args.JsonSave(note))
         with self._told(step):
             if not self._manager.save(step, args=args, force=True):
                 raise ValueError(f"step {self._manager.latest_step()} is there already")
-        self._writing = self._thread.submit(self._finish, step)
+        self._writing = self._thread.submit(self._finish, step, note)
+
+    def check(self) -> None:
+        """Looks whether the last step is known to have failed; raises as `wait`."""
+        if self._writing is not None and self._writing.done():
+            self._writing.result()
 
     def wait(self) -> None:
         """Waits until the last step is on the disk.
@@ -107,18 +115,18 @@ class Checkpoints:
         """{name: (step, its note)}, the last step of each name."""
         return {name: (step, note) for step, note in sorted(self._notes.items()) for name in note["names"]}
 
-    def should_preserve(self, checkpoints, *, context):
-        """Which steps stay, as orbax asks its preservation policy."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-self._keep :], *(step for step, _ in self.named().values())}
-        self._notes = {step: note for step, note in self._notes.items() if step in kept}
-        return [step in kept for step in steps]
-
-    def _finish(self, step: int):
-        """Seals the step once orbax has written it."""
+    def _finish(self, step: int, note: dict):
+        """Seals the step once orbax has written it, and only then removes those that it makes superfluous."""
         with self._told(step):
             self._manager.wait_until_finished()
             write(self._folder / str(step) / SEAL, _seal(self._folder / str(step)))
+            self._notes[step] = note
+            kept = {*sorted(self._notes)[-self._keep :], *(named for named, _ in self.named().values())}
+            for old in {*self._notes} - kept:
+                del self._notes[old]
+                aside = self._folder / f"{old}{REMOVED}"  # at once no step any more
+                (self._folder / str(old)).rename(aside)
+                shutil.rmtree(aside)
 
     @contextlib.contextmanager
     def _told(self, step: int):
@@ -126,10 +134,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            full = os.strerror(errno.ENOSPC) in str(error)
-            why = os.strerror(errno.ENOSPC) if full else str(error)
-            words = f"checkpoint {step} could not be written to {self._folder}: {why}"
-            raise OSError(errno.ENOSPC if full else errno.EIO, words) from error
+            number = next((number for number in FULL if os.strerror(number) in str(error)), errno.EIO)
+            why = str(error) if number == errno.EIO else os.strerror(number)
+            raise OSError(number, f"checkpoint {step} could not be written to {self._folder}: {why}") from error
 
 
 def recover(folder: Path, check: Callable = lambda note: None) -> Saved | None:
@@ -140,17 +147,16 @@ def recover(folder: Path, check: Callable = lambda note: None) -> Saved | None:
       check: of a step's note; raises a ValueError where the step is of no use.
 
     Returns:
-      None if no step was ever finished: one without a seal was being written, or removed, when its process ended.
+      None if no step was ever finished: the last one has no seal if it was being written when its process ended.
 
     Raises:
       ValueError: there are steps, but none is of any use; they stay where they are.
     """
     folder, saved, broken = Path(folder).absolute(), None, {}
     steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    for step in sorted(steps, key=lambda path: -int(path.name)):
-        if not (step / SEAL).exists():
-            shutil.rmtree(step)
-            continue
+    steps.sort(key=lambda path: -int(path.name))
+    unfinished = steps.pop(0) if steps and not (steps[0] / SEAL).exists() else None
+    for step in steps:
         try:
             if saved:
                 _check_seal(step)
@@ -158,17 +164,19 @@ def recover(folder: Path, check: Callable = lambda note: None) -> Saved | None:
             found = read(step)
             check(found.note)
             saved = found
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             broken[step] = error
     if broken and not saved:
         raise ValueError(f"no checkpoint can be used: {'; '.join(map(str, broken.values()))}")
-    for step, error in broken.items():
+    if unfinished:
+        broken[unfinished] = "it was never finished"
+    for step, why in broken.items():
         aside = folder.with_name("broken") / step.name
         while aside.exists():
             aside = aside.with_name(f"{aside.name}-again")
         aside.parent.mkdir(exist_ok=True)
         step.rename(aside)
-        logging.warning("%s: moved to %s, as %s", step, aside, error)
+        logging.warning("%s is not used: %s; moved to %s", step, why, aside)
     return saved
 
 
@@ -186,7 +194,7 @@ def read(folder: Path) -> Saved:
     leaves = {path: np.asarray(leaf) for path, leaf in {**arrays, **empty}.items()}
     if digest(leaves) != note["sha256"]:
         raise ValueError(f"the checkpoint {folder} is damaged: its arrays are not those that were saved")
-    return Saved(int(folder.name), leaves, note)
+    return Saved(note["step"], leaves, note)
 
 
 def named(folder: Path) -> dict[str, Path]:
@@ -228,8 +236,7 @@ def load(path: Path, like=None):
     """
     path = Path(path)
     if path.is_dir():
-        whole = read(path.absolute()).leaves
-        leaves = {name.removeprefix("params/"): leaf for name, leaf in whole.items() if name.startswith("params/")}
+        leaves = trees.below(read(path.absolute()).leaves, "params")
     else:
         leaves = _read_model(path)
     if like is None:
@@ -252,16 +259,18 @@ def write(path: Path, content: bytes) -> None:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Reserves so many bytes and gives them back, which asks quotas too.
+    """Looks whether there is room for so many bytes; by taking up to `PROBE` of them, as quotas show only then.
 
     Raises:
-      OSError: they are not there.
+      OSError: there is not.
     """
     probe = folder / "room.partial"
     try:
+        if shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with probe.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
+                os.posix_fallocate(file.fileno(), 0, min(size, PROBE))
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -296,7 +305,9 @@ def _seal(folder: Path) -> bytes:
 
 def _check_seal(folder: Path) -> None:
     """Raises a ValueError that names a file if a step's files are not as they were written."""
-    wanted, found = (folder / SEAL).read_bytes() if (folder / SEAL).is_file() else b"", _seal(folder)
+    if not (folder / SEAL).is_file():
+        raise ValueError(f"{folder} is no checkpoint: it has no {SEAL}")
+    wanted, found = (folder / SEAL).read_bytes(), _seal(folder)
     if wanted != found:
         differ = {*wanted.split(b"\n")} ^ {*found.split(b"\n")}
         names = {line.rpartition(b"  ")[2].decode(errors="replace") for line in differ} - {""} or {SEAL}

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from fipa_jax import cache, checkpoint, journal, loop, metrics, origin, partition, phase, plots, report, rounds, tasks
 from fipa_jax import config as config_lib
+from fipa_jax import resume as resume_lib
 from fipa_jax.population import OnHost, Resident
 from fipa_jax.simulate import Client, replicate
 
@@ -115,10 +116,10 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
     Args:
       config: all fields.
       workdir: of the results; a run that was stopped in there goes on.
-      resume: `yes`, `no` or `anyway`, see `journal.open_at`.
+      resume: `yes`, `no` or `anyway`, see `resume.open_at`.
 
     Raises:
-      ValueError, FileNotFoundError, ImportError: before anything is written, see `build` and `journal.open_at`.
+      ValueError, FileNotFoundError, ImportError: before anything is written, see `build` and `resume.open_at`.
       OSError: the disk is full, or fails; what was saved before stays.
       stopping.Stopped: a signal asked for it; all is saved.
     """
@@ -127,7 +128,7 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
         experiment = build(config)
         come_from = {"data": origin.of_data(experiment.problem, experiment.params), "code": origin.of_code()}
         try:
-            with journal.open_at(Path(workdir), config, come_from, resume) as kept:
+            with resume_lib.open_at(Path(workdir), config, come_from, resume) as kept:
                 report.draw_split(experiment.problem, workdir)
                 return run_phases(experiment, Path(workdir), kept)
         except OSError as error:

@@ -42,31 +42,37 @@ def run_phase(experiment, settings: ConfigDict, name: str, params, first: int, j
     config, last = experiment.config, first + settings.rounds - 1
     stages = rounds.make_stages(plan_of(experiment, settings))
     rates = replicate(phase.make_rates(settings, config.precision), stages.plan.mesh)
-    state, saved = start(experiment, stages, params, first), journal.resumed(name)
-    if saved:
-        state = rounds.restored(state, saved.leaves, stages.plan.mesh)
+    state, note = journal.resumed(name, start(experiment, stages, params, first), stages.plan.mesh)
     if config.chunk < 0:
-        chunk = saved.note["chunk"] if saved else tuned_chunk(experiment, settings, stages, state, rates)
+        chunk = note["chunk"] if note else tuned_chunk(experiment, settings, stages, state, rates)
         stages = rounds.make_stages(stages.plan._replace(chunk=chunk))
     make = in_blocks if config.rounds_per_call > 1 else functools.partial(by_stage, asked=journal.asked)
     advance = make(experiment, settings, stages, state, last)
     unseen = 1 if config.stage_seconds else config.eval.every  # rounds that run before the host looks at any
     per_call = config.rounds_per_call if config.rounds_per_call > 1 else unseen
-    k, rows, said = int(state.round), [], Counter()
+    k, said, skipped = int(state.round), Counter(), note.get("skipped", 0)
     quiet = {"disable": True} if jax.process_index() else {}  # else it is as $TQDM_DISABLE says
     with tqdm(total=settings.rounds, initial=k - first, desc=f"{name:<12}", unit="round", **quiet) as bar:
         while k <= last:
-            state, found = advance(state, rates, k, min(per_call, last + 1 - k))
+            state, found = advance(state, rates, k, min(count_to(k, per_call, config.eval.every), last + 1 - k))
             for row, info in found:
                 report.warn(name, row["round"], info, said)
-                rows.append(metrics.jsonable({"run": name} | row))
-                journal.write(rows[-1])
-                report.check_progress(name, rows, settings.max_skips)
-            bar.set_postfix_str(report.progress(rows[-1]), refresh=False)
+                row = metrics.jsonable({"run": name} | row)
+                journal.write(row)
+                skipped = skipped + 1 if row.get("skipped") else 0
+                report.check_progress(name, row, skipped, settings.max_skips)
+            bar.set_postfix_str(report.progress(row), refresh=False)
             bar.update(len(found))
             k += len(found)
-            journal.keep(name, state, rows[-1], {"chunk": stages.plan.chunk}, ended=k > last)
+            note = {"first": first, "chunk": stages.plan.chunk, "skipped": skipped}
+            journal.keep(name, state, row, note, ended=k > last)
     return state.params
+
+
+def count_to(k: int, most: int, every: int) -> int:
+    """So many rounds from k, at most `most`, that the last is an evaluated one, if one of them is."""
+    count = most - (k + most - 1) % every
+    return count if count > 0 else most
 
 
 def by_stage(experiment, settings, stages, state, last: int, asked: Callable = lambda: False) -> Callable:

@@ -84,20 +84,25 @@ def figures(info: dict) -> dict:
     return row | {name: int(clients.sum()) for name, clients in counts.items()}
 
 
-def check_progress(name: str, rows: list[dict], most: int) -> None:
-    """Looks at the rows of a phase for so many skipped rounds in a row; 0 for never.
+def check_progress(name: str, row: dict, skipped: int, most: int) -> None:
+    """Ends a phase of which so many rounds in a row were skipped; 0 for never.
+
+    Args:
+      name: of the phase.
+      row: of its last round.
+      skipped: rounds up to that one that were skipped in a row.
+      most: of them.
 
     Raises:
-      stopping.Stalled: they are there; says what the last of them lacked, and what to change.
+      stopping.Stalled: says what the last one lacked, and what to change.
     """
-    if not most or len(rows) < most or not all(row.get("skipped") for row in rows[-most:]):
+    if not 0 < most <= skipped:
         return
-    row = rows[-1]
     counts = {words: row.get(f"rejected_{reason}") for reason, words in uploads.REASONS.items()}
     counts[NOTED["absent"]] = row.get("clients_absent")
     why = "; ".join(f"{count} clients: {words}" for words, count in counts.items() if count)
     raise stopping.Stalled(
-        f"{name}: {most} rounds in a row were skipped, the last one round {row['round']}. In it: "
+        f"{name}: {skipped} rounds in a row were skipped, the last one round {row['round']}. In it: "
         f"{why or 'the new parameters were not finite'}. Lower local.lr or server.lr, look at the clients' data, lower "
         "least_clients, or raise max_skips (0: never stop)"
     )

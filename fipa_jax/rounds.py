@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fipa_jax import curvature, terms, trees
@@ -247,18 +248,13 @@ def keep(state: State, seen: State, ids) -> State:
     return seen._replace(memory=_put(state.memory, ids, seen.memory))
 
 
-@jax.jit
-def _copied(tree):
-    return jax.tree.map(jnp.copy, tree)
-
-
 def snapshot(state: State) -> State:
     """The state on the host, in copies that later rounds do not write to."""
     on_host = isinstance(state.memory, Memories)
     memory = state.memory.snapshot() if on_host else None
-    # Its own part of what every process holds: not all of them need take the snapshot.
-    here = jax.tree.map(lambda leaf: leaf.addressable_data(0), state._replace(memory=()) if on_host else state)
-    found = jax.device_get(_copied(here))
+    # Of its own part of what every process holds: not all of them need take the snapshot.
+    copy = lambda leaf: np.array(leaf.addressable_data(0))
+    found = jax.tree.map(copy, state._replace(memory=()) if on_host else state)
     return found._replace(memory=memory) if on_host else found
 
 
@@ -276,11 +272,11 @@ def restored(state: State, leaves: dict, mesh=None) -> State:
     own = {path: leaf for path, leaf in leaves.items() if path.partition("/")[0] in State._fields}
     store = state.memory
     if not isinstance(store, Memories):
-        return _copied(replicate(trees.fitted(own, state), mesh))
+        return jax.tree.map(jnp.copy, replicate(trees.fitted(own, state), mesh))
     seen = len(own.get("memory/ids", ()))
     found = trees.fitted(own, state._replace(memory=store.blank_of(seen)))
     store.put(found.memory["ids"], found.memory["rows"])
-    return _copied(replicate(found._replace(memory=()), mesh))._replace(memory=store)
+    return jax.tree.map(jnp.copy, replicate(found._replace(memory=()), mesh))._replace(memory=store)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

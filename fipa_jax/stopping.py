@@ -3,10 +3,12 @@
 import os
 import signal
 import threading
+import time
 
 from absl import logging
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
+ECHO = 0.5  # seconds within which the same signal is the same wish: a terminal and a parent may both send it
 
 
 class Stopped(Exception):
@@ -51,12 +53,16 @@ class Signals:
             self._thread.join()
 
     def _listen(self, reader: int) -> None:
+        heard = 0.0
         with open(reader, "rb", buffering=0) as signals:
             while found := signals.read(1):
                 if found[0] not in NUMBERS:
                     continue
+                now = time.monotonic()
+                if self.asked == found[0] and now < heard + ECHO:
+                    continue
                 if self.asked:
                     os._exit(128 + found[0])
-                self.asked = found[0]
+                self.asked, heard = found[0], now
                 name = signal.Signals(self.asked).name
                 logging.warning("%s: finishing the round and saving it; a second signal ends the run at once", name)

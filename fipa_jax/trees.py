@@ -54,6 +54,12 @@ def paths(tree) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+def below(leaves: dict, name: str) -> dict:
+    """Of {path: leaf} those within the subtree `name`, by their paths in it."""
+    parts = {path: path.partition("/") for path in leaves}
+    return {rest: leaves[path] for path, (first, _, rest) in parts.items() if first == name}
+
+
 def select(params, pattern: str) -> dict:
     """The trainable subset: {path: leaf} of the leaves whose path contains the regular expression `pattern`.
 

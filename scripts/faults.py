@@ -9,7 +9,7 @@ clients    faulty uploads under every aggregator
 mistakes   mistakes in configs and flags
 all        all of these, as they come
 
-COMMAND --help lists its options.
+COMMAND --help lists its options. A promise that is not kept is marked, and the exit status is 1.
 """
 
 import argparse
@@ -24,16 +24,26 @@ def main():
     parser = argparse.ArgumentParser(add_help=False, usage=__doc__)
     parser.add_argument("command", choices=[*COMMANDS, "all"])
     args, options = parser.parse_known_args()
-    for name in COMMANDS if args.command == "all" else (args.command,):
-        command = importlib.import_module(f"harness.{name}")
-        own = argparse.ArgumentParser(prog=f"faults.py {name}", description=command.__doc__)
-        command.add_options(own)
-        began = time.perf_counter()
-        found = command.run(own.parse_args(options if args.command != "all" else []))
-        print(f"\n{name}, {time.perf_counter() - began:.0f} s")
-        for figure, value in found.items():
-            print(f"  {figure:<45} {value}")
-        sys.stdout.flush()
+    names, options = (COMMANDS, []) if args.command == "all" else ((args.command,), options)
+    sys.exit(int(not all([kept(name, options) for name in names])))
+
+
+def kept(name: str, options: list[str]) -> bool:
+    """Runs a command and prints its figures; whether all are as promised."""
+    command = importlib.import_module(f"harness.{name}")
+    parser = argparse.ArgumentParser(prog=f"faults.py {name}", description=command.__doc__)
+    command.add_options(parser)
+    began = time.perf_counter()
+    found = command.run(parser.parse_args(options))
+    is_kept = {
+        figure: promise(found, found[figure]) if callable(promise) else found[figure] == promise
+        for figure, promise in command.PROMISED.items()
+    }
+    print(f"\n{name}, {time.perf_counter() - began:.0f} s")
+    for figure, value in found.items():
+        mark = {True: "  as promised", False: "  BROKEN", None: ""}[is_kept.get(figure)]
+        print(f"  {figure:<45} {value}{mark}", flush=True)
+    return all(is_kept.values())
 
 
 if __name__ == "__main__":

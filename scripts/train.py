@@ -4,7 +4,9 @@ python scripts/train.py
 python scripts/train.py --config=configs/cifar10.py --config.data.dir=DIR --workdir=runs/cifar10
 """
 
+import os
 import sys
+import traceback
 from pathlib import Path
 
 from fipa_jax import config as config_lib
@@ -71,7 +73,19 @@ def main(_):
         sys.exit(128 + stopped.number)
     except (ValueError, OSError, ImportError, stopping.Stalled) as error:
         logging.debug("traceback", exc_info=True)  # shown by --verbosity=1
-        sys.exit(f"error: {error}")
+        leave(f"error: {error}")
+    except Exception:
+        if not COORDINATOR.value:
+            raise
+        leave(traceback.format_exc())
+
+
+def leave(words):
+    """Ends this process; one of several at once, as the others would wait for it, and it for them."""
+    if not COORDINATOR.value:
+        sys.exit(words)
+    print(words, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,20 @@ def test_the_last_step_comes_back_bit_for_bit(three):
     assert_is(checkpoint.read(three / "1"), 1)
 
 
+def test_no_step_goes_before_the_next_is_sealed(tmp_path, monkeypatch):
+    """Also where only one is kept, and of one that loses its name."""
+    kept = Checkpoints(tmp_path, keep=1)
+    kept.save(1, moved(1), {"rows": 10}, ["best"])
+    kept.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_seal", lambda folder: 1 / 0)
+        kept.save(2, moved(2), {"rows": 20}, ["best"])
+        with pytest.raises(OSError, match="checkpoint 2 could not be written"):
+            kept.close()
+    assert_is(checkpoint.recover(tmp_path), 1)
+    assert steps(tmp_path) == [1]
+
+
 def test_the_last_few_steps_stay_and_those_that_have_a_name(tmp_path):
     kept = Checkpoints(tmp_path, keep=2)
     for step, names in ((1, ["start", "best"]), (2, ["best"]), (3, []), (5, []), (8, [])):
@@ -91,9 +105,20 @@ def test_every_flipped_bit_is_found_and_the_step_before_is_used(three, tmp_path,
     assert len(list((tmp_path / "broken").iterdir())) == len(names), "what was broken is kept"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "surplus"])
-def test_other_damage_is_found(three, damage):
-    file = next(path for path in files(three / "3") if path.stat().st_size > 100)
+@pytest.mark.parametrize("damage", ["truncated", "missing", "surplus", "unreadable"])
+def test_other_damage_is_found(three, damage, monkeypatch):
+    file = three / "3" / "_CHECKPOINT_METADATA"
+    if damage == "unreadable":
+        digest = checkpoint._digest_of_file
+
+        def failing(path):
+            if path.is_relative_to(three / "3"):
+                raise OSError(errno.EIO, "Input/output error")
+            return digest(path)
+
+        monkeypatch.setattr(checkpoint, "_digest_of_file", failing)
+        assert_is(checkpoint.recover(three), 2)
+        return
     if damage == "truncated":
         os.truncate(file, file.stat().st_size - 1)
     elif damage == "missing":
@@ -114,6 +139,18 @@ def test_what_was_being_written_is_no_step(three):
     kept.close()
     assert_is(checkpoint.recover(three), 4)
     assert not list(three.glob("*tmp*"))
+    assert [path.name for path in (three.parent / "broken").iterdir()] == ["4"], "nothing is deleted"
+
+
+def test_steps_without_seals_are_damaged_but_for_the_last(three):
+    """Only that one can have been under way when the process ended."""
+    for step in (2, 3):
+        (three / str(step) / checkpoint.SEAL).unlink()
+    assert_is(checkpoint.recover(three), 1)
+    (three / "1" / checkpoint.SEAL).rename(three / "lost")
+    shutil.copytree(three / "1", three / "2")
+    with pytest.raises(ValueError, match=r"no checkpoint can be used: .*1 is no checkpoint: it has no SHA256SUMS"):
+        checkpoint.recover(three)
 
 
 def test_all_damaged_is_an_error_each_time_and_nothing_is_moved(three):

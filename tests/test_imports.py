@@ -50,7 +50,8 @@ ARROWS = {
     "checkpoint": {"trees"},
     "stopping": set(),
     "origin": {"__init__", "partition", "trees"},
-    "journal": {"checkpoint", "metrics", "origin", "rounds", "stopping", "trees"},
+    "journal": {"checkpoint", "metrics", "rounds", "stopping", "trees"},
+    "resume": {"checkpoint", "journal", "origin"},
     "plots": set(),
     "metrics": set(),
     "report": {"aggregate", "partition", "plots", "sketch", "stopping", "tasks", "trees", "uploads"},
@@ -66,7 +67,7 @@ ARROWS = {
     },
     "experiment": {
         "cache", "checkpoint", "config", "journal", "loop", "metrics", "origin", "partition", "phase", "plots",
-        "population", "report", "rounds", "simulate", "tasks",
+        "population", "report", "resume", "rounds", "simulate", "tasks",
     },
 }  # fmt: skip
 LIGHT = {"jax", "optax", "numpy", "chex"}  # what the modules for other people's loops may need

@@ -9,7 +9,7 @@ import jax
 import pytest
 from runs import tiny
 
-from fipa_jax import checkpoint, experiment, journal, loop, metrics, report, stopping
+from fipa_jax import checkpoint, experiment, journal, loop, metrics, report, resume, stopping
 
 RULES = ("fipa:term.name=scaffold:server.optimizer=adam:server.lr=0.01", "fedavg:local.lr_decay=0.9")
 EVERY_ROUND = {"seconds": 0.0, "keep": 3}
@@ -20,7 +20,7 @@ class Killed(BaseException):
 
 
 def config_of(**fields):
-    config = tiny(compare=RULES, checkpoint=EVERY_ROUND, **fields)
+    config = tiny(**{"compare": RULES, "checkpoint": EVERY_ROUND} | fields)
     config.task.num_clients, config.cohort = 3, 2
     config.warmup.rounds, config.fipa.rounds = 2, 3
     return config
@@ -137,6 +137,51 @@ def test_a_damaged_step_is_passed_over(monkeypatch, tmp_path, whole, caplog):
     assert left_by(tmp_path) == whole
 
 
+def test_a_refused_run_leaves_no_trace(monkeypatch, tmp_path, whole):
+    """The original command goes on, whatever was tried in between."""
+    run_until(monkeypatch, tmp_path, 3, after=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for change, words in (
+        ({"model.widths": (4,)}, r"--resume: the checkpoint is not of a run with this config: .*Dense_0"),
+        ({"warmup.rounds": 1}, r"--resume: the run's fipa.* began with round 2, and would now with 1"),
+        ({"compare": ("fedavg",)}, r"--resume: the run was stopped in 'fipa.*', which config\.compare has no more"),
+    ):
+        other = config_of()
+        other.update_from_flattened_dict(change)
+        with pytest.raises(ValueError, match=words):
+            experiment.run(other, tmp_path, resume="anyway")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    experiment.run(config_of(), tmp_path)
+    assert left_by(tmp_path) == whole
+
+
+def test_two_runs_do_not_share_a_work_directory(monkeypatch, tmp_path):
+    run_phase = loop.run_phase
+
+    def meanwhile(*given):
+        for how in resume.RESUMES:
+            with pytest.raises(ValueError, match="a run is under way in"):
+                experiment.run(config_of(), tmp_path, resume=how)
+        return run_phase(*given)
+
+    monkeypatch.setattr(loop, "run_phase", meanwhile)
+    config = config_of(compare=("fedavg",))
+    config.warmup.rounds = 0
+    experiment.run(config, tmp_path)
+    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 3 and not (tmp_path / "lock").exists()
+
+
+def test_a_finished_run_goes_on_with_more_rounds(tmp_path, caplog):
+    config = config_of(compare=("fedavg",))
+    experiment.run(config, tmp_path / "parts")
+    config.fipa.rounds = 5
+    caplog.clear()
+    experiment.run(config, tmp_path / "parts", resume="anyway")
+    assert "going on after round 4 of fedavg" in caplog.text
+    experiment.run(config, tmp_path / "whole")
+    assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
+
+
 def test_a_finished_run_is_told_again(tmp_path, whole, caplog):
     for _ in range(2):
         summary = experiment.run(config_of(), tmp_path)
@@ -149,7 +194,7 @@ def test_a_stopped_run_of_another_origin_is_refused_field_by_field(monkeypatch, 
     before = sorted(tmp_path.rglob("*"))
     other = config_of(devices=2)
     other.fipa.local.lr, other.task.examples_per_client = 0.2, 9
-    monkeypatch.setattr(journal.origin, "of_code", lambda: {"source": "0123", "jax": "9.9"})
+    monkeypatch.setattr(experiment.origin, "of_code", lambda: {"source": "0123", "jax": "9.9"})
     with pytest.raises(ValueError, match="holds an unfinished run of another origin") as raised:
         experiment.run(other, tmp_path)
     said = str(raised.value)
@@ -210,6 +255,19 @@ def test_the_best_round_and_the_warm_ups_end_are_kept(tmp_path):
         own = [(row["test_mse"], number) for number, row in enumerate(rows, 1) if row["run"] == name]
         wanted[f"best of {name}"] = min(own)[1]
     assert steps == wanted
+
+
+@pytest.mark.parametrize("fields", [{"rounds_per_call": 2}, {"stage_seconds": False}], ids=str)
+def test_calls_end_with_rounds_that_are_evaluated(tmp_path, fields):
+    """So that they may be the best."""
+    config = config_of(compare=("fedavg",), **fields)
+    config.warmup.rounds, config.fipa.rounds, config.eval.every = 0, 6, 2
+    experiment.run(config, tmp_path)
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    evaluated = [(row["test_mse"], number) for number, row in enumerate(rows, 1) if "test_mse" in row]
+    assert int(checkpoint.named(tmp_path / "checkpoints")["best of fedavg"].name) == min(evaluated)[1]
+    assert [loop.count_to(k, 5, 3) for k in range(6)] == [4, 3, 5, 4, 3, 5]
+    assert [loop.count_to(k, 2, 10) for k in (0, 1, 9, 10)] == [1, 2, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,14 @@ from pathlib import Path
 from fipa_jax import checkpoint
 from harness.victim import Victim
 
+PROMISED = {
+    "exit status": 1,
+    "said": lambda found, value: "No space left" in value and "goes on from the last checkpoint" in value,
+    "rounds after the disk was full": lambda found, value: value <= 1,
+    "rows that differ": 0,
+    "runs whose models differ": 0,
+}
+
 
 def add_options(parser) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="of each of the run's four phases")

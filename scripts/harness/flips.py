@@ -9,6 +9,16 @@ from pathlib import Path
 
 from harness.victim import Victim
 
+PROMISED = {
+    "bit flips found": lambda found, value: value == found["bit flips"],
+    "bit flips: the step before was used": lambda found, value: value == found["bit flips"],
+    "truncations found": lambda found, value: value == found["truncations"],
+    "truncations: the step before was used": lambda found, value: value == found["truncations"],
+    "rows that differ": 0,
+    "runs whose models differ": 0,
+    "all damaged: refused": 1,
+}
+
 
 def add_options(parser) -> None:
     parser.add_argument("--flips", type=int, default=40)
