@@ -43,10 +43,8 @@ def default() -> ConfigDict:
     config.first_round = 0  # number of the first round: a schedule goes on where the saved model's run stopped
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.seconds = (
-        10.0  # between checkpoints, at least: the work that a killed run loses; 0 for each round
-    )
-    config.checkpoint.keep = 3  # the last so many stay, and those at the warm-up's end and of each rule's best round
+    config.checkpoint.seconds = 10.0  # between checkpoints: the work that a killed run loses; 0 for each round
+    config.checkpoint.keep = 3  # the last so many stay; the warm-up's last and each rule's best of them too
 
     config.task = ConfigDict()
     config.task.name = "sine"

@@ -37,13 +37,13 @@ def start(*flags, workdir, devices):
     )
 
 
-def start_pair(folder):
+def start_pair(folder, *flags):
     """Starts two processes with two devices each, that belong together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     # With one client a device there is but one chunk to choose, and each process finds it for itself.
-    together = ("--processes=2", f"--coordinator=localhost:{port}", "--config.chunk=-1")
+    together = ("--processes=2", f"--coordinator=localhost:{port}", "--config.chunk=-1", *flags)
     return [start(*together, f"--process={p}", workdir=folder / f"of{p}", devices=2) for p in (0, 1)]
 
 
@@ -62,6 +62,8 @@ def test_two_processes_with_two_devices_are_one_device(tmp_path):
     for process in pair:
         assert "stopped by SIGTERM after round" in wait(process, 128 + signal.SIGTERM)
     assert 10 < len(metrics.read(rows)) < 60
+    for process in start_pair(tmp_path, "--config.seed=1"):  # an error in the first ends both
+        assert "unfinished run of another origin" in wait(process, 1)
     said = [wait(process) for process in start_pair(tmp_path)]
     assert "going on after round" in said[0]
     wait(start(workdir=tmp_path / "alone", devices=1))
