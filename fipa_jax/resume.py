@@ -97,8 +97,10 @@ def _lock(path: Path):
             raise ValueError(f"--workdir: a run is under way in {path.parent}; name another folder") from None
         except OSError as error:  # a file system without locks
             logging.warning("nothing keeps a second run out of %s: %s", path.parent, error)
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _earlier(workdir: Path) -> list[Path]:
