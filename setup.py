@@ -34,6 +34,14 @@ setup(
         # What scripts/benchmark.py measures beside this package, pinned. pfl==0.6.0 and fedjax==0.0.17 ask for other
         # versions of shared packages: each needs an environment of its own.
         "peers": ["curvlinops-for-pytorch==3.0.1", "matfree==0.6.3", "scipy==1.17.1", "torch==2.15.0"],
-        "test": [*TFDS, *PLOTS, "hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9"],
+        "test": [
+            *TFDS,
+            *PLOTS,
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+        ],
     },
 )
