@@ -25,7 +25,7 @@ setup(
         "ml-collections>=1.0",
         "numpy>=2",
         "optax>=0.2.6",
-        "orbax-checkpoint>=0.11.20",
+        "orbax-checkpoint>=0.12",
         "tqdm>=4.66",
     ],
     extras_require={

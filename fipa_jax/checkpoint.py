@@ -22,9 +22,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax import serialization
 
-from fipa_jax import trees
+from fipa_jax import sums, trees
 
-SEAL = "SHA256SUMS"  # in each step's folder, in the format of the command `sha256sum`
+SEAL = sums.NAME  # in each step's folder
 REMOVED = ".removed"  # what a step's folder is called while it is removed
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, or quota, says
 PROBE = 2**26  # bytes; file systems that cannot reserve them write them
@@ -119,7 +119,7 @@ class Checkpoints:
         """Seals the step once orbax has written it, and only then removes those that it makes superfluous."""
         with self._told(step):
             self._manager.wait_until_finished()
-            write(self._folder / str(step) / SEAL, _seal(self._folder / str(step)))
+            write(self._folder / str(step) / SEAL, sums.of(self._folder / str(step)))
             self._notes[step] = note
             kept = {*sorted(self._notes)[-self._keep :], *(named for named, _ in self.named().values())}
             for old in {*self._notes} - kept:
@@ -297,17 +297,11 @@ def _read_model(path: Path) -> dict:
     return leaves
 
 
-def _seal(folder: Path) -> bytes:
-    """The digests of a step's files."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return "".join(f"{_digest_of_file(folder / name)}  {name}\n" for name in names if name != SEAL).encode()
-
-
 def _check_seal(folder: Path) -> None:
     """Raises a ValueError that names a file if a step's files are not as they were written."""
     if not (folder / SEAL).is_file():
         raise ValueError(f"{folder} is no checkpoint: it has no {SEAL}")
-    wanted, found = (folder / SEAL).read_bytes(), _seal(folder)
+    wanted, found = (folder / SEAL).read_bytes(), sums.of(folder)
     if wanted != found:
         differ = {*wanted.split(b"\n")} ^ {*found.split(b"\n")}
         names = {line.rpartition(b"  ")[2].decode(errors="replace") for line in differ} - {""} or {SEAL}
@@ -326,8 +320,3 @@ def _reader():
 def _alone() -> ocp.options.MultiprocessingOptions:
     """Of several processes, the first one writes and reads for all."""
     return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
-
-
-def _digest_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

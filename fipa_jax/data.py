@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from fipa_jax import sums
 from fipa_jax.config import user_cache
 
 # Channel means and standard deviations of the training images over 255, as the published experiments normalise. (Those
@@ -25,7 +26,6 @@ CHANNEL_STATS = {
     "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
 }
 TEST_SPLITS = {"tiny_imagenet": "validation"}  # where it is not `test`: that of Tiny-ImageNet has no labels
-SUMS = "SHA256SUMS"  # the file beside prepared ones with their digests, as the program sha256sum reads them
 BLOCK = 1024  # images decoded, or summed, at a time
 
 
@@ -199,8 +199,7 @@ def _reading(folder: Path):
 
 def write_sums(folder: Path) -> None:
     """Writes beside prepared files the digests that `verify` compares."""
-    lines = [f"{_digest(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.name != SUMS]
-    (folder / SUMS).write_text("".join(lines))
+    (folder / sums.NAME).write_bytes(sums.of(folder))
 
 
 def verify(folder: Path) -> None:
@@ -212,16 +211,11 @@ def verify(folder: Path) -> None:
       ValueError: a file has changed or is missing.
     """
     with _reading(folder):
-        lines = (folder / SUMS).read_text().splitlines() if (folder / SUMS).exists() else []
+        lines = (folder / sums.NAME).read_text().splitlines() if (folder / sums.NAME).exists() else []
         for line in lines:
             digest, _, file = line.partition("  ")
-            if _digest(folder / file) != digest:
+            if sums.digest(folder / file) != digest:
                 raise ValueError(f"{file} is not as it was prepared")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def import_tfds(purpose: str):
@@ -280,7 +274,7 @@ def _read_cache(cached: dict[str, Path], num_examples: int) -> dict[str, np.ndar
     arrays = {}
     for (field, path), dtype, ndim in zip(cached.items(), (np.uint8, np.int32), (4, 1), strict=True):
         try:
-            whole = _digest(path) == _sum(path).read_text()
+            whole = sums.digest(path) == _sum(path).read_text()
             arrays[field] = array = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             return None
@@ -307,7 +301,7 @@ def _write_cache(cached: dict[str, Path], arrays: dict[str, np.ndarray]) -> None
             with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
                 part = Path(file.name)
                 np.save(file, arrays[field], allow_pickle=False)
-            digest = _digest(part)
+            digest = sums.digest(part)
             os.replace(part, path)
             _sum(path).write_text(digest)
         except OSError as error:

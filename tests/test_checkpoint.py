@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fipa_jax import checkpoint, trees
+from fipa_jax import checkpoint, sums, trees
 from fipa_jax.checkpoint import Checkpoints
 
 TREE = {
@@ -64,7 +64,7 @@ def test_no_step_goes_before_the_next_is_sealed(tmp_path, monkeypatch):
     kept.save(1, moved(1), {"rows": 10}, ["best"])
     kept.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_seal", lambda folder: 1 / 0)
+        patch.setattr(sums, "of", lambda folder: 1 / 0)
         kept.save(2, moved(2), {"rows": 20}, ["best"])
         with pytest.raises(OSError, match="checkpoint 2 could not be written"):
             kept.close()
@@ -109,14 +109,14 @@ def test_every_flipped_bit_is_found_and_the_step_before_is_used(three, tmp_path,
 def test_other_damage_is_found(three, damage, monkeypatch):
     file = three / "3" / "_CHECKPOINT_METADATA"
     if damage == "unreadable":
-        digest = checkpoint._digest_of_file
+        digest = sums.digest
 
         def failing(path):
             if path.is_relative_to(three / "3"):
                 raise OSError(errno.EIO, "Input/output error")
             return digest(path)
 
-        monkeypatch.setattr(checkpoint, "_digest_of_file", failing)
+        monkeypatch.setattr(sums, "digest", failing)
         assert_is(checkpoint.recover(three), 2)
         return
     if damage == "truncated":

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import toy
 
-from fipa_jax import data, datasets
+from fipa_jax import data, datasets, sums
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def folder(whole, tmp_path):
     """A copy of it to be damaged, as others prepare it: without digests."""
     shutil.copytree(whole, tmp_path / "data")
     folder = tmp_path / "data" / "toy" / "1.0.0"
-    (folder / data.SUMS).unlink()
+    (folder / sums.NAME).unlink()
     return folder
 
 
@@ -113,8 +113,8 @@ def test_digests_find_what_is_another_whole_file(whole, tmp_path, file):
 def test_what_is_prepared_here_has_digests(official, tmp_path):
     folder, _ = official("mnist")
     prepared = datasets.prepare("mnist", str(tmp_path / "data"), str(folder))
-    listed = [line.split("  ")[1] for line in (prepared / data.SUMS).read_text().splitlines()]
-    assert sorted([*listed, data.SUMS]) == sorted(path.name for path in prepared.iterdir())
+    listed = [line.split("  ")[1] for line in (prepared / sums.NAME).read_text().splitlines()]
+    assert sorted([*listed, sums.NAME]) == sorted(path.name for path in prepared.iterdir())
     data.verify(prepared)
 
 

@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from fipa_jax import checkpoint, command_line, data, experiment, partition, phase
+from fipa_jax import checkpoint, command_line, data, experiment, partition, phase, sums
 from fipa_jax.tasks import own_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,7 +139,7 @@ def test_a_cached_array_is_not_unpickled(bomb, tmp_path):
     data._write_cache(paths, {"image": np.zeros([1, 2, 2, 3], np.uint8), "label": np.zeros([1], np.int32)})
     assert data._read_cache(paths, 1) is not None
     np.save(paths["image"], array, allow_pickle=True)
-    data._sum(paths["image"]).write_text(data._digest(paths["image"]))
+    data._sum(paths["image"]).write_text(sums.digest(paths["image"]))
     assert data._read_cache(paths, 1) is None
     assert not made.exists()
 
