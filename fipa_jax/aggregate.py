@@ -16,7 +16,7 @@ from fipa_jax import merge as merging
 from fipa_jax import trees
 from fipa_jax import trust as trust_lib
 from fipa_jax.sketch import Diagonal, Sketch
-from fipa_jax.uploads import Uploads, cap_traces, screen
+from fipa_jax.uploads import Uploads, cap_traces, relative_traces, screen
 
 WEIGHTINGS = ("examples", "uniform")
 
@@ -110,7 +110,7 @@ def fipa(
         update, is noise: the damped form with beta at least `CAREFUL` times H's largest eigenvalue takes its place, and
         where that fails too the mean. 0 for no bound: then only what is not finite fails.
       trace_cap: a client's eigenvalues are scaled down so that their sum is at most this many times the clients' lower
-        median, see `uploads.cap_traces`; 0 for no cap.
+        median, see `uploads.relative_traces`; 0 for no cap. `info["trace_ratio"]` is the largest such ratio.
       trust: whether beta follows the clients' losses and a step that raised them is undone, see `trust.judge`; for
         rounds in which all clients take part, and a server's learning rate of 1. `damping` is the first round's.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
@@ -138,7 +138,8 @@ def fipa(
             raise ValueError("fipa with trust needs uploads.loss [C], the clients' mean losses before their work")
         weights, uploads, info = screen(uploads, params, weighting)
         _, unravel = ravel_pytree(params)
-        sketch, capped = cap_traces(uploads.sketch, weights, trace_cap)
+        relative_trace = relative_traces(uploads.sketch, weights)
+        sketch, capped = cap_traces(uploads.sketch, relative_trace, trace_cap)
         deltas = trees.ravel_stacked(uploads.delta)  # [C, P]
         dbar = jnp.matmul(weights, deltas, precision="highest")
         base = dbar if form == "damped" else jnp.zeros_like(dbar)
@@ -185,6 +186,7 @@ def fipa(
             "spectrum": spectrum,
             "fallback": failed.astype(jnp.int32) + failed_too,
             "capped": capped,
+            "trace_ratio": jnp.max(relative_trace),
         }
         info |= _describe(uploads.sketch, weights)
         step, dbar = unravel(step), unravel(dbar)

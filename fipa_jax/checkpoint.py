@@ -61,7 +61,7 @@ class Checkpoints:
             ),
         )
         self._notes = {step: _note(self._folder / str(step)) for step in self._manager.all_steps()}
-        for removed in self._folder.glob(f"*{REMOVED}"):  # nearly
+        for removed in self._folder.glob(f"*{REMOVED}"):
             shutil.rmtree(removed)
 
     def save(self, step: int, tree, note: dict, names: Iterable[str] = ()) -> None:
@@ -153,8 +153,7 @@ def recover(folder: Path, check: Callable = lambda note: None) -> Saved | None:
       ValueError: there are steps, but none is of any use; they stay where they are.
     """
     folder, saved, broken = Path(folder).absolute(), None, {}
-    steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    steps.sort(key=lambda path: -int(path.name))
+    steps = _steps(folder)[::-1]
     unfinished = steps.pop(0) if steps and not (steps[0] / SEAL).exists() else None
     for step in steps:
         try:
@@ -199,8 +198,8 @@ def read(folder: Path) -> Saved:
 
 def named(folder: Path) -> dict[str, Path]:
     """{name: the last step's folder of that name} of a run's checkpoints: `end of warmup`, `best of NAME`."""
-    steps = sorted((path for path in Path(folder).iterdir() if (path / SEAL).exists()), key=lambda path: int(path.name))
-    return {name: step for step in steps for name in _note(step.absolute())["names"]}
+    sealed = [step for step in _steps(Path(folder).absolute()) if (step / SEAL).exists()]
+    return {name: step for step in sealed for name in _note(step)["names"]}
 
 
 def digest(leaves: dict) -> str:
@@ -227,8 +226,8 @@ def load(path: Path, like=None):
 
     Args:
       path: of the file, or of the step's folder.
-      like: parameters of the model they are for, or their shapes; None for nested dictionaries of
-        NumPy arrays.
+      like: parameters of the model they are for, or their shapes; None for NumPy arrays in nested
+        dictionaries.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -295,6 +294,12 @@ def _read_model(path: Path) -> dict:
     except Exception as error:  # of any kind of content
         raise ValueError(f"{path} is not a model file, or is damaged ({error})") from error
     return leaves
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The folders of the steps, in order; what is only being written or removed has other names."""
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def _check_seal(folder: Path) -> None:

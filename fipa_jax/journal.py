@@ -1,6 +1,5 @@
 """What does a run leave on the disk as it goes? A row for every round, and checkpoints to go on from."""
 
-import contextlib
 import json
 import time
 from pathlib import Path
@@ -16,45 +15,38 @@ from fipa_jax.checkpoint import Checkpoints, Saved, write
 
 
 class Journal:
-    """A run's rows and checkpoints; a context, in which signals are noted.
+    """A run's rows and checkpoints, as `resume.open_at` opens it.
 
     Args:
       workdir: of the metrics file.
       settings: `config.checkpoint`.
       checkpoints: None where another process keeps them.
       saved: where the run goes on; None from the start.
-      origin: what every checkpoint notes of the run, see `origin`.
-      held: contexts that end with the journal.
+      origin: {"config", "data", "code"}, which every checkpoint notes.
+      signals: that may ask the run to stop.
     """
 
     def __init__(
         self,
         workdir: Path,
         settings: ConfigDict,
-        checkpoints: Checkpoints | None = None,
-        saved: Saved | None = None,
-        origin: dict | None = None,
-        held: contextlib.ExitStack | None = None,
+        checkpoints: Checkpoints | None,
+        saved: Saved | None,
+        origin: dict,
+        signals: stopping.Signals,
     ):
         self.saved, self.start = saved, ()  # the model that all rules start from, if it is the warm-up's
         self._every, self._checkpoints, self._last = settings.seconds, checkpoints, time.monotonic()
-        self._rows, self._signals, self._origin = saved.step if saved else 0, stopping.Signals(), origin
-        self._held = held or contextlib.ExitStack()
-        if checkpoints is not None:
-            self._held.callback(checkpoints.close)
+        self._rows, self._signals, self._origin = saved.step if saved else 0, signals, origin
         size = saved.note["metrics_bytes"] if saved and checkpoints else 0
         self._writer = metrics.Writer(workdir / "metrics.jsonl", size)
-        self._held.callback(self._writer.close)
         self._workdir, self._described = workdir, checkpoints is None
         if saved is None:
             self._describe()
 
-    def __enter__(self) -> "Journal":
-        self._held.enter_context(self._signals)
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._held.__exit__(*error)
+    def close(self) -> None:
+        """Closes the metrics file."""
+        self._writer.close()
 
     def started_from(self, params):
         """The model that the rules start from where the run goes on after its warm-up, else `params`."""

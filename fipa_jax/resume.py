@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -14,12 +14,14 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from fipa_jax import checkpoint, origin
+from fipa_jax import checkpoint, origin, stopping
 from fipa_jax.checkpoint import Checkpoints, Saved
 from fipa_jax.journal import Journal
 
-with contextlib.suppress(ImportError):  # not there on Windows
+try:
     import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 # What a run writes, and so what may be moved aside when the next one comes.
 WRITTEN = (
@@ -30,8 +32,9 @@ RESUMES = ("yes", "no", "anyway")
 SHOWN = 20  # differences between two runs that a person is shown
 
 
-def open_at(workdir: Path, config: ConfigDict, come_from: dict, resume: str = "yes") -> Journal:
-    """The journal of a run in its work directory, after what is there already.
+@contextlib.contextmanager
+def open_at(workdir: Path, config: ConfigDict, come_from: dict, resume: str = "yes") -> Iterator[Journal]:
+    """A context with the journal of a run in its work directory, after what is there already; signals are noted in it.
 
     Args:
       workdir: made if it is not there.
@@ -46,14 +49,17 @@ def open_at(workdir: Path, config: ConfigDict, come_from: dict, resume: str = "y
     """
     if resume not in RESUMES:
         raise ValueError(f"--resume: unknown {resume!r}; known: {', '.join(RESUMES)}")
-    if jax.process_index():  # the first process reads and writes for all
-        return Journal(workdir, config.checkpoint, saved=_from_first(lambda: None))
-    mine = {"config": json.loads(config.to_json_best_effort())} | come_from
+    mine, checkpoints = {"config": json.loads(config.to_json_best_effort())} | come_from, None
     with contextlib.ExitStack() as held:
-        saved = _from_first(lambda: _find(workdir, mine, resume, held))
-        checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-        journal = Journal(workdir, config.checkpoint, checkpoints, saved, mine, held.pop_all())
-    return journal
+        if jax.process_index():  # the first process reads and writes for all
+            saved = _from_first(lambda: None)
+        else:
+            saved = _from_first(lambda: _find(workdir, mine, resume, held))
+            kept = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+            checkpoints = held.enter_context(contextlib.closing(kept))
+        signals = held.enter_context(stopping.Signals())
+        journal = Journal(workdir, config.checkpoint, checkpoints, saved, mine, signals)
+        yield held.enter_context(contextlib.closing(journal))
 
 
 def _find(workdir: Path, mine: dict, resume: str, held: contextlib.ExitStack) -> Saved | None:
@@ -91,9 +97,11 @@ def _lock(path: Path):
     """Keeps other processes out of the work directory."""
     with path.open("w") as file:
         try:
-            if hasattr(os, "fork"):
+            if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):  # of a run that ends at this moment
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
             raise ValueError(f"--workdir: a run is under way in {path.parent}; name another folder") from None
         except OSError as error:  # a file system without locks
             logging.warning("nothing keeps a second run out of %s: %s", path.parent, error)

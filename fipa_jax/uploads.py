@@ -139,26 +139,25 @@ def orthonormality(sketch: Sketch):
     return finite, jnp.max(jnp.where(kept, jnp.abs(image - probe), 0), axis=1)
 
 
-def cap_traces(sketch: Sketch, weights, cap: float):
-    """Scales a client's eigenvalues down so that their sum is at most `cap` times the clients' lower median.
+def relative_traces(sketch: Sketch, weights) -> jax.Array:
+    """[C], the sums of the clients' eigenvalues [C, R] over their lower median; 0 for clients of weight 0.
 
-    Args:
-      sketch: eigenvalues [C, R].
-      weights: [C]; clients of weight 0 have no say.
-      cap: c; 0 for none.
-
-    Returns:
-      (sketch, capped [C] bool). While at most half of the clients are at fault, the median is no more than some sound
-      client's trace. Where it is 0, as half of the clients have no curvature, there is no cap.
+    While at most half of the clients are at fault, the median is no more than some sound client's. Where it is 0, as
+    half of the clients have no curvature, all are 0.
     """
     there = weights > 0
-    if not cap:
-        return sketch, jnp.zeros_like(there)
-    traces = jnp.sum(jnp.maximum(sketch.eigenvalues, 0), axis=1)
+    traces = jnp.where(there, jnp.sum(jnp.maximum(sketch.eigenvalues, 0), axis=1), 0)
     middle = jnp.sort(jnp.where(there, traces, jnp.inf))[jnp.maximum(jnp.sum(there) - 1, 0) // 2]
-    bound = jnp.where(middle > 0, cap * middle, jnp.inf)
-    capped = there & (traces > bound)
-    factor = jnp.where(capped, bound / jnp.where(capped, traces, 1), 1).astype(sketch.eigenvalues.dtype)
+    known = (middle > 0) & jnp.isfinite(middle)
+    return jnp.where(known, traces / jnp.where(known, middle, 1), 0)
+
+
+def cap_traces(sketch: Sketch, relative: jax.Array, cap: float):
+    """(sketch, capped [C] bool): eigenvalues scaled down so that no relative trace [C] is above `cap`; 0 for no cap."""
+    if not cap:
+        return sketch, jnp.zeros(relative.shape, bool)
+    capped = relative > cap
+    factor = jnp.where(capped, cap / jnp.where(capped, relative, 1), 1).astype(sketch.eigenvalues.dtype)
     return sketch._replace(eigenvalues=sketch.eigenvalues * factor[:, None]), capped
 
 

@@ -52,7 +52,7 @@ ARROWS = {
     "stopping": set(),
     "origin": {"__init__", "partition", "trees"},
     "journal": {"checkpoint", "metrics", "rounds", "stopping", "trees"},
-    "resume": {"checkpoint", "journal", "origin"},
+    "resume": {"checkpoint", "journal", "origin", "stopping"},
     "plots": set(),
     "metrics": set(),
     "report": {"aggregate", "partition", "plots", "sketch", "stopping", "tasks", "trees", "uploads"},

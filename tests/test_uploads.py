@@ -152,14 +152,14 @@ def test_traces_are_capped_at_the_lower_median_of_those_who_take_part(x64):
     eigenvalues = np.array([[3.0, 1], [2, 0], [1e9, 1], [np.nan, 1], [600, 400]])
     weights = np.array([0.2, 0.2, 0.4, 0, 0.2])  # traces 4, 2, 1e9, out, 1000: the lower median is 4
     given = Sketch(jnp.asarray(eigenvalues), jnp.zeros([5, 3, 2]))
-    found, capped = uploads.cap_traces(given, jnp.asarray(weights), 100.0)
+    found, capped = uploads.cap_traces(given, uploads.relative_traces(given, jnp.asarray(weights)), 100.0)
     assert capped.tolist() == [False, False, True, False, True]
     np.testing.assert_array_equal(found.eigenvalues[:2], eigenvalues[:2])
     np.testing.assert_allclose(found.eigenvalues[2], 400 * eigenvalues[2] / (1e9 + 1))
     np.testing.assert_allclose(found.eigenvalues[4], [240, 160])
-    assert uploads.cap_traces(given, jnp.asarray(weights), 0.0)[0] is given
+    assert uploads.cap_traces(given, jnp.ones(5), 0.0)[0] is given
     some = Sketch(jnp.asarray(eigenvalues * [[0], [0], [1], [1], [1]]), given.basis)  # half have no curvature
-    found, capped = uploads.cap_traces(some, jnp.asarray(weights), 100.0)
+    found, capped = uploads.cap_traces(some, uploads.relative_traces(some, jnp.asarray(weights)), 100.0)
     assert not capped.any() and found.eigenvalues[2, 0] == 1e9
 
 
