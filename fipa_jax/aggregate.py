@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax import merge as merging
-from fipa_jax import trees
+from fipa_jax import forms, trees
+from fipa_jax import past as past_lib
 from fipa_jax import trust as trust_lib
+from fipa_jax.forms import ratio
 from fipa_jax.sketch import Diagonal, Sketch
 from fipa_jax.uploads import Uploads, cap_traces, relative_traces, screen
 
@@ -29,6 +30,7 @@ class Aggregator(NamedTuple):
     curvature: str = "none"  # what the clients have to send of it: none, sketch or diagonal
     at: str = "broadcast"  # the parameters at which they see it: broadcast, or local, those after their training
     wants_loss: bool = False  # whether they have to send their loss at the broadcast parameters
+    wants_damping: bool = False  # whether they have to send the damping of their own steps
 
 
 class FipaState(NamedTuple):
@@ -37,8 +39,10 @@ class FipaState(NamedTuple):
     damping: jax.Array  # [], beta, absolute or relative to H's largest eigenvalue
     rcond: jax.Array  # [], pinv drops eigenvalues of H below rcond times the largest
     max_step: jax.Array  # [], bound on |step| / max_m |delta_m|; 0 for none
-    explosion: jax.Array  # [], the same ratio above which the step is another's, see `FALLBACKS`; 0 for none
+    explosion: jax.Array  # [], the same ratio above which the step is another's, see `forms`; 0 for none
+    memory_decay: jax.Array  # [], by which the weight of past cohorts falls in a round
     last: trust_lib.Trust | None = None  # of the last step, by which the damping adapts
+    past: past_lib.Past | None = None  # what is remembered of past cohorts
 
 
 def mean(weighting: str = "examples") -> Aggregator:
@@ -63,6 +67,11 @@ def fipa(
     explosion: float = 100.0,
     trace_cap: float = 1000.0,
     trust: bool = False,
+    memory: str = "none",
+    memory_decay: float = 0.95,
+    memory_rank: int = 250,
+    memory_length: int = 8,
+    own_damping: bool = False,
     weighting: str = "examples",
     merge: str = "auto",
 ) -> Aggregator:
@@ -113,6 +122,20 @@ def fipa(
         median, see `uploads.relative_traces`; 0 for no cap. `info["trace_ratio"]` is the largest such ratio.
       trust: whether beta follows the clients' losses and a step that raised them is undone, see `trust.judge`; for
         rounds in which all clients take part, and a server's learning rate of 1. `damping` is the first round's.
+      memory: what the server remembers of past cohorts, see `past`: `none`, `prior` or `targets`. For cohorts that
+        are a small part of all clients.
+      memory_decay: by which the weight of a past cohort falls with each round. The step of the whole is then about
+        1 - memory_decay of the cohort's own: compare with FedAvg at the server's learning rate 1 - memory_decay.
+      memory_rank: of what is remembered, for `targets` of each cohort.
+      memory_length: L, the cohorts that `targets` remembers.
+      own_damping: whether the damped form takes an update for what it is to the client, (H_m + beta_m I) delta_m =
+        -g_m with `uploads.damping` beta_m, 1 / (learning rate x steps) of gradient descent, so that with the server's
+        beta
+
+            step = (H + beta I)^{-1} sum_m w_m (H_m + beta_m I) delta_m
+
+        is the Levenberg-Marquardt step at any local learning rate, exactly so for one full-batch step. `max_step` and
+        `explosion` then count in units of the longest beta_m / beta |delta_m|. Beta must be absolute.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
       merge: how the clients' sketches are merged, see `merge.merge`.
 
@@ -120,85 +143,67 @@ def fipa(
       ValueError: an unknown form, weighting or merge, trust in a rule without damping; in `apply`, shapes that do not
         fit.
     """
-    if form not in FORMS:
-        raise ValueError(f"aggregator.form: unknown form {form!r}; known: {', '.join(sorted(FORMS))}")
+    if form not in forms.FORMS:
+        raise ValueError(f"aggregator.form: unknown form {form!r}; known: {', '.join(sorted(forms.FORMS))}")
     _check_weighting(weighting)
+    if own_damping and (form != "damped" or relative):
+        raise ValueError("aggregator.own_damping: needs form = 'damped' and relative = False")
+    if trust and memory != "none":
+        raise ValueError(
+            f"aggregator.trust: needs all clients in every round, where memory = {memory!r} adds nothing"
+        )
     if trust and form == "pinv":
         raise ValueError("aggregator.trust: 'pinv' has no damping to adapt; set aggregator.form = 'damped'")
 
     def init(params):
-        dtype = ravel_pytree(params)[0].dtype
-        last = trust_lib.init(ravel_pytree(params)[0].size, dtype) if trust else None
-        return FipaState(*(jnp.asarray(x, dtype) for x in (damping, rcond, max_step, explosion)), last)
+        theta = ravel_pytree(params)[0]
+        last = trust_lib.init(theta.size, theta.dtype) if trust else None
+        past = past_lib.init(memory, theta.size, theta.dtype, rank=memory_rank, length=memory_length)
+        numbers = (jnp.asarray(x, theta.dtype) for x in (damping, rcond, max_step, explosion, memory_decay))
+        return FipaState(*numbers, last, past)
 
     def apply(uploads, state, params):
         if not isinstance(uploads.sketch, Sketch):
             raise ValueError("fipa needs uploads.sketch, a Sketch of eigenvalues [C, R] and basis [C, P, R]")
         if trust and uploads.loss is None:
             raise ValueError("fipa with trust needs uploads.loss [C], the clients' mean losses before their work")
+        if own_damping and uploads.damping is None:
+            raise ValueError("fipa with own_damping needs uploads.damping [C], that of the clients' own steps")
         weights, uploads, info = screen(uploads, params, weighting)
-        _, unravel = ravel_pytree(params)
+        theta, unravel = ravel_pytree(params)
         relative_trace = relative_traces(uploads.sketch, weights)
         sketch, capped = cap_traces(uploads.sketch, relative_trace, trace_cap)
         deltas = trees.ravel_stacked(uploads.delta)  # [C, P]
-        dbar = jnp.matmul(weights, deltas, precision="highest")
-        base = dbar if form == "damped" else jnp.zeros_like(dbar)
-
-        def merged_about(base):
-            def targets(start, rows):  # [C, b]
-                part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows, axis=-1)
-                return part(deltas) - part(base)[None]
-
-            return merging.merge(weights, sketch, targets, merge)
-
-        merged = merged_about(base)
-        spectrum = merged.spectrum
-        beta = state.damping * spectrum[0] if relative else state.damping
-        beta = jnp.zeros_like(beta) if form == "pinv" else beta
-        # With beta = 0 a direction at rounding level, which carries no information, must not be divided by.
-        floor = (jnp.finfo(dbar.dtype).eps * spectrum.size) ** 2
-        inverse = lambda spectrum: FORMS[form](spectrum, beta, state.rcond, floor)
-        step = base + merged.solve(inverse)
-        inverse = inverse(spectrum)
-        least = jnp.min(jnp.where((inverse > 0) & (spectrum > floor * spectrum[0]), spectrum, spectrum[0]))
-        longest = _longest(deltas)
-
-        def careful():
-            """The damped form, with a damping that no rounding gets through."""
-            again = merged if form == "damped" else merged_about(dbar)
-            enough = jnp.maximum(beta, CAREFUL * spectrum[0])
-            return dbar + again.solve(lambda spectrum: _damped_inverse(spectrum, enough, state.rcond, floor)), enough
-
-        limit = jnp.where(state.explosion > 0, state.explosion * longest, jnp.inf)
-        failed = ~_sound(step, limit)
-        step, used = jax.lax.cond(failed, careful, lambda: (step, beta))
-        failed_too = failed & ~_sound(step, limit)
-        step = jnp.where(failed_too, dbar, step)
-        bound = jnp.where(state.max_step > 0, state.max_step * longest, jnp.inf)
-        step = _bound(step, bound)
+        cohort = forms.Group(weights, deltas, sketch, uploads.damping if own_damping else None)
+        settings = forms.Settings(form, relative, merge, state.damping, state.rcond, state.explosion)
+        groups, size = [cohort], _size(uploads, weights, weighting)
+        if state.past is not None:
+            groups = past_lib.join(state.past, cohort, size, theta, state.memory_decay)
+        solved = forms.solve(groups, settings)
+        bound = jnp.where(state.max_step > 0, state.max_step * solved.longest, jnp.inf)
+        step = forms.bounded(solved.step, bound)
+        if state.past is not None:
+            past = past_lib.keep(state.past, cohort, size, theta, state.memory_decay, solved, settings)
+            state = state._replace(past=past)
+            info["memory_share"] = 1 - jnp.sum(groups[0].weights)
         if trust:
-            step, state, verdict = _trusted(step, state, weights, uploads._replace(sketch=sketch), used)
+            step, state, verdict = _trusted(step, state, weights, uploads._replace(sketch=sketch), solved.beta)
             info |= verdict
+        spectrum = solved.merged.spectrum
         info |= {
-            "effective_rank": jnp.sum(inverse * spectrum),
+            "effective_rank": jnp.sum(solved.inverse * spectrum),
             "merged_pairs": jnp.sum((uploads.sketch.eigenvalues > 0) & (weights > 0)[:, None]),
-            "condition": _ratio(spectrum[0] + beta, least + beta),
+            "condition": ratio(spectrum[0] + solved.beta, solved.least + solved.beta),
             "spectrum": spectrum,
-            "fallback": failed.astype(jnp.int32) + failed_too,
+            "fallback": solved.fallback,
             "capped": capped,
             "trace_ratio": jnp.max(relative_trace),
         }
         info |= _describe(uploads.sketch, weights)
-        step, dbar = unravel(step), unravel(dbar)
+        step, dbar = unravel(step), unravel(solved.mean)
         return step, state, info | _compare(step, dbar, uploads.delta)
 
-    return Aggregator(init, apply, curvature="sketch", wants_loss=trust)
-
-
-def _sound(step, limit):
-    """[] bool: the step is finite, and no longer than the limit."""
-    length = jnp.linalg.norm(step)
-    return jnp.isfinite(length) & (length <= limit)
+    return Aggregator(init, apply, curvature="sketch", wants_loss=trust, wants_damping=own_damping)
 
 
 def _trusted(step, state: FipaState, weights, uploads: Uploads, beta):
@@ -218,20 +223,6 @@ def _curvature_along(step, weights, sketch: Sketch):
     along = jnp.einsum("cpr,p->cr", sketch.basis.astype(step.dtype), step, precision="highest")
     each = jnp.sum(sketch.eigenvalues.astype(step.dtype) * along**2, axis=1)
     return jnp.dot(weights, jnp.where(weights > 0, each, 0))
-
-
-def _damped_inverse(spectrum, beta, rcond, floor):
-    """1 / (lam + beta), for H's eigenvalues lam."""
-    keep = (spectrum > floor * spectrum[0]) | (beta > 0)
-    return jnp.where(keep, 1 / jnp.where(keep, spectrum + beta, 1), 0)
-
-
-def _pinv_inverse(spectrum, beta, rcond, floor):
-    """1 / lam where lam > rcond lam_max, else 0."""
-    return jnp.where(spectrum > rcond * spectrum[0], _damped_inverse(spectrum, 0.0, rcond, floor), 0)
-
-
-FORMS = {"pinv": _pinv_inverse, "tikhonov": _damped_inverse, "damped": _damped_inverse}
 
 
 class DiagonalState(NamedTuple):
@@ -278,8 +269,8 @@ def diagonal(
         beta = state.damping * jnp.max(total) if relative else state.damping
         # In the form dbar + ..., which passes identical updates through unchanged.
         pull = jnp.einsum("c,cp,cp->p", weights, values, deltas - dbar[None], precision="highest")
-        step = dbar + _ratio(pull, total + beta)
-        failed = ~_sound(step, jnp.inf)
+        step = dbar + ratio(pull, total + beta)
+        failed = ~forms.sound(step)
         info["fallback"] = 2 * failed.astype(jnp.int32)
         step, dbar = (ravel_pytree(params)[1](x) for x in (jnp.where(failed, dbar, step), dbar))
         return step, state, info | _compare(step, dbar, uploads.delta)
@@ -305,9 +296,6 @@ def fipa_step(delta, sketch: Sketch, num_examples: jax.Array, **options):
     return step, info
 
 
-# What `info["fallback"]` counts, in words: what is taken instead of a step that is not finite or explodes.
-FALLBACKS = ("none", "the damped form with a larger damping", "the mean")
-CAREFUL = 1e-3  # its damping, in units of H's largest eigenvalue
 AGGREGATORS = {"diagonal": diagonal, "fipa": fipa, "mean": mean}
 PLACES = ("broadcast", "local")
 
@@ -317,12 +305,18 @@ def _check_weighting(weighting):
         raise ValueError(f"aggregator.weighting: unknown {weighting!r}; known: {', '.join(WEIGHTINGS)}")
 
 
+def _size(uploads: Uploads, weights, weighting):
+    """[], the examples, or the clients, that take part."""
+    counts = uploads.num_examples if weighting == "examples" else 1
+    return jnp.sum(jnp.where(weights > 0, counts, 0).astype(weights.dtype))
+
+
 def _describe(sketch: Sketch, weights) -> dict:
     """What the clients' reports say of their sketches, over the clients that take part."""
     if sketch.report is None:
         return {}
     report, there = sketch.report, weights > 0
-    share = _ratio(jnp.sum(sketch.eigenvalues, axis=1), report.trace)
+    share = ratio(jnp.sum(sketch.eigenvalues, axis=1), report.trace)
     return {
         "captured": jnp.dot(weights, jnp.where(there, share, 0)),  # of the trace of the clients' curvature
         "sketch_residual": jnp.max(jnp.where(there[:, None], report.residuals, 0)),
@@ -336,21 +330,11 @@ def _longest(deltas):
     return jnp.max(jnp.linalg.norm(deltas, axis=1))
 
 
-def _bound(step, bound):
-    """Shortens the step to `bound`; a step of that length or less passes bit for bit."""
-    length = jnp.linalg.norm(step)
-    return jnp.where(length > bound, step * _ratio(bound, length), step)
-
-
-def _ratio(a, b):
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
-
-
 def _compare(step, average, delta):
     """The step beside the clients' updates and beside FedAvg's."""
     norm, other = optax.tree.norm(step), optax.tree.norm(average)
     return {
-        "step_ratio": _ratio(norm, _longest(trees.ravel_stacked(delta))),
-        "fedavg_cosine": _ratio(optax.tree.vdot(step, average), norm * other),
-        "fedavg_norm_ratio": _ratio(norm, other),
+        "step_ratio": ratio(norm, _longest(trees.ravel_stacked(delta))),
+        "fedavg_cosine": ratio(optax.tree.vdot(step, average), norm * other),
+        "fedavg_norm_ratio": ratio(norm, other),
     }

@@ -43,6 +43,7 @@ class LocalResult(NamedTuple):
     memory: Any  # of the term
     loss: jax.Array  # [], mean training loss over its steps
     before: Any = ()  # [], mean loss over its examples at the broadcast parameters, where the rule asks for it
+    damping: Any = ()  # [], beta_m of (H_m + beta_m I) delta = -gradient, nearly, where the rule asks for it
     faults: Any = ()  # `faults.Faults`, what goes wrong with the upload, where faults are injected
 
 
@@ -149,7 +150,9 @@ def first_order(
         delta = optax.tree.sub(theta, params)
         travelled = jnp.maximum(num_steps, 1) * hyper.lr
         memory = term.update(Done(memory, shared, params, delta, travelled, hyper.mu))
-        return LocalResult(delta, memory, total / jnp.maximum(num_steps, 1))
+        # So much descent is (1 - e^{-travelled lam}) / lam times the gradient, about 1 / (lam + 1 / travelled).
+        damping = jnp.where(travelled > 0, 1 / jnp.where(travelled > 0, travelled, 1), 0)
+        return LocalResult(delta, memory, total / jnp.maximum(num_steps, 1), damping=damping)
 
     return solve
 

@@ -152,6 +152,11 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "relative": True,  # damping in units of the largest eigenvalue of H
                 "rcond": 1e-5,  # pinv's cut-off
                 "trust": False,  # damping follows the clients' losses, and a step that raised them is undone
+                "memory": "none",  # of past cohorts' curvature: none, prior, targets; for few clients of many
+                "memory_decay": 0.95,  # by which the weight of a past cohort falls with each round
+                "memory_rank": 250,  # of what is remembered
+                "memory_length": 8,  # cohorts that `targets` remembers
+                "own_damping": False,  # updates count as the clients' own damped steps, 1 / (lr steps); see aggregate
                 "max_step": 5.0,  # bound on |step| / max |delta|; 0 for none
                 "explosion": 100.0,  # the ratio above which the damped form, or the mean, is taken instead; 0 for none
                 "trace_cap": 1000.0,  # bound on a client's eigenvalues' sum over the clients' lower median; 0 for none
@@ -342,6 +347,12 @@ def _validate_phase(name, settings, least_rounds):
         raise ValueError(f"config.{name}.sketch.energy: needs a share in [0, 1], got {settings.sketch.energy}")
     for field in ("damping", "rcond", "max_step", "explosion", "trace_cap"):
         _at_least(f"{name}.aggregator.{field}", settings.aggregator[field], 0)
+    if not 0 <= settings.aggregator.memory_decay < 1:
+        raise ValueError(
+            f"config.{name}.aggregator.memory_decay: needs a number in [0, 1), got {settings.aggregator.memory_decay}"
+        )
+    for field in ("memory_rank", "memory_length"):
+        _at_least(f"{name}.aggregator.{field}", settings.aggregator[field], 1)
     _at_least(f"{name}.server.lr", settings.server.lr, 0)
     for field in ("least_clients", "max_skips"):
         _at_least(f"{name}.{field}", settings[field], 0)

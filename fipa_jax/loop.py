@@ -259,7 +259,8 @@ def key_of(settings: ConfigDict, plan: rounds.Plan, state: rounds.State) -> str:
 
 
 def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> Callable:
-    """Builds `sent(info)`: the bytes that the server sends and receives in the round, over all clients of the cohort.
+    """Builds `sent(info)`: the bytes that the server sends and receives in the round, over all clients of the cohort,
+    and `bytes_kept`, what its rule and its optimiser keep from round to round.
 
     Of a sketch only the pairs that are kept count, and its report; the gradient too where the rank adapts to it.
 
@@ -268,13 +269,16 @@ def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> Cal
     """
     model = trees.nbytes(trees.select(state.params, plan.trainable))
     down = plan.cohort * (model + trees.nbytes(state.shared if plan.term.travels else ()))
-    up, pair = trees.nbytes((results.delta, results.before, results.memory if plan.term.travels else ())), 0
+    memory = results.memory if plan.term.travels else ()
+    up, pair = trees.nbytes((results.delta, results.before, results.damping, memory)), 0
     if isinstance(sketches, sketch.Sketch):
         pair = trees.nbytes((sketches.eigenvalues, sketches.basis)) // sketches.eigenvalues.size
         up += trees.nbytes(sketches.report) + (plan.cohort * model if plan.gradient_scale else 0)
     else:
         up += trees.nbytes(sketches)
-    return lambda info: {"bytes_down": down, "bytes_up": up + pair * int(info.get("sketch_pairs", 0))}
+    kept = trees.nbytes((state.aggregator, state.server))
+    pairs = lambda info: int(info.get("sketch_pairs", 0))
+    return lambda info: {"bytes_down": down, "bytes_up": up + pair * pairs(info), "bytes_kept": kept}
 
 
 class Clock:

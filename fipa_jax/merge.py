@@ -1,109 +1,161 @@
-"""How do the clients' sketches become one? By the factor F of H = sum_m w_m U_m diag(lam_m) U_m^T = F F^T.
+"""How do many sketches become one? By the factor F of H = sum_m w_m U_m diag(lam_m) U_m^T = F F^T.
 
     F = [sqrt(w_m) U_m diag(lam_m)^{1/2}]_m   [P, D], D = C R
 
 F itself is never held: two passes over blocks of its rows, one that factorises F^T F = V diag(lam) V^T and projects
-the updates, one that multiplies F by the coefficients of the step. Beside the uploads only one block is alive.
+the updates, one that multiplies F by the coefficients of the step. Beside the uploads only one block is alive. Sketches
+of several ranks, such as the clients' and the server's memory of them, stand side by side in F as `Part`s.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fipa_jax.sketch import Sketch
 
 BLOCK = 2**22  # entries of F in one block of rows
+ROUNDING = 100.0  # eigenvalues of H below so many eps^2 of the largest are noise
+
+
+class Part(NamedTuple):
+    """Sketches of one rank, and what each one's curvature is applied to."""
+
+    weights: jax.Array  # [C]; one of weight 0 may hold anything, NaN included
+    sketch: Sketch  # eigenvalues [C, R], basis [C, P, R] in any floating-point dtype
+    targets: Callable  # (first row, number of rows b) -> [C, b], those rows
 
 
 class Merged(NamedTuple):
-    """The eigenvalues of H within span(F), and functions of H applied to what was projected."""
+    """The eigenvalues of H within span(F), functions of H applied to what was projected, and H's own top pairs."""
 
     spectrum: jax.Array  # [D], descending: H's non-zero eigenvalues, the squares of F's singular values
     solve: Callable  # (filter: eigenvalues [D] -> [D]) -> F V diag(filter) V^T z [P], z = F^T targets
+    top: Callable  # (rank) -> Sketch of H, eigenvalues [rank] and basis [P, rank]; pairs beyond D are zero
 
 
-def merge(weights: jax.Array, sketch: Sketch, targets: Callable, method: str = "auto") -> Merged:
-    """Factorises the clients' merged curvature, in float64 arithmetic where the device has it.
+def merge(parts: Sequence[Part], method: str = "auto") -> Merged:
+    """Factorises the merged curvature, in float64 arithmetic where the device has it.
 
     With nearly collinear clients the entries of F c cancel to eps / beta of their size, and the rounding of z is
     amplified as much: in float32 alone steps are off by 1e-4. The uploads are read in their own precision all the same,
-    and the step has that of `weights`.
+    and the step has that of the weights.
 
     Args:
-      weights: [C], summing to one; a client of weight 0 may hold anything, NaN included.
-      sketch: eigenvalues [C, R], basis [C, P, R] in any floating-point dtype.
-      targets: (first row, number of rows b) -> [C, b], those rows of what each client's curvature is applied to.
+      parts: what stands side by side in F; D is the sum of their C R.
       method: how F^T F is factorised, `auto` picks by `choose`. `qr`: the triangle of F at once (the paper's merge).
         `tsqr`: the triangle of each block stacked on the one before. `gram`: F^T F summed over blocks.
 
     Raises:
       ValueError: the method is not known.
     """
-    clients, size, rank = sketch.basis.shape
-    dtype, width = weights.dtype, clients * rank
+    dtype, size = parts[0].weights.dtype, parts[0].sketch.basis.shape[1]
+    bases = [part.sketch.basis for part in parts]
+    edges = np.cumsum([0, *(basis.shape[0] * basis.shape[2] for basis in bases)])  # of the parts' columns in F
+    width = int(edges[-1])
     if method not in METHODS and method != "auto":
         raise ValueError(f"aggregator.merge: unknown {method!r}; known: auto, {', '.join(sorted(METHODS))}")
     if method == "auto":
         method = choose(size, width, dtype, jax.default_backend())
-    # A zero eigenvalue may come out of a solver as a slightly negative one.
-    eigenvalues = jnp.where(weights[:, None] > 0, jnp.maximum(sketch.eigenvalues.astype(dtype), 0), 0)
-    scale = jnp.sqrt(weights[:, None] * eigenvalues)  # [C, R]
+    scales = [_scale(part, dtype) for part in parts]  # [C, R] each
     length = size if method == "qr" else min(size, max(BLOCK // width, 2 * width))
     add, factorise = METHODS[method]
     wide = jnp.float64 if jax.default_backend() in DOUBLE else dtype
 
-    def block(basis, start):
-        """Rows [C, b, R] of the clients' parts of F; the last block's start is moved back, what it repeats is zero."""
+    def block(bases, start):
+        """(first row, rows [C, b, R] of each part's columns of F); the last block's start is moved back, and what it
+        repeats is zero."""
         begin = jnp.minimum(start, size - length)
-        part = jax.lax.dynamic_slice_in_dim(basis, begin, length, axis=1).astype(wide)
         new = begin + jnp.arange(length, dtype=jnp.int32) >= start
-        return begin, jnp.where(new[None, :, None] & (scale > 0)[:, None, :], part * scale.astype(wide)[:, None, :], 0)
+
+        def rows(basis, scale):
+            part = jax.lax.dynamic_slice_in_dim(basis, begin, length, axis=1).astype(wide)
+            counts = new[None, :, None] & (scale > 0)[:, None, :]
+            return jnp.where(counts, part * scale.astype(wide)[:, None, :], 0)
+
+        return begin, list(map(rows, bases, scales))
+
+    def side_by_side(rows):
+        """[b, D]."""
+        return jnp.concatenate([jnp.transpose(part, (1, 0, 2)).reshape(length, -1) for part in rows], axis=1)
 
     def over_blocks(visit, initial):
         if length == size:
-            return visit(sketch.basis, jnp.int32(0), initial)
+            return visit(bases, jnp.int32(0), initial)
 
         def body(i, carry):
             # Behind a barrier, or XLA converts a bfloat16 basis to float32 as a whole, before the loop.
-            basis, inner = carry
-            basis, i = jax.lax.optimization_barrier((basis, i))
-            return basis, visit(basis, i * length, inner)
+            bases, inner = carry
+            bases, i = jax.lax.optimization_barrier((bases, i))
+            return bases, visit(bases, i * length, inner)
 
         # int32, as int64 would outlive the scope of `_arithmetic` where a vmap traces this anew.
-        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(-(-size // length)), body, (sketch.basis, initial))[1]
+        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(-(-size // length)), body, (bases, initial))[1]
 
-    def first_pass(basis, start, carry):
+    def first_pass(bases, start, carry):
         reduced, projected = carry
-        begin, part = block(basis, start)
-        target = targets(begin, length).astype(wide)
-        projected += jax.lax.dot_general(part, target, (((1,), (1,)), ((0,), (0,))))
-        return add(reduced, jnp.transpose(part, (1, 0, 2)).reshape(length, width)), projected
+        begin, rows = block(bases, start)
+        along = lambda rows, target: jax.lax.dot_general(rows, target, (((1,), (1,)), ((0,), (0,))))
+        found = [along(own, part.targets(begin, length).astype(wide)) for part, own in zip(parts, rows, strict=True)]
+        projected = [old + new for old, new in zip(projected, found, strict=True)]
+        return add(reduced, side_by_side(rows)), projected
 
     with _arithmetic(wide):
-        start = jnp.zeros([width, width], wide), jnp.zeros(scale.shape, wide)
+        start = jnp.zeros([width, width], wide), [jnp.zeros(scale.shape, wide) for scale in scales]
         reduced, projected = over_blocks(first_pass, start)
         spectrum, right = factorise(reduced)
-        projected = _dot(right, projected.reshape(-1))
+        projected = _dot(right, jnp.concatenate([each.reshape(-1) for each in projected]))
+
+    def write(total, rows, begin, start):
+        # The rows that the last block repeats are zero in it: they must not be written.
+        old = jax.lax.dynamic_slice_in_dim(total, begin, length)
+        new = begin + jnp.arange(length, dtype=jnp.int32) >= start
+        rows = jnp.where(new.reshape(-1, *[1] * (rows.ndim - 1)), rows.astype(dtype), old)
+        return jax.lax.dynamic_update_slice_in_dim(total, rows, begin, 0)
 
     def solve(filter):
         with _arithmetic(wide):
-            coefficients = _dot(right.T, filter(spectrum) * projected).reshape(scale.shape)
+            coefficients = _dot(right.T, filter(spectrum) * projected)
+            each = [coefficients[a:b].reshape(s.shape) for a, b, s in zip(edges, edges[1:], scales, strict=False)]
 
-            def second_pass(basis, start, total):
-                begin, part = block(basis, start)
-                rows = jax.lax.dot_general(part, coefficients, (((0, 2), (0, 1)), ((), ()))).astype(dtype)
-                # The rows that the last block repeats are zero in it: they must not be written.
-                old = jax.lax.dynamic_slice(total, (begin,), (length,))
-                rows = jnp.where(begin + jnp.arange(length, dtype=jnp.int32) >= start, rows, old)
-                return jax.lax.dynamic_update_slice(total, rows, (begin,))
+            def second_pass(bases, start, total):
+                begin, rows = block(bases, start)
+                along = lambda rows, c: jax.lax.dot_general(rows, c, (((0, 2), (0, 1)), ((), ())))
+                return write(total, sum(map(along, rows, each)), begin, start)
 
             return over_blocks(second_pass, jnp.zeros([size], dtype))
 
+    def top(rank):
+        with _arithmetic(wide):
+            kept = min(rank, spectrum.size)
+            values = spectrum[:kept]
+            # F V lam^{-1/2}. What is at rounding level beside the largest has no direction.
+            there = values > ROUNDING * jnp.finfo(dtype).eps ** 2 * spectrum[0]
+            scaled = right[:kept].T * jnp.where(there, 1 / jnp.sqrt(jnp.where(there, values, 1)), 0)
+
+            def second_pass(bases, start, total):
+                begin, rows = block(bases, start)
+                found = jax.lax.dot_general(side_by_side(rows), scaled, (((1,), (0,)), ((), ())))
+                return write(total, found, begin, start)
+
+            basis = over_blocks(second_pass, jnp.zeros([size, kept], dtype))
+            values = jnp.where(there, values, 0).astype(dtype)
+            pad = rank - kept
+            return Sketch(jnp.pad(values, (0, pad)), jnp.pad(basis, ((0, 0), (0, pad))))
+
     with _arithmetic(wide):
-        return Merged(spectrum.astype(dtype), solve)
+        return Merged(spectrum.astype(dtype), solve, top)
+
+
+def _scale(part: Part, dtype):
+    """sqrt(w_m lam_m) [C, R]."""
+    eigenvalues = part.sketch.eigenvalues.astype(dtype)
+    # A zero eigenvalue may come out of a solver as a slightly negative one.
+    eigenvalues = jnp.where(part.weights[:, None] > 0, jnp.maximum(eigenvalues, 0), 0)
+    return jnp.sqrt(part.weights[:, None] * eigenvalues)
 
 
 def choose(size: int, width: int, dtype, backend: str) -> str:

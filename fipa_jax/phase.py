@@ -91,6 +91,13 @@ def _check_fit(settings: ConfigDict, aggregator: aggregate.Aggregator, term: ter
     if aggregator.curvature != "sketch":
         return  # local work that follows the sketches is left aside, so that rules without them can be compared
     optimizer = settings.local.optimizer
+    local = settings.local
+    one_step = optimizer == "gauss_newton" and (local.steps or local.epochs) == 1
+    if aggregator.wants_damping and not (optimizer == "sgd" or one_step):
+        raise ValueError(
+            "config.fipa.aggregator.own_damping: needs local.optimizer = 'sgd', whose damping is 1 / (lr steps), or "
+            f"one 'gauss_newton' step, got {optimizer!r} with {local.steps or local.epochs}; set it to False"
+        )
     if settings.local.matched and optimizer != "gauss_newton":
         raise ValueError("config.fipa.local.matched: needs local.optimizer = 'gauss_newton'; set it to False")
     if settings.local.matched and settings.aggregator.relative:

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from fipa_jax import aggregate, partition, plots, sketch, stopping, tasks, trees, uploads
+from fipa_jax import forms, partition, plots, sketch, stopping, tasks, trees, uploads
 
 REPEATS = 10  # of a warning in one phase
 SHOWN = 1000  # clients that are drawn, and whose classes are counted
@@ -60,7 +60,7 @@ def warn(name: str, k: int, info: dict, said: Counter) -> None:
         if clients.any():
             _say(f"{name}, round {k}: clients {info['ids'][clients].tolist()}: ", words, said)
     if info.get("fallback"):
-        taken = aggregate.FALLBACKS[info["fallback"]]
+        taken = forms.FALLBACKS[info["fallback"]]
         _say(f"{name}, round {k}: ", f"the step was not finite or exploded: {taken} is taken instead", said)
     if info.get("skipped"):
         _say(f"{name}, round {k}: ", "skipped: too few clients are left, or the parameters would not be finite", said)

@@ -126,6 +126,8 @@ def make_stages(plan: Plan) -> Stages:
             if least is not None:
                 hyper = hyper._replace(steps=steps_for(least, hyper.lr, plan.step_scale, plan.max_steps))
             result = plan.local(outputs, chosen, data, client, key, hyper, memory, shared)
+            if not plan.aggregator.wants_damping:
+                result = result._replace(damping=())
             if not plan.aggregator.wants_loss:
                 return result
             examples = gather(data, client.indices)
@@ -171,11 +173,12 @@ def make_stages(plan: Plan) -> Stages:
     def aggregate(state: State, rates: Rates, cohort: Cohort, results: LocalResult, sketches):
         chosen = trees.select(state.params, plan.trainable)
         loss = results.before if plan.aggregator.wants_loss else None
+        damping = results.damping if plan.aggregator.wants_damping else None
         uploads = results.delta, sketches, cohort.clients.num_examples
         if plan.faults:
             uploads = faults_lib.inject(results.faults, rates.faults.scale_by, *uploads)
         delta, sketches, num_examples = uploads
-        uploads = Uploads(delta, num_examples, sketches, loss)
+        uploads = Uploads(delta, num_examples, sketches, loss, damping)
         step, rule_state, info = plan.aggregator.apply(uploads, state.aggregator, chosen)
         # A client set aside keeps its old memory, so that one bad upload does not poison the shared mean; so does one
         # without examples, whose memory would change although it took no step.

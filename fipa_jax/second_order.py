@@ -68,12 +68,12 @@ def gauss_newton(
         mean_loss = lambda theta: jnp.sum(weight * loss(predict(unravel(theta), examples), examples))
 
         def improve(_, carry):
-            theta, total = carry
+            theta, total, _ = carry
             before = mean_loss(theta)
             direction, least = linearise(predict, unravel(theta), examples, mask)
             step_for = lambda damping: hyper.lr * direction(damping)
             if not tries:
-                return theta + step_for(hyper.damping), total + before
+                return theta + step_for(hyper.damping), total + before, hyper.damping
 
             def again(attempt):
                 damping, _, tried = attempt
@@ -84,11 +84,12 @@ def gauss_newton(
             worse = lambda step: ~(mean_loss(theta + step) <= before)
             failed = lambda attempt: (attempt[2] == 0) | ((attempt[2] < tries) & worse(attempt[1]))
             start = (hyper.damping, jnp.zeros_like(theta), 0)
-            _, step, _ = jax.lax.while_loop(failed, again, start)
-            return jnp.where(worse(step), theta, theta + step), total + before
+            damping, step, _ = jax.lax.while_loop(failed, again, start)
+            return jnp.where(worse(step), theta, theta + step), total + before, damping
 
-        theta, total = jax.lax.fori_loop(0, steps, improve, (flat, jnp.zeros([], flat.dtype)))
-        return LocalResult(unravel(theta - flat), memory, total / steps)
+        start = flat, jnp.zeros([], flat.dtype), hyper.damping
+        theta, total, damping = jax.lax.fori_loop(0, steps, improve, start)
+        return LocalResult(unravel(theta - flat), memory, total / steps, damping=damping)
 
     return solve
 

@@ -24,6 +24,7 @@ REASONS = {
     "curvature_negative": "its curvature has negative values beyond rounding",
     "basis_not_orthonormal": "the columns of its sketch's basis are not orthonormal",
     "loss_not_finite": "its loss at the broadcast parameters is not finite",
+    "damping_invalid": "the damping of its own steps is negative or not finite",
     "examples_invalid": "its number of examples is negative, not finite or too large to be one",
 }
 # A basis that was rounded to bfloat16 on its way is off by less than 0.01, a column that is sent twice by 1.
@@ -39,6 +40,7 @@ class Uploads(NamedTuple):
     # Stacked, P in the order of jax.tree.leaves: eigenvalues [C, R] and basis [C, P, R], or values [C, P].
     sketch: Sketch | Diagonal | None = None
     loss: jax.Array | None = None  # [C], the clients' mean losses at the broadcast parameters, if the rule wants them
+    damping: jax.Array | None = None  # [C], beta_m: (H_m + beta_m I) delta_m = -gradient, nearly, if the rule wants it
 
 
 def screen(uploads: Uploads, params, weighting: str):
@@ -100,6 +102,8 @@ def _faults(uploads: Uploads, num_examples, dtype) -> dict:
         }
     if uploads.loss is not None:
         found["loss_not_finite"] = ~jnp.isfinite(uploads.loss)
+    if uploads.damping is not None:
+        found["damping_invalid"] = ~((uploads.damping >= 0) & jnp.isfinite(uploads.damping))
     return found
 
 
@@ -216,13 +220,15 @@ def _misfit(one: Uploads, params) -> str:
     sent = sketch._replace(report=None) if isinstance(sketch, Sketch) else sketch
     try:
         shapes = jax.tree.map(np.shape, one._replace(sketch=sent))
-        dtypes = {jnp.result_type(leaf).name for leaf in jax.tree.leaves((one.delta, sent, one.loss))}
+        sent_numbers = one.delta, sent, one.loss, one.damping
+        dtypes = {jnp.result_type(leaf).name for leaf in jax.tree.leaves(sent_numbers)}
     except (TypeError, ValueError) as error:
         return f"holds what is no array: {error}"
     if shapes.delta != want:
         return f"its update has the tree or shapes {shapes.delta}, needed {want}"
-    if shapes.num_examples != () or shapes.loss not in ((), None):
-        return f"num_examples and loss need to be numbers, got shapes {shapes.num_examples} and {shapes.loss}"
+    if any(shape not in ((), None) for shape in (shapes.num_examples, shapes.loss, shapes.damping)):
+        got = f"{shapes.num_examples}, {shapes.loss} and {shapes.damping}"
+        return f"num_examples, loss and damping need to be numbers, got shapes {got}"
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         return f"needed floating-point numbers, got {', '.join(sorted(dtypes))}"
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
@@ -238,6 +244,7 @@ def _misfit(one: Uploads, params) -> str:
 def _kind(one: Uploads) -> str:
     """What kind of curvature a client has sent; those that are stacked share it."""
     loss = "" if one.loss is None else ", with its loss"
+    loss += "" if one.damping is None else ", with its damping"
     if not isinstance(one.sketch, Sketch):
         return f"{'no sketch' if one.sketch is None else 'a diagonal'}{loss}"
     return f"a sketch of rank {len(one.sketch.eigenvalues)}{' with a report' if one.sketch.report else ''}{loss}"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fipa_jax import aggregate
+from fipa_jax import aggregate, forms
 from fipa_jax.sketch import Diagonal, Sketch
 
 CLIENTS = 4
@@ -113,7 +113,7 @@ FAULTS = {
 each_fault = pytest.mark.parametrize("fault", FAULTS)
 each_rule = pytest.mark.parametrize("name", RULES)
 each_fipa = pytest.mark.parametrize("name", FIPA)
-each_form = pytest.mark.parametrize("form", aggregate.FORMS)
+each_form = pytest.mark.parametrize("form", forms.FORMS)
 each_rank = pytest.mark.parametrize("rank", RANKS.values(), ids=RANKS)
 
 

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fipa_jax"
 
-# module -> the modules of the package that it may import: curvature -> eigen -> sketch -> merge, uploads -> aggregate,
-# beside trees; simulate -> client, and with curvature -> second_order; these meet in rounds; partition, data, models ->
-# tasks; all sides meet in experiment alone, but for what a person sees of them, in report.
+# module -> the modules of the package that it may import: curvature -> eigen -> sketch -> merge -> forms -> past, and
+# uploads, -> aggregate, beside trees; simulate -> client, and with curvature -> second_order; these meet in rounds;
+# partition, data, models -> tasks; all sides meet in experiment alone, but for what a person sees of them, in report.
 ARROWS = {
     "__init__": set(),
     "trees": set(),
@@ -22,7 +22,9 @@ ARROWS = {
     "merge": {"sketch"},
     "trust": set(),
     "uploads": {"trees", "sketch"},
-    "aggregate": {"trees", "sketch", "merge", "trust", "uploads"},
+    "forms": {"merge", "sketch"},
+    "past": {"forms", "sketch"},
+    "aggregate": {"trees", "sketch", "forms", "past", "trust", "uploads"},
     "faults": {"sketch"},
     "simulate": set(),
     "memory": set(),
@@ -55,7 +57,7 @@ ARROWS = {
     "resume": {"checkpoint", "journal", "origin", "stopping"},
     "plots": set(),
     "metrics": set(),
-    "report": {"aggregate", "partition", "plots", "sketch", "stopping", "tasks", "trees", "uploads"},
+    "report": {"forms", "partition", "plots", "sketch", "stopping", "tasks", "trees", "uploads"},
     "phase": {
         "aggregate", "client", "config", "faults", "rounds", "second_order", "server", "sketch", "tasks", "terms",
         "trees",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fipa_jax import aggregate, merge
+from fipa_jax import aggregate, forms, merge
 from fipa_jax.sketch import Sketch
 
 CLIENTS, RANK, SIZE = 4, 2, 43  # D = 8
@@ -15,7 +15,7 @@ WIDTH = CLIENTS * RANK
 EPS = float(np.finfo(np.float32).eps)
 RCOND = DAMPING = 1e-3
 each_method = pytest.mark.parametrize("method", merge.METHODS)
-each_form = pytest.mark.parametrize("form", aggregate.FORMS)
+each_form = pytest.mark.parametrize("form", forms.FORMS)
 each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 
@@ -49,7 +49,7 @@ def _factor(weights, eigenvalues, basis):
 def _compiled(method):
     def run(weights, eigenvalues, basis, targets):
         rows = lambda start, number: jax.lax.dynamic_slice_in_dim(targets, start, number, axis=1)
-        merged = merge.merge(weights, Sketch(eigenvalues, basis), rows, method)
+        merged = merge.merge([merge.Part(weights, Sketch(eigenvalues, basis), rows)], method)
         return merged.spectrum, merged.solve(lambda spectrum: 1 / (spectrum + 0.5))
 
     return jax.jit(run)

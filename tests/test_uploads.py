@@ -21,7 +21,7 @@ from rules import (
     uploads_of,
 )
 
-from fipa_jax import aggregate, sketch, uploads
+from fipa_jax import aggregate, forms, sketch, uploads
 from fipa_jax.sketch import Diagonal, Sketch
 from fipa_jax.uploads import Uploads
 
@@ -223,7 +223,7 @@ def test_a_step_that_explodes_falls_back_to_the_damped_form(x64, form):
     assert before["fallback"] == 0 and np.linalg.norm(free) > 200 * longest
     step, info = apply_rule(form, uploads_of(*fields), **options | {"explosion": 200.0})
     dense = Dense(*fields)
-    beta = aggregate.CAREFUL * dense.largest
+    beta = forms.CAREFUL * dense.largest
     assert info["fallback"] == 1
     assert_close(step, dense.solve(beta)(dense.pull + beta * dense.mean), 1e-8)
     np.testing.assert_array_equal(info["spectrum"], before["spectrum"])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from fipa_jax import aggregate
+from fipa_jax import aggregate, forms
 from fipa_jax.sketch import Diagonal, Sketch
 from fipa_jax.uploads import Uploads
 
@@ -19,7 +19,7 @@ CLIENTS = 5
 RULES = {
     "mean": aggregate.mean(),
     "diagonal": aggregate.diagonal(),
-    **{form: aggregate.fipa(form) for form in sorted(aggregate.FORMS)},
+    **{form: aggregate.fipa(form) for form in sorted(forms.FORMS)},
 }
 FAULTS = {
     "update NaN": ("delta", lambda x: x.at[0].set(jnp.nan)),
