@@ -39,6 +39,7 @@ class FipaState(NamedTuple):
     damping: jax.Array  # [], beta, absolute or relative to H's largest eigenvalue
     rcond: jax.Array  # [], pinv drops eigenvalues of H below rcond times the largest
     max_step: jax.Array  # [], bound on |step| / max_m |delta_m|; 0 for none
+    max_divergence: jax.Array  # [], bound on step^T H step / 2; 0 for none
     explosion: jax.Array  # [], the same ratio above which the step is another's, see `forms`; 0 for none
     memory_decay: jax.Array  # [], by which the weight of past cohorts falls in a round
     last: trust_lib.Trust | None = None  # of the last step, by which the damping adapts
@@ -64,6 +65,7 @@ def fipa(
     relative: bool = True,
     rcond: float = 1e-5,
     max_step: float = 5.0,
+    max_divergence: float = 0.0,
     explosion: float = 100.0,
     trace_cap: float = 1000.0,
     trust: bool = False,
@@ -115,6 +117,9 @@ def fipa(
       rcond: for pinv, the cut-off of H's eigenvalues relative to the largest.
       max_step: the step is shortened to at most this many times the longest client update: nearly collinear clients
         can otherwise amplify noise. 0 for no bound.
+      max_divergence: the step is shortened until step^T H step / 2 is at most this: to second order, for a likelihood,
+        by how much the model's answers move in Kullback-Leibler divergence, the mean over the clients' examples. 0 for
+        no bound.
       explosion: a step that is not finite, or before it is shortened longer than this many times the longest client
         update, is noise: the damped form with beta at least `CAREFUL` times H's largest eigenvalue takes its place, and
         where that fails too the mean. 0 for no bound: then only what is not finite fails.
@@ -149,9 +154,7 @@ def fipa(
     if own_damping and (form != "damped" or relative):
         raise ValueError("aggregator.own_damping: needs form = 'damped' and relative = False")
     if trust and memory != "none":
-        raise ValueError(
-            f"aggregator.trust: needs all clients in every round, where memory = {memory!r} adds nothing"
-        )
+        raise ValueError(f"aggregator.trust: needs all clients in every round, where memory = {memory!r} adds nothing")
     if trust and form == "pinv":
         raise ValueError("aggregator.trust: 'pinv' has no damping to adapt; set aggregator.form = 'damped'")
 
@@ -159,7 +162,8 @@ def fipa(
         theta = ravel_pytree(params)[0]
         last = trust_lib.init(theta.size, theta.dtype) if trust else None
         past = past_lib.init(memory, theta.size, theta.dtype, rank=memory_rank, length=memory_length)
-        numbers = (jnp.asarray(x, theta.dtype) for x in (damping, rcond, max_step, explosion, memory_decay))
+        given = damping, rcond, max_step, max_divergence, explosion, memory_decay
+        numbers = (jnp.asarray(x, theta.dtype) for x in given)
         return FipaState(*numbers, last, past)
 
     def apply(uploads, state, params):
@@ -182,12 +186,16 @@ def fipa(
         solved = forms.solve(groups, settings)
         bound = jnp.where(state.max_step > 0, state.max_step * solved.longest, jnp.inf)
         step = forms.bounded(solved.step, bound)
+        quadratic = solved.merged.quadratic(step)  # step^T H step
+        limit = jnp.where(state.max_divergence > 0, 2 * state.max_divergence, jnp.inf)
+        factor = jnp.where(quadratic > limit, jnp.sqrt(ratio(limit, quadratic)), 1)
+        step, quadratic = factor * step, factor**2 * quadratic
         if state.past is not None:
             past = past_lib.keep(state.past, cohort, size, theta, state.memory_decay, solved, settings)
             state = state._replace(past=past)
             info["memory_share"] = 1 - jnp.sum(groups[0].weights)
         if trust:
-            step, state, verdict = _trusted(step, state, weights, uploads._replace(sketch=sketch), solved.beta)
+            step, state, verdict = _trusted(step, quadratic, state, weights, uploads.loss, solved.beta)
             info |= verdict
         spectrum = solved.merged.spectrum
         info |= {
@@ -198,6 +206,7 @@ def fipa(
             "fallback": solved.fallback,
             "capped": capped,
             "trace_ratio": jnp.max(relative_trace),
+            "divergence": quadratic / 2,
         }
         info |= _describe(uploads.sketch, weights)
         step, dbar = unravel(step), unravel(solved.mean)
@@ -206,23 +215,16 @@ def fipa(
     return Aggregator(init, apply, curvature="sketch", wants_loss=trust, wants_damping=own_damping)
 
 
-def _trusted(step, state: FipaState, weights, uploads: Uploads, beta):
+def _trusted(step, quadratic, state: FipaState, weights, losses, beta):
     """(the step to take: this one, or the last one back; the state with the damping that follows; info)."""
-    loss = jnp.dot(weights, jnp.where(weights > 0, uploads.loss, 0))
+    loss = jnp.dot(weights, jnp.where(weights > 0, losses, 0))
     # The step solves (H + beta I) step = -g, which turns -g step - step^T H step / 2 into this.
-    predicted = _curvature_along(step, weights, uploads.sketch) / 2 + beta * jnp.vdot(step, step)
+    predicted = quadratic / 2 + beta * jnp.vdot(step, step)
     clients = jnp.sum(weights > 0, dtype=jnp.int32)
     verdict = trust_lib.judge(state.last, loss, state.damping, clients)
     step, last = trust_lib.follow(state.last, verdict, loss, state.damping, step, predicted, clients)
     info = {"damping": state.damping, "gain": verdict.gain, "undone": ~verdict.accepted}
     return step, state._replace(damping=verdict.damping, last=last), info
-
-
-def _curvature_along(step, weights, sketch: Sketch):
-    """[], step^T H step with H = sum_m w_m U_m diag(lam_m) U_m^T."""
-    along = jnp.einsum("cpr,p->cr", sketch.basis.astype(step.dtype), step, precision="highest")
-    each = jnp.sum(sketch.eigenvalues.astype(step.dtype) * along**2, axis=1)
-    return jnp.dot(weights, jnp.where(weights > 0, each, 0))
 
 
 class DiagonalState(NamedTuple):

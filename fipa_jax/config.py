@@ -158,6 +158,7 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "memory_length": 8,  # cohorts that `targets` remembers
                 "own_damping": False,  # updates count as the clients' own damped steps, 1 / (lr steps); see aggregate
                 "max_step": 5.0,  # bound on |step| / max |delta|; 0 for none
+                "max_divergence": 0.0,  # bound on step^T H step / 2, the move of the model's answers; 0 for none
                 "explosion": 100.0,  # the ratio above which the damped form, or the mean, is taken instead; 0 for none
                 "trace_cap": 1000.0,  # bound on a client's eigenvalues' sum over the clients' lower median; 0 for none
                 "merge": "auto",  # of the sketches: auto, qr, tsqr, gram
@@ -345,7 +346,7 @@ def _validate_phase(name, settings, least_rounds):
         _at_least(f"{name}.sketch.{field}", settings.sketch[field], 0)
     if not 0 <= settings.sketch.energy <= 1:
         raise ValueError(f"config.{name}.sketch.energy: needs a share in [0, 1], got {settings.sketch.energy}")
-    for field in ("damping", "rcond", "max_step", "explosion", "trace_cap"):
+    for field in ("damping", "rcond", "max_step", "max_divergence", "explosion", "trace_cap"):
         _at_least(f"{name}.aggregator.{field}", settings.aggregator[field], 0)
     if not 0 <= settings.aggregator.memory_decay < 1:
         raise ValueError(

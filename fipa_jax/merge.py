@@ -34,6 +34,7 @@ class Merged(NamedTuple):
 
     spectrum: jax.Array  # [D], descending: H's non-zero eigenvalues, the squares of F's singular values
     solve: Callable  # (filter: eigenvalues [D] -> [D]) -> F V diag(filter) V^T z [P], z = F^T targets
+    quadratic: Callable  # (vector [P]) -> its vector^T H vector []
     top: Callable  # (rank) -> Sketch of H, eigenvalues [rank] and basis [P, rank]; pairs beyond D are zero
 
 
@@ -128,6 +129,18 @@ def merge(parts: Sequence[Part], method: str = "auto") -> Merged:
 
             return over_blocks(second_pass, jnp.zeros([size], dtype))
 
+    def quadratic(vector):
+        with _arithmetic(wide):
+
+            def second_pass(bases, start, total):
+                begin, rows = block(bases, start)
+                part = jax.lax.dynamic_slice_in_dim(vector, begin, length).astype(wide)
+                along = lambda rows: jax.lax.dot_general(rows, part, (((1,), (0,)), ((), ())))
+                return [old + along(own) for old, own in zip(total, rows, strict=True)]
+
+            image = over_blocks(second_pass, [jnp.zeros(scale.shape, wide) for scale in scales])  # F^T vector
+            return sum(jnp.sum(each**2) for each in image).astype(dtype)
+
     def top(rank):
         with _arithmetic(wide):
             kept = min(rank, spectrum.size)
@@ -147,7 +160,7 @@ def merge(parts: Sequence[Part], method: str = "auto") -> Merged:
             return Sketch(jnp.pad(values, (0, pad)), jnp.pad(basis, ((0, 0), (0, pad))))
 
     with _arithmetic(wide):
-        return Merged(spectrum.astype(dtype), solve, top)
+        return Merged(spectrum.astype(dtype), solve, quadratic, top)
 
 
 def _scale(part: Part, dtype):
