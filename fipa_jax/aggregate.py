@@ -17,7 +17,7 @@ from fipa_jax import past as past_lib
 from fipa_jax import trust as trust_lib
 from fipa_jax.forms import ratio
 from fipa_jax.sketch import Diagonal, Sketch
-from fipa_jax.uploads import Uploads, cap_traces, relative_traces, screen
+from fipa_jax.uploads import Uploads, cap_traces, drift, freshness, relative_traces, screen
 
 WEIGHTINGS = ("examples", "uniform")
 
@@ -40,19 +40,30 @@ class FipaState(NamedTuple):
     rcond: jax.Array  # [], pinv drops eigenvalues of H below rcond times the largest
     max_step: jax.Array  # [], bound on |step| / max_m |delta_m|; 0 for none
     max_divergence: jax.Array  # [], bound on step^T H step / 2; 0 for none
+    max_drift: jax.Array  # [], bound on how far a late client's own answers have moved; 0 for none
     explosion: jax.Array  # [], the same ratio above which the step is another's, see `forms`; 0 for none
     memory_decay: jax.Array  # [], by which the weight of past cohorts falls in a round
     last: trust_lib.Trust | None = None  # of the last step, by which the damping adapts
     past: past_lib.Past | None = None  # what is remembered of past cohorts
 
 
-def mean(weighting: str = "examples") -> Aggregator:
-    """FedAvg: step = sum_m w_m delta_m, w_m = N_m / sum N (McMahan et al. 2017)."""
+def mean(weighting: str = "examples", *, staleness: float = 0.5, mix: bool = False) -> Aggregator:
+    """FedAvg: step = sum_m w_m delta_m, w_m = N_m / sum N (McMahan et al. 2017).
+
+    Where clients are late, with s(age) = (1 + age)^-staleness:
+
+        FedBuff   step = sum_m w_m s(age_m) delta_m (Nguyen et al. 2022)
+        FedAsync  step = sum_m w_m s(age_m) (theta_m - theta), `mix` (Xie et al. 2019, one client at a time: C = 1),
+                  where theta_m is what the client came to, from parameters that are old
+    """
     _check_weighting(weighting)
 
     def apply(uploads, state, params):
         weights, uploads, info = screen(uploads, params, weighting)
-        step = trees.weighted_sum(weights, uploads.delta)
+        fresh = weights * freshness(uploads, staleness, weights.dtype)
+        towards = optax.tree.sub(uploads.delta, uploads.moved) if mix and uploads.moved is not None else uploads.delta
+        # Of a client that is left out the update is zero, and so is its weight: but its parameters' way is not.
+        step = trees.weighted_sum(fresh, towards)
         return step, state, info | _compare(step, step, uploads.delta)
 
     return Aggregator(lambda params: (), apply)
@@ -74,6 +85,9 @@ def fipa(
     memory_rank: int = 250,
     memory_length: int = 8,
     own_damping: bool = False,
+    staleness: float = 0.5,
+    transport: bool = True,
+    max_drift: float = 0.0,
     weighting: str = "examples",
     merge: str = "auto",
 ) -> Aggregator:
@@ -141,6 +155,11 @@ def fipa(
 
         is the Levenberg-Marquardt step at any local learning rate, exactly so for one full-batch step. `max_step` and
         `explosion` then count in units of the longest beta_m / beta |delta_m|. Beta must be absolute.
+      staleness: where clients are late: a weight falls with the client's age by (1 + age)^-staleness.
+      transport: whether a late client's target is what it was, H_m (delta_m - moved_m) for H_m delta_m: its gradient at
+        the present parameters, by its own curvature, if these have moved by moved_m since.
+      max_drift: a late client takes no part if moved_m^T H_m moved_m / 2 is above this, as its curvature and gradient
+        are of other parameters; 0 for no bound. `info["stale"]` counts such clients.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
       merge: how the clients' sketches are merged, see `merge.merge`.
 
@@ -162,7 +181,7 @@ def fipa(
         theta = ravel_pytree(params)[0]
         last = trust_lib.init(theta.size, theta.dtype) if trust else None
         past = past_lib.init(memory, theta.size, theta.dtype, rank=memory_rank, length=memory_length)
-        given = damping, rcond, max_step, max_divergence, explosion, memory_decay
+        given = damping, rcond, max_step, max_divergence, max_drift, explosion, memory_decay
         numbers = (jnp.asarray(x, theta.dtype) for x in given)
         return FipaState(*numbers, last, past)
 
@@ -173,14 +192,22 @@ def fipa(
             raise ValueError("fipa with trust needs uploads.loss [C], the clients' mean losses before their work")
         if own_damping and uploads.damping is None:
             raise ValueError("fipa with own_damping needs uploads.damping [C], that of the clients' own steps")
-        weights, uploads, info = screen(uploads, params, weighting)
+        weights, uploads, info = screen(uploads, params, weighting, staleness)
         theta, unravel = ravel_pytree(params)
         relative_trace = relative_traces(uploads.sketch, weights)
         sketch, capped = cap_traces(uploads.sketch, relative_trace, trace_cap)
-        deltas = trees.ravel_stacked(uploads.delta)  # [C, P]
-        cohort = forms.Group(weights, deltas, sketch, uploads.damping if own_damping else None)
+        deltas, moved = trees.ravel_stacked(uploads.delta), None  # [C, P]
+        if uploads.moved is not None:
+            moved = trees.ravel_stacked(uploads.moved)
+            drifted = jnp.where(weights > 0, drift(sketch, moved), 0)
+            stale = (state.max_drift > 0) & (drifted > state.max_drift)
+            weights = jnp.where(stale, 0, weights)
+            weights = ratio(weights, jnp.sum(weights))
+            info |= {"drift": jnp.max(drifted), "stale": jnp.sum(stale)}
+            moved = moved if transport else None
+        cohort = forms.Group(weights, deltas, sketch, moved, uploads.damping if own_damping else None)
         settings = forms.Settings(form, relative, merge, state.damping, state.rcond, state.explosion)
-        groups, size = [cohort], _size(uploads, weights, weighting)
+        groups, size = [cohort], _size(uploads, weights, weighting, staleness)
         if state.past is not None:
             groups = past_lib.join(state.past, cohort, size, theta, state.memory_decay)
         solved = forms.solve(groups, settings)
@@ -307,9 +334,9 @@ def _check_weighting(weighting):
         raise ValueError(f"aggregator.weighting: unknown {weighting!r}; known: {', '.join(WEIGHTINGS)}")
 
 
-def _size(uploads: Uploads, weights, weighting):
-    """[], the examples, or the clients, that take part."""
-    counts = uploads.num_examples if weighting == "examples" else 1
+def _size(uploads: Uploads, weights, weighting, staleness):
+    """[], the examples, or the clients, that take part, late ones for less."""
+    counts = (uploads.num_examples if weighting == "examples" else 1) * freshness(uploads, staleness, weights.dtype)
     return jnp.sum(jnp.where(weights > 0, counts, 0).astype(weights.dtype))
 
 

@@ -44,6 +44,7 @@ class LocalResult(NamedTuple):
     loss: jax.Array  # [], mean training loss over its steps
     before: Any = ()  # [], mean loss over its examples at the broadcast parameters, where the rule asks for it
     damping: Any = ()  # [], beta_m of (H_m + beta_m I) delta = -gradient, nearly, where the rule asks for it
+    age: Any = ()  # [] int32, rounds ago at which it started, where clients may be late
     faults: Any = ()  # `faults.Faults`, what goes wrong with the upload, where faults are injected
 
 

@@ -18,6 +18,8 @@ from fipa_jax import fields
 RULES = {
     "fipa": {},
     "fedavg": {"aggregator.name": "mean"},
+    "fedbuff": {"aggregator.name": "mean", "aggregator.mix": False},
+    "fedasync": {"aggregator.name": "mean", "aggregator.mix": True},
     "fisher_diagonal": {"aggregator.name": "diagonal"},
     "centralised": {"pooled": True, "least_clients": 1},
     "fipa_pinv": {"aggregator.form": "pinv"},
@@ -115,6 +117,7 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "weight_decay": 0.0,
                 "clip_norm": 0.0,  # bound on the gradient's norm; 0 for none
                 "batch_size": 50,  # 0 for all of the client's examples
+                "augment": True,  # on random views, where config.data.augment is set
                 "micro_batch": 0,  # examples whose gradients are computed at a time; 0 for all, -1 as suits the backend
                 "epochs": 5,
                 "steps": 0,  # instead of epochs, where positive
@@ -156,6 +159,10 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "memory_decay": 0.95,  # by which the weight of a past cohort falls with each round
                 "memory_rank": 250,  # of what is remembered
                 "memory_length": 8,  # cohorts that `targets` remembers
+                "staleness": 0.5,  # s, of late clients: their weight is (1 + age)^-s of another's
+                "transport": True,  # a late client's target stays where it was, seen from the present parameters
+                "max_drift": 0.0,  # bound on how far a late client's answers have moved since it began; 0 for none
+                "mix": False,  # mean: a late client's model is mixed in (FedAsync), not its update added (FedBuff)
                 "own_damping": False,  # updates count as the clients' own damped steps, 1 / (lr steps); see aggregate
                 "max_step": 5.0,  # bound on |step| / max |delta|; 0 for none
                 "max_divergence": 0.0,  # bound on step^T H step / 2, the move of the model's answers; 0 for none
@@ -168,6 +175,8 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
             "server": {"optimizer": "sgd", "momentum": 0.9, "lr": 1.0},
             "least_clients": 1,  # a round in which fewer are left of its clients is skipped
             "max_skips": 10,  # so many skipped rounds in a row end the run; 0 for never
+            # Of a round's clients so large a share began up to `most` rounds before, on what the parameters were then.
+            "late": {"share": 0.0, "most": 10},
             # Injected for studies: the probability that an upload has the fault.
             "faults": {
                 "drop": 0.0,  # it never arrives
@@ -346,7 +355,7 @@ def _validate_phase(name, settings, least_rounds):
         _at_least(f"{name}.sketch.{field}", settings.sketch[field], 0)
     if not 0 <= settings.sketch.energy <= 1:
         raise ValueError(f"config.{name}.sketch.energy: needs a share in [0, 1], got {settings.sketch.energy}")
-    for field in ("damping", "rcond", "max_step", "max_divergence", "explosion", "trace_cap"):
+    for field in ("damping", "rcond", "max_step", "max_divergence", "max_drift", "staleness", "explosion", "trace_cap"):
         _at_least(f"{name}.aggregator.{field}", settings.aggregator[field], 0)
     if not 0 <= settings.aggregator.memory_decay < 1:
         raise ValueError(
@@ -357,6 +366,9 @@ def _validate_phase(name, settings, least_rounds):
     _at_least(f"{name}.server.lr", settings.server.lr, 0)
     for field in ("least_clients", "max_skips"):
         _at_least(f"{name}.{field}", settings[field], 0)
+    if not 0 <= settings.late.share <= 1:
+        raise ValueError(f"config.{name}.late.share: needs a probability in [0, 1], got {settings.late.share}")
+    _at_least(f"{name}.late.most", settings.late.most, 1)
     for field, value in settings.faults.items():
         _at_least(f"{name}.faults.{field}", value, 0)
         if value > 1 and field != "scale_by":

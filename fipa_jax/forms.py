@@ -1,7 +1,7 @@
 """How do updates and their merged curvature become one step? Three forms of one filter, and what stands in for a step
 that fails. `aggregate.fipa` says what the forms are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ class Group(NamedTuple):
     weights: jax.Array  # [C], over all groups summing to one
     deltas: jax.Array  # [C, P]
     sketch: Sketch  # eigenvalues [C, R], basis [C, P, R]
+    moved: jax.Array | None = None  # [C, P], what the parameters have moved by since they began; None for nothing
     damping: jax.Array | None = None  # [C], their own, that the updates are relative to; None for the server's
 
 
@@ -59,7 +60,7 @@ def solve(groups: Sequence[Group], settings: Settings) -> Solved:
         return sum(_weighted(group.weights * _share(group, beta), group) for group in groups) if own else mean
 
     def merged_about(base):
-        parts = [merge.Part(group.weights, group.sketch, _rows_about(group.deltas, base)) for group in groups]
+        parts = [merge.Part(group.weights, group.sketch, _targets(group, base)) for group in groups]
         return merge.merge(parts, settings.merge)
 
     damped = form == "damped"
@@ -117,12 +118,15 @@ def _share(group: Group, beta):
     return 1 if group.damping is None else ratio(group.damping, beta)
 
 
-def _rows_about(deltas, base):
-    def rows(start, number):  # [C, number]
-        part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, number, axis=-1)
-        return part(deltas) - part(base)[None]
+def _targets(group: Group, base) -> Callable:
+    """What each one's curvature is applied to, the way from the present parameters + base to where it wants them."""
 
-    return rows
+    def targets(start, number):  # [C, number]
+        rows = lambda x: jax.lax.dynamic_slice_in_dim(x, start, number, axis=-1)
+        found = rows(group.deltas) - rows(base)[None]
+        return found if group.moved is None else found - rows(group.moved)
+
+    return targets
 
 
 def _damped_inverse(spectrum, beta, rcond, floor):

@@ -24,7 +24,7 @@ from fipa_jax.simulate import replicate, take
 # Fields of a phase that are traced or only steer the loop: rules that differ in these alone share compiled programs.
 TRACED = (
     "rounds", "max_skips", "local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr",
-    *(f"faults.{name}" for name in faults.Rates._fields),
+    *(f"faults.{name}" for name in faults.Rates._fields), "late.share",
 )  # fmt: skip
 
 
@@ -246,7 +246,8 @@ def compiled(experiment, settings: ConfigDict, stages: rounds.Stages, state: rou
 
 def key_of(settings: ConfigDict, plan: rounds.Plan, state: rounds.State) -> str:
     """What two phases must share to share their compiled programs."""
-    static = json.loads(settings.to_json_best_effort()) | {"chunk": plan.chunk, "has_faults": plan.faults}
+    static = json.loads(settings.to_json_best_effort())
+    static |= {"chunk": plan.chunk, "has_faults": plan.faults, "late_rounds": plan.late}
     # A rule's own numbers are traced if it keeps them in its state, as `FipaState` does.
     traced = [f"aggregator.{name}" for name in getattr(state.aggregator, "_fields", ())]
     for path in (*TRACED, *traced):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
-from fipa_jax import aggregate, faults, rounds, second_order, server, sketch, terms, trees
+from fipa_jax import aggregate, faults, late, rounds, second_order, server, sketch, terms, trees
 from fipa_jax import client as client_lib
 from fipa_jax import config as config_lib
 from fipa_jax.tasks import Problem, Task
@@ -38,7 +38,7 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
     make = makers[aggregator.curvature]
     return rounds.Plan(
         task=task,
-        local=solver(task.loss, task.augment, term=term, **local_fields),
+        local=solver(task.loss, task.augment if settings.local.augment else _as_it_is, term=term, **local_fields),
         term=term,
         sketch=None if make is None else sketch_of(make, task.loss, settings.sketch),
         aggregator=aggregator,
@@ -52,6 +52,7 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
         max_steps=settings.local.max_steps,
         matched=matched,
         faults=_has_faults(settings),
+        late=settings.late.most if settings.late.share else 0,
         least_clients=settings.least_clients,
         chunk=1 if config.chunk < 0 else config.chunk,  # until it is measured
         mesh=make_mesh(config.devices),
@@ -86,6 +87,8 @@ def _check_fit(settings: ConfigDict, aggregator: aggregate.Aggregator, term: ter
             "config.fipa.aggregator.trust: needs the losses of all clients in every round, server.optimizer = 'sgd' "
             "and a term that leaves the server's step as it is; set config.cohort = 0, or trust to False"
         )
+    if aggregator.wants_loss and settings.late.share:
+        raise ValueError("config.fipa.aggregator.trust: needs clients that are not late; set late.share = 0")
     if aggregator.wants_loss and settings.server.lr != 1:
         raise ValueError(f"config.fipa.aggregator.trust: needs server.lr = 1, got {settings.server.lr}")
     if aggregator.curvature != "sketch":
@@ -140,7 +143,12 @@ def make_rates(settings: ConfigDict, dtype: str) -> rounds.Rates:
     hyper = client_lib.Hyper(array(settings.local.lr), array(settings.local.damping), array(settings.term.mu))
     wrong = faults.Rates(**{name: array(value) for name, value in settings.faults.items()})
     lr_decay, server_lr = array(settings.local.lr_decay), array(settings.server.lr)
-    return rounds.Rates(hyper, lr_decay, server_lr, wrong if _has_faults(settings) else ())
+    lateness = late.Lateness(array(settings.late.share), jnp.int32(settings.late.most)) if settings.late.share else ()
+    return rounds.Rates(hyper, lr_decay, server_lr, wrong if _has_faults(settings) else (), lateness)
+
+
+def _as_it_is(key, batch):
+    return batch
 
 
 def _has_faults(settings: ConfigDict) -> bool:

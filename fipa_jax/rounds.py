@@ -14,6 +14,7 @@ import optax
 
 from fipa_jax import curvature, terms, trees
 from fipa_jax import faults as faults_lib
+from fipa_jax import late as late_lib
 from fipa_jax.aggregate import Aggregator
 from fipa_jax.client import Hyper, LocalResult, steps_for
 from fipa_jax.memory import Memories
@@ -31,6 +32,7 @@ class State(NamedTuple):
     memory: Any  # of the term, stacked over all clients [T, ...], or on the host; inside a stage the cohort's [C, ...]
     shared: Any  # the mean of `memory` over all T clients
     round: jax.Array  # [], int32, counted over all phases
+    history: Any = ()  # the trainable parameters of this and past rounds [A, ...], where clients may be late
 
 
 class Plan(NamedTuple):
@@ -52,6 +54,7 @@ class Plan(NamedTuple):
     max_steps: int = 0  # bound on those
     matched: bool = False  # whether the clients' Gauss-Newton steps take the rule's damping
     faults: bool = False  # whether faults are injected
+    late: int = 0  # rounds that clients may be late
     least_clients: int = 1  # with fewer accepted clients a round is skipped
     chunk: int = 1
     mesh: Any = None
@@ -64,6 +67,7 @@ class Rates(NamedTuple):
     lr_decay: jax.Array  # [], the local learning rate is lr * lr_decay ** round
     server_lr: jax.Array  # [], gamma
     faults: Any = ()  # `faults.Rates`, where faults are injected
+    late: Any = ()  # `late.Lateness`, where clients may be late
 
 
 class Stages(NamedTuple):
@@ -77,7 +81,7 @@ class Stages(NamedTuple):
     init: Callable  # (params, round=0, on_host=False) -> State
     draw: Callable  # (round, root) -> ids [C] of the cohort
     train: Callable  # (state, rates, cohort, root, sketches=None) -> LocalResult [C, ...]
-    sketch: Callable  # (state, cohort, results | None, root) -> Sketch or Diagonal [C, ...], or None
+    sketch: Callable  # (state, rates, cohort, results | None, root) -> Sketch or Diagonal [C, ...], or None
     aggregate: Callable  # (state, rates, cohort, results, sketches) -> (state, info)
     plan: Plan
 
@@ -96,7 +100,9 @@ def make_stages(plan: Plan) -> Stages:
         blank = plan.term.init(chosen)
         stacked = lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], plan.num_clients, axis=0)
         memory, server = () if on_host else jax.tree.map(stacked, blank), plan.server.init(chosen)
-        state = State(params, plan.aggregator.init(chosen), server, memory, blank, jnp.asarray(round, jnp.int32))
+        history = late_lib.start(chosen, plan.late + 1) if plan.late else ()
+        rule, round = plan.aggregator.init(chosen), jnp.asarray(round, jnp.int32)
+        state = State(params, rule, server, memory, blank, round, history)
         if plan.mesh is not None:  # placed where a round leaves it, or the second round would compile anew
             state = replicate(state, plan.mesh)
         return state._replace(memory=Memories(blank)) if on_host else state
@@ -111,6 +117,15 @@ def make_stages(plan: Plan) -> Stages:
         key = jax.random.split(jax.random.fold_in(root, round), 3)[0]
         return sample_cohort(key, plan.num_clients, plan.cohort)
 
+    def ages_of(state, rates, cohort, root):
+        """[C] int32, or None where nobody may be late."""
+        return late_lib.draw(jax.random.fold_in(root, state.round), rates.late, cohort.ids) if plan.late else None
+
+    def broadcast(state, age):
+        """(the trainable parameters that a client starts from, the model's outputs as a function of them)."""
+        chosen, outputs = restrict(state.params)
+        return chosen if age is None else late_lib.then(state.history, age), outputs
+
     def train(state: State, rates: Rates, cohort: Cohort, root, sketches=None) -> LocalResult:
         hyper = rates.local._replace(lr=rates.local.lr * rates.lr_decay**state.round)
         if plan.matched:
@@ -120,12 +135,14 @@ def make_stages(plan: Plan) -> Stages:
         if plan.faults:
             faults = faults_lib.draw(jax.random.fold_in(root, state.round), rates.faults, cohort.ids)
 
-        def one(params, data, hyper, shared, client, key, memory, least, part):
-            chosen, outputs = restrict(params)
+        ages = ages_of(state, rates, cohort, root)
+
+        def one(seen, data, hyper, client, key, memory, least, part, age):
+            chosen, outputs = broadcast(seen, age)
             hyper = hyper._replace(part=part)
             if least is not None:
                 hyper = hyper._replace(steps=steps_for(least, hyper.lr, plan.step_scale, plan.max_steps))
-            result = plan.local(outputs, chosen, data, client, key, hyper, memory, shared)
+            result = plan.local(outputs, chosen, data, client, key, hyper, memory, seen.shared)
             if not plan.aggregator.wants_damping:
                 result = result._replace(damping=())
             if not plan.aggregator.wants_loss:
@@ -134,18 +151,19 @@ def make_stages(plan: Plan) -> Stages:
             losses = plan.task.loss(outputs(chosen, examples)[0], examples)
             return result._replace(before=masked_mean(losses, present(client)))
 
-        common, sizes = (state.params, cohort.data, hyper, state.shared), cohort.clients.num_examples
+        common, sizes = (_common(state), cohort.data, hyper), cohort.clients.num_examples
         part = faults.part if plan.faults else None
-        stacked = cohort.clients, keys(state, root, cohort.ids)[0], state.memory, least, part
+        stacked = cohort.clients, keys(state, root, cohort.ids)[0], state.memory, least, part, ages
         results = map_clients(one, common, *stacked, sizes=sizes, chunk=plan.chunk, mesh=plan.mesh)
+        results = results._replace(age=ages) if plan.late else results
         return results._replace(faults=faults) if plan.faults else results
 
-    def sketch(state: State, cohort: Cohort, results, root) -> Sketch | Diagonal | None:
+    def sketch(state: State, rates: Rates, cohort: Cohort, results, root) -> Sketch | Diagonal | None:
         if plan.sketch is None:
             return None
 
-        def one(params, data, client, key, delta):
-            theta, outputs = restrict(params)
+        def one(seen, data, client, key, delta, age):
+            theta, outputs = broadcast(seen, age)
             if delta is not None:
                 theta = optax.tree.add(theta, delta)
             only_outputs = lambda theta, batch: outputs(theta, batch)[0]
@@ -159,8 +177,8 @@ def make_stages(plan: Plan) -> Stages:
             return found, curvature.make_gradient(only_outputs, plan.task.loss)(theta, batch, mask)
 
         moved = results.delta if plan.aggregator.at == "local" else None
-        stacked = cohort.clients, keys(state, root, cohort.ids)[1], moved
-        common, sizes = (state.params, cohort.data), cohort.clients.num_examples
+        stacked = cohort.clients, keys(state, root, cohort.ids)[1], moved, ages_of(state, rates, cohort, root)
+        common, sizes = (_common(state), cohort.data), cohort.clients.num_examples
         found, gradients = map_clients(one, common, *stacked, sizes=sizes, chunk=plan.chunk, mesh=plan.mesh)
         if not plan.gradient_scale:
             return found
@@ -179,6 +197,9 @@ def make_stages(plan: Plan) -> Stages:
             uploads = faults_lib.inject(results.faults, rates.faults.scale_by, *uploads)
         delta, sketches, num_examples = uploads
         uploads = Uploads(delta, num_examples, sketches, loss, damping)
+        if plan.late:
+            began = jax.vmap(late_lib.then, (None, 0))(state.history, results.age)
+            uploads = uploads._replace(age=results.age, moved=jax.tree.map(lambda now, old: now - old, chosen, began))
         step, rule_state, info = plan.aggregator.apply(uploads, state.aggregator, chosen)
         # A client set aside keeps its old memory, so that one bad upload does not poison the shared mean; so does one
         # without examples, whose memory would change although it took no step.
@@ -201,11 +222,17 @@ def make_stages(plan: Plan) -> Stages:
         for leaf in jax.tree.leaves(chosen):
             skipped |= ~jnp.all(jnp.isfinite(leaf))
         info["skipped"] = skipped
-        after = State(trees.replace(state.params, chosen), rule_state, server, memory, shared, state.round)
+        history = late_lib.push(state.history, chosen) if plan.late else ()
+        after = State(trees.replace(state.params, chosen), rule_state, server, memory, shared, state.round, history)
         after = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), state, after)
         return after._replace(round=state.round + 1), info
 
     return Stages(init, draw, train, sketch, aggregate, plan)
+
+
+def _common(state: State) -> State:
+    """What all clients of a round may look at."""
+    return state._replace(aggregator=(), server=(), memory=())
 
 
 def work(stages: Stages, seen: State, rates: Rates, cohort: Cohort, root, clock=lambda stage, result: result):
@@ -215,10 +242,10 @@ def work(stages: Stages, seen: State, rates: Rates, cohort: Cohort, root, clock=
       clock: (name of the stage, its result) -> the result; it may measure the time.
     """
     if stages.plan.step_scale:
-        sketches = clock("sketch", stages.sketch(seen, cohort, None, root))
+        sketches = clock("sketch", stages.sketch(seen, rates, cohort, None, root))
         return clock("train", stages.train(seen, rates, cohort, root, sketches)), sketches
     results = clock("train", stages.train(seen, rates, cohort, root))
-    return results, clock("sketch", stages.sketch(seen, cohort, results, root))
+    return results, clock("sketch", stages.sketch(seen, rates, cohort, results, root))
 
 
 def compose(stages: Stages) -> Callable:

@@ -41,14 +41,17 @@ class Uploads(NamedTuple):
     sketch: Sketch | Diagonal | None = None
     loss: jax.Array | None = None  # [C], the clients' mean losses at the broadcast parameters, if the rule wants them
     damping: jax.Array | None = None  # [C], beta_m: (H_m + beta_m I) delta_m = -gradient, nearly, if the rule wants it
+    age: jax.Array | None = None  # [C] int32, rounds ago at which the client started; None where nobody is late
+    moved: Any = None  # parameter pytree [C, ...]: the present parameters minus those that the client started from
 
 
-def screen(uploads: Uploads, params, weighting: str):
+def screen(uploads: Uploads, params, weighting: str, staleness: float = 0.0):
     """Checks shapes, and leaves out the clients that must not take part: without examples, or at fault.
 
     Args:
       params: parameter pytree, whose tree and shapes the updates must have.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
+      staleness: s, where clients are late: a weight falls with the client's age by (1 + age)^-s.
 
     Returns:
       (weights [C], uploads with the updates of those clients zeroed, info with `rejected` [C] bool, those at fault,
@@ -65,13 +68,24 @@ def screen(uploads: Uploads, params, weighting: str):
     rejected = jnp.any(jnp.stack(list(reasons.values())), axis=0)
     accepted = there & ~rejected
     counts = num_examples if weighting == "examples" else there
-    counts = jnp.where(accepted, counts, 0).astype(dtype)
+    counts = jnp.where(accepted, counts, 0).astype(dtype) * freshness(uploads, staleness, dtype)
     total = jnp.sum(counts)
     weights = counts / jnp.where(total > 0, total, 1)
     delta = trees.zero_unless(accepted, uploads.delta)
     info = {"rejected": rejected, "reasons": reasons, "absent": ~there}
     # The sketches are not zeroed, which would copy all of them: whoever reads them skips those of weight 0.
     return weights, uploads._replace(delta=delta, num_examples=num_examples), info
+
+
+def drift(sketch: Sketch, moved: jax.Array) -> jax.Array:
+    """[C], moved_m^T H_m moved_m / 2 of `moved` [C, P]: how far a client's own answers have moved since it began."""
+    along = jnp.einsum("cpr,cp->cr", sketch.basis.astype(moved.dtype), moved, precision="highest")
+    return jnp.sum(sketch.eigenvalues.astype(moved.dtype) * along**2, axis=1) / 2
+
+
+def freshness(uploads: Uploads, staleness: float, dtype) -> jax.Array:
+    """[C], (1 + age)^-s (Xie et al. 2019, section 5.2), or 1 where nobody is late."""
+    return 1 if uploads.age is None else (1 + uploads.age.astype(dtype)) ** -staleness
 
 
 def _faults(uploads: Uploads, num_examples, dtype) -> dict:

@@ -26,6 +26,7 @@ ARROWS = {
     "past": {"forms", "sketch"},
     "aggregate": {"trees", "sketch", "forms", "past", "trust", "uploads"},
     "faults": {"sketch"},
+    "late": set(),
     "simulate": set(),
     "memory": set(),
     "population": {"simulate"},
@@ -34,7 +35,8 @@ ARROWS = {
     "second_order": {"client", "curvature", "simulate", "terms"},
     "server": {"trees"},
     "rounds": {
-        "trees", "curvature", "sketch", "aggregate", "client", "faults", "memory", "simulate", "terms", "uploads",
+        "trees", "curvature", "sketch", "aggregate", "client", "faults", "late", "memory", "simulate", "terms",
+        "uploads",
     },
     "partition": set(),
     "sums": set(),
@@ -59,8 +61,8 @@ ARROWS = {
     "metrics": set(),
     "report": {"forms", "partition", "plots", "sketch", "stopping", "tasks", "trees", "uploads"},
     "phase": {
-        "aggregate", "client", "config", "faults", "rounds", "second_order", "server", "sketch", "tasks", "terms",
-        "trees",
+        "aggregate", "client", "config", "faults", "late", "rounds", "second_order", "server", "sketch", "tasks",
+        "terms", "trees",
     },
     "cache": {"metrics", "tasks", "trees"},
     "tune": {"rounds"},

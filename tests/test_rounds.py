@@ -138,7 +138,7 @@ def test_memories_on_the_host_do_not_change_a_run(x64):
         seen = rounds.fetch(state, cohort.ids)
         assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(seen.memory))
         results = train(seen, _rates(), cohort, root)
-        sketches = sketch(seen, cohort, results, root)
+        sketches = sketch(seen, _rates(), cohort, results, root)
         seen, _ = aggregate_(seen, _rates(), cohort, results, sketches)
         state = rounds.keep(state, seen, cohort.ids)
         drawn |= set(cohort.ids.tolist())
@@ -267,7 +267,7 @@ def _first_sketches(options, problem):
     state = stages.init(plan.task.init(jax.random.key(0)))
     cohort = Resident(*problem).cohort(stages.draw(state.round, root))
     results = _staged()[1].train(state, _rates(), cohort, root)  # the same for all of these plans
-    return state, cohort, results, stages.sketch(state, cohort, results, root)
+    return state, cohort, results, stages.sketch(state, _rates(), cohort, results, root)
 
 
 @pytest.mark.parametrize(("at", "chunk"), [("broadcast", 1), ("local", 0)])

@@ -80,7 +80,7 @@ def measure(config, args) -> tuple[list[dict], str]:
     results, sketches = rounds.work(stages, seen, rates, cohort, built.root)
     arguments = {
         "train": (stages.train, seen, rates, cohort, built.root, sketches if stages.plan.step_scale else None),
-        "sketch": (stages.sketch, seen, cohort, results, built.root),
+        "sketch": (stages.sketch, seen, rates, cohort, results, built.root),
         "aggregate": (stages.aggregate, seen, rates, cohort, results, sketches),
         "evaluate": (built.evaluate, params, built.held["test"]),
     }
