@@ -153,8 +153,9 @@ def fipa(
 
             step = (H + beta I)^{-1} sum_m w_m (H_m + beta_m I) delta_m
 
-        is the Levenberg-Marquardt step at any local learning rate, exactly so for one full-batch step. `max_step` and
-        `explosion` then count in units of the longest beta_m / beta |delta_m|. Beta must be absolute.
+        is the Levenberg-Marquardt step whatever the local damping: exactly for one Gauss-Newton step, nearly for
+        gradient descent. `max_step` and `explosion` then count in units of the longest beta_m / beta |delta_m|. Beta
+        must be absolute.
       staleness: where clients are late: a weight falls with the client's age by (1 + age)^-staleness.
       transport: whether a late client's target is what it was, H_m (delta_m - moved_m) for H_m delta_m: its gradient at
         the present parameters, by its own curvature, if these have moved by moved_m since.

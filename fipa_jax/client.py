@@ -13,6 +13,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax.simulate import Client, gather, masked_mean, present
+from fipa_jax.sketch import Sketch
 from fipa_jax.terms import Done, Local, Term, none
 
 FEW = 5  # examples whose activations in a small network stay in a core's cache
@@ -33,6 +34,7 @@ class Hyper(NamedTuple):
     damping: jax.Array  # [], of the Gauss-Newton step
     mu: jax.Array  # [], weight of the term
     steps: jax.Array | int = 0  # [] int32, local steps, where positive, instead of the solver's own number
+    sketch: Sketch | None = None  # the client's own, where the solver asks for it
     part: jax.Array | None = None  # [] in (0, 1], the share of the steps after which a first-order solver stops
 
 
@@ -104,11 +106,7 @@ def first_order(
     term = term or none()
     if micro_batch > 0 and term.whole_batch:
         raise ValueError("local.micro_batch: this term compares the batch's examples with each other; set it to 0")
-    direction = optax.chain(
-        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
-        OPTIMIZERS[optimizer](momentum),
-    )
+    direction = optax.chain(regularised(clip_norm, weight_decay), OPTIMIZERS[optimizer](momentum))
 
     def solve(outputs, params, data, client: Client, key, hyper: Hyper, memory, shared) -> LocalResult:
         size = client.indices.shape[0]
@@ -128,7 +126,7 @@ def first_order(
             return jnp.argsort(jnp.where(in_order < client.num_examples, draw, 2.0))
 
         objective = make_objective(outputs, loss, term, params, data, client, hyper, memory, shared)
-        at_a_time = batch if term.whole_batch else _micro_batch(micro_batch, batch)
+        at_a_time = batch if term.whole_batch else micro_batch_of(micro_batch, batch)
         descent = in_micro_batches(jax.grad(objective, has_aux=True), batch // at_a_time)
 
         def step(s, carry):
@@ -158,6 +156,14 @@ def first_order(
     return solve
 
 
+def regularised(clip_norm: float, weight_decay: float) -> optax.GradientTransformation:
+    """Clips a gradient's norm, and adds weight_decay * params; 0 for neither."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+    )
+
+
 def in_micro_batches(gradient: Callable, number: int) -> Callable:
     """`gradient(theta, examples, mask) -> (gradient, mean loss)`, as a sum over so many micro-batches."""
     if number == 1:
@@ -178,7 +184,7 @@ def in_micro_batches(gradient: Callable, number: int) -> Callable:
     return summed
 
 
-def _micro_batch(wanted: int, batch: int) -> int:
+def micro_batch_of(wanted: int, batch: int) -> int:
     """The largest divisor of the batch that is at most as wanted; as suits the backend, the nearest to a few."""
     divisors = [m for m in range(1, batch + 1) if batch % m == 0]
     if wanted < 0 and jax.default_backend() == "cpu":

@@ -110,7 +110,7 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
             "cache_body": False,  # where only the head is trained: run it on features that are computed once
             "cache_views": 0,  # random views of each example whose features are kept, to train on; 0 for the plain one
             "local": {
-                "optimizer": "sgd",  # sgd, momentum, nesterov, adam, yogi, gauss_newton, lbfgs
+                "optimizer": "sgd",  # sgd, momentum, nesterov, adam, yogi, gauss_newton, lbfgs, natural_gradient
                 "lr": 0.1,
                 "lr_decay": 1.0,  # the learning rate of round k is lr * lr_decay^k, counted over both phases
                 "momentum": 0.9,
@@ -123,8 +123,8 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "steps": 0,  # instead of epochs, where positive
                 "step_scale": 0.0,  # c of the published rule for the steps, by the sketch; 0 for none; published: 0.01
                 "max_steps": 200,  # that this rule may ask for
-                "damping": 1e-4,  # of the gauss_newton step
-                "matched": False,  # gauss_newton: under FIPA its damping is the server's, its step untested
+                "damping": 1e-4,  # of the gauss_newton or natural_gradient step
+                "matched": False,  # of these two: under FIPA their damping is the server's, the step untested
                 "tries": 10,  # dampings that a gauss_newton step tries, tenfold each; 0 takes the first one's untested
                 "system": "auto",  # of the gauss_newton step: gram, cg (matrix-free); auto: gram up to 2000 equations
                 "cg_steps": 100,  # products with the curvature that cg may take for one step

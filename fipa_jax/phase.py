@@ -33,7 +33,10 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
     matched = settings.local.matched and sketched
     _check_fit(settings, aggregator, term, everyone=cohort == num_clients)
     _check_faults(settings, cohort)
-    local_fields = fields_for(solver, settings.local) | ({"tries": 0} if matched else {})
+    local_fields = fields_for(solver, settings.local)
+    if matched and "tries" in local_fields:
+        local_fields["tries"] = 0
+    natural = solver is second_order.natural_gradient
     makers = {"none": None, "sketch": sketch.make_sketch, "diagonal": sketch.make_diagonal}
     make = makers[aggregator.curvature]
     return rounds.Plan(
@@ -50,6 +53,7 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
         gradient_scale=settings.sketch.gradient_scale if sketched else 0.0,
         step_scale=settings.local.step_scale if sketched else 0.0,
         max_steps=settings.local.max_steps,
+        sketch_first=sketched and (natural or settings.local.step_scale > 0),
         matched=matched,
         faults=_has_faults(settings),
         late=settings.late.most if settings.late.share else 0,
@@ -91,18 +95,28 @@ def _check_fit(settings: ConfigDict, aggregator: aggregate.Aggregator, term: ter
         raise ValueError("config.fipa.aggregator.trust: needs clients that are not late; set late.share = 0")
     if aggregator.wants_loss and settings.server.lr != 1:
         raise ValueError(f"config.fipa.aggregator.trust: needs server.lr = 1, got {settings.server.lr}")
+    natural = settings.local.optimizer == "natural_gradient"
+    if natural and (aggregator.curvature != "sketch" or aggregator.at != "broadcast"):
+        raise ValueError(
+            "config.fipa.local.optimizer: 'natural_gradient' is a step by the client's sketch, of which the rule "
+            f"{settings.aggregator.name!r} knows none; set aggregator.name = 'fipa', or another optimizer"
+        )
+    if natural and not settings.local.matched and not settings.local.damping:
+        raise ValueError("config.fipa.local.damping: 'natural_gradient' divides by it, it needs more than 0")
     if aggregator.curvature != "sketch":
         return  # local work that follows the sketches is left aside, so that rules without them can be compared
     optimizer = settings.local.optimizer
     local = settings.local
-    one_step = optimizer == "gauss_newton" and (local.steps or local.epochs) == 1
+    one_step = natural or (optimizer == "gauss_newton" and (local.steps or local.epochs) == 1)
     if aggregator.wants_damping and not (optimizer == "sgd" or one_step):
         raise ValueError(
             "config.fipa.aggregator.own_damping: needs local.optimizer = 'sgd', whose damping is 1 / (lr steps), or "
             f"one 'gauss_newton' step, got {optimizer!r} with {local.steps or local.epochs}; set it to False"
         )
-    if settings.local.matched and optimizer != "gauss_newton":
-        raise ValueError("config.fipa.local.matched: needs local.optimizer = 'gauss_newton'; set it to False")
+    if settings.local.matched and optimizer not in ("gauss_newton", "natural_gradient"):
+        raise ValueError(
+            "config.fipa.local.matched: needs local.optimizer = 'gauss_newton' or 'natural_gradient'; set it to False"
+        )
     if settings.local.matched and settings.aggregator.relative:
         raise ValueError("config.fipa.local.matched: needs an absolute damping; set aggregator.relative to False")
     if settings.local.step_scale and optimizer not in client_lib.LOCAL_SOLVERS:

@@ -52,7 +52,8 @@ class Plan(NamedTuple):
     gradient_scale: float = 0.0  # c of `sketch.above_gradient`, by which the sketches' rank adapts; 0 for none
     step_scale: float = 0.0  # c of `client.steps_for`: local steps that adapt to the client's sketch; 0 for none
     max_steps: int = 0  # bound on those
-    matched: bool = False  # whether the clients' Gauss-Newton steps take the rule's damping
+    sketch_first: bool = False  # whether the local solver takes the client's sketch, or its steps adapt to it
+    matched: bool = False  # whether the clients' second-order steps take the rule's damping
     faults: bool = False  # whether faults are injected
     late: int = 0  # rounds that clients may be late
     least_clients: int = 1  # with fewer accepted clients a round is skipped
@@ -130,17 +131,17 @@ def make_stages(plan: Plan) -> Stages:
         hyper = rates.local._replace(lr=rates.local.lr * rates.lr_decay**state.round)
         if plan.matched:
             hyper = hyper._replace(damping=state.aggregator.damping)
-        least = None if sketches is None else jax.vmap(smallest)(sketches.eigenvalues)
         faults = None
         if plan.faults:
             faults = faults_lib.draw(jax.random.fold_in(root, state.round), rates.faults, cohort.ids)
 
         ages = ages_of(state, rates, cohort, root)
 
-        def one(seen, data, hyper, client, key, memory, least, part, age):
+        def one(seen, data, hyper, client, key, memory, sketch, part, age):
             chosen, outputs = broadcast(seen, age)
-            hyper = hyper._replace(part=part)
-            if least is not None:
+            hyper = hyper._replace(sketch=sketch, part=part)
+            if plan.step_scale:
+                least = smallest(sketch.eigenvalues)
                 hyper = hyper._replace(steps=steps_for(least, hyper.lr, plan.step_scale, plan.max_steps))
             result = plan.local(outputs, chosen, data, client, key, hyper, memory, seen.shared)
             if not plan.aggregator.wants_damping:
@@ -153,7 +154,7 @@ def make_stages(plan: Plan) -> Stages:
 
         common, sizes = (_common(state), cohort.data, hyper), cohort.clients.num_examples
         part = faults.part if plan.faults else None
-        stacked = cohort.clients, keys(state, root, cohort.ids)[0], state.memory, least, part, ages
+        stacked = cohort.clients, keys(state, root, cohort.ids)[0], state.memory, sketches, part, ages
         results = map_clients(one, common, *stacked, sizes=sizes, chunk=plan.chunk, mesh=plan.mesh)
         results = results._replace(age=ages) if plan.late else results
         return results._replace(faults=faults) if plan.faults else results
@@ -236,12 +237,12 @@ def _common(state: State) -> State:
 
 
 def work(stages: Stages, seen: State, rates: Rates, cohort: Cohort, root, clock=lambda stage, result: result):
-    """The clients' part of a round: (results, sketches). Sketches come first where the local steps adapt to them.
+    """The clients' part of a round: (results, sketches). Sketches come first where local work needs them.
 
     Args:
       clock: (name of the stage, its result) -> the result; it may measure the time.
     """
-    if stages.plan.step_scale:
+    if stages.plan.sketch_first:
         sketches = clock("sketch", stages.sketch(seen, rates, cohort, None, root))
         return clock("train", stages.train(seen, rates, cohort, root, sketches)), sketches
     results = clock("train", stages.train(seen, rates, cohort, root))

@@ -12,7 +12,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import curvature
-from fipa_jax.client import Hyper, LocalResult, make_objective
+from fipa_jax.client import Hyper, LocalResult, in_micro_batches, make_objective, micro_batch_of, regularised
 from fipa_jax.simulate import Client, gather, present
 from fipa_jax.terms import Done, Term, none
 
@@ -204,6 +204,48 @@ def lbfgs(
     return solve
 
 
+def natural_gradient(
+    loss: Callable,
+    *,
+    weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
+    micro_batch: int = 0,
+    term: Term | None = None,
+) -> Callable:
+    """One step along the natural gradient, by the client's own sketch H_m ~= U diag(lam) U^T:
+
+        delta = -lr (H_m + damping I)^{-1} g_m = -lr (g_m - U diag(lam / (lam + damping)) U^T g_m) / damping
+
+    g_m is the gradient on all of the client's examples, as they are, without random views: one pass over them. A server
+    with the same damping undoes it exactly, whatever the rank: sum_m w_m (H_m + beta I) delta_m = -lr sum_m w_m g_m.
+
+    Args:
+      loss: (outputs, batch) -> [B].
+      weight_decay, clip_norm, micro_batch, term: of the gradient, see `client.first_order`.
+    """
+    term, direction = term or none(), regularised(clip_norm, weight_decay)
+
+    @_precise
+    def solve(outputs, params, data, client: Client, key, hyper: Hyper, memory, shared) -> LocalResult:
+        examples, mask = gather(data, client.indices), present(client)
+        objective = make_objective(outputs, loss, term, params, data, client, hyper, memory, shared)
+        at_a_time = mask.size if term.whole_batch else micro_batch_of(micro_batch, mask.size)
+        descent = in_micro_batches(jax.grad(objective, has_aux=True), mask.size // at_a_time)
+        gradient, mean_loss = descent(params, examples, mask)
+        gradient, unravel = ravel_pytree(direction.update(gradient, direction.init(params), params)[0])
+        basis, eigenvalues = (x.astype(gradient.dtype) for x in (hyper.sketch.basis, hyper.sketch.eigenvalues))
+        known = basis @ (eigenvalues / (eigenvalues + hyper.damping) * (basis.T @ gradient))
+        change = -hyper.lr * (gradient - known) / hyper.damping
+        change = jnp.where(client.num_examples > 0, change, 0)
+        delta = unravel(change)
+        along = -jnp.vdot(change, gradient)  # as terms expect it, see `lbfgs`
+        travelled = jnp.where(along > 0, jnp.vdot(change, change) / jnp.where(along > 0, along, 1), 1)
+        memory = term.update(Done(memory, shared, params, delta, travelled, hyper.mu))
+        return LocalResult(delta, memory, mean_loss, damping=hyper.damping)
+
+    return solve
+
+
 def _precise(solve: Callable) -> Callable:
     """Products in full precision: on an accelerator the default's rounding is larger than what is compared."""
 
@@ -222,4 +264,4 @@ def _refuse_regularisers(optimizer, weight_decay, clip_norm):
         )
 
 
-LOCAL_SOLVERS = {"gauss_newton": gauss_newton, "lbfgs": lbfgs}
+LOCAL_SOLVERS = {"gauss_newton": gauss_newton, "lbfgs": lbfgs, "natural_gradient": natural_gradient}

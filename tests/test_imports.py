@@ -31,7 +31,7 @@ ARROWS = {
     "memory": set(),
     "population": {"simulate"},
     "terms": {"simulate"},
-    "client": {"simulate", "terms"},
+    "client": {"simulate", "sketch", "terms"},
     "second_order": {"client", "curvature", "simulate", "terms"},
     "server": {"trees"},
     "rounds": {

@@ -107,7 +107,9 @@ def test_clients_take_as_many_steps_as_their_sketches_say(x64):
     data["x"] = data["x"].at[12:, 0].mul(0.6)  # the last client's weakest direction is weaker
     clients = clients._replace(num_examples=jnp.asarray(counts))
     local = client.first_order(linear.loss, linear.augment, batch_size=0, epochs=1)
-    plan = centralised.plan()._replace(task=linear, local=local, matched=False, step_scale=scale, max_steps=most)
+    plan = centralised.plan()._replace(
+        task=linear, local=local, matched=False, sketch_first=True, step_scale=scale, max_steps=most
+    )
     make = lambda outputs, features: sketch.make_sketch(outputs, TASK.loss, rank=2, solver="rows")
     plan = plan._replace(aggregator=aggregate.fipa(), sketch=make)
     stages = rounds.make_stages(plan)

@@ -79,7 +79,7 @@ def measure(config, args) -> tuple[list[dict], str]:
     seen, rates = rounds.fetch(state, cohort.ids), phase.make_rates(settings, config.precision)
     results, sketches = rounds.work(stages, seen, rates, cohort, built.root)
     arguments = {
-        "train": (stages.train, seen, rates, cohort, built.root, sketches if stages.plan.step_scale else None),
+        "train": (stages.train, seen, rates, cohort, built.root, sketches if stages.plan.sketch_first else None),
         "sketch": (stages.sketch, seen, rates, cohort, results, built.root),
         "aggregate": (stages.aggregate, seen, rates, cohort, results, sketches),
         "evaluate": (built.evaluate, params, built.held["test"]),
