@@ -117,7 +117,7 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "weight_decay": 0.0,
                 "clip_norm": 0.0,  # bound on the gradient's norm; 0 for none
                 "batch_size": 50,  # 0 for all of the client's examples
-                "augment": True,  # on random views, where config.data.augment is set
+                "views": True,  # on random views of the examples, where config.data.augment is set
                 "micro_batch": 0,  # examples whose gradients are computed at a time; 0 for all, -1 as suits the backend
                 "epochs": 5,
                 "steps": 0,  # instead of epochs, where positive

@@ -41,7 +41,7 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
     make = makers[aggregator.curvature]
     return rounds.Plan(
         task=task,
-        local=solver(task.loss, task.augment if settings.local.augment else _as_it_is, term=term, **local_fields),
+        local=solver(task.loss, task.augment if settings.local.views else _as_it_is, term=term, **local_fields),
         term=term,
         sketch=None if make is None else sketch_of(make, task.loss, settings.sketch),
         aggregator=aggregator,

@@ -206,6 +206,7 @@ def lbfgs(
 
 def natural_gradient(
     loss: Callable,
+    augment: Callable | None = None,
     *,
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
@@ -221,6 +222,7 @@ def natural_gradient(
 
     Args:
       loss: (outputs, batch) -> [B].
+      augment: not used, as the sketch has seen no random views.
       weight_decay, clip_norm, micro_batch, term: of the gradient, see `client.first_order`.
     """
     term, direction = term or none(), regularised(clip_norm, weight_decay)
