@@ -147,7 +147,7 @@ def merge(parts: Sequence[Part], method: str = "auto") -> Merged:
             values = spectrum[:kept]
             # F V lam^{-1/2}. What is at rounding level beside the largest has no direction.
             there = values > ROUNDING * jnp.finfo(dtype).eps ** 2 * spectrum[0]
-            scaled = right[:kept].T * jnp.where(there, 1 / jnp.sqrt(jnp.where(there, values, 1)), 0)
+            scaled = right[:kept].T * jnp.where(there, 1 / jnp.sqrt(jnp.where(there, values, 1)), 0)[None]
 
             def second_pass(bases, start, total):
                 begin, rows = block(bases, start)

@@ -64,7 +64,7 @@ def join(past: Past, cohort: Group, size: jax.Array, theta: jax.Array, decay: ja
     weights = past.weights * decay
     deltas = jnp.zeros([1, theta.size], theta.dtype)
     if past.targets is not None:
-        deltas = jnp.where((weights > 0)[:, None], past.targets - theta, 0)
+        deltas = jnp.where((weights > 0)[:, None], past.targets - theta[None], 0)
     else:
         first = jnp.sum(weights) == 0
         cohort = cohort._replace(deltas=jnp.where(first, (1 - decay) * cohort.deltas, cohort.deltas))

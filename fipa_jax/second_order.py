@@ -206,7 +206,7 @@ def lbfgs(
 
 def natural_gradient(
     loss: Callable,
-    augment: Callable | None = None,
+    augment: Callable,
     *,
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,

@@ -1,0 +1,230 @@
+"""What the server remembers of past cohorts, beside a server that keeps dense matrices of all of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rules import CLIENTS, LIKE, SIZE, Dense, as_tree, as_vector, assert_close, clients_of, each_form, uploads_of
+
+from fipa_jax import aggregate, past
+
+DECAY, BETA, ROUNDS = 0.7, 0.3, 5
+FREE = {"relative": False, "damping": BETA, "max_step": 0.0, "explosion": 0.0, "trace_cap": 0.0, "rcond": 1e-9}
+PRIOR = FREE | {"memory": "prior", "memory_decay": DECAY, "memory_rank": SIZE}
+TARGETS = PRIOR | {"memory": "targets", "memory_length": 3}
+
+
+@functools.cache
+def _rule(form, **options):
+    rule = aggregate.fipa(form, **options)
+    return rule, jax.jit(rule.apply)
+
+
+def _run(cohorts, form="damped", state=None, own=None, **options):
+    """(the parameters [P] before each round and at the end, the infos, the last state)."""
+    rule, apply = _rule(form, **options)
+    theta, found, infos = np.zeros(SIZE), [], []
+    state = state or rule.init(as_tree(theta))
+    for k, cohort in enumerate(cohorts):
+        found.append(theta)
+        uploads = uploads_of(*(cohort(theta) if callable(cohort) else cohort))
+        uploads = uploads if own is None else uploads._replace(damping=jnp.asarray(own[k]))
+        step, state, info = apply(uploads, state, as_tree(theta))
+        theta = theta + as_vector(step)
+        infos.append(jax.tree.map(np.asarray, info))
+    return [*found, theta], infos, state
+
+
+def _solve(form, curvature, pull, bulk):
+    """The form's step by a dense H, sum_m w_m H_m delta_m and sum_m w_m delta_m."""
+    if form == "pinv":
+        return np.linalg.pinv(curvature, rcond=FREE["rcond"], hermitian=True) @ pull
+    regular = curvature + BETA * np.eye(SIZE)
+    return np.linalg.solve(regular, pull + (BETA * bulk if form == "damped" else 0))
+
+
+COHORTS = [clients_of(2, seed) for seed in range(ROUNDS)]
+
+
+@each_form
+def test_the_prior_is_one_more_client_that_stays(x64, form):
+    theta, weight, curvature = np.zeros(SIZE), 0, 0
+    found, infos, state = _run(COHORTS, form, **PRIOR)
+    for k, cohort in enumerate(COHORTS):
+        dense, size = Dense(*cohort), cohort[1].sum()
+        if not k:  # as if there had been such cohorts before
+            weight, curvature = DECAY / (1 - DECAY) * size, dense.total
+        else:
+            weight = DECAY * weight
+        share = size / (size + weight)
+        curvature = share * dense.total + (1 - share) * curvature
+        theta = theta + _solve(form, curvature, share * dense.pull, share * dense.mean)
+        weight += size
+        assert_close(found[k + 1], theta, 1e-8)
+        np.testing.assert_allclose(infos[k]["memory_share"], 0 if not k else 1 - share, atol=1e-12)
+    remembered = np.asarray(state.past.sketch.basis[0]) * np.sqrt(np.asarray(state.past.sketch.eigenvalues[0]))
+    assert_close(remembered @ remembered.T, curvature, 1e-9)
+    np.testing.assert_allclose(state.past.weights, [weight])
+
+
+@pytest.mark.parametrize("form", ["damped", "tikhonov"])
+def test_targets_stay_where_they_were(x64, form):
+    """The last three cohorts besides the present one, each with its own curvature and where it alone would have gone."""
+    found, _, _ = _run(COHORTS, form, **TARGETS)
+    theta, messages = np.zeros(SIZE), []
+    for k, cohort in enumerate(COHORTS):
+        dense, size = Dense(*cohort), cohort[1].sum()
+        parts = [(size, dense.total, dense.pull, dense.mean)]
+        for weight, curvature, target in messages[-3:]:
+            parts.append((weight, curvature, curvature @ (target - theta), target - theta))
+        total = sum(part[0] for part in parts)
+        merged = [sum(part[0] / total * part[i] for part in parts) for i in (1, 2, 3)]
+        alone = theta + _solve(form, dense.total, dense.pull, dense.mean)
+        messages = [(DECAY * w, *rest) for w, *rest in messages] + [(DECAY * size, dense.total, alone)]
+        theta = theta + _solve(form, *merged)
+        assert_close(found[k + 1], theta, 1e-8)
+
+
+def _quadratics(seed=0, number=8):
+    """Clients' losses |theta - best_m|^2_{H_m} / 2 on eight clients, and their cohorts of four with exact steps."""
+    draw = np.random.default_rng(seed)
+    roots, best = draw.normal(size=(number, SIZE, SIZE)), draw.normal(size=(number, SIZE))
+    each = np.einsum("mpq,mrq->mpr", roots, roots)
+
+    def cohort(ids):
+        values, basis = np.linalg.eigh(each[ids])
+        regular = each[ids] + BETA * np.eye(SIZE)
+        step = lambda theta: -np.linalg.solve(regular, np.einsum("mpq,mq->mp", each[ids], theta - best[ids])[..., None])
+        return lambda theta: (step(theta)[..., 0], np.full(CLIENTS, 7), values[:, ::-1], basis[..., ::-1])
+
+    return each, best, [cohort(draw.permutation(number)[:CLIENTS]) for _ in range(6)]
+
+
+def test_both_memories_are_recursive_least_squares(x64):
+    """On quadratic losses, all cohorts remembered: the parameters minimise the weighted sum of all rounds' models.
+
+    The damping belongs to each model: with it a cohort's own minimiser is where its damped step leads.
+    """
+    cohorts = _quadratics()[2]
+    first, _, state = _run(cohorts[:1], **PRIOR)
+    weight = float(state.past.weights[0])
+    found = _run(cohorts, **PRIOR)[0]
+    messages, theta = [], np.zeros(SIZE)
+    for k, cohort in enumerate(cohorts):
+        deltas, counts, values, basis = cohort(theta)
+        dense = Dense(deltas, counts, values, basis)
+        precision = dense.total + BETA * np.eye(SIZE)
+        if not k:
+            messages.append([weight * DECAY, precision, theta])
+        else:
+            messages = [[DECAY * w, *rest] for w, *rest in messages]
+        messages.append([counts.sum(), precision, theta + np.linalg.solve(precision, dense.pull + BETA * dense.mean)])
+        left = sum(w * matrix for w, matrix, _ in messages)
+        theta = np.linalg.solve(left, sum(w * matrix @ target for w, matrix, target in messages))
+        assert_close(found[k + 1], theta, 1e-7)
+    # As targets: from the state that the prior has after the first round, in which one message says the same.
+    rule, _ = _rule("damped", **TARGETS | {"memory_length": 8})
+    blank = rule.init(as_tree(first[1]))
+    put = lambda empty, value: empty.at[0].set(value)
+    messages = past.Past(
+        jax.tree.map(lambda empty, own: put(empty, own[0]), blank.past.sketch, state.past.sketch),
+        put(blank.past.weights, weight),
+        put(blank.past.targets, first[1]),
+    )
+    shifted = [lambda theta, cohort=cohort: cohort(theta + first[1]) for cohort in cohorts[1:]]
+    moved = messages._replace(targets=put(blank.past.targets, np.zeros(SIZE)))
+    again = _run(shifted, state=blank._replace(past=moved), **TARGETS | {"memory_length": 8})[0]
+    for theirs, mine in zip(found[1:], again, strict=True):
+        assert_close(mine + first[1], theirs, 1e-7)
+
+
+def test_the_memory_restores_what_absent_clients_know(x64):
+    """Half of the clients a round: with a memory the parameters stay near the minimum of all, without they do not."""
+    each, best, cohorts = _quadratics(seed=1)
+    wanted = np.linalg.solve(each.sum(0), np.einsum("mpq,mq->p", each, best))
+    distance = lambda **options: np.mean([np.linalg.norm(t - wanted) for t in _run(9 * cohorts, **options)[0][30:]])
+    without, slow = distance(**FREE), distance(**PRIOR | {"memory_decay": 0.9})
+    assert slow < 0.5 * without
+
+
+@pytest.mark.parametrize("kind", [PRIOR, TARGETS], ids=["prior", "targets"])
+def test_without_a_past_it_is_the_rule_without_memory(x64, kind):
+    assert_close(_run(COHORTS, **kind | {"memory_decay": 0.0})[0][-1], _run(COHORTS, **FREE)[0][-1], 1e-9)
+
+
+def test_with_a_large_damping_the_prior_is_fedavg_at_a_server_step(x64):
+    found = _run(COHORTS[:1] * 3, **PRIOR | {"damping": 1e9})[0]
+    assert_close(found[-1], 3 * (1 - DECAY) * Dense(*COHORTS[0]).mean, 1e-7)
+
+
+@pytest.mark.parametrize("kind", [PRIOR, TARGETS], ids=["prior", "targets"])
+def test_a_round_that_nobody_took_part_in_only_ages_the_memory(x64, kind):
+    nobody = (*COHORTS[0][:1], np.zeros(CLIENTS, int), *COHORTS[0][2:])
+    _, _, before = _run(COHORTS[:2], **kind)
+    _, _, after = _run([*COHORTS[:2], nobody], **kind)
+    np.testing.assert_allclose(after.past.weights, DECAY * before.past.weights)
+    np.testing.assert_array_equal(after.past.sketch.basis, before.past.sketch.basis)
+
+
+def test_a_client_at_fault_is_not_remembered(x64):
+    deltas, counts, values, basis = COHORTS[1]
+    spoilt = np.where(np.arange(CLIENTS)[:, None] == 2, np.nan, deltas), counts, values, basis
+    without = deltas, np.where(np.arange(CLIENTS) == 2, 0, counts), values, basis
+    found = [_run([COHORTS[0], cohort, COHORTS[2]], **PRIOR) for cohort in (spoilt, without)]
+    np.testing.assert_array_equal(found[0][0][-1], found[1][0][-1])
+    jax.tree.map(np.testing.assert_array_equal, found[0][2].past, found[1][2].past)
+
+
+def test_a_low_rank_keeps_the_largest_part(x64):
+    kept = _run(COHORTS, **PRIOR | {"memory_rank": 3})[2].past.sketch
+    assert kept.eigenvalues.shape == (1, 3) and kept.basis.shape == (1, SIZE, 3)
+    assert_close(np.asarray(kept.basis[0].T @ kept.basis[0]), np.eye(3), 1e-9)
+    first = _run(COHORTS[:1], **PRIOR | {"memory_rank": 3})[2].past.sketch.eigenvalues[0]
+    np.testing.assert_allclose(first, np.linalg.eigvalsh(Dense(*COHORTS[0]).total)[::-1][:3], rtol=1e-9)
+
+
+def test_own_damping_undoes_what_the_clients_have_added(x64):
+    """Whatever each client's damping, (H_m + beta_m I)^{-1} of its gradient: the step is Levenberg-Marquardt's."""
+    draw = np.random.default_rng(3)
+    _, counts, values, basis = clients_of(SIZE)
+    each = np.einsum("cpr,cr,cqr->cpq", basis, values, basis)
+    gradients, damping = draw.normal(size=(CLIENTS, SIZE)), draw.uniform(0.01, 9, CLIENTS)
+    deltas = -np.linalg.solve(each + damping[:, None, None] * np.eye(SIZE), gradients[..., None])[..., 0]
+    weights = counts / counts.sum()
+    wanted = -np.linalg.solve(np.tensordot(weights, each, 1) + BETA * np.eye(SIZE), weights @ gradients)
+    options = FREE | {"own_damping": True}
+    assert_close(_run([(deltas, counts, values, basis)], own=[damping], **options)[0][-1], wanted, 1e-9)
+    spoilt = np.where(np.arange(CLIENTS) == 1, -1.0, damping)
+    info = _run([(deltas, counts, values, basis)], own=[spoilt], **options)[1][0]
+    np.testing.assert_array_equal(info["reasons"]["damping_invalid"], np.arange(CLIENTS) == 1)
+
+
+def test_the_bound_in_curvature_norm_shortens_the_step_and_does_not_turn_it(x64):
+    free, bounded = _run(COHORTS[:1], **FREE), _run(COHORTS[:1], **FREE | {"max_divergence": 0.01})
+    step = free[0][-1]
+    np.testing.assert_allclose(free[1][0]["divergence"], step @ Dense(*COHORTS[0]).total @ step / 2, rtol=1e-9)
+    assert free[1][0]["divergence"] > 0.01
+    np.testing.assert_allclose(bounded[1][0]["divergence"], 0.01, rtol=1e-9)
+    assert_close(bounded[0][-1] / np.linalg.norm(bounded[0][-1]), step / np.linalg.norm(step), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "targts"}, "aggregator.memory: unknown 'targts'; known: none, prior, targets"),
+        ({"memory": "prior", "memory_rank": 0}, "aggregator.memory: needs memory_rank"),
+        ({"memory": "prior", "trust": True}, "aggregator.trust: needs all clients"),
+        ({"own_damping": True}, "aggregator.own_damping: needs"),
+    ],
+)
+def test_what_does_not_fit_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        aggregate.fipa(**options).init(LIKE)
+
+
+def test_own_damping_needs_the_clients(x64):
+    given, counts = uploads_of(*COHORTS[0]), COHORTS[0][1]
+    with pytest.raises(ValueError, match=r"uploads\.damping"):
+        aggregate.fipa_step(given.delta, given.sketch, counts, relative=False, own_damping=True)
