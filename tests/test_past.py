@@ -71,7 +71,7 @@ def test_the_prior_is_one_more_client_that_stays(x64, form):
 
 @pytest.mark.parametrize("form", ["damped", "tikhonov"])
 def test_targets_stay_where_they_were(x64, form):
-    """The last three cohorts besides the present one, each with its own curvature and where it alone would have gone."""
+    """The last three cohorts besides this one, each with its own curvature and where it alone would have gone."""
     found, _, _ = _run(COHORTS, form, **TARGETS)
     theta, messages = np.zeros(SIZE), []
     for k, cohort in enumerate(COHORTS):
