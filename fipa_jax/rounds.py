@@ -199,8 +199,8 @@ def make_stages(plan: Plan) -> Stages:
         delta, sketches, num_examples = uploads
         uploads = Uploads(delta, num_examples, sketches, loss, damping)
         if plan.late:
-            began = jax.vmap(late_lib.then, (None, 0))(state.history, results.age)
-            uploads = uploads._replace(age=results.age, moved=jax.tree.map(lambda now, old: now - old, chosen, began))
+            since = lambda age: optax.tree.sub(chosen, late_lib.then(state.history, age))
+            uploads = uploads._replace(age=results.age, moved=jax.vmap(since)(results.age))
         step, rule_state, info = plan.aggregator.apply(uploads, state.aggregator, chosen)
         # A client set aside keeps its old memory, so that one bad upload does not poison the shared mean; so does one
         # without examples, whose memory would change although it took no step.
