@@ -81,7 +81,7 @@ def fipa(
     trace_cap: float = 1000.0,
     trust: bool = False,
     memory: str = "none",
-    memory_decay: float = 0.95,
+    memory_decay: float = 0.9,
     memory_rank: int = 250,
     memory_length: int = 8,
     own_damping: bool = False,

@@ -14,9 +14,23 @@ from ml_collections import ConfigDict
 
 from fipa_jax import fields
 
-# Compared rules: what each changes in the FIPA phase. Local work, cohort and rounds stay the same for all.
+# Compared rules: what each changes in the FIPA phase. Cohort and rounds stay the same for all, and but for `fipa_memory`
+# local work.
 RULES = {
     "fipa": {},
+    "fipa_memory": {
+        "local.optimizer": "natural_gradient",
+        "local.matched": True,
+        "local.lr": 1.0,
+        "local.lr_decay": 1.0,
+        "aggregator.form": "damped",
+        "aggregator.relative": False,
+        "aggregator.damping": 0.1,
+        "aggregator.memory": "prior",
+        "aggregator.max_divergence": 0.005,
+        "server.optimizer": "sgd",
+        "server.lr": 1.0,
+    },
     "fedavg": {"aggregator.name": "mean"},
     "fedbuff": {"aggregator.name": "mean", "aggregator.mix": False},
     "fedasync": {"aggregator.name": "mean", "aggregator.mix": True},
@@ -156,7 +170,7 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "rcond": 1e-5,  # pinv's cut-off
                 "trust": False,  # damping follows the clients' losses, and a step that raised them is undone
                 "memory": "none",  # of past cohorts' curvature: none, prior, targets; for few clients of many
-                "memory_decay": 0.95,  # by which the weight of a past cohort falls with each round
+                "memory_decay": 0.9,  # by which the weight of a past cohort falls with each round
                 "memory_rank": 250,  # of what is remembered
                 "memory_length": 8,  # cohorts that `targets` remembers
                 "staleness": 0.5,  # s, of late clients: their weight is (1 + age)^-s of another's

@@ -139,7 +139,7 @@ def test_a_late_target_is_seen_from_the_present_parameters(x64, transport):
 
 
 def test_a_client_that_has_drifted_too_far_takes_no_part(x64):
-    uploads, (deltas, counts, values, basis), ages, moved = _late(seed=1)
+    uploads, (deltas, counts, values, basis), _, moved = _late(seed=1)
     drifts = np.einsum("cp,cpq,cq->c", moved, Dense(deltas, counts, values, basis).each, moved) / 2
     assert 0 < drifts[1] != drifts[3] > 0
     bound = (drifts[1] + drifts[3]) / 2
