@@ -171,6 +171,7 @@ def fipa(
     if form not in forms.FORMS:
         raise ValueError(f"aggregator.form: unknown form {form!r}; known: {', '.join(sorted(forms.FORMS))}")
     _check_weighting(weighting)
+    past_lib.check(memory, memory_rank, memory_length, memory_decay)
     if own_damping and (form != "damped" or relative):
         raise ValueError("aggregator.own_damping: needs form = 'damped' and relative = False")
     if trust and memory != "none":

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from fipa_jax import fields
 
-# Compared rules: what each changes in the FIPA phase. Cohort and rounds stay the same for all, and but for `fipa_memory`
-# local work.
+# Compared rules: what each changes in the FIPA phase. Cohort and rounds stay the same for all, and so does local work,
+# but for that of `fipa_memory`.
 RULES = {
     "fipa": {},
     "fipa_memory": {

@@ -35,18 +35,20 @@ class Past(NamedTuple):
     targets: jax.Array | None  # [L, P], parameters; None for the prior, whose L is 1
 
 
-def init(kind: str, size: int, dtype, *, rank: int, length: int) -> Past | None:
-    """Nothing remembered yet: None for `none`.
-
-    Raises:
-      ValueError: the kind is not known, or the rank or the length is below 1.
-    """
+def check(kind: str, rank: int, length: int, decay: float) -> None:
+    """Raises ValueError if the kind is not known, or a number is out of its range."""
     if kind not in KINDS:
         raise ValueError(f"aggregator.memory: unknown {kind!r}; known: {', '.join(KINDS)}")
-    if kind == "none":
-        return None
     if min(rank, length) < 1:
         raise ValueError(f"aggregator.memory: needs memory_rank and memory_length of at least 1, got {rank}, {length}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"aggregator.memory_decay: needs a number in [0, 1), got {decay}")
+
+
+def init(kind: str, size: int, dtype, *, rank: int, length: int) -> Past | None:
+    """Nothing remembered yet: None for `none`."""
+    if kind == "none":
+        return None
     length, rank = length if kind == "targets" else 1, min(rank, size)
     targets = jnp.zeros([length, size], dtype) if kind == "targets" else None
     sketch = Sketch(jnp.zeros([length, rank], dtype), jnp.zeros([length, size, rank], dtype))

@@ -8,7 +8,7 @@ import pytest
 from centralised import COUNTS, TASK, dense, levenberg_marquardt, start
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax import aggregate, client, rounds, simulate, sketch, tasks
+from fipa_jax import aggregate, client, rounds, second_order, simulate, sketch, tasks
 from fipa_jax.sketch import Sketch
 
 
@@ -62,6 +62,37 @@ def test_a_rank_costs_no_more_than_the_eigenvalues_it_leaves_out(x64):
             assert rank == 6 or error > 1e-9 * bound
         assert errors[damping, 6] < 1e-9 * np.linalg.norm(wanted) < errors[damping, 2] < errors[damping, 1]
     assert errors[1.0, 2] < errors[0.1, 2] < errors[0.01, 2]
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_server_undoes_natural_gradients_at_any_rank(x64, rank):
+    """The step is -(H + beta I)^{-1} g with the sketches' H, however much of the curvature they leave out."""
+    beta, lr = 0.2, 0.7
+    plan = centralised.plan()._replace(
+        local=second_order.natural_gradient(TASK.loss, TASK.augment),
+        sketch=lambda outputs, features: sketch.make_sketch(outputs, TASK.loss, rank=rank, solver="rows"),
+        aggregator=aggregate.fipa(relative=False, damping=beta, max_step=0.0),
+        sketch_first=True,
+    )
+    stages, (data, clients) = rounds.make_stages(plan), centralised.problem()
+    state, cohort = stages.init(TASK.init(None)), simulate.Cohort(jnp.arange(len(COUNTS)), clients, data)
+
+    @jax.jit
+    def one(state):
+        results, sketches = rounds.work(stages, state, centralised.rates(lr), cohort, jax.random.key(0))
+        after, _ = stages.aggregate(state, centralised.rates(lr), cohort, results, sketches)
+        return results, sketches, after.params
+
+    results, sketches, after = jax.device_get(one(state))
+    *parts, (_, gradient, _) = dense(start())
+    weights, deltas = COUNTS / COUNTS.sum(), jax.vmap(lambda tree: ravel_pytree(tree)[0])(results.delta)
+    each = np.einsum("cpr,cr,cqr->cpq", sketches.basis, sketches.eigenvalues, sketches.basis)
+    regular = beta * np.eye(start().size)
+    for m, (loss, own, _) in enumerate(parts):
+        np.testing.assert_allclose(deltas[m], -lr * np.linalg.solve(each[m] + regular, own), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(results.loss[m], loss)
+    wanted = -lr * np.linalg.solve(np.tensordot(weights, each, 1) + regular, gradient)
+    np.testing.assert_allclose(np.asarray(ravel_pytree(after)[0]) - start(), wanted, rtol=1e-8, atol=1e-12)
 
 
 def test_with_a_damping_of_their_own_it_is_another_step(x64):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rules import CLIENTS, LIKE, SIZE, Dense, as_tree, as_vector, assert_close, clients_of, each_form, uploads_of
+from rules import CLIENTS, SIZE, Dense, as_tree, as_vector, assert_close, clients_of, each_form, uploads_of
 
 from fipa_jax import aggregate, past
 
@@ -216,12 +216,13 @@ def test_the_bound_in_curvature_norm_shortens_the_step_and_does_not_turn_it(x64)
         ({"memory": "targts"}, "aggregator.memory: unknown 'targts'; known: none, prior, targets"),
         ({"memory": "prior", "memory_rank": 0}, "aggregator.memory: needs memory_rank"),
         ({"memory": "prior", "trust": True}, "aggregator.trust: needs all clients"),
+        ({"memory_decay": 1.0}, "aggregator.memory_decay: needs"),
         ({"own_damping": True}, "aggregator.own_damping: needs"),
     ],
 )
 def test_what_does_not_fit_is_named(options, message):
     with pytest.raises(ValueError, match=message):
-        aggregate.fipa(**options).init(LIKE)
+        aggregate.fipa(**options)
 
 
 def test_own_damping_needs_the_clients(x64):

@@ -58,7 +58,8 @@ def test_compared_rules_shown_in_the_readme_are_valid():
     assert len(specs) > 2
     for spec in specs:
         config_lib.rule(config, spec)
-    assert set(re.findall(r"`(fedavg|centralised|fisher_\w+|fipa\w*)`", README)) - {"fipa_jax"} == set(config_lib.RULES)
+    named = re.findall(r"`(fedavg|fedbuff|fedasync|centralised|fisher_\w+|fipa\w*)`", README)
+    assert set(named) - {"fipa_jax"} == set(config_lib.RULES)
 
 
 def test_no_place_is_left_to_fill_in():

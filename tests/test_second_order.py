@@ -226,7 +226,8 @@ def test_wrong_choices_name_the_field():
     second_order.gauss_newton(squared, KEEP, term=terms.TERMS["none"]())
     with pytest.raises(ValueError, match=r"local\.system: unknown 'dense'; known: auto, cg, gram"):
         second_order.gauss_newton(squared, KEEP, system="dense")
-    for name, solver in second_order.LOCAL_SOLVERS.items():
+    for name in ("gauss_newton", "lbfgs"):
+        solver = second_order.LOCAL_SOLVERS[name]
         for wrong in ({"weight_decay": 0.1}, {"clip_norm": 1.0}):
             with pytest.raises(ValueError, match=rf"local\.optimizer = '{name}' takes no local\.weight_decay"):
                 solver(squared, KEEP, **wrong)
