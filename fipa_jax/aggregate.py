@@ -17,7 +17,7 @@ from fipa_jax import past as past_lib
 from fipa_jax import trust as trust_lib
 from fipa_jax.forms import ratio
 from fipa_jax.sketch import Diagonal, Sketch
-from fipa_jax.uploads import Uploads, cap_traces, drift, freshness, relative_traces, screen
+from fipa_jax.uploads import Uploads, cap_traces, freshness, relative_traces, screen
 
 WEIGHTINGS = ("examples", "uniform")
 
@@ -143,8 +143,9 @@ def fipa(
         rounds in which all clients take part, and a server's learning rate of 1. `damping` is the first round's.
       memory: what the server remembers of past cohorts, see `past`: `none`, `prior` or `targets`. For cohorts that
         are a small part of all clients.
-      memory_decay: by which the weight of a past cohort falls with each round. The step of the whole is then about
-        1 - memory_decay of the cohort's own: compare with FedAvg at the server's learning rate 1 - memory_decay.
+      memory_decay: by which the weight of a past cohort falls with each round. With the prior the step is then about
+        1 - memory_decay of the cohort's own: compare with FedAvg at the server's learning rate 1 - memory_decay. What
+        one client says, see above, then weighs for about 1 / (1 - memory_decay) rounds.
       memory_rank: of what is remembered, for `targets` of each cohort.
       memory_length: L, the cohorts that `targets` remembers.
       own_damping: whether the damped form takes an update for what it is to the client, (H_m + beta_m I) delta_m =
@@ -154,26 +155,28 @@ def fipa(
             step = (H + beta I)^{-1} sum_m w_m (H_m + beta_m I) delta_m
 
         is the Levenberg-Marquardt step whatever the local damping: exactly for one Gauss-Newton step, nearly for
-        gradient descent. `max_step` and `explosion` then count in units of the longest beta_m / beta |delta_m|. Beta
-        must be absolute.
+        gradient descent on the loss alone; a proximal term adds its mu to beta_m, which is not seen. `max_step` and
+        `explosion` then count in units of the longest beta_m / beta |delta_m|. Beta must be absolute.
       staleness: where clients are late: a weight falls with the client's age by (1 + age)^-staleness.
       transport: whether a late client's target is what it was, H_m (delta_m - moved_m) for H_m delta_m: its gradient at
         the present parameters, by its own curvature, if these have moved by moved_m since.
+        That holds for steps which the damped form undoes: matched, natural or with own_damping. Otherwise it is a pull
+        back to where the client began.
       max_drift: a late client takes no part if moved_m^T H_m moved_m / 2 is above this, as its curvature and gradient
-        are of other parameters; 0 for no bound. `info["stale"]` counts such clients.
+        are of other parameters; 0 for no bound. `info["stale"]` names such clients.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
       merge: how the clients' sketches are merged, see `merge.merge`.
 
     Raises:
-      ValueError: an unknown form, weighting or merge, trust in a rule without damping; in `apply`, shapes that do not
-        fit.
+      ValueError: an unknown form, weighting, merge or memory, trust in a rule without damping or with a memory,
+        own_damping in another form than the damped one; in `apply`, shapes that do not fit.
     """
     if form not in forms.FORMS:
         raise ValueError(f"aggregator.form: unknown form {form!r}; known: {', '.join(sorted(forms.FORMS))}")
     _check_weighting(weighting)
     past_lib.check(memory, memory_rank, memory_length, memory_decay)
-    if own_damping and (form != "damped" or relative):
-        raise ValueError("aggregator.own_damping: needs form = 'damped' and relative = False")
+    if own_damping and (form != "damped" or relative or (isinstance(damping, int | float) and not damping > 0)):
+        raise ValueError("aggregator.own_damping: needs form = 'damped', relative = False and damping above 0")
     if trust and memory != "none":
         raise ValueError(f"aggregator.trust: needs all clients in every round, where memory = {memory!r} adds nothing")
     if trust and form == "pinv":
@@ -194,37 +197,30 @@ def fipa(
             raise ValueError("fipa with trust needs uploads.loss [C], the clients' mean losses before their work")
         if own_damping and uploads.damping is None:
             raise ValueError("fipa with own_damping needs uploads.damping [C], that of the clients' own steps")
-        weights, uploads, info = screen(uploads, params, weighting, staleness)
+        weights, uploads, info = screen(uploads, params, weighting, staleness, state.max_drift)
         theta, unravel = ravel_pytree(params)
         relative_trace = relative_traces(uploads.sketch, weights)
         sketch, capped = cap_traces(uploads.sketch, relative_trace, trace_cap)
         deltas, moved = trees.ravel_stacked(uploads.delta), None  # [C, P]
-        if uploads.moved is not None:
-            moved = trees.ravel_stacked(uploads.moved)
-            drifted = jnp.where(weights > 0, drift(sketch, moved), 0)
-            stale = (state.max_drift > 0) & (drifted > state.max_drift)
-            weights = jnp.where(stale, 0, weights)
-            weights = ratio(weights, jnp.sum(weights))
-            info |= {"drift": jnp.max(drifted), "stale": jnp.sum(stale)}
-            moved = moved if transport else None
+        if uploads.moved is not None and transport:
+            moved = jnp.where((weights > 0)[:, None], trees.ravel_stacked(uploads.moved), 0)
+        lengths = jnp.linalg.norm(deltas if moved is None else deltas - moved, axis=1)
         cohort = forms.Group(weights, deltas, sketch, moved, uploads.damping if own_damping else None)
         settings = forms.Settings(form, relative, merge, state.damping, state.rcond, state.explosion)
         groups, size = [cohort], _size(uploads, weights, weighting, staleness)
         if state.past is not None:
             groups = past_lib.join(state.past, cohort, size, theta, state.memory_decay)
-        solved = forms.solve(groups, settings)
-        bound = jnp.where(state.max_step > 0, state.max_step * solved.longest, jnp.inf)
-        step = forms.bounded(solved.step, bound)
-        quadratic = solved.merged.quadratic(step)  # step^T H step
-        limit = jnp.where(state.max_divergence > 0, 2 * state.max_divergence, jnp.inf)
-        factor = jnp.where(quadratic > limit, jnp.sqrt(ratio(limit, quadratic)), 1)
-        step, quadratic = factor * step, factor**2 * quadratic
+        solved = forms.solve(groups, lengths, settings)
+        step, factor, quadratic = _bounded(solved, state)
         if state.past is not None:
-            past = past_lib.keep(state.past, cohort, size, theta, state.memory_decay, solved, settings)
+            past = past_lib.keep(state.past, cohort, size, theta, state.memory_decay, solved, lengths, settings)
             state = state._replace(past=past)
             info["memory_share"] = 1 - jnp.sum(groups[0].weights)
         if trust:
-            step, state, verdict = _trusted(step, quadratic, state, weights, uploads.loss, solved.beta)
+            full = quadratic + solved.beta * jnp.vdot(solved.step, solved.step)
+            # The step solves (H + beta I) step = -g, which turns -g x - x^T H x / 2 at x = factor step into this.
+            predicted = factor * full - factor**2 * quadratic / 2
+            step, state, verdict = _trusted(step, predicted, state, weights, uploads.loss)
             info |= verdict
         spectrum = solved.merged.spectrum
         info |= {
@@ -235,7 +231,7 @@ def fipa(
             "fallback": solved.fallback,
             "capped": capped,
             "trace_ratio": jnp.max(relative_trace),
-            "divergence": quadratic / 2,
+            "divergence": factor**2 * quadratic / 2,
         }
         info |= _describe(uploads.sketch, weights)
         step, dbar = unravel(step), unravel(solved.mean)
@@ -244,11 +240,19 @@ def fipa(
     return Aggregator(init, apply, curvature="sketch", wants_loss=trust, wants_damping=own_damping)
 
 
-def _trusted(step, quadratic, state: FipaState, weights, losses, beta):
+def _bounded(solved: forms.Solved, state: FipaState):
+    """(step [P] within both bounds, [] what it was shortened to, [] step^T H step of the one before)."""
+    bound = jnp.where(state.max_step > 0, state.max_step * solved.longest, jnp.inf)
+    quadratic = jnp.minimum(solved.merged.quadratic(solved.step), jnp.finfo(solved.step.dtype).max)
+    limit = jnp.where(state.max_divergence > 0, 2 * state.max_divergence, jnp.inf)
+    factor = jnp.where(quadratic > limit, jnp.sqrt(ratio(limit, quadratic)), 1)
+    step = forms.bounded(factor * solved.step, bound)
+    return step, ratio(jnp.linalg.norm(step), jnp.linalg.norm(solved.step)), quadratic
+
+
+def _trusted(step, predicted, state: FipaState, weights, losses):
     """(the step to take: this one, or the last one back; the state with the damping that follows; info)."""
     loss = jnp.dot(weights, jnp.where(weights > 0, losses, 0))
-    # The step solves (H + beta I) step = -g, which turns -g step - step^T H step / 2 into this.
-    predicted = quadratic / 2 + beta * jnp.vdot(step, step)
     clients = jnp.sum(weights > 0, dtype=jnp.int32)
     verdict = trust_lib.judge(state.last, loss, state.damping, clients)
     step, last = trust_lib.follow(state.last, verdict, loss, state.damping, step, predicted, clients)
@@ -263,7 +267,12 @@ class DiagonalState(NamedTuple):
 
 
 def diagonal(
-    *, damping: float = 1e-3, relative: bool = True, at: str = "local", weighting: str = "examples"
+    *,
+    damping: float = 1e-3,
+    relative: bool = True,
+    at: str = "local",
+    staleness: float = 0.5,
+    weighting: str = "examples",
 ) -> Aggregator:
     """FIPA with the curvatures' diagonals alone, entry by entry: f_m = diag H_m [P], beta as in the damped form.
 
@@ -277,6 +286,7 @@ def diagonal(
       damping: beta.
       relative: whether beta counts in units of the largest entry of sum_m w_m f_m.
       at: `local`, or `broadcast` as FIPA's own sketches.
+      staleness: see `fipa`; a late client's update is added as it is.
       weighting: see `fipa`.
 
     Raises:
@@ -292,7 +302,7 @@ def diagonal(
     def apply(uploads, state, params):
         if not isinstance(uploads.sketch, Diagonal):
             raise ValueError("diagonal needs uploads.sketch, a Diagonal of values [C, P]")
-        weights, uploads, info = screen(uploads, params, weighting)
+        weights, uploads, info = screen(uploads, params, weighting, staleness)
         deltas = trees.ravel_stacked(uploads.delta)
         dbar = jnp.matmul(weights, deltas, precision="highest")
         values = jnp.where((weights > 0)[:, None], jnp.maximum(uploads.sketch.values, 0), 0).astype(dbar.dtype)
@@ -316,11 +326,16 @@ def fipa_step(delta, sketch: Sketch, num_examples: jax.Array, **options):
       delta: the clients' updates, a parameter pytree with a leading clients axis [C, ...].
       sketch: the clients' stacked sketches: eigenvalues [C, R], basis [C, P, R].
       num_examples: [C].
-      **options: of `fipa`; damping, rcond, max_step and explosion may be traced.
+      **options: of `fipa`; damping, rcond, max_step, max_divergence and explosion may be traced. A memory, and what
+        asks for more than this of the clients, needs `fipa` itself.
 
     Returns:
       (step, info): the step is a parameter pytree, to be added to the broadcast parameters.
     """
+    if options.get("memory", "none") != "none":
+        raise ValueError(
+            "fipa_step keeps nothing from call to call: for a memory take aggregate.fipa(...) and its state"
+        )
     rule = fipa(**options)
     like = jax.tree.map(lambda leaf: leaf[0], delta)
     step, _, info = rule.apply(Uploads(delta, num_examples, sketch), rule.init(like), like)

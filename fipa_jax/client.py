@@ -31,7 +31,7 @@ class Hyper(NamedTuple):
     """Hyper-parameters of local work that are traced."""
 
     lr: jax.Array  # []
-    damping: jax.Array  # [], of the Gauss-Newton step
+    damping: jax.Array  # [], of the Gauss-Newton step or the natural gradient
     mu: jax.Array  # [], weight of the term
     steps: jax.Array | int = 0  # [] int32, local steps, where positive, instead of the solver's own number
     sketch: Sketch | None = None  # the client's own, where the solver asks for it

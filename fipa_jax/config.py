@@ -31,11 +31,11 @@ RULES = {
         "server.optimizer": "sgd",
         "server.lr": 1.0,
     },
-    "fedavg": {"aggregator.name": "mean"},
+    "fedavg": {"aggregator.name": "mean", "aggregator.mix": False, "aggregator.staleness": 0.0},
     "fedbuff": {"aggregator.name": "mean", "aggregator.mix": False},
     "fedasync": {"aggregator.name": "mean", "aggregator.mix": True},
     "fisher_diagonal": {"aggregator.name": "diagonal"},
-    "centralised": {"pooled": True, "least_clients": 1},
+    "centralised": {"pooled": True, "least_clients": 1, "late.share": 0.0},
     "fipa_pinv": {"aggregator.form": "pinv"},
     "fipa_tikhonov": {"aggregator.form": "tikhonov"},
     "fipa_damped": {"aggregator.form": "damped"},
@@ -171,7 +171,7 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "trust": False,  # damping follows the clients' losses, and a step that raised them is undone
                 "memory": "none",  # of past cohorts' curvature: none, prior, targets; for few clients of many
                 "memory_decay": 0.9,  # by which the weight of a past cohort falls with each round
-                "memory_rank": 250,  # of what is remembered
+                "memory_rank": 250,  # R' of what is remembered: R' P numbers, for `targets` memory_length times that
                 "memory_length": 8,  # cohorts that `targets` remembers
                 "staleness": 0.5,  # s, of late clients: their weight is (1 + age)^-s of another's
                 "transport": True,  # a late client's target stays where it was, seen from the present parameters

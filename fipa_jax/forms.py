@@ -38,7 +38,7 @@ class Solved(NamedTuple):
     step: jax.Array  # [P]
     beta: jax.Array  # [], the damping that it was taken with, absolute
     mean: jax.Array  # [P], sum_m w_m delta_m
-    longest: jax.Array  # [], the longest update of the first group
+    longest: jax.Array  # [], the longest update
     merged: merge.Merged
     inverse: jax.Array  # [D], the form's filter of H's eigenvalues
     least: jax.Array  # [], the least eigenvalue that it lets through
@@ -50,8 +50,12 @@ FALLBACKS = ("none", "the damped form with a larger damping", "the mean")
 CAREFUL = 1e-3  # its damping, in units of H's largest eigenvalue
 
 
-def solve(groups: Sequence[Group], settings: Settings) -> Solved:
-    """The step of `settings.form` by all groups; a failing one gives way, see `aggregate.fipa`."""
+def solve(groups: Sequence[Group], lengths: jax.Array, settings: Settings) -> Solved:
+    """The step of `settings.form` by all groups; a failing one gives way, see `aggregate.fipa`.
+
+    Args:
+      lengths: [C], of the first group's updates, that the bounds count in; in units of the client's own damping.
+    """
     form, own = settings.form, any(group.damping is not None for group in groups)
     mean = sum(_weighted(group.weights, group) for group in groups)
 
@@ -74,8 +78,7 @@ def solve(groups: Sequence[Group], settings: Settings) -> Solved:
     inverse = lambda spectrum: FORMS[form](spectrum, beta, settings.rcond, floor)
     step, found = base + merged.solve(inverse), inverse(spectrum)
     least = jnp.min(jnp.where((found > 0) & (spectrum > floor * spectrum[0]), spectrum, spectrum[0]))
-    shares = _share(groups[0], beta)
-    longest = jnp.max(jnp.linalg.norm(groups[0].deltas, axis=1) * shares)
+    longest = jnp.max(lengths * _share(groups[0], beta))
 
     def careful():
         """The damped form, with a damping that no rounding gets through."""

@@ -10,9 +10,13 @@ have pinned down. So each past cohort stays as a message of fixed rank, and its 
               update is zero: it only resists motion in the directions that were pinned down. In the first round the
               cohort's own curvature stands in for the past's
 
-In a linear problem, where the rank leaves nothing out, L is all rounds and the server's learning rate is 1, both are
-the same recursive least squares: theta + step minimises sum_s decay^{k - s} |theta - target_s|^2_{A_s}. With H_s = I it
-is FedAvg with the server's learning rate 1 - decay, once the weights have settled.
+On quadratic losses both are the same recursive least squares, if the rank leaves nothing out, L is all rounds, no bound
+acts, the form is `damped` with an absolute beta, and the server adds the step as it is: theta + step minimises
+
+    sum_s n_s decay^{k - s} |theta - target_s|^2_{A_s}
+
+over the cohorts' sizes n_s, and for the prior over a message at the first parameters. With H_s = I the prior is FedAvg
+with the server's learning rate 1 - decay. The server keeps L R' P numbers, which its checkpoints hold too.
 """
 
 from typing import NamedTuple
@@ -77,12 +81,18 @@ def join(past: Past, cohort: Group, size: jax.Array, theta: jax.Array, decay: ja
     ]
 
 
-def keep(past: Past, cohort: Group, size, theta, decay, solved: forms.Solved, settings: forms.Settings) -> Past:
-    """What is remembered after a round; the arguments are those of `join`, and what has become of its groups."""
+def keep(past: Past, cohort: Group, size, theta, decay, solved: forms.Solved, lengths, settings) -> Past:
+    """What is remembered after a round.
+
+    Args:
+      past, cohort, size, theta, decay: those of `join`.
+      solved: what has become of its groups.
+      lengths, settings: with which they were solved, see `forms.solve`.
+    """
     weights, rank = past.weights * decay, past.sketch.eigenvalues.shape[1]
     if past.targets is not None:
         # On its own, and at the same damping, the cohort would have gone here.
-        alone = forms.solve([cohort], settings._replace(damping=solved.beta, relative=False))
+        alone = forms.solve([cohort], lengths, settings._replace(damping=solved.beta, relative=False))
         push = lambda new, old: jnp.concatenate([new[None], old[:-1]])
         sketch = jax.tree.map(push, alone.merged.top(rank), past.sketch)
         new = Past(sketch, push(size, weights), push(theta + alone.step, past.targets))

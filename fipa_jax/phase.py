@@ -101,8 +101,18 @@ def _check_fit(settings: ConfigDict, aggregator: aggregate.Aggregator, term: ter
             "config.fipa.local.optimizer: 'natural_gradient' is a step by the client's sketch, of which the rule "
             f"{settings.aggregator.name!r} knows none; set aggregator.name = 'fipa', or another optimizer"
         )
-    if natural and not settings.local.matched and not settings.local.damping:
-        raise ValueError("config.fipa.local.damping: 'natural_gradient' divides by it, it needs more than 0")
+    rule = settings.aggregator
+    matched = settings.local.matched and aggregator.curvature == "sketch"
+    if natural and not (rule.damping if matched else settings.local.damping) > 0:
+        field = "aggregator.damping" if matched else "local.damping"
+        raise ValueError(f"config.fipa.{field}: 'natural_gradient' divides by it, it needs more than 0")
+    if natural and settings.sketch.store in ("bfloat16", "float16"):
+        raise ValueError(
+            "config.fipa.sketch.store: a basis that is rounded is not orthonormal enough for 'natural_gradient'; "
+            "set it to ''"
+        )
+    if matched and rule.form == "pinv":
+        raise ValueError("config.fipa.local.matched: 'pinv' has no damping to match; set aggregator.form = 'damped'")
     if aggregator.curvature != "sketch":
         return  # local work that follows the sketches is left aside, so that rules without them can be compared
     optimizer = settings.local.optimizer

@@ -17,6 +17,7 @@ SHOWN = 1000  # clients that are drawn, and whose classes are counted
 # What is said of clients besides those left out: field of `info` -> words.
 NOTED = {
     "absent": "take no part: nothing of them arrived, or they have no examples",
+    "stale": "take no part: their answers have moved by more than aggregator.max_drift since they began",
     "capped": "eigenvalues scaled down, their sum being above aggregator.trace_cap times the median client's",
 }
 CELL = 11  # characters of a figure in the table of rules

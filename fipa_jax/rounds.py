@@ -204,7 +204,7 @@ def make_stages(plan: Plan) -> Stages:
         step, rule_state, info = plan.aggregator.apply(uploads, state.aggregator, chosen)
         # A client set aside keeps its old memory, so that one bad upload does not poison the shared mean; so does one
         # without examples, whose memory would change although it took no step.
-        took_part = (num_examples > 0) & ~info["rejected"]
+        took_part = (num_examples > 0) & ~info["rejected"] & ~info.get("stale", jnp.asarray(False))
         accepted = took_part & trees.is_finite((results.loss, results.memory))
         change = trees.zero_unless(accepted, optax.tree.sub(results.memory, state.memory))
         memory = optax.tree.add(state.memory, change)
@@ -223,9 +223,12 @@ def make_stages(plan: Plan) -> Stages:
         for leaf in jax.tree.leaves(chosen):
             skipped |= ~jnp.all(jnp.isfinite(leaf))
         info["skipped"] = skipped
-        history = late_lib.push(state.history, chosen) if plan.late else ()
-        after = State(trees.replace(state.params, chosen), rule_state, server, memory, shared, state.round, history)
+        params = trees.replace(state.params, chosen)
+        after = State(params, rule_state, server, memory, shared, state.round, state.history)
         after = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), state, after)
+        if plan.late:  # after a skipped round too, or ages would not be rounds
+            history = late_lib.push(state.history, trees.select(after.params, plan.trainable))
+            after = after._replace(history=history)
         return after._replace(round=state.round + 1), info
 
     return Stages(init, draw, train, sketch, aggregate, plan)

@@ -41,22 +41,25 @@ class Uploads(NamedTuple):
     sketch: Sketch | Diagonal | None = None
     loss: jax.Array | None = None  # [C], the clients' mean losses at the broadcast parameters, if the rule wants them
     damping: jax.Array | None = None  # [C], beta_m: (H_m + beta_m I) delta_m = -gradient, nearly, if the rule wants it
-    age: jax.Array | None = None  # [C] int32, rounds ago at which the client started; None where nobody is late
+    # What the server knows of late clients; None where nobody is late.
+    age: jax.Array | None = None  # [C] int32, rounds ago at which the client started
     moved: Any = None  # parameter pytree [C, ...]: the present parameters minus those that the client started from
 
 
-def screen(uploads: Uploads, params, weighting: str, staleness: float = 0.0):
+def screen(uploads: Uploads, params, weighting: str, staleness: float = 0.0, max_drift=0.0):
     """Checks shapes, and leaves out the clients that must not take part: without examples, or at fault.
 
     Args:
       params: parameter pytree, whose tree and shapes the updates must have.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
       staleness: s, where clients are late: a weight falls with the client's age by (1 + age)^-s.
+      max_drift: a late client whose own answers have moved by more, see `drift`, takes no part; 0 for no bound.
 
     Returns:
       (weights [C], uploads with the updates of those clients zeroed, info with `rejected` [C] bool, those at fault,
-      `reasons` {name in `REASONS`: [C] bool}, and `absent` [C] bool, those with 0 examples, which is no fault). If no
-      client is left all weights are 0.
+      `reasons` {name in `REASONS`: [C] bool}, `absent` [C] bool, those with 0 examples, which is no fault, and where
+      clients are late `stale` [C] bool, those beyond max_drift, and `drift`, the largest of the others). If no client
+      is left all weights are 0.
 
     Raises:
       ValueError: shapes do not fit.
@@ -66,20 +69,28 @@ def screen(uploads: Uploads, params, weighting: str, staleness: float = 0.0):
     there = num_examples != 0  # NaN is not 0
     reasons = {name: there & found for name, found in _faults(uploads, num_examples, dtype).items()}
     rejected = jnp.any(jnp.stack(list(reasons.values())), axis=0)
-    accepted = there & ~rejected
+    accepted, late = there & ~rejected, {}
+    if uploads.moved is not None and isinstance(uploads.sketch, Sketch):
+        drifted = jnp.where(accepted, drift(uploads.sketch, trees.ravel_stacked(uploads.moved)), 0)
+        stale = (max_drift > 0) & ~(drifted <= max_drift)
+        late = {"stale": stale, "drift": jnp.max(jnp.where(stale, 0, drifted))}
+        accepted &= ~stale
     counts = num_examples if weighting == "examples" else there
     counts = jnp.where(accepted, counts, 0).astype(dtype) * freshness(uploads, staleness, dtype)
     total = jnp.sum(counts)
     weights = counts / jnp.where(total > 0, total, 1)
     delta = trees.zero_unless(accepted, uploads.delta)
-    info = {"rejected": rejected, "reasons": reasons, "absent": ~there}
+    damping = None if uploads.damping is None else jnp.where(accepted, uploads.damping, 0)
+    info = {"rejected": rejected, "reasons": reasons, "absent": ~there} | late
     # The sketches are not zeroed, which would copy all of them: whoever reads them skips those of weight 0.
-    return weights, uploads._replace(delta=delta, num_examples=num_examples), info
+    return weights, uploads._replace(delta=delta, num_examples=num_examples, damping=damping), info
 
 
 def drift(sketch: Sketch, moved: jax.Array) -> jax.Array:
     """[C], moved_m^T H_m moved_m / 2 of `moved` [C, P]: how far a client's own answers have moved since it began."""
-    along = jnp.einsum("cpr,cp->cr", sketch.basis.astype(moved.dtype), moved, precision="highest")
+    # In the basis' own dtype, or one of bfloat16 would be converted as a whole; for a bound that is exact enough.
+    given = sketch.basis, moved.astype(sketch.basis.dtype)
+    along = jnp.einsum("cpr,cp->cr", *given, precision="highest", preferred_element_type=moved.dtype)
     return jnp.sum(sketch.eigenvalues.astype(moved.dtype) * along**2, axis=1) / 2
 
 
@@ -91,7 +102,7 @@ def freshness(uploads: Uploads, staleness: float, dtype) -> jax.Array:
 def _faults(uploads: Uploads, num_examples, dtype) -> dict:
     """{name in `REASONS`: [C] bool}, of present and absent clients alike."""
     nowhere = jnp.zeros(num_examples.shape, bool)
-    most = jnp.finfo(dtype).max / num_examples.size  # above it the sum could overflow
+    most = jnp.sqrt(jnp.finfo(dtype).max) / num_examples.size  # above it the sum could overflow, over rounds too
     # The norm as well as the entries: it can overflow where no entry does, and the step would.
     lengths = jax.vmap(optax.tree.norm)(uploads.delta)
     found = dict.fromkeys(REASONS, nowhere) | {
@@ -187,6 +198,12 @@ def _check_shapes(uploads: Uploads, params):
     got = jax.tree.map(jnp.shape, uploads.delta)
     if want != got:
         raise ValueError(f"uploads.delta: needed the parameters' tree with a leading clients axis, {want}, got {got}")
+    for field in ("loss", "damping", "age"):
+        given = getattr(uploads, field)
+        if given is not None and jnp.shape(given) != clients:
+            raise ValueError(f"uploads.{field}: needed shape {clients}, got {jnp.shape(given)}")
+    if uploads.moved is not None and jax.tree.map(jnp.shape, uploads.moved) != want:
+        raise ValueError(f"uploads.moved: needed {want}, got {jax.tree.map(jnp.shape, uploads.moved)}")
     size = ravel_pytree(params)[0].size
     if isinstance(uploads.sketch, Diagonal) and uploads.sketch.values.shape != (*clients, size):
         raise ValueError(f"uploads.sketch: needed values {(*clients, size)}, got {uploads.sketch.values.shape}")
@@ -205,7 +222,7 @@ def collect(sent: Sequence[Uploads], params) -> tuple[Uploads, dict[int, str]]:
     For clients that are other programs: what arrives may have any tree, shape, rank or dtype.
 
     Args:
-      sent: of each client, without the leading clients axis.
+      sent: of each client, without the leading clients axis. `age` and `moved`, the server's own, are left out.
       params: parameter pytree, whose tree and shapes the updates must have.
 
     Returns:
@@ -215,6 +232,7 @@ def collect(sent: Sequence[Uploads], params) -> tuple[Uploads, dict[int, str]]:
     Raises:
       ValueError: no client fits.
     """
+    sent = [one._replace(age=None, moved=None) for one in sent]
     wrong = {place: why for place, one in enumerate(sent) if (why := _misfit(one, params))}
     kinds = {place: _kind(one) for place, one in enumerate(sent) if place not in wrong}
     if not kinds:

@@ -103,7 +103,7 @@ def test_without_late_clients_nothing_changes(x64):
     rule = aggregate.fipa(memory="prior", memory_rank=3)
     never, plain = _run(_plan(rule, late=MOST), num_rounds=3, share=0.0), _run(_plan(rule), num_rounds=3)
     chex.assert_trees_all_close(never[0], plain[0], rtol=1e-9, atol=1e-12)
-    assert all(info["stale"] == 0 and info["drift"] == 0 for info in never[2])
+    assert all(not info["stale"].any() and info["drift"] == 0 for info in never[2])
 
 
 def _late(seed=0):
@@ -117,15 +117,15 @@ def _late(seed=0):
 
 @functools.cache
 def _rule(**options):
-    rule = aggregate.fipa(damping=0.3, relative=False, max_step=0.0, **options)
+    rule = aggregate.fipa(damping=0.3, relative=False, **options)
     return rule, jax.jit(rule.apply)
 
 
 def _step(uploads, **options):
-    max_drift = options.pop("max_drift", 0.0)
+    bounds = {name: jnp.asarray(options.pop(name, 0.0)) for name in ("max_drift", "max_step")}
     rule, apply = _rule(**options)
     like = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), LIKE)
-    step, _, info = apply(uploads, rule.init(like)._replace(max_drift=jnp.asarray(max_drift)), like)
+    step, _, info = apply(uploads, rule.init(like)._replace(**bounds), like)
     return as_vector(step), jax.tree.map(np.asarray, info)
 
 
@@ -144,10 +144,43 @@ def test_a_client_that_has_drifted_too_far_takes_no_part(x64):
     assert 0 < drifts[1] != drifts[3] > 0
     bound = (drifts[1] + drifts[3]) / 2
     step, info = _step(uploads, max_drift=bound)
-    np.testing.assert_allclose(info["drift"], drifts.max(), rtol=1e-9)
-    assert info["stale"] == 1 and not info["rejected"].any()
+    np.testing.assert_allclose(info["drift"], drifts[drifts <= bound].max(), rtol=1e-9)
+    np.testing.assert_array_equal(info["stale"], drifts > bound)
+    assert not info["rejected"].any()
     fresh = uploads._replace(num_examples=jnp.where(jnp.asarray(drifts > bound), 0, uploads.num_examples))
     assert_close(step, _step(fresh)[0])
+    # Nor do the bounds count its update.
+    long = uploads._replace(
+        delta=jax.tree.map(lambda x: jnp.where(_rows(drifts > bound, x), 1e3 * x, x), uploads.delta)
+    )
+    short = {"max_step": 0.1, "max_drift": bound}
+    assert_close(_step(long, **short)[0], _step(fresh, max_step=0.1)[0])
+
+
+def _rows(which, leaf):
+    return jnp.asarray(which).reshape(-1, *[1] * (leaf.ndim - 1))
+
+
+def test_a_client_at_its_optimum_pulls_the_model_back(x64):
+    """Its update is zero, but the parameters have moved: the bounds count the way from the present ones."""
+    uploads, cohort, _, moved = _late()
+    still = uploads._replace(delta=jax.tree.map(jnp.zeros_like, uploads.delta), age=jnp.full(4, 2))
+    step, info = _step(still, max_step=5.0)
+    assert info["fallback"] == 0 and np.linalg.norm(step) > 0.01
+    dense = Dense(*cohort)
+    assert_close(step, dense.solve(0.3)(-np.einsum("c,cpq,cq->p", dense.weights, dense.each, moved)))
+
+
+def test_a_round_of_stale_clients_alone_is_skipped_and_ages_go_on(x64):
+    """The history is of rounds, skipped ones too: what they leave are the parameters as they were."""
+    plan = _plan(aggregate.fipa(max_drift=1e-12, max_step=0.0), late=MOST)
+    found, sent, infos = _run(plan, share=1.0)
+    for k, (results, info) in enumerate(zip(sent, infos, strict=True)):
+        began = [found[max(k - age, 0)] for age in results.age]
+        moved = [any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (x, found[k])), strict=True)) for x in began]
+        np.testing.assert_array_equal(info["stale"], moved)
+        assert info["skipped"] == all(moved)
+    assert any(info["skipped"] for info in infos) and not all(info["skipped"] for info in infos)
 
 
 def test_quadratic_losses_do_not_age(x64):

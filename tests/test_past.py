@@ -177,6 +177,40 @@ def test_a_client_at_fault_is_not_remembered(x64):
     jax.tree.map(np.testing.assert_array_equal, found[0][2].past, found[1][2].past)
 
 
+def test_relative_damping_counts_in_units_of_what_is_merged(x64):
+    options = PRIOR | {"relative": True, "damping": 0.05}
+    found, infos, _ = _run(COHORTS, **options)
+    beta = 0.05 * infos[-1]["spectrum"][0]
+    again = _run(COHORTS[-1:], state=_run(COHORTS[:-1], **options)[2], **options)[0]
+    absolute = _run(COHORTS[-1:], state=_run(COHORTS[:-1], **options)[2]._replace(damping=jnp.asarray(beta)), **PRIOR)[
+        0
+    ]
+    assert_close(again[-1], absolute[-1])
+    assert_close(found[-1] - found[-2], again[-1])  # the prior does not look at where the parameters are
+
+
+def test_a_failing_step_gives_way_with_a_memory_too(x64):
+    options = PRIOR | {"explosion": 1e-9}
+    found, infos, state = _run(COHORTS, **options)
+    assert all(info["fallback"] == 2 for info in infos) and np.all(np.isfinite(found))
+    assert np.all(np.isfinite(state.past.sketch.basis))
+
+
+def test_in_float32_it_is_that_of_float64():
+    with jax.enable_x64(True):
+        wanted = _run(COHORTS, **PRIOR)[0][-1]
+    rule = aggregate.fipa("damped", **PRIOR)
+    apply, state, theta = (
+        jax.jit(rule.apply),
+        rule.init(as_tree(np.zeros(SIZE, np.float32))),
+        np.zeros(SIZE, np.float32),
+    )
+    for cohort in COHORTS:
+        step, state, _ = apply(uploads_of(*cohort, dtype=np.float32), state, as_tree(theta))
+        theta = theta + as_vector(step)
+    assert_close(theta, wanted, 1e-5)
+
+
 def test_a_low_rank_keeps_the_largest_part(x64):
     kept = _run(COHORTS, **PRIOR | {"memory_rank": 3})[2].past.sketch
     assert kept.eigenvalues.shape == (1, 3) and kept.basis.shape == (1, SIZE, 3)
@@ -196,9 +230,12 @@ def test_own_damping_undoes_what_the_clients_have_added(x64):
     wanted = -np.linalg.solve(np.tensordot(weights, each, 1) + BETA * np.eye(SIZE), weights @ gradients)
     options = FREE | {"own_damping": True}
     assert_close(_run([(deltas, counts, values, basis)], own=[damping], **options)[0][-1], wanted, 1e-9)
-    spoilt = np.where(np.arange(CLIENTS) == 1, -1.0, damping)
-    info = _run([(deltas, counts, values, basis)], own=[spoilt], **options)[1][0]
-    np.testing.assert_array_equal(info["reasons"]["damping_invalid"], np.arange(CLIENTS) == 1)
+    there = np.arange(CLIENTS) != 1
+    without = _run([(deltas, np.where(there, counts, 0), values, basis)], own=[damping], **options)[0][-1]
+    for wrong in (-1.0, np.nan, np.inf):
+        found, (info,), _ = _run([(deltas, counts, values, basis)], own=[np.where(there, damping, wrong)], **options)
+        np.testing.assert_array_equal(info["reasons"]["damping_invalid"], ~there)
+        np.testing.assert_array_equal(found[-1], without)
 
 
 def test_the_bound_in_curvature_norm_shortens_the_step_and_does_not_turn_it(x64):
