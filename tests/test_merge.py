@@ -165,6 +165,41 @@ def test_a_sweep_over_the_hyper_parameters_compiles_once_and_equals_single_calls
     assert np.linalg.norm(steps[0] - steps[2]) > 0.01 * np.linalg.norm(steps[0]), "the hyper-parameter does nothing"
 
 
+@each_method
+def test_parts_of_several_ranks_stand_side_by_side(x64, method):
+    """Their spectrum, a function of it, the quadratic form and the top pairs are those of the dense sum."""
+    draw = np.random.default_rng(1)
+    wide = np.linalg.qr(draw.normal(size=(1, SIZE, 5)))[0]
+    others = np.array([0.7]), draw.normal(size=(1, SIZE)), np.array([[4.0, 3, 2, 1, 0]]), wide
+    given = _clients(), others
+    each = [np.einsum("c,cpr,cr,cqr->cpq", w, u, values, u) for w, _, values, u in given]
+    total = sum(part.sum(0) for part in each)
+    pull = sum(np.einsum("cpq,cq->p", part, own[1]) for part, own in zip(each, given, strict=True))
+
+    @jax.jit
+    def run(vector):
+        rows = lambda d: lambda start, number: jax.lax.dynamic_slice_in_dim(jnp.asarray(d), start, number, axis=1)
+        sketch_of = lambda values, u: Sketch(jnp.asarray(values), jnp.asarray(u))
+        parts = [merge.Part(jnp.asarray(w), sketch_of(values, u), rows(d)) for w, d, values, u in given]
+        merged = merge.merge(parts, method)
+        solution = merged.solve(lambda spectrum: 1 / (spectrum + 0.5))
+        return merged.spectrum, solution, merged.quadratic(vector), merged.top(6), merged.top(15)
+
+    vector = draw.normal(size=SIZE)
+    spectrum, solution, quadratic, top, padded = jax.device_get(run(jnp.asarray(vector)))
+    wanted = np.linalg.eigvalsh(total)[::-1]
+    np.testing.assert_allclose(spectrum, wanted[: WIDTH + 5], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(solution, np.linalg.solve(total + 0.5 * np.eye(SIZE), pull), rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(quadratic, vector @ total @ vector, rtol=1e-10)
+    np.testing.assert_allclose(top.eigenvalues, wanted[:6], rtol=1e-9)
+    np.testing.assert_allclose(top.basis.T @ top.basis, np.eye(6), atol=1e-9)
+    np.testing.assert_allclose(total @ top.basis, top.basis * wanted[:6], rtol=0, atol=1e-8)
+    # Of the 13 columns one has the eigenvalue zero, two more are beyond F's width.
+    np.testing.assert_allclose(padded.eigenvalues[12:], 0, atol=1e-12)
+    np.testing.assert_array_equal(padded.basis[:, 13:], 0)
+    np.testing.assert_allclose(padded.basis * padded.eigenvalues @ padded.basis.T, total, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("size", "width", "dtype", "backend", "picked"),
     [
