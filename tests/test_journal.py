@@ -94,7 +94,14 @@ def test_a_run_killed_again_and_again_is_the_run_in_one_go(monkeypatch, tmp_path
 
 @pytest.mark.parametrize(
     "fields",
-    [{"rounds_per_call": 2}, {"stage_seconds": False}, {"client_memory": "host"}, {"examples_on": "host"}],
+    [
+        {"rounds_per_call": 2},
+        {"stage_seconds": False},
+        {"client_memory": "host"},
+        {"examples_on": "host"},
+        {"compare": ("fipa_memory:late.share=0.5:late.most=2",)},
+        {"compare": ("fipa:aggregator.memory=targets:aggregator.memory_length=2",), "rounds_per_call": 2},
+    ],
     ids=str,
 )
 def test_however_rounds_are_run(monkeypatch, tmp_path, fields):

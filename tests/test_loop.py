@@ -49,9 +49,15 @@ def _phase(config, monkeypatch, rule):
         return [row for row, _ in written], [count for _, count in written] + traces, params
 
 
-def test_many_rounds_in_a_call_are_the_same_rounds(monkeypatch):
-    """Rows, dues, bytes of ranks that adapt, controls of a cohort, learning rates by the round; compiled once."""
-    rule = "fipa:sketch.gradient_scale=0.03:term.name=scaffold:local.lr_decay=0.9"
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "fipa:sketch.gradient_scale=0.03:term.name=scaffold:local.lr_decay=0.9",
+        "fipa_memory:sketch.gradient_scale=0.03:late.share=0.5:late.most=3",
+    ],
+)
+def test_many_rounds_in_a_call_are_the_same_rounds(monkeypatch, rule):
+    """Rows, dues, bytes of ranks that adapt, controls or memories of a cohort, rates by the round; compiled once."""
     config = tiny(cohort=2, first_round=1)
     config.eval.every, config.eval.clients_every = 3, 2
     wanted, _, params = _phase(config, monkeypatch, rule)
