@@ -214,6 +214,8 @@ def make_stages(plan: Plan) -> Stages:
         update, server = server_rule.update(optax.tree.scale(-1, step), state.server, chosen, **sent)
         chosen = jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update)
         info |= {"ids": cohort.ids, "local_loss": jnp.mean(results.loss)}
+        if plan.late:
+            info |= {"age_mean": jnp.mean(results.age), "age_most": jnp.max(results.age)}
         if isinstance(sketches, Sketch):
             info["sketch_pairs"] = jnp.sum(sketches.eigenvalues > 0)
         if plan.faults:

@@ -76,9 +76,10 @@ def _run(plan, num_rounds=6, share=0.6, lr=0.3):
 
 @pytest.mark.parametrize("mix", [False, True], ids=["fedbuff", "fedasync"])
 def test_rounds_are_the_published_rules(x64, mix):
-    found, sent, _ = _run(_plan(aggregate.mean(mix=mix), late=MOST))
+    found, sent, infos = _run(_plan(aggregate.mean(mix=mix), late=MOST))
     ages = np.stack([results.age for results in sent])
     assert ages[0].max() > 0 and len(np.unique(ages)) > 2
+    assert [info["age_most"] for info in infos] == ages.max(axis=1).tolist() and ages.max() <= MOST
     weights = np.array([NUM_EXAMPLES, 5, 3, 6]) / (NUM_EXAMPLES + 14)
     alone = jax.jit(lambda params, which: _locally(params, which))
     for k, results in enumerate(sent):
