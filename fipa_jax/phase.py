@@ -106,11 +106,6 @@ def _check_fit(settings: ConfigDict, aggregator: aggregate.Aggregator, term: ter
     if natural and not (rule.damping if matched else settings.local.damping) > 0:
         field = "aggregator.damping" if matched else "local.damping"
         raise ValueError(f"config.fipa.{field}: 'natural_gradient' divides by it, it needs more than 0")
-    if natural and settings.sketch.store in ("bfloat16", "float16"):
-        raise ValueError(
-            "config.fipa.sketch.store: a basis that is rounded is not orthonormal enough for 'natural_gradient'; "
-            "set it to ''"
-        )
     if matched and rule.form == "pinv":
         raise ValueError("config.fipa.local.matched: 'pinv' has no damping to match; set aggregator.form = 'damped'")
     if aggregator.curvature != "sketch":

@@ -215,8 +215,9 @@ def natural_gradient(
 ) -> Callable:
     """One step along the natural gradient, by the client's own sketch H_m ~= U diag(lam) U^T:
 
-        delta = -lr (H_m + damping I)^{-1} g_m = -lr (g_m - U diag(lam / (lam + damping)) U^T g_m) / damping
+        delta = -lr (H_m + damping I)^{-1} g_m = -lr (g_m - U S (S U^T U S + damping I)^{-1} S U^T g_m) / damping
 
+    with S = diag(lam)^{1/2}. (U^T U is the identity but for rounding, of which there is some in a basis of bfloat16.)
     g_m is the gradient on all of the client's examples, as they are, without random views: one pass over them. A server
     with the same damping undoes it exactly, whatever the rank: sum_m w_m (H_m + beta I) delta_m = -lr sum_m w_m g_m.
 
@@ -236,7 +237,9 @@ def natural_gradient(
         gradient, mean_loss = descent(params, examples, mask)
         gradient, unravel = ravel_pytree(direction.update(gradient, direction.init(params), params)[0])
         basis, eigenvalues = (x.astype(gradient.dtype) for x in (hyper.sketch.basis, hyper.sketch.eigenvalues))
-        known = basis @ (eigenvalues / (eigenvalues + hyper.damping) * (basis.T @ gradient))
+        root = jnp.sqrt(jnp.maximum(eigenvalues, 0))
+        system = root[:, None] * (basis.T @ basis) * root[None] + hyper.damping * jnp.eye(root.size, dtype=root.dtype)
+        known = basis @ (root * jnp.linalg.solve(system, root * (basis.T @ gradient)))
         change = -hyper.lr * (gradient - known) / hyper.damping
         change = jnp.where(client.num_examples > 0, change, 0)
         delta = unravel(change)
