@@ -3,7 +3,7 @@
 Reproduces: the two-phase recipe of arXiv 2601.13608 (5 local epochs of SGD, 0.1 x 0.998^k, batch 50, weight decay 1e-3,
 gradients clipped at norm 10), with every rule's step sizes tuned on a held-out tenth of the training data. `fipa` takes
 the form of the authors' code with beta = 0.5, gamma = 0.2, a thirtieth of the published learning rate and rank 50.
-`fipa_memory` is this project's rule for few clients of many: one natural gradient a client and a memory of past cohorts.
+`fipa_memory` is this project's rule for few clients of many: one natural gradient a client, a memory of past cohorts.
 Hardware: one CPU core, 40 minutes; `:debug` takes a minute. Expected: `fipa_memory` at 65.8 %, `fipa` at 63.6 %, the
 best of the first-order rules at 62.5 % (README, Results).
 Data: python scripts/prepare_data.py cifar10 --data-dir=DIR

@@ -232,7 +232,7 @@ def test_an_unknown_split_lists_the_known_ones():
             r"local\.damping: 'natural_gradient'",
         ),
         ({"compare": ("fipa_memory:aggregator.trust=True",)}, r"aggregator\.trust: needs all clients in every round"),
-        ({"compare": ("fipa:aggregator.own_damping=True",)}, r"aggregator\.own_damping: needs form = 'damped' and rel"),
+        ({"compare": ("fipa:aggregator.own_damping=True",)}, r"aggregator\.own_damping: needs form = 'damped', rel"),
         (
             {"compare": ("fipa:local.optimizer=adam:aggregator.own_damping=True:aggregator.relative=False",)},
             r"own_damping: needs local\.optimizer = 'sgd'.*got 'adam'",
