@@ -30,7 +30,7 @@ def get_config(variant: str = ""):
         f"fipa:{head}:local.lr=0.01:sketch.rank=10:aggregator.damping=0.1",
         f"fedavg:{head}:local.lr=0.001:server.lr=1",
         "fedavg:local.lr=0.1:server.optimizer=momentum:server.lr=0.005",
-        "fedavg:local.lr=0.1:server.optimizer=adam:server.lr=0.0003",
+        "fedavg:local.lr=0.05:server.optimizer=adam:server.lr=0.0003",
         "fisher_diagonal:local.lr=0.1:server.lr=0.08",
     )
     return recipes.variant(config, variant)

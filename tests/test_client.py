@@ -106,8 +106,8 @@ def test_micro_batches_do_not_change_the_steps(x64, term, batch_size, micro_batc
 
 @pytest.mark.parametrize(("batch", "wanted"), [(50, 5), (8, 4), (14, 7), (499, 499), (2, 2), (1, 1)])
 def test_a_few_examples_are_near_to_five(batch, wanted):
-    assert client_lib._micro_batch(-1, batch) == wanted
-    assert client_lib._micro_batch(0, batch) == batch
+    assert client_lib.micro_batch_of(-1, batch) == wanted
+    assert client_lib.micro_batch_of(0, batch) == batch
 
 
 def test_a_gradient_is_computed_for_so_many_examples_at_a_time(monkeypatch):
