@@ -5,7 +5,7 @@ gradients clipped at norm 10), with every rule's step sizes tuned on a held-out 
 the form of the authors' code with beta = 0.5, gamma = 0.2, a thirtieth of the published learning rate and rank 50.
 `fipa_memory` is this project's rule for few clients of many: one natural gradient a client, a memory of past cohorts.
 Hardware: one CPU core, 40 minutes; `:debug` takes a minute. Expected: `fipa_memory` at 65.8 %, `fipa` at 63.6 %, the
-best of the first-order rules at 62.5 % (README, Results).
+best of the first-order rules at 62.6 % (README, Results).
 Data: python scripts/prepare_data.py cifar10 --data-dir=DIR
 Command: python scripts/train.py --config=configs/cifar10.py --config.data.dir=DIR
 """

@@ -141,7 +141,7 @@ def add_stages(timers: dict, first: dict, name: str, stages, params, data, owned
 
     cohort = population.Resident(data, owned).cohort(stages.draw(state.round, root))
     trained = trained or add("train", state, rates, cohort, root)
-    sketches = None if name.startswith("mean") else add("sketch", state, cohort, trained, root)
+    sketches = None if name.startswith("mean") else add("sketch", state, rates, cohort, trained, root)
     _, info = add("aggregate", state, rates, cohort, trained, sketches)
     return trained, sketches, info
 
