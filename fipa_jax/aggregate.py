@@ -15,8 +15,8 @@ from jax.flatten_util import ravel_pytree
 from fipa_jax import forms, trees
 from fipa_jax import past as past_lib
 from fipa_jax import trust as trust_lib
-from fipa_jax.forms import ratio
 from fipa_jax.sketch import Diagonal, Sketch
+from fipa_jax.trees import ratio
 from fipa_jax.uploads import Uploads, cap_traces, freshness, relative_traces, screen
 
 WEIGHTINGS = ("examples", "uniform")
@@ -59,7 +59,7 @@ def mean(weighting: str = "examples", *, staleness: float = 0.5, mix: bool = Fal
     _check_weighting(weighting)
 
     def apply(uploads, state, params):
-        weights, uploads, info = screen(uploads, params, weighting)
+        weights, _, uploads, info = screen(uploads, params, weighting)
         fresh = weights * freshness(uploads, staleness, weights.dtype)
         towards = optax.tree.sub(uploads.delta, uploads.moved) if mix and uploads.moved is not None else uploads.delta
         # Of a client that is left out the update is zero, and so is its weight: but its parameters' way is not.
@@ -197,7 +197,7 @@ def fipa(
             raise ValueError("fipa with trust needs uploads.loss [C], the clients' mean losses before their work")
         if own_damping and uploads.damping is None:
             raise ValueError("fipa with own_damping needs uploads.damping [C], that of the clients' own steps")
-        weights, uploads, info = screen(uploads, params, weighting, staleness, state.max_drift)
+        weights, size, uploads, info = screen(uploads, params, weighting, staleness, state.max_drift)
         theta, unravel = ravel_pytree(params)
         relative_trace = relative_traces(uploads.sketch, weights)
         sketch, capped = cap_traces(uploads.sketch, relative_trace, trace_cap)
@@ -207,7 +207,7 @@ def fipa(
         lengths = jnp.linalg.norm(deltas if moved is None else deltas - moved, axis=1)
         cohort = forms.Group(weights, deltas, sketch, moved, uploads.damping if own_damping else None)
         settings = forms.Settings(form, relative, merge, state.damping, state.rcond, state.explosion)
-        groups, size = [cohort], _size(uploads, weights, weighting, staleness)
+        groups = [cohort]
         if state.past is not None:
             groups = past_lib.join(state.past, cohort, size, theta, state.memory_decay)
         solved = forms.solve(groups, lengths, settings)
@@ -302,7 +302,7 @@ def diagonal(
     def apply(uploads, state, params):
         if not isinstance(uploads.sketch, Diagonal):
             raise ValueError("diagonal needs uploads.sketch, a Diagonal of values [C, P]")
-        weights, uploads, info = screen(uploads, params, weighting, staleness)
+        weights, _, uploads, info = screen(uploads, params, weighting, staleness)
         deltas = trees.ravel_stacked(uploads.delta)
         dbar = jnp.matmul(weights, deltas, precision="highest")
         values = jnp.where((weights > 0)[:, None], jnp.maximum(uploads.sketch.values, 0), 0).astype(dbar.dtype)
@@ -349,12 +349,6 @@ PLACES = ("broadcast", "local")
 def _check_weighting(weighting):
     if weighting not in WEIGHTINGS:
         raise ValueError(f"aggregator.weighting: unknown {weighting!r}; known: {', '.join(WEIGHTINGS)}")
-
-
-def _size(uploads: Uploads, weights, weighting, staleness):
-    """[], the examples, or the clients, that take part, late ones for less."""
-    counts = (uploads.num_examples if weighting == "examples" else 1) * freshness(uploads, staleness, weights.dtype)
-    return jnp.sum(jnp.where(weights > 0, counts, 0).astype(weights.dtype))
 
 
 def _describe(sketch: Sketch, weights) -> dict:

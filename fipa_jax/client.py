@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from fipa_jax import trees
 from fipa_jax.simulate import Client, gather, masked_mean, present
 from fipa_jax.sketch import Sketch
 from fipa_jax.terms import Done, Local, Term, none
@@ -150,7 +151,7 @@ def first_order(
         travelled = jnp.maximum(num_steps, 1) * hyper.lr
         memory = term.update(Done(memory, shared, params, delta, travelled, hyper.mu))
         # So much descent is (1 - e^{-travelled lam}) / lam times the gradient, about 1 / (lam + 1 / travelled).
-        damping = jnp.where(travelled > 0, 1 / jnp.where(travelled > 0, travelled, 1), 0)
+        damping = trees.ratio(1, travelled)
         return LocalResult(delta, memory, total / jnp.maximum(num_steps, 1), damping=damping)
 
     return solve

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fipa_jax import merge
 from fipa_jax.sketch import Sketch
+from fipa_jax.trees import ratio
 
 
 class Group(NamedTuple):
@@ -105,11 +106,6 @@ def bounded(step, bound):
     """Shortens the step to `bound`; a step of that length or less passes bit for bit."""
     length = jnp.linalg.norm(step)
     return jnp.where(length > bound, step * ratio(bound, length), step)
-
-
-def ratio(a, b):
-    """a / b, or 0 where b is not positive."""
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
 
 def _weighted(weights, group: Group):

@@ -4,7 +4,7 @@ A server that does not wait takes the updates of a round's C clients as a buffer
 started `age` rounds ago, from what the parameters were then. `config.PHASE.late` says how many are late, and how much.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +12,15 @@ import jax.numpy as jnp
 STREAM = 0x1A7E  # apart from the keys of cohort, training and sketches, which are split from the round's
 
 
-class Lateness(NamedTuple):
-    """How often and how much, as traced numbers."""
+def draw(key: jax.Array, share: jax.Array, most: int, ids: jax.Array) -> jax.Array:
+    """The ages [C] int32 of the clients `ids` [C], independent of each other; `key` is the round's.
 
-    share: jax.Array  # [], probability that a client is late
-    most: jax.Array  # [] int32, rounds: a late client's age is uniform in 1 ... most
-
-
-def draw(key: jax.Array, lateness: Lateness, ids: jax.Array) -> jax.Array:
-    """The ages [C] int32 of the clients `ids` [C], independent of each other; `key` is the round's."""
+    With probability `share` a client is late, by 1 to `most` rounds, each as likely.
+    """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.fold_in(key, STREAM), ids)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, [2]))(keys)  # [C, 2]
-    age = 1 + jnp.floor(uniform[:, 1] * lateness.most).astype(jnp.int32)
-    return jnp.where(uniform[:, 0] < lateness.share, age, 0)
+    age = 1 + jnp.floor(uniform[:, 1] * most).astype(jnp.int32)
+    return jnp.where(uniform[:, 0] < share, age, 0)
 
 
 def start(params: Any, rounds: int) -> Any:

@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 
 from fipa_jax import forms
-from fipa_jax.forms import Group, ratio
+from fipa_jax.forms import Group
 from fipa_jax.sketch import Sketch
+from fipa_jax.trees import ratio
 
 KINDS = ("none", "prior", "targets")
 

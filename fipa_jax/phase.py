@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
-from fipa_jax import aggregate, faults, late, rounds, second_order, server, sketch, terms, trees
+from fipa_jax import aggregate, compared, faults, rounds, second_order, server, sketch, terms, trees
 from fipa_jax import client as client_lib
-from fipa_jax import config as config_lib
 from fipa_jax.tasks import Problem, Task
 
 MANY = 2**31 - 1  # clients, where it is not known yet how many there are
@@ -30,18 +29,18 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
     aggregator = rule(**fields_for(rule, settings.aggregator))
     optimizer = server.make(settings.server.optimizer, settings.server.momentum)
     sketched, cohort = aggregator.curvature == "sketch", config.cohort or num_clients
-    matched = settings.local.matched and sketched
+    matched, natural = _matched(settings, aggregator), solver is second_order.natural_gradient
     _check_fit(settings, aggregator, term, everyone=cohort == num_clients)
     _check_faults(settings, cohort)
     local_fields = fields_for(solver, settings.local)
     if matched and "tries" in local_fields:
         local_fields["tries"] = 0
-    natural = solver is second_order.natural_gradient
+    augment = task.augment if settings.local.views else Task._field_defaults["augment"]
     makers = {"none": None, "sketch": sketch.make_sketch, "diagonal": sketch.make_diagonal}
     make = makers[aggregator.curvature]
     return rounds.Plan(
         task=task,
-        local=solver(task.loss, task.augment if settings.local.views else _as_it_is, term=term, **local_fields),
+        local=solver(task.loss, augment, term=term, **local_fields),
         term=term,
         sketch=None if make is None else sketch_of(make, task.loss, settings.sketch),
         aggregator=aggregator,
@@ -73,7 +72,7 @@ def check(config: ConfigDict) -> None:
     if config.warmup.rounds:
         phases["the warm-up"] = config.warmup
     if config.fipa.rounds:
-        phases |= {f"the rule {spec!r}": config_lib.rule(config, spec) for spec in config.compare}
+        phases |= {f"the rule {spec!r}": compared.rule(config, spec) for spec in config.compare}
     for name, settings in phases.items():
         try:
             plan = make_plan(config, settings, blank, num_clients=config.cohort or MANY)
@@ -95,37 +94,41 @@ def _check_fit(settings: ConfigDict, aggregator: aggregate.Aggregator, term: ter
         raise ValueError("config.fipa.aggregator.trust: needs clients that are not late; set late.share = 0")
     if aggregator.wants_loss and settings.server.lr != 1:
         raise ValueError(f"config.fipa.aggregator.trust: needs server.lr = 1, got {settings.server.lr}")
-    natural = settings.local.optimizer == "natural_gradient"
+    local, rule, matched = settings.local, settings.aggregator, _matched(settings, aggregator)
+    natural = local.optimizer == "natural_gradient"
     if natural and (aggregator.curvature != "sketch" or aggregator.at != "broadcast"):
         raise ValueError(
             "config.fipa.local.optimizer: 'natural_gradient' is a step by the client's sketch, of which the rule "
             f"{settings.aggregator.name!r} knows none; set aggregator.name = 'fipa', or another optimizer"
         )
-    rule = settings.aggregator
-    matched = settings.local.matched and aggregator.curvature == "sketch"
-    if natural and not (rule.damping if matched else settings.local.damping) > 0:
+    if natural and not (rule.damping if matched else local.damping) > 0:
         field = "aggregator.damping" if matched else "local.damping"
         raise ValueError(f"config.fipa.{field}: 'natural_gradient' divides by it, it needs more than 0")
     if matched and rule.form == "pinv":
         raise ValueError("config.fipa.local.matched: 'pinv' has no damping to match; set aggregator.form = 'damped'")
     if aggregator.curvature != "sketch":
         return  # local work that follows the sketches is left aside, so that rules without them can be compared
-    optimizer = settings.local.optimizer
-    local = settings.local
-    one_step = natural or (optimizer == "gauss_newton" and (local.steps or local.epochs) == 1)
-    if aggregator.wants_damping and not (optimizer == "sgd" or one_step):
+    one_step = natural or (local.optimizer == "gauss_newton" and (local.steps or local.epochs) == 1)
+    if aggregator.wants_damping and not (local.optimizer == "sgd" or one_step):
         raise ValueError(
             "config.fipa.aggregator.own_damping: needs local.optimizer = 'sgd', whose damping is 1 / (lr steps), or "
-            f"one 'gauss_newton' step, got {optimizer!r} with {local.steps or local.epochs}; set it to False"
+            f"one 'gauss_newton' step, got {local.optimizer!r} with {local.steps or local.epochs}; set it to False"
         )
-    if settings.local.matched and optimizer not in ("gauss_newton", "natural_gradient"):
+    if matched and local.optimizer not in ("gauss_newton", "natural_gradient"):
         raise ValueError(
             "config.fipa.local.matched: needs local.optimizer = 'gauss_newton' or 'natural_gradient'; set it to False"
         )
-    if settings.local.matched and settings.aggregator.relative:
+    if matched and rule.relative:
         raise ValueError("config.fipa.local.matched: needs an absolute damping; set aggregator.relative to False")
-    if settings.local.step_scale and optimizer not in client_lib.LOCAL_SOLVERS:
-        raise ValueError(f"config.fipa.local.step_scale: {optimizer!r} takes its own number of steps; set it to 0")
+    if local.step_scale and local.optimizer not in client_lib.LOCAL_SOLVERS:
+        raise ValueError(
+            f"config.fipa.local.step_scale: {local.optimizer!r} takes its own number of steps; set it to 0"
+        )
+
+
+def _matched(settings: ConfigDict, aggregator: aggregate.Aggregator) -> bool:
+    """Whether the clients' second-order steps take the rule's damping; they cannot where it is another's."""
+    return settings.local.matched and aggregator.curvature == "sketch"
 
 
 def _check_faults(settings: ConfigDict, cohort: int) -> None:
@@ -162,12 +165,8 @@ def make_rates(settings: ConfigDict, dtype: str) -> rounds.Rates:
     hyper = client_lib.Hyper(array(settings.local.lr), array(settings.local.damping), array(settings.term.mu))
     wrong = faults.Rates(**{name: array(value) for name, value in settings.faults.items()})
     lr_decay, server_lr = array(settings.local.lr_decay), array(settings.server.lr)
-    lateness = late.Lateness(array(settings.late.share), jnp.int32(settings.late.most)) if settings.late.share else ()
-    return rounds.Rates(hyper, lr_decay, server_lr, wrong if _has_faults(settings) else (), lateness)
-
-
-def _as_it_is(key, batch):
-    return batch
+    late = array(settings.late.share) if settings.late.share else ()
+    return rounds.Rates(hyper, lr_decay, server_lr, wrong if _has_faults(settings) else (), late)
 
 
 def _has_faults(settings: ConfigDict) -> bool:

@@ -68,7 +68,7 @@ class Rates(NamedTuple):
     lr_decay: jax.Array  # [], the local learning rate is lr * lr_decay ** round
     server_lr: jax.Array  # [], gamma
     faults: Any = ()  # `faults.Rates`, where faults are injected
-    late: Any = ()  # `late.Lateness`, where clients may be late
+    late: Any = ()  # [], probability that a client is late, where it may be
 
 
 class Stages(NamedTuple):
@@ -120,7 +120,9 @@ def make_stages(plan: Plan) -> Stages:
 
     def ages_of(state, rates, cohort, root):
         """[C] int32, or None where nobody may be late."""
-        return late_lib.draw(jax.random.fold_in(root, state.round), rates.late, cohort.ids) if plan.late else None
+        if not plan.late:
+            return None
+        return late_lib.draw(jax.random.fold_in(root, state.round), rates.late, plan.late, cohort.ids)
 
     def broadcast(state, age):
         """(the trainable parameters that a client starts from, the model's outputs as a function of them)."""

@@ -15,6 +15,7 @@ from fipa_jax import curvature
 from fipa_jax.client import Hyper, LocalResult, in_micro_batches, make_objective, micro_batch_of, regularised
 from fipa_jax.simulate import Client, gather, present
 from fipa_jax.terms import Done, Term, none
+from fipa_jax.trees import ratio
 
 GRAM_LIMIT = 2000  # N K up to which `auto` solves with the Gram matrix
 
@@ -244,7 +245,7 @@ def natural_gradient(
         change = jnp.where(client.num_examples > 0, change, 0)
         delta = unravel(change)
         along = -jnp.vdot(change, gradient)  # as terms expect it, see `lbfgs`
-        travelled = jnp.where(along > 0, jnp.vdot(change, change) / jnp.where(along > 0, along, 1), 1)
+        travelled = jnp.where(along > 0, ratio(jnp.vdot(change, change), along), 1)
         memory = term.update(Done(memory, shared, params, delta, travelled, hyper.mu))
         return LocalResult(delta, memory, mean_loss, damping=hyper.damping)
 

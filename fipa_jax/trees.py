@@ -10,6 +10,11 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 
+def ratio(a, b):
+    """a / b, or 0 where b is not positive."""
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
+
+
 def ravel(tree) -> jax.Array:
     """Concatenates all leaves to one vector [P], in the order of `jax.tree.leaves`."""
     return ravel_pytree(tree)[0]

@@ -56,10 +56,11 @@ def screen(uploads: Uploads, params, weighting: str, staleness: float = 0.0, max
       max_drift: a late client whose own answers have moved by more, see `drift`, takes no part; 0 for no bound.
 
     Returns:
-      (weights [C], uploads with the updates of those clients zeroed, info with `rejected` [C] bool, those at fault,
-      `reasons` {name in `REASONS`: [C] bool}, `absent` [C] bool, those with 0 examples, which is no fault, and where
-      clients are late `stale` [C] bool, those beyond max_drift, and `drift`, the largest of the others). If no client
-      is left all weights are 0.
+      (weights [C]; what they are shares of, [], the examples or clients that take part, late ones for less; uploads
+      with the updates of those left out zeroed; info with `rejected` [C] bool, those at fault, `reasons` {name in
+      `REASONS`: [C] bool}, `absent` [C] bool, those with 0 examples, which is no fault, and where clients are late
+      `stale` [C] bool, those beyond max_drift, and `drift`, the largest of the others). If no client is left all
+      weights are 0.
 
     Raises:
       ValueError: shapes do not fit.
@@ -78,12 +79,12 @@ def screen(uploads: Uploads, params, weighting: str, staleness: float = 0.0, max
     counts = num_examples if weighting == "examples" else there
     counts = jnp.where(accepted, counts, 0).astype(dtype) * freshness(uploads, staleness, dtype)
     total = jnp.sum(counts)
-    weights = counts / jnp.where(total > 0, total, 1)
+    weights = trees.ratio(counts, total)
     delta = trees.zero_unless(accepted, uploads.delta)
     damping = None if uploads.damping is None else jnp.where(accepted, uploads.damping, 0)
     info = {"rejected": rejected, "reasons": reasons, "absent": ~there} | late
     # The sketches are not zeroed, which would copy all of them: whoever reads them skips those of weight 0.
-    return weights, uploads._replace(delta=delta, num_examples=num_examples, damping=damping), info
+    return weights, total, uploads._replace(delta=delta, num_examples=num_examples, damping=damping), info
 
 
 def drift(sketch: Sketch, moved: jax.Array) -> jax.Array:
@@ -178,7 +179,7 @@ def relative_traces(sketch: Sketch, weights) -> jax.Array:
     traces = jnp.where(there, jnp.sum(jnp.maximum(sketch.eigenvalues, 0), axis=1), 0)
     middle = jnp.sort(jnp.where(there, traces, jnp.inf))[jnp.maximum(jnp.sum(there) - 1, 0) // 2]
     known = (middle > 0) & jnp.isfinite(middle)
-    return jnp.where(known, traces / jnp.where(known, middle, 1), 0)
+    return trees.ratio(traces, jnp.where(known, middle, 0))
 
 
 def cap_traces(sketch: Sketch, relative: jax.Array, cap: float):
@@ -186,7 +187,7 @@ def cap_traces(sketch: Sketch, relative: jax.Array, cap: float):
     if not cap:
         return sketch, jnp.zeros(relative.shape, bool)
     capped = relative > cap
-    factor = jnp.where(capped, cap / jnp.where(capped, relative, 1), 1).astype(sketch.eigenvalues.dtype)
+    factor = jnp.where(capped, trees.ratio(cap, relative), 1).astype(sketch.eigenvalues.dtype)
     return sketch._replace(eigenvalues=sketch.eigenvalues * factor[:, None]), capped
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fipa_jax import compared, experiment, partition, tasks
 from fipa_jax import config as config_lib
-from fipa_jax import experiment, partition, tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -76,17 +76,17 @@ def test_a_value_of_another_type_is_refused():
 def test_a_rule_changes_the_fipa_phase_alone():
     config = config_lib.default()
     before = config.to_json()
-    rule = config_lib.rule(config, "fedavg:server.lr=0.3:local.epochs=2:aggregator.relative=false:trainable=Dense_1/")
+    rule = compared.rule(config, "fedavg:server.lr=0.3:local.epochs=2:aggregator.relative=false:trainable=Dense_1/")
     assert rule.aggregator.name == "mean"
     assert (rule.server.lr, rule.local.epochs, rule.aggregator.relative) == (0.3, 2, False)
     assert rule.trainable == "Dense_1/"
     assert config.to_json() == before
-    assert config_lib.rule(config, "fipa").to_json() == config.fipa.to_json()
+    assert compared.rule(config, "fipa").to_json() == config.fipa.to_json()
 
 
-@pytest.mark.parametrize("name", config_lib.RULES)
+@pytest.mark.parametrize("name", compared.RULES)
 def test_every_rule_applies_to_the_defaults(name):
-    assert config_lib.rule(config_lib.default(), name).rounds == config_lib.default().fipa.rounds
+    assert compared.rule(config_lib.default(), name).rounds == config_lib.default().fipa.rounds
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_every_rule_applies_to_the_defaults(name):
 )
 def test_a_mistake_in_a_compared_rule(spec, message):
     with pytest.raises(ValueError, match=message) as caught:
-        config_lib.rule(config_lib.default(), spec)
+        compared.rule(config_lib.default(), spec)
     assert "config.compare" in str(caught.value)
 
 

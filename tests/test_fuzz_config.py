@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
-from fipa_jax import command_line
+from fipa_jax import command_line, compared
 from fipa_jax import config as config_lib
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ def leaves(config, prefix=""):
 
 FIELDS = leaves(DEFAULT)
 GROUPS = sorted({path.rpartition(".")[0] for path in FIELDS} - {""})
-NAMES = sorted({*config_lib.RULES} | {value for value in FIELDS.values() if isinstance(value, str) and value})
+NAMES = sorted({*compared.RULES} | {value for value in FIELDS.values() if isinstance(value, str) and value})
 
 texts = st.text(max_size=8)
 numbers = st.one_of(st.integers(), st.integers(-2, 3), st.floats(), st.sampled_from([2**31, 10**400, 1e39, 1e-400]))
@@ -56,7 +56,7 @@ rule_paths = st.one_of(st.sampled_from(sorted(leaves(DEFAULT.fipa))), paths)
 specs = st.one_of(
     st.builds(
         lambda name, changes: ":".join([name, *(f"{path}={value}" for path, value in changes)]),
-        st.one_of(st.sampled_from(sorted(config_lib.RULES)), texts),
+        st.one_of(st.sampled_from(sorted(compared.RULES)), texts),
         st.lists(st.tuples(rule_paths, values), max_size=3),
     ),
     st.text(),
@@ -101,7 +101,7 @@ def test_a_command_line_gives_a_config_or_one_line(given_arguments):
 @given(specs)
 def test_a_rule_gives_a_phase_or_one_line(spec):
     try:
-        phase = config_lib.rule(DEFAULT, spec)
+        phase = compared.rule(DEFAULT, spec)
     except ValueError as error:
         check_line(error)
         assert "config.compare" in str(error)

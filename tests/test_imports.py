@@ -22,8 +22,8 @@ ARROWS = {
     "merge": {"sketch"},
     "trust": set(),
     "uploads": {"trees", "sketch"},
-    "forms": {"merge", "sketch"},
-    "past": {"forms", "sketch"},
+    "forms": {"merge", "sketch", "trees"},
+    "past": {"forms", "sketch", "trees"},
     "aggregate": {"trees", "sketch", "forms", "past", "trust", "uploads"},
     "faults": {"sketch"},
     "late": set(),
@@ -31,8 +31,8 @@ ARROWS = {
     "memory": set(),
     "population": {"simulate"},
     "terms": {"simulate"},
-    "client": {"simulate", "sketch", "terms"},
-    "second_order": {"client", "curvature", "simulate", "terms"},
+    "client": {"simulate", "sketch", "terms", "trees"},
+    "second_order": {"client", "curvature", "simulate", "terms", "trees"},
     "server": {"trees"},
     "rounds": {
         "trees", "curvature", "sketch", "aggregate", "client", "faults", "late", "memory", "simulate", "terms",
@@ -49,7 +49,8 @@ ARROWS = {
     "tasks.pde": {"tasks", "models"},
     "tasks.images": {"tasks", "models", "data", "partition"},
     "fields": set(),
-    "config": {"fields"},
+    "compared": {"fields"},
+    "config": {"compared", "fields"},
     "command_line": {"config", "fields"},
     "recipes": {"config"},
     "checkpoint": {"sums", "trees"},
@@ -61,7 +62,7 @@ ARROWS = {
     "metrics": set(),
     "report": {"forms", "partition", "plots", "sketch", "stopping", "tasks", "trees", "uploads"},
     "phase": {
-        "aggregate", "client", "config", "faults", "late", "rounds", "second_order", "server", "sketch", "tasks",
+        "aggregate", "client", "compared", "faults", "rounds", "second_order", "server", "sketch", "tasks",
         "terms", "trees",
     },
     "cache": {"metrics", "tasks", "trees"},
@@ -71,8 +72,8 @@ ARROWS = {
         "sketch", "trees",
     },
     "experiment": {
-        "cache", "checkpoint", "config", "journal", "loop", "metrics", "origin", "partition", "phase", "plots",
-        "population", "report", "resume", "rounds", "simulate", "tasks",
+        "cache", "checkpoint", "compared", "config", "journal", "loop", "metrics", "origin", "partition", "phase",
+        "plots", "population", "report", "resume", "rounds", "simulate", "tasks",
     },
 }  # fmt: skip
 LIGHT = {"jax", "optax", "numpy", "chex"}  # what the modules for other people's loops may need

@@ -18,20 +18,16 @@ MOST, T = 3, 4
 TASK = tasks.Task(lambda key: make_params(), network, squared, lambda out, batch: {"mse": squared(out, batch)})
 
 
-def _lateness(share, most=MOST):
-    return late.Lateness(jnp.asarray(share), jnp.int32(most))
-
-
 def test_ages_come_at_their_rate_and_uniformly():
-    draw = jax.jit(late.draw)
-    ages = np.asarray(draw(jax.random.key(1), _lateness(0.5), jnp.arange(6000)))
+    draw = jax.jit(lambda share, most, ids: late.draw(jax.random.key(1), share, most, ids))
+    ages = np.asarray(draw(0.5, MOST, jnp.arange(6000)))
     counts = np.bincount(ages, minlength=MOST + 1) / ages.size
     np.testing.assert_allclose(counts, [0.5, 1 / 6, 1 / 6, 1 / 6], atol=0.025)
     # A client's age depends neither on the others nor on their order.
-    some = np.asarray(draw(jax.random.key(1), _lateness(0.5), jnp.array([70, 3])))
+    some = np.asarray(draw(0.5, MOST, jnp.array([70, 3])))
     np.testing.assert_array_equal(some, ages[[70, 3]])
-    assert not np.any(np.asarray(draw(jax.random.key(1), _lateness(0.0), jnp.arange(50))))
-    assert np.all(np.asarray(draw(jax.random.key(1), _lateness(1.0, 1), jnp.arange(50))) == 1)
+    assert not np.any(np.asarray(draw(0.0, MOST, jnp.arange(50))))
+    assert np.all(np.asarray(draw(1.0, 1, jnp.arange(50))) == 1)
 
 
 def test_a_history_knows_what_was():
@@ -53,8 +49,7 @@ def _plan(rule, **fields):
 def _run(plan, num_rounds=6, share=0.6, lr=0.3):
     """(the parameters before each round and at the end, the clients' results of each round, the infos)."""
     stages, root = rounds.make_stages(plan), jax.random.key(2)
-    lateness = _lateness(share) if plan.late else ()
-    rates = rounds.Rates(make_hyper(lr=lr), jnp.ones([]), jnp.ones([]), late=lateness)
+    rates = rounds.Rates(make_hyper(lr=lr), jnp.ones([]), jnp.ones([]), late=jnp.asarray(share))
     own = np.stack([np.roll(INDICES, 2 * m) for m in range(T)])
     people = Client(jnp.asarray(own), jnp.array([NUM_EXAMPLES, 5, 3, 6]))
     state, data, found, sent, infos = stages.init(make_params()), make_data(), [], [], []

@@ -7,7 +7,7 @@ import pytest
 import runs
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax import checkpoint, experiment, loop, metrics, rounds, tasks
+from fipa_jax import checkpoint, compared, experiment, loop, metrics, rounds, tasks
 from fipa_jax import config as config_lib
 from fipa_jax.journal import Rows
 
@@ -41,7 +41,7 @@ def _phase(config, monkeypatch, rule):
                 self.append((row, traces[0]))
 
         monkeypatch.setattr(rounds, "compose", counted)
-        settings, written = config_lib.rule(config, rule), Counting()
+        settings, written = compared.rule(config, rule), Counting()
         params = loop.run_phase(built, settings, rule, built.params, config.first_round, written)
         again = loop.run_phase(built, settings, rule, built.params, config.first_round, Rows())
         monkeypatch.undo()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fipa_jax import aggregate, experiment, tasks, terms
+from fipa_jax import aggregate, compared, experiment, tasks, terms
 from fipa_jax import config as config_lib
 from fipa_jax.tasks import pde
 
@@ -57,9 +57,9 @@ def test_compared_rules_shown_in_the_readme_are_valid():
     specs = re.search(r"--config\.compare=\((.*?)\)", README).group(1).replace("'", "").split(",")
     assert len(specs) > 2
     for spec in specs:
-        config_lib.rule(config, spec)
+        compared.rule(config, spec)
     named = re.findall(r"`(fedavg|fedbuff|fedasync|centralised|fisher_\w+|fipa\w*)`", README)
-    assert set(named) - {"fipa_jax"} == set(config_lib.RULES)
+    assert set(named) - {"fipa_jax"} == set(compared.RULES)
 
 
 def test_no_place_is_left_to_fill_in():

@@ -59,7 +59,7 @@ def _screened(**changes):
     """The info of a screening without a rule."""
     deltas, counts, eigenvalues, basis = clients_of(2)
     sent = uploads_of(deltas, counts, eigenvalues, basis)._replace(**changes)
-    return uploads.screen(sent, jax.tree.map(jnp.asarray, LIKE), "examples")[2]
+    return uploads.screen(sent, jax.tree.map(jnp.asarray, LIKE), "examples")[3]
 
 
 @pytest.mark.parametrize("count", [np.nan, np.inf, -1.0, 1e308])

@@ -39,11 +39,10 @@ def run(options: list[str]) -> dict:
 
 def measure(config, args) -> dict:
     """A line of the table."""
-    from fipa_jax import config as config_lib
-    from fipa_jax import experiment, journal, loop, resume
+    from fipa_jax import compared, experiment, journal, loop, resume
 
     config.checkpoint.seconds = 0.0
-    built, settings = experiment.build(config), config_lib.rule(config, args.rule)
+    built, settings = experiment.build(config), compared.rule(config, args.rule)
     settings.rounds = args.rounds
 
     def run(rows):

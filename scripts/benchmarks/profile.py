@@ -60,11 +60,10 @@ def measure(config, args) -> tuple[list[dict], str]:
     """(a line for each stage, bytes sent in words)."""
     import jax
 
-    from fipa_jax import config as config_lib
-    from fipa_jax import experiment, loop, phase, rounds
+    from fipa_jax import compared, experiment, loop, phase, rounds
     from fipa_jax.journal import Rows
 
-    built, settings = experiment.build(config), config_lib.rule(config, args.rule)
+    built, settings = experiment.build(config), compared.rule(config, args.rule)
     rows = Rows()
     first, last = settings.copy_and_resolve_references(), settings.copy_and_resolve_references()
     first.rounds, last.rounds = args.rounds, 1

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from fipa_jax import compared
 from fipa_jax import config as config_lib
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -98,7 +99,7 @@ def measure(spec: dict) -> dict:
 
     with jax.enable_x64(config.precision == "float64"):
         built = experiment.build(config, problem)
-        settings = config_lib.rule(config, config.compare[0])
+        settings = compared.rule(config, config.compare[0])
         params = loop.run_phase(built, settings, "run", built.params, 0, rows)
         digest = hashlib.sha256(jax.device_get(trees.ravel(params)).tobytes()).hexdigest()
     stages = [{name: value for name, value in row.items() if name.startswith("seconds_")} for row in rows]
