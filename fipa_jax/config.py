@@ -117,7 +117,8 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "system": "auto",  # of the gauss_newton step: gram, cg (matrix-free); auto: gram up to 2000 equations
                 "cg_steps": 100,  # products with the curvature that cg may take for one step
             },
-            # none, prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1); mu is its weight
+            # none, prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1), mifa, varp; mu is
+            # its weight
             "term": {"name": "none", "mu": 0.01},
             "sketch": {
                 "solver": "subspace",  # auto, subspace (the paper's), lanczos, rows (exact), head (the last layer)

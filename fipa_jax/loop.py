@@ -261,7 +261,7 @@ def key_of(settings: ConfigDict, plan: rounds.Plan, state: rounds.State) -> str:
 
 def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> Callable:
     """Builds `sent(info)`: the bytes that the server sends and receives in the round, over all clients of the cohort,
-    and `bytes_kept`, what its rule and its optimiser keep from round to round.
+    and `bytes_kept`, what its rule, its optimiser and its term keep from round to round.
 
     Of a sketch only the pairs that are kept count, and its report; the gradient too where the rank adapts to it.
 
@@ -278,6 +278,7 @@ def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> Cal
     else:
         up += trees.nbytes(sketches)
     kept = trees.nbytes((state.aggregator, state.server))
+    kept += plan.num_clients * trees.nbytes(state.shared) if plan.term.kept else 0
     pairs = lambda info: int(info.get("sketch_pairs", 0))
     return lambda info: {"bytes_down": down, "bytes_up": up + pair * pairs(info), "bytes_kept": kept}
 

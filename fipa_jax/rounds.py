@@ -211,7 +211,10 @@ def make_stages(plan: Plan) -> Stages:
         change = trees.zero_unless(accepted, optax.tree.sub(results.memory, state.memory))
         memory = optax.tree.add(state.memory, change)
         shared = jax.tree.map(lambda mean, d: mean + jnp.sum(d, axis=0) / plan.num_clients, state.shared, change)
-        step = plan.term.correct(step, shared, rates.local.mu)
+        of_cohort = lambda memory: trees.weighted_sum(even, trees.zero_unless(accepted, memory))
+        even = trees.ratio(accepted.astype(float), jnp.sum(accepted))
+        means = state.shared, shared, of_cohort(state.memory), of_cohort(memory)
+        step = plan.term.correct(terms.Served(step, *means, rates.local.mu))
         sent = {"deltas": delta, "present": took_part}
         update, server = server_rule.update(optax.tree.scale(-1, step), state.server, chosen, **sent)
         chosen = jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fipa_jax import trees
 from fipa_jax.simulate import masked_mean
 
 
@@ -41,8 +42,19 @@ class Done(NamedTuple):
     mu: jax.Array  # []
 
 
+class Served(NamedTuple):
+    """What a term may look at when the server has aggregated the cohort's updates. A mean is over the clients."""
+
+    step: Any
+    before: Any  # mean of all T clients' memories before the round
+    shared: Any  # and after it
+    cohort_before: Any  # mean of the memories of the cohort, as far as it was accepted, before the round
+    cohort: Any  # and after it
+    mu: jax.Array  # []
+
+
 class Term(NamedTuple):
-    """An additive term of the client's objective, with a memory of its own for every client.
+    """An additive term of the client's objective, or of the server's step, with a memory of its own for every client.
 
     The server keeps `shared`, the mean of all T clients' memories, up to date as the cohort's memories change.
     """
@@ -50,9 +62,10 @@ class Term(NamedTuple):
     init: Callable = lambda params: ()  # params -> memory of a client that has not taken part yet
     penalty: Callable = lambda local: 0.0  # Local -> scalar
     update: Callable = lambda done: done.memory  # Done -> memory
-    correct: Callable = lambda step, shared, mu: step  # what the server makes of the aggregated step
+    correct: Callable = lambda served: served.step  # Served -> step
     whole_batch: bool = False  # whether the penalty is more than a mean over the batch's examples, or free of them
     travels: bool = False  # whether the memory is sent to the server, and `shared` to the clients
+    kept: bool = False  # whether the server keeps the memories, as it knows them from the updates
 
 
 def none() -> Term:
@@ -94,8 +107,8 @@ def dyn() -> Term:
     def update(done: Done):
         return jax.tree.map(lambda h, d: h - done.mu * d, done.memory, done.delta)
 
-    def correct(step, shared, mu):
-        return jax.tree.map(lambda s, h: s - h / mu, step, shared)
+    def correct(served: Served):
+        return jax.tree.map(lambda s, h: s - h / served.mu, served.step, served.shared)
 
     return Term(optax.tree.zeros_like, penalty, update, correct)
 
@@ -172,15 +185,51 @@ def logit_adjustment() -> Term:
     return Term(penalty=penalty)
 
 
+def mifa() -> Term:
+    """MIFA (Gu et al. 2021, algorithm 1): an absent client counts with its latest update. It has no weight mu.
+
+    memory is y_i, the client's latest update, which the server knows; step + mean_i y_i - mean_cohort y_i, the first
+    mean over the clients that have taken part so far. Of FedAvg with uniform weights that leaves mean_i y_i alone.
+    """
+
+    def init(params):
+        return {"update": optax.tree.zeros_like(params), "known": jnp.zeros([], trees.ravel(params).dtype)}
+
+    def update(done: Done):
+        return {"update": done.delta, "known": jnp.ones_like(done.memory["known"])}
+
+    def correct(served: Served):
+        move = lambda s, all_, some: s + trees.ratio(all_, served.shared["known"]) - some
+        return jax.tree.map(move, served.step, served.shared["update"], served.cohort["update"])
+
+    return Term(init, update=update, correct=correct, kept=True)
+
+
+def varp() -> Term:
+    """FedVARP (Jhunjhunwala et al. 2022, algorithm 2): the cohort's part of the absent clients' sum is corrected for.
+
+    memory is y_i, the client's latest update, which the server knows, starting at 0; with the y_i before the round
+    step + mean_i y_i - mean_cohort y_i. Over the draw of the cohort its mean is the step's. It has no weight mu.
+    """
+
+    def correct(served: Served):
+        move = lambda s, all_, some: s + all_ - some
+        return jax.tree.map(move, served.step, served.before, served.cohort_before)
+
+    return Term(optax.tree.zeros_like, update=lambda done: done.delta, correct=correct, kept=True)
+
+
 _NONE = Term()
 TERMS = {
     "dyn": dyn,
     "logit_adjustment": logit_adjustment,
+    "mifa": mifa,
     "moon": moon,
     "none": none,
     "prox": prox,
     "rcl": rcl,
     "scaffold": scaffold,
+    "varp": varp,
 }
 
 

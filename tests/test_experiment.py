@@ -243,7 +243,8 @@ def test_features_are_cached_for_the_head_alone(trainable):
 
 def test_every_term_learns_under_every_rule(tmp_path):
     """Those that need neither labels nor the features of a network; every file of the run is that of one pair."""
-    pairs = [f"{rule}:term.name={term}" for rule in ("fedavg", "fipa", "fisher_diagonal") for term in ("dyn", "prox")]
+    rules, names = ("fedavg", "fipa", "fisher_diagonal"), ("dyn", "mifa", "prox", "varp")
+    pairs = [f"{rule}:term.name={term}" for rule in rules for term in names]
     config = tiny(compare=tuple(pairs))
     config.fipa.rounds, config.fipa.term.mu, config.fipa.local.lr = 6, 0.1, 0.05
     experiment.run(config, tmp_path)

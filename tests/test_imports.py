@@ -30,7 +30,7 @@ ARROWS = {
     "simulate": set(),
     "memory": set(),
     "population": {"simulate"},
-    "terms": {"simulate"},
+    "terms": {"simulate", "trees"},
     "client": {"simulate", "sketch", "terms", "trees"},
     "second_order": {"client", "curvature", "simulate", "terms", "trees"},
     "server": {"trees"},

@@ -1,6 +1,7 @@
 """Terms of the clients' objective and optimisers of the server, against plain loops, NumPy and closed forms."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -162,14 +163,45 @@ def test_dyn_reaches_the_pooled_optimum_where_averaging_does_not(x64):
     np.testing.assert_allclose(final.shared["w"], 0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mifa", "varp"])
+def test_a_memory_of_updates_by_hand(x64, name):
+    stages = _stages(terms.TERMS[name](), cohort=2, steps=3)
+    states, server_lr = _run(stages, 8, server_lr=0.7), 0.7
+    latest = {}
+    for k, (state, after) in enumerate(itertools.pairwise(states)):
+        ids = np.asarray(stages.draw(jnp.int32(k), jax.random.key(0))).tolist()
+        own = {m: np.asarray(after.memory["update"]["w"] if name == "mifa" else after.memory["w"])[m] for m in ids}
+        over_all = lambda: sum(latest.values()) / NUM_CLIENTS
+        if name == "varp":
+            wanted = over_all() + np.mean([own[m] - latest.get(m, 0) for m in ids], axis=0)
+        latest |= own
+        if name == "mifa":
+            wanted = np.mean(list(latest.values()), axis=0)
+        np.testing.assert_allclose((after.params["w"] - state.params["w"]) / server_lr, wanted, rtol=1e-9, atol=1e-12)
+    # What is remembered is what was sent: FedAvg on the same clients takes the same first step.
+    plain = _run(_stages(terms.none(), cohort=2, steps=3), 1, server_lr=server_lr)[-1]
+    np.testing.assert_allclose(states[1].params["w"], plain.params["w"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mifa", "varp"])
+def test_a_memory_of_updates_makes_up_for_absent_clients(x64, name):
+    everyone = _run(_stages(terms.none(), steps=5), 400)[-1].params["w"]
+    with_memory = _run(_stages(terms.TERMS[name](), cohort=2, steps=5), 400, server_lr=0.3)
+    plain = _run(_stages(terms.none(), cohort=2, steps=5), 400, server_lr=0.3)
+    error = lambda states: max(np.linalg.norm(state.params["w"] - everyone) for state in states[-20:])
+    assert error(with_memory) < 1e-6 < 1e-2 < error(plain)
+    all_of_them = _run(_stages(terms.TERMS[name](), steps=5), 400)[-1].params["w"]
+    np.testing.assert_allclose(all_of_them, everyone, rtol=1e-9)
+
+
 @pytest.mark.parametrize("cohort", [NUM_CLIENTS, 2])
-@pytest.mark.parametrize("name", ["scaffold", "dyn"])
+@pytest.mark.parametrize("name", ["scaffold", "dyn", "mifa", "varp"])
 def test_shared_is_the_mean_of_all_memories(x64, name, cohort):
     states = _run(_stages(terms.TERMS[name](), cohort=cohort), 5, mu=0.5)
     for state in states:
         chex.assert_trees_all_close(state.shared, jax.tree.map(lambda x: x.mean(0), state.memory), atol=1e-12)
-    chex.assert_trees_all_equal(states[0].memory, {"w": jnp.zeros([NUM_CLIENTS, WIDTH])})
-    assert np.linalg.norm(states[-1].memory["w"]) > 0
+    chex.assert_trees_all_equal(states[0].memory, optax.tree.zeros_like(states[0].memory))
+    assert optax.tree.norm(states[-1].memory) > 0
 
 
 def test_scaffold_reaches_the_pooled_optimum(x64):
