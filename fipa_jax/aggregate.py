@@ -84,6 +84,7 @@ def fipa(
     memory_decay: float = 0.9,
     memory_rank: int = 250,
     memory_length: int = 8,
+    num_clients: int = 0,
     own_damping: bool = False,
     staleness: float = 0.5,
     transport: bool = True,
@@ -141,13 +142,14 @@ def fipa(
         median, see `uploads.relative_traces`; 0 for no cap. `info["trace_ratio"]` is the largest such ratio.
       trust: whether beta follows the clients' losses and a step that raised them is undone, see `trust.judge`; for
         rounds in which all clients take part, and a server's learning rate of 1. `damping` is the first round's.
-      memory: what the server remembers of past cohorts, see `past`: `none`, `prior` or `targets`. For cohorts that
-        are a small part of all clients.
+      memory: what the server remembers of past rounds, see `past`: `none`, `prior`, `targets` or `latest`. For cohorts
+        that are a small part of all clients.
       memory_decay: by which the weight of a past cohort falls with each round. With the prior the step is then about
         1 - memory_decay of the cohort's own: compare with FedAvg at the server's learning rate 1 - memory_decay. What
         one client says, see above, then weighs for about 1 / (1 - memory_decay) rounds.
-      memory_rank: of what is remembered, for `targets` of each cohort.
+      memory_rank: of what is remembered, for `targets` of each cohort, for `latest` of each client.
       memory_length: L, the cohorts that `targets` remembers.
+      num_clients: T, all clients, of which `latest` remembers one message each; it needs `uploads.ids`.
       own_damping: whether the damped form takes an update for what it is to the client, (H_m + beta_m I) delta_m =
         -g_m with `uploads.damping` beta_m, 1 / (learning rate x steps) of gradient descent, so that with the server's
         beta
@@ -158,10 +160,10 @@ def fipa(
         gradient descent on the loss alone; a proximal term adds its mu to beta_m, which is not seen. `max_step` and
         `explosion` then count in units of the longest beta_m / beta |delta_m|. Beta must be absolute.
       staleness: where clients are late: a weight falls with the client's age by (1 + age)^-staleness.
-      transport: whether a late client's target is what it was, H_m (delta_m - moved_m) for H_m delta_m: its gradient at
-        the present parameters, by its own curvature, if these have moved by moved_m since.
-        That holds for steps which the damped form undoes: matched, natural or with own_damping. Otherwise it is a pull
-        back to where the client began.
+      transport: whether a late client's target, or with `latest` an absent one's, is what it was, H_m (delta_m -
+        moved_m) for H_m delta_m: its gradient at the present parameters, by its own curvature, if these have moved by
+        moved_m since. That holds for steps which the damped form undoes: matched, natural or with own_damping.
+        Otherwise it is a pull back to where the client began.
       max_drift: a late client takes no part if moved_m^T H_m moved_m / 2 is above this, as its curvature and gradient
         are of other parameters; 0 for no bound. `info["stale"]` names such clients.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
@@ -174,7 +176,14 @@ def fipa(
     if form not in forms.FORMS:
         raise ValueError(f"aggregator.form: unknown form {form!r}; known: {', '.join(sorted(forms.FORMS))}")
     _check_weighting(weighting)
-    past_lib.check(memory, memory_rank, memory_length, memory_decay)
+    remember = past_lib.make(
+        memory,
+        rank=memory_rank,
+        length=memory_length,
+        decay=memory_decay,
+        num_clients=num_clients,
+        transport=transport,
+    )
     if own_damping and (form != "damped" or relative or (isinstance(damping, int | float) and not damping > 0)):
         raise ValueError("aggregator.own_damping: needs form = 'damped', relative = False and damping above 0")
     if trust and memory != "none":
@@ -185,7 +194,7 @@ def fipa(
     def init(params):
         theta = ravel_pytree(params)[0]
         last = trust_lib.init(theta.size, theta.dtype) if trust else None
-        past = past_lib.init(memory, theta.size, theta.dtype, rank=memory_rank, length=memory_length)
+        past = remember.init(theta) if remember else None
         given = damping, rcond, max_step, max_divergence, max_drift, explosion, memory_decay
         numbers = (jnp.asarray(x, theta.dtype) for x in given)
         return FipaState(*numbers, last, past)
@@ -195,6 +204,8 @@ def fipa(
             raise ValueError("fipa needs uploads.sketch, a Sketch of eigenvalues [C, R] and basis [C, P, R]")
         if trust and uploads.loss is None:
             raise ValueError("fipa with trust needs uploads.loss [C], the clients' mean losses before their work")
+        if memory == "latest" and uploads.ids is None:
+            raise ValueError("fipa with memory = 'latest' needs uploads.ids [C], who the clients are")
         if own_damping and uploads.damping is None:
             raise ValueError("fipa with own_damping needs uploads.damping [C], that of the clients' own steps")
         weights, size, uploads, info = screen(uploads, params, weighting, staleness, state.max_drift)
@@ -207,14 +218,12 @@ def fipa(
         lengths = jnp.linalg.norm(deltas if moved is None else deltas - moved, axis=1)
         cohort = forms.Group(weights, deltas, sketch, moved, uploads.damping if own_damping else None)
         settings = forms.Settings(form, relative, merge, state.damping, state.rcond, state.explosion)
-        groups = [cohort]
-        if state.past is not None:
-            groups = past_lib.join(state.past, cohort, size, theta, state.memory_decay)
+        now = past_lib.Round(cohort, uploads.ids, size, theta, state.memory_decay, lengths, settings)
+        groups = remember.join(state.past, now) if remember else [cohort]
         solved = forms.solve(groups, lengths, settings)
         step, factor, quadratic = _bounded(solved, state)
-        if state.past is not None:
-            past = past_lib.keep(state.past, cohort, size, theta, state.memory_decay, solved, lengths, settings)
-            state = state._replace(past=past)
+        if remember:
+            state = state._replace(past=remember.keep(state.past, now, solved))
             info["memory_share"] = 1 - jnp.sum(groups[0].weights)
         if trust:
             full = quadratic + solved.beta * jnp.vdot(solved.step, solved.step)

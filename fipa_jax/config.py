@@ -144,9 +144,9 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "relative": True,  # damping in units of the largest eigenvalue of H
                 "rcond": 1e-5,  # pinv's cut-off
                 "trust": False,  # damping follows the clients' losses, and a step that raised them is undone
-                "memory": "none",  # of past cohorts' curvature: none, prior, targets; for few clients of many
+                "memory": "none",  # of past rounds' curvature: none, prior, targets, latest; for few clients of many
                 "memory_decay": 0.9,  # by which the weight of a past cohort falls with each round
-                "memory_rank": 250,  # R' of what is remembered: R' P numbers, for `targets` memory_length times that
+                "memory_rank": 250,  # R' of a message: R' P numbers for each of 1, memory_length or all clients
                 "memory_length": 8,  # cohorts that `targets` remembers
                 "staleness": 0.5,  # s, of late clients: their weight is (1 + age)^-s of another's
                 "transport": True,  # a late client's target stays where it was, seen from the present parameters
@@ -318,9 +318,9 @@ def _validate_phase(name, settings, least_rounds):
         raise ValueError(f"config.{name}.sketch.energy: needs a share in [0, 1], got {settings.sketch.energy}")
     for field in ("damping", "rcond", "max_step", "max_divergence", "max_drift", "staleness", "explosion", "trace_cap"):
         _at_least(f"{name}.aggregator.{field}", settings.aggregator[field], 0)
-    if not 0 <= settings.aggregator.memory_decay < 1:
+    if not 0 <= settings.aggregator.memory_decay <= 1:
         raise ValueError(
-            f"config.{name}.aggregator.memory_decay: needs a number in [0, 1), got {settings.aggregator.memory_decay}"
+            f"config.{name}.aggregator.memory_decay: needs a number in [0, 1], got {settings.aggregator.memory_decay}"
         )
     for field in ("memory_rank", "memory_length"):
         _at_least(f"{name}.aggregator.{field}", settings.aggregator[field], 1)

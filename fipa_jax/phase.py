@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
     solvers = client_lib.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS
     solver = find(solvers, "local.optimizer", settings.local.optimizer)
     rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
-    aggregator = rule(**fields_for(rule, settings.aggregator))
+    aggregator = rule(**fields_for(rule, {**settings.aggregator, "num_clients": num_clients}))
     optimizer = server.make(settings.server.optimizer, settings.server.momentum)
     sketched, cohort = aggregator.curvature == "sketch", config.cohort or num_clients
     matched, natural = _matched(settings, aggregator), solver is second_order.natural_gradient
@@ -154,7 +154,7 @@ def sketch_of(make: Callable, loss: Callable, settings: ConfigDict) -> Callable:
     return lambda outputs, features: make(outputs, loss, features=features, **fields)
 
 
-def fields_for(factory: Callable, fields: ConfigDict) -> dict:
+def fields_for(factory: Callable, fields: Mapping) -> dict:
     """Those of the config's fields that a factory takes: it asks for a field by naming a parameter after it."""
     return {name: value for name, value in fields.items() if name in inspect.signature(factory).parameters}
 

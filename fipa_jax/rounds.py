@@ -199,7 +199,7 @@ def make_stages(plan: Plan) -> Stages:
         if plan.faults:
             uploads = faults_lib.inject(results.faults, rates.faults.scale_by, *uploads)
         delta, sketches, num_examples = uploads
-        uploads = Uploads(delta, num_examples, sketches, loss, damping)
+        uploads = Uploads(delta, num_examples, sketches, loss, damping, cohort.ids)
         if plan.late:
             since = lambda age: optax.tree.sub(chosen, late_lib.then(state.history, age))
             uploads = uploads._replace(age=results.age, moved=jax.vmap(since)(results.age))

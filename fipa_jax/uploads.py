@@ -41,6 +41,7 @@ class Uploads(NamedTuple):
     sketch: Sketch | Diagonal | None = None
     loss: jax.Array | None = None  # [C], the clients' mean losses at the broadcast parameters, if the rule wants them
     damping: jax.Array | None = None  # [C], beta_m: (H_m + beta_m I) delta_m = -gradient, nearly, if the rule wants it
+    ids: jax.Array | None = None  # [C] int32, who they are, each at most once, if the rule remembers clients
     # What the server knows of late clients; None where nobody is late.
     age: jax.Array | None = None  # [C] int32, rounds ago at which the client started
     moved: Any = None  # parameter pytree [C, ...]: the present parameters minus those that the client started from
