@@ -22,7 +22,10 @@ def _rule(form, **options):
     return rule, jax.jit(rule.apply)
 
 
-def _run(cohorts, form="damped", state=None, own=None, **options):
+LATEST = PRIOR | {"memory": "latest", "num_clients": 8}
+
+
+def _run(cohorts, form="damped", state=None, own=None, ids=None, **options):
     """(the parameters [P] before each round and at the end, the infos, the last state)."""
     rule, apply = _rule(form, **options)
     theta, found, infos = np.zeros(SIZE), [], []
@@ -31,6 +34,7 @@ def _run(cohorts, form="damped", state=None, own=None, **options):
         found.append(theta)
         uploads = uploads_of(*(cohort(theta) if callable(cohort) else cohort))
         uploads = uploads if own is None else uploads._replace(damping=jnp.asarray(own[k]))
+        uploads = uploads if ids is None else uploads._replace(ids=jnp.asarray(ids[k]))
         step, state, info = apply(uploads, state, as_tree(theta))
         theta = theta + as_vector(step)
         infos.append(jax.tree.map(np.asarray, info))
@@ -88,7 +92,7 @@ def test_targets_stay_where_they_were(x64, form):
 
 
 def _quadratics(seed=0, number=8):
-    """Clients' losses |theta - best_m|^2_{H_m} / 2 on eight clients, and their cohorts of four with exact steps."""
+    """The losses |theta - best_m|^2_{H_m} / 2 of eight clients, cohorts of four of them with exact steps, their ids."""
     draw = np.random.default_rng(seed)
     roots, best = draw.normal(size=(number, SIZE, SIZE)), draw.normal(size=(number, SIZE))
     each = np.einsum("mpq,mrq->mpr", roots, roots)
@@ -99,7 +103,8 @@ def _quadratics(seed=0, number=8):
         step = lambda theta: -np.linalg.solve(regular, np.einsum("mpq,mq->mp", each[ids], theta - best[ids])[..., None])
         return lambda theta: (step(theta)[..., 0], np.full(CLIENTS, 7), values[:, ::-1], basis[..., ::-1])
 
-    return each, best, [cohort(draw.permutation(number)[:CLIENTS]) for _ in range(6)]
+    ids = [draw.permutation(number)[:CLIENTS] for _ in range(6)]
+    return each, best, [cohort(chosen) for chosen in ids], ids
 
 
 def test_both_memories_are_recursive_least_squares(x64):
@@ -142,11 +147,88 @@ def test_both_memories_are_recursive_least_squares(x64):
 
 def test_the_memory_restores_what_absent_clients_know(x64):
     """Half of the clients a round: with a memory the parameters stay near the minimum of all, without they do not."""
-    each, best, cohorts = _quadratics(seed=1)
+    each, best, cohorts, _ = _quadratics(seed=1)
     wanted = np.linalg.solve(each.sum(0), np.einsum("mpq,mq->p", each, best))
     distance = lambda **options: np.mean([np.linalg.norm(t - wanted) for t in _run(9 * cohorts, **options)[0][30:]])
     without, slow = distance(**FREE), distance(**PRIOR | {"memory_decay": 0.9})
     assert slow < 0.5 * without
+
+
+IDS = [[5, 0, 2, 7], [1, 0, 7, 3], [4, 5, 1, 6], [2, 3, 0, 4], [6, 7, 5, 1]]
+
+
+@pytest.mark.parametrize("transport", [True, False])
+@pytest.mark.parametrize("form", ["damped", "tikhonov"])
+def test_the_latest_messages_of_absent_clients(x64, form, transport):
+    found, infos, _ = _run(COHORTS, form, ids=IDS, transport=transport, **LATEST)
+    theta, said = np.zeros(SIZE), {}
+    for k, (cohort, ids) in enumerate(zip(COHORTS, IDS, strict=True)):
+        deltas, counts, _, _ = cohort
+        said = {m: (DECAY * weight, *rest) for m, (weight, *rest) in said.items()}
+        old = sum(weight for m, (weight, *_) in said.items() if m not in ids)
+        new = zip(ids, counts, deltas, Dense(*cohort).each, strict=True)
+        said |= {m: (count, curvature, theta, delta) for m, count, delta, curvature in new}
+        total = sum(weight for weight, *_ in said.values())
+        curvature = pull = bulk = 0
+        for weight, matrix, start, delta in said.values():
+            left = delta - (theta - start)
+            curvature, pull = curvature + weight / total * matrix, pull + weight / total * matrix @ left
+            bulk = bulk + weight / total * (delta if transport else left)
+        np.testing.assert_allclose(infos[k]["memory_share"], old / total, atol=1e-12)
+        theta = theta + _solve(form, curvature, pull, bulk)
+        assert_close(found[k + 1], theta, 1e-8)
+
+
+def test_with_all_clients_latest_messages_the_step_is_that_of_all_of_them(x64):
+    """Quadratic losses, Levenberg-Marquardt's local steps: half of the clients say what all would have said."""
+    each, best, cohorts, ids = _quadratics(seed=1)
+    found, _, _ = _run(cohorts, ids=ids, **LATEST | {"memory_decay": 1.0})
+    seen = next(k for k in range(len(ids)) if len(np.unique(ids[: k + 1])) == len(each))
+    assert 0 < seen < len(ids) - 1
+    for before, after in zip(found[seen:], found[seen + 1 :], strict=False):
+        gradient = np.einsum("mpq,mq->p", each, before[None] - best) / len(each)
+        wanted = -np.linalg.solve(each.mean(0) + BETA * np.eye(SIZE), gradient)
+        assert_close(after - before, wanted, 1e-7)
+
+
+def test_the_latest_messages_keep_the_clients_own_damping(x64):
+    """As above, each client with a damping of its own."""
+    each, best, _, ids = _quadratics(seed=1)
+    damping = np.random.default_rng(5).uniform(0.1, 3, size=(len(ids), CLIENTS))
+
+    def cohort(chosen, own):
+        values, basis = np.linalg.eigh(each[chosen])
+        regular = each[chosen] + own[:, None, None] * np.eye(SIZE)
+        gradient = lambda theta: np.einsum("mpq,mq->mp", each[chosen], theta - best[chosen])
+        step = lambda theta: -np.linalg.solve(regular, gradient(theta)[..., None])[..., 0]
+        return lambda theta: (step(theta), np.full(CLIENTS, 7), values[:, ::-1], basis[..., ::-1])
+
+    cohorts = [cohort(*both) for both in zip(ids, damping, strict=True)]
+    found, _, _ = _run(cohorts, ids=ids, own=damping, own_damping=True, **LATEST | {"memory_decay": 1.0})
+    gradient = np.einsum("mpq,mq->p", each, found[-2][None] - best) / len(each)
+    assert_close(found[-1] - found[-2], -np.linalg.solve(each.mean(0) + BETA * np.eye(SIZE), gradient), 1e-7)
+
+
+def test_of_a_client_at_fault_the_message_before_stays(x64):
+    deltas, counts, values, basis = COHORTS[1]
+    spoilt = np.where(np.arange(CLIENTS)[:, None] == 2, np.nan, deltas), counts, values, basis
+    _, _, state = _run([COHORTS[0], spoilt], ids=IDS[:2], **LATEST)
+    _, _, first = _run(COHORTS[:1], ids=IDS[:1], **LATEST)
+    assert IDS[1][2] == 7 == IDS[0][3]
+    np.testing.assert_array_equal(state.past.sketch.basis[7], first.past.sketch.basis[7])
+    np.testing.assert_array_equal(state.past.targets[7], first.past.targets[7])
+    np.testing.assert_allclose(state.past.weights, [1, 5, 3 * DECAY, 7, 0, 5 * DECAY, 0, 7 * DECAY])
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_a_latest_message_is_cut_or_filled_up_to_its_rank(x64, rank):
+    kept = _run(COHORTS[:1], ids=IDS[:1], **LATEST | {"memory_rank": rank})[2].past.sketch
+    assert kept.eigenvalues.shape == (8, rank) and kept.basis.shape == (8, SIZE, rank)
+    same = min(rank, 2)
+    np.testing.assert_array_equal(kept.eigenvalues[IDS[0], :same], COHORTS[0][2][:, :same])
+    np.testing.assert_array_equal(kept.basis[IDS[0], :, :same], COHORTS[0][3][..., :same])
+    assert not np.any(kept.eigenvalues[..., same:])
 
 
 @pytest.mark.parametrize("kind", [PRIOR, TARGETS], ids=["prior", "targets"])
@@ -159,11 +241,11 @@ def test_with_a_large_damping_the_prior_is_fedavg_at_a_server_step(x64):
     assert_close(found[-1], 3 * (1 - DECAY) * Dense(*COHORTS[0]).mean, 1e-7)
 
 
-@pytest.mark.parametrize("kind", [PRIOR, TARGETS], ids=["prior", "targets"])
+@pytest.mark.parametrize("kind", [PRIOR, TARGETS, LATEST], ids=["prior", "targets", "latest"])
 def test_a_round_that_nobody_took_part_in_only_ages_the_memory(x64, kind):
     nobody = (*COHORTS[0][:1], np.zeros(CLIENTS, int), *COHORTS[0][2:])
-    _, _, before = _run(COHORTS[:2], **kind)
-    _, _, after = _run([*COHORTS[:2], nobody], **kind)
+    _, _, before = _run(COHORTS[:2], ids=IDS, **kind)
+    _, _, after = _run([*COHORTS[:2], nobody], ids=IDS, **kind)
     np.testing.assert_allclose(after.past.weights, DECAY * before.past.weights)
     np.testing.assert_array_equal(after.past.sketch.basis, before.past.sketch.basis)
 
@@ -250,10 +332,12 @@ def test_the_bound_in_curvature_norm_shortens_the_step_and_does_not_turn_it(x64)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory": "targts"}, "aggregator.memory: unknown 'targts'; known: none, prior, targets"),
+        ({"memory": "targts"}, "aggregator.memory: unknown 'targts'; known: none, prior, targets, latest"),
         ({"memory": "prior", "memory_rank": 0}, "aggregator.memory: needs memory_rank"),
         ({"memory": "prior", "trust": True}, "aggregator.trust: needs all clients"),
         ({"memory_decay": 1.0}, "aggregator.memory_decay: needs"),
+        ({"memory": "latest"}, "aggregator.memory: 'latest' needs the number of all clients"),
+        ({"memory": "latest", "num_clients": 3, "memory_decay": 1.1}, "aggregator.memory_decay: needs"),
         ({"own_damping": True}, "aggregator.own_damping: needs"),
     ],
 )
