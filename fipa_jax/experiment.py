@@ -233,6 +233,7 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     rates = phase.make_rates(settings, experiment.config.precision)
     stages = rounds.make_stages(loop.plan_of(experiment, settings))
     phase.memories_on_host(experiment.config, stages.plan, experiment.params)
+    phase.check_room(stages.plan, experiment.params)
     cohort = experiment.population.shapes(stages.plan.cohort)
     state = stages.init(experiment.params, on_host=True)
     state = rounds.fetch(state, np.arange(stages.plan.cohort))  # the cohort's memories alone

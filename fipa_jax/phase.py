@@ -191,11 +191,30 @@ def _on_host(config: ConfigDict, field: str, size: int) -> bool:
     Raises:
       ValueError: it does, but many rounds are to run in one call.
     """
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or host_bytes()  # a CPU is the host
-    on_host = config[field] == "host" or (config[field] == "auto" and 4 * size > limit)
+    on_host = config[field] == "host" or (config[field] == "auto" and 4 * size > device_bytes())
     if on_host and config.rounds_per_call > 1:
         raise ValueError(f"config.rounds_per_call: above 1 it needs config.{field} = 'device'")
     return on_host
+
+
+def check_room(plan: rounds.Plan, params) -> None:
+    """Refuses a rule whose state, such as the memory of past rounds, finds no room on the device.
+
+    Raises:
+      ValueError: twice its bytes, before and after a round, are more than the device has.
+    """
+    size = trees.nbytes(jax.eval_shape(plan.aggregator.init, trees.select(params, plan.trainable)))
+    if 2 * size > device_bytes():
+        raise ValueError(
+            f"config.fipa.aggregator.memory: the rule would keep {size / 2**30:.3g} GiB between rounds, and hold them "
+            f"twice within one; the device has {device_bytes() / 2**30:.3g} GiB. Lower aggregator.memory_rank or "
+            "memory_length, take aggregator.memory = 'prior', or let trainable name fewer parameters"
+        )
+
+
+def device_bytes() -> int:
+    """The memory of a device, where a CPU's is the host's."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or host_bytes()
 
 
 def host_bytes() -> int:

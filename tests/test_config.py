@@ -152,7 +152,7 @@ def test_a_mistake_in_a_compared_rule(spec, message):
         ("fipa.aggregator.damping", -1.0),
         ("fipa.aggregator.max_step", -1.0),
         ("fipa.aggregator.trace_cap", -1.0),
-        ("fipa.aggregator.memory_decay", 1.0),
+        ("fipa.aggregator.memory_decay", 1.1),
         ("fipa.aggregator.memory_rank", 0),
         ("fipa.aggregator.memory_length", 0),
         ("fipa.aggregator.max_divergence", -1.0),

@@ -101,6 +101,7 @@ def test_a_run_killed_again_and_again_is_the_run_in_one_go(monkeypatch, tmp_path
         {"examples_on": "host"},
         {"compare": ("fipa_memory:late.share=0.5:late.most=2",)},
         {"compare": ("fipa:aggregator.memory=targets:aggregator.memory_length=2",), "rounds_per_call": 2},
+        {"compare": ("fipa:aggregator.memory=latest:aggregator.memory_rank=3",)},
     ],
     ids=str,
 )

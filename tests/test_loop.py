@@ -7,7 +7,7 @@ import pytest
 import runs
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax import checkpoint, compared, experiment, loop, metrics, rounds, tasks
+from fipa_jax import checkpoint, compared, experiment, loop, metrics, phase, rounds, tasks
 from fipa_jax import config as config_lib
 from fipa_jax.journal import Rows
 
@@ -112,6 +112,18 @@ def test_memories_on_the_host_and_many_rounds_in_a_call_do_not_go_together():
     """Which is said before anything runs."""
     with jax.enable_x64(True), pytest.raises(ValueError, match=r"config\.rounds_per_call.*client_memory = 'device'"):
         experiment.build(tiny(rounds_per_call=2, client_memory="host"))
+
+
+def test_a_memory_without_room_is_refused_before_the_first_round(monkeypatch):
+    config = tiny(compare=("fipa:aggregator.memory=prior",))
+    with jax.enable_x64(True):
+        experiment.build(config)
+    monkeypatch.setattr(phase, "host_bytes", lambda: 1000)
+    with (
+        jax.enable_x64(True),
+        pytest.raises(ValueError, match=r"aggregator\.memory: the rule would keep .* GiB .*memory_rank"),
+    ):
+        experiment.build(config)
 
 
 def test_pooled_is_one_client_that_owns_everything(monkeypatch):
