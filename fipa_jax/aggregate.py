@@ -42,9 +42,9 @@ class FipaState(NamedTuple):
     max_divergence: jax.Array  # [], bound on step^T H step / 2; 0 for none
     max_drift: jax.Array  # [], bound on how far a late client's own answers have moved; 0 for none
     explosion: jax.Array  # [], the same ratio above which the step is another's, see `forms`; 0 for none
-    memory_decay: jax.Array  # [], by which the weight of past cohorts falls in a round
+    memory_decay: jax.Array  # [], by which the weight of what is remembered falls in a round
     last: trust_lib.Trust | None = None  # of the last step, by which the damping adapts
-    past: past_lib.Past | None = None  # what is remembered of past cohorts
+    past: past_lib.Past | None = None  # what is remembered of past rounds
 
 
 def mean(weighting: str = "examples", *, staleness: float = 0.5, mix: bool = False) -> Aggregator:
@@ -130,13 +130,14 @@ def fipa(
       damping: beta. Directions with eigenvalues below it are left to the mean (damped) or not moved (tikhonov).
       relative: whether beta counts in units of H's largest eigenvalue.
       rcond: for pinv, the cut-off of H's eigenvalues relative to the largest.
-      max_step: the step is shortened to at most this many times the longest client update: nearly collinear clients
-        can otherwise amplify noise. 0 for no bound.
+      max_step: the step is shortened to at most this many times the longest update, of the round's clients and of what
+        is remembered, as seen from the present parameters: nearly collinear clients can otherwise amplify noise. 0 for
+        no bound.
       max_divergence: the step is shortened until step^T H step / 2 is at most this: to second order, for a likelihood,
         by how much the model's answers move in Kullback-Leibler divergence, the mean over the clients' examples. 0 for
         no bound.
-      explosion: a step that is not finite, or before it is shortened longer than this many times the longest client
-        update, is noise: the damped form with beta at least `CAREFUL` times H's largest eigenvalue takes its place, and
+      explosion: a step that is not finite, or before it is shortened longer than this many times the longest update,
+        is noise: the damped form with beta at least `CAREFUL` times H's largest eigenvalue takes its place, and
         where that fails too the mean. 0 for no bound: then only what is not finite fails.
       trace_cap: a client's eigenvalues are scaled down so that their sum is at most this many times the clients' lower
         median, see `uploads.relative_traces`; 0 for no cap. `info["trace_ratio"]` is the largest such ratio.
@@ -146,7 +147,7 @@ def fipa(
         that are a small part of all clients.
       memory_decay: by which the weight of a past cohort falls with each round. With the prior the step is then about
         1 - memory_decay of the cohort's own: compare with FedAvg at the server's learning rate 1 - memory_decay. What
-        one client says, see above, then weighs for about 1 / (1 - memory_decay) rounds.
+        one client says, see above, then weighs for about 1 / (1 - memory_decay) rounds. Below 1, for `latest` up to 1.
       memory_rank: of what is remembered, for `targets` of each cohort, for `latest` of each client.
       memory_length: L, the cohorts that `targets` remembers.
       num_clients: T, all clients, of which `latest` remembers one message each; it needs `uploads.ids`.
@@ -164,8 +165,8 @@ def fipa(
         moved_m) for H_m delta_m: its gradient at the present parameters, by its own curvature, if these have moved by
         moved_m since. That holds for steps which the damped form undoes: matched, natural or with own_damping.
         Otherwise it is a pull back to where the client began.
-      max_drift: a late client takes no part if moved_m^T H_m moved_m / 2 is above this, as its curvature and gradient
-        are of other parameters; 0 for no bound. `info["stale"]` names such clients.
+      max_drift: a late client, or with `latest` an absent one, takes no part if moved_m^T H_m moved_m / 2 is above
+        this, as its curvature and gradient are of other parameters; 0 for no bound. `info["stale"]` names late ones.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
       merge: how the clients' sketches are merged, see `merge.merge`.
 
@@ -215,16 +216,15 @@ def fipa(
         deltas, moved = trees.ravel_stacked(uploads.delta), None  # [C, P]
         if uploads.moved is not None and transport:
             moved = jnp.where((weights > 0)[:, None], trees.ravel_stacked(uploads.moved), 0)
-        lengths = jnp.linalg.norm(deltas if moved is None else deltas - moved, axis=1)
         cohort = forms.Group(weights, deltas, sketch, moved, uploads.damping if own_damping else None)
         settings = forms.Settings(form, relative, merge, state.damping, state.rcond, state.explosion)
-        now = past_lib.Round(cohort, uploads.ids, size, theta, state.memory_decay, lengths, settings)
+        now = past_lib.Round(cohort, uploads.ids, size, theta, state.memory_decay, state.max_drift, settings)
         groups = remember.join(state.past, now) if remember else [cohort]
-        solved = forms.solve(groups, lengths, settings)
+        solved = forms.solve(groups, settings)
         step, factor, quadratic = _bounded(solved, state)
         if remember:
             state = state._replace(past=remember.keep(state.past, now, solved))
-            info["memory_share"] = 1 - jnp.sum(groups[0].weights)
+            info["memory_share"] = jnp.sum(groups[1].weights)
         if trust:
             full = quadratic + solved.beta * jnp.vdot(solved.step, solved.step)
             # The step solves (H + beta I) step = -g, which turns -g x - x^T H x / 2 at x = factor step into this.

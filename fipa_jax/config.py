@@ -118,7 +118,7 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "cg_steps": 100,  # products with the curvature that cg may take for one step
             },
             # none, prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1), mifa, varp; mu is
-            # its weight
+            # the weight of those that have one
             "term": {"name": "none", "mu": 0.01},
             "sketch": {
                 "solver": "subspace",  # auto, subspace (the paper's), lanczos, rows (exact), head (the last layer)
@@ -145,7 +145,7 @@ def phase(rounds: int, aggregator: str) -> ConfigDict:
                 "rcond": 1e-5,  # pinv's cut-off
                 "trust": False,  # damping follows the clients' losses, and a step that raised them is undone
                 "memory": "none",  # of past rounds' curvature: none, prior, targets, latest; for few clients of many
-                "memory_decay": 0.9,  # by which the weight of a past cohort falls with each round
+                "memory_decay": 0.9,  # by which the weight of what is remembered falls with each round
                 "memory_rank": 250,  # R' of a message: R' P numbers for each of 1, memory_length or all clients
                 "memory_length": 8,  # cohorts that `targets` remembers
                 "staleness": 0.5,  # s, of late clients: their weight is (1 + age)^-s of another's

@@ -39,7 +39,7 @@ class Solved(NamedTuple):
     step: jax.Array  # [P]
     beta: jax.Array  # [], the damping that it was taken with, absolute
     mean: jax.Array  # [P], sum_m w_m delta_m
-    longest: jax.Array  # [], the longest update
+    longest: jax.Array  # [], the longest way that any of the groups wants to go
     merged: merge.Merged
     inverse: jax.Array  # [D], the form's filter of H's eigenvalues
     least: jax.Array  # [], the least eigenvalue that it lets through
@@ -51,12 +51,8 @@ FALLBACKS = ("none", "the damped form with a larger damping", "the mean")
 CAREFUL = 1e-3  # its damping, in units of H's largest eigenvalue
 
 
-def solve(groups: Sequence[Group], lengths: jax.Array, settings: Settings) -> Solved:
-    """The step of `settings.form` by all groups; a failing one gives way, see `aggregate.fipa`.
-
-    Args:
-      lengths: [C], of the first group's updates, that the bounds count in; in units of the client's own damping.
-    """
+def solve(groups: Sequence[Group], settings: Settings) -> Solved:
+    """The step of `settings.form` by all groups; a failing one gives way, see `aggregate.fipa`."""
     form, own = settings.form, any(group.damping is not None for group in groups)
     mean = sum(_weighted(group.weights, group) for group in groups)
 
@@ -79,7 +75,7 @@ def solve(groups: Sequence[Group], lengths: jax.Array, settings: Settings) -> So
     inverse = lambda spectrum: FORMS[form](spectrum, beta, settings.rcond, floor)
     step, found = base + merged.solve(inverse), inverse(spectrum)
     least = jnp.min(jnp.where((found > 0) & (spectrum > floor * spectrum[0]), spectrum, spectrum[0]))
-    longest = jnp.max(lengths * _share(groups[0], beta))
+    longest = jnp.max(jnp.stack([jnp.max(_lengths(group) * _share(group, beta)) for group in groups]))
 
     def careful():
         """The damped form, with a damping that no rounding gets through."""
@@ -110,6 +106,11 @@ def bounded(step, bound):
 
 def _weighted(weights, group: Group):
     return jnp.matmul(weights, group.deltas, precision="highest")
+
+
+def _lengths(group: Group):
+    """[C], of the ways that they want to go."""
+    return jnp.linalg.norm(group.deltas if group.moved is None else group.deltas - group.moved, axis=1)
 
 
 def _share(group: Group, beta):

@@ -278,7 +278,7 @@ def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> Cal
     else:
         up += trees.nbytes(sketches)
     kept = trees.nbytes((state.aggregator, state.server))
-    kept += plan.num_clients * trees.nbytes(state.shared) if plan.term.kept else 0
+    kept += plan.num_clients * trees.nbytes(state.shared) if plan.term.remember else 0
     pairs = lambda info: int(info.get("sketch_pairs", 0))
     return lambda info: {"bytes_down": down, "bytes_up": up + pair * pairs(info), "bytes_kept": kept}
 

@@ -11,14 +11,16 @@ ones have pinned down. So what was said stays, as messages of fixed rank whose w
               cohort's own curvature stands in for the past's
     latest    each client's last message, its H_m at rank R' and its update: who is absent takes part as a late client
 
-On quadratic losses the first two are the same recursive least squares, if the rank leaves nothing out, L is all rounds,
-no bound acts, the form is `damped` with an absolute beta, and the server adds the step as it is: theta + step minimises
+On quadratic losses, if the rank leaves nothing out, no bound acts, the form is `damped` with an absolute beta, and the
+server adds the step as it is, the first two are, with L all rounds, the same recursive least squares: theta + step
+minimises
 
     sum_s n_s decay^{k - s} |theta - target_s|^2_{A_s}
 
 over the cohorts' sizes n_s, and for the prior over a message at the first parameters. With H_s = I the prior is FedAvg
-with the server's learning rate 1 - decay. The third, at decay 1 and once all have taken part, is the step of all
-clients. The server keeps R' P numbers for each message, which its checkpoints hold too.
+with the server's learning rate 1 - decay. The third, at decay 1, with `transport` and steps that the damped form
+undoes, is the step of all clients once they have taken part. The server keeps R' P numbers for each message, which its
+checkpoints hold too.
 """
 
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from fipa_jax import forms, trees
 from fipa_jax.forms import Group
 from fipa_jax.sketch import Sketch
 from fipa_jax.trees import ratio
+from fipa_jax.uploads import drift
 
 KINDS = ("none", "prior", "targets", "latest")
 
@@ -41,8 +44,9 @@ class Past(NamedTuple):
     sketch: Sketch  # eigenvalues [L, R'], basis [L, P, R']
     weights: jax.Array  # [L], of examples or clients
     targets: jax.Array | None = None  # [L, P], parameters
-    starts: jax.Array | None = None  # [L, P], the parameters that the targets were seen from
-    damping: jax.Array | None = None  # [L], that the updates are relative to; None for the server's
+    deltas: jax.Array | None = None  # [L, P], updates
+    starts: jax.Array | None = None  # [L, P], the parameters at which they began
+    damping: jax.Array | None = None  # [L], that the updates are relative to, where the rule wants it
 
 
 class Round(NamedTuple):
@@ -53,7 +57,7 @@ class Round(NamedTuple):
     size: jax.Array  # [], the cohort's examples or clients
     theta: jax.Array  # [P], the parameters before it
     decay: jax.Array  # []
-    lengths: jax.Array  # [C], see `forms.solve`
+    max_drift: jax.Array  # [], see `aggregate.fipa`
     settings: forms.Settings
 
 
@@ -75,7 +79,7 @@ def make(kind: str, *, rank: int, length: int, decay: float, num_clients: int, t
         raise ValueError(f"aggregator.memory: unknown {kind!r}; known: {', '.join(KINDS)}")
     if min(rank, length) < 1:
         raise ValueError(f"aggregator.memory: needs memory_rank and memory_length of at least 1, got {rank}, {length}")
-    if not 0 <= decay < 1 and (kind, decay) != ("latest", 1):
+    if kind != "none" and not 0 <= decay < 1 and (kind, decay) != ("latest", 1):
         raise ValueError(f"aggregator.memory_decay: needs a number in [0, 1), for 'latest' up to 1, got {decay}")
     if kind == "latest" and num_clients < 1:
         raise ValueError(f"aggregator.memory: 'latest' needs the number of all clients, num_clients, got {num_clients}")
@@ -113,7 +117,7 @@ def _targets(rank: int, length: int) -> Memory:
 
     def keep(past: Past, now: Round, solved: forms.Solved):
         # On its own, and at the same damping, the cohort would have gone here.
-        alone = forms.solve([now.cohort], now.lengths, now.settings._replace(damping=solved.beta, relative=False))
+        alone = forms.solve([now.cohort], now.settings._replace(damping=solved.beta, relative=False))
         push = lambda new, old: jnp.concatenate([new[None], old[:-1]])  # the last one first
         sketch = jax.tree.map(push, alone.merged.top(past.sketch.eigenvalues.shape[1]), past.sketch)
         targets = push(now.theta + alone.step, past.targets)
@@ -124,29 +128,29 @@ def _targets(rank: int, length: int) -> Memory:
 
 def _latest(rank: int, num_clients: int, transport: bool) -> Memory:
     def init(theta):
-        blank = jnp.zeros([num_clients, theta.size], theta.dtype)
-        return Past(*_blank(theta, num_clients, rank), blank, blank, jnp.zeros([num_clients], theta.dtype))
+        blank = lambda: jnp.zeros([num_clients, theta.size], theta.dtype)
+        numbers = jnp.zeros([num_clients], theta.dtype)
+        return Past(*_blank(theta, num_clients, rank), deltas=blank(), starts=blank(), damping=numbers)
 
     def join(past: Past, now: Round):
-        present = jnp.zeros(past.weights.shape, bool).at[now.ids].set(now.cohort.weights > 0)
-        weights = jnp.where(present, 0, past.weights * now.decay)
-        updates, moved = past.targets - past.starts, now.theta[None] - past.starts
-        updates, moved = (updates, moved) if transport else (updates - moved, None)
-        updates, moved = trees.zero_unless(weights > 0, (updates, moved))
-        own = None if now.cohort.damping is None else past.damping
-        return _groups(now, now.cohort, Group(weights, updates, past.sketch, moved, own))
+        present = jnp.zeros(past.weights.shape, bool).at[now.ids].max(now.cohort.weights > 0)
+        moved = now.theta[None] - past.starts
+        near = lambda: drift(past.sketch, moved) <= now.max_drift
+        near = jax.lax.cond(now.max_drift > 0, near, lambda: jnp.ones_like(present))
+        weights = jnp.where(near & ~present, past.weights * now.decay, 0)
+        moved = trees.zero_unless(weights > 0, moved) if transport else None
+        damping = None if now.cohort.damping is None else past.damping
+        return _groups(now, now.cohort, Group(weights, past.deltas, past.sketch, moved, damping))
 
     def keep(past: Past, now: Round, solved: forms.Solved):
-        cohort, took_part = now.cohort, now.cohort.weights > 0
-        starts = now.theta[None] - (0 if cohort.moved is None else cohort.moved)
+        cohort = now.cohort
+        moved = jnp.zeros_like(cohort.deltas) if cohort.moved is None else cohort.moved
         damping = jnp.zeros_like(cohort.weights) if cohort.damping is None else cohort.damping
         sketch = _first(cohort.sketch, past.sketch.eigenvalues.shape[1], cohort.deltas.dtype)
-        new = Past(sketch, cohort.weights * now.size, starts + cohort.deltas, starts + 0 * cohort.deltas, damping)
-
-        def put(old, new):
-            chosen = took_part.reshape(-1, *[1] * (new.ndim - 1))
-            return old.at[now.ids].set(jnp.where(chosen, new, old[now.ids]))
-
+        new = Past(sketch, cohort.weights * now.size, deltas=cohort.deltas, starts=now.theta[None] - moved, damping=damping)
+        # Who is left out keeps what was said before: its place is none, and nothing is written there.
+        ids = jnp.where(cohort.weights > 0, now.ids, num_clients)
+        put = lambda old, new: old.at[ids].set(new, mode="drop")
         return jax.tree.map(put, past._replace(weights=past.weights * now.decay), new)
 
     return Memory(init, join, keep)

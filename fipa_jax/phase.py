@@ -26,7 +26,10 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
     solvers = client_lib.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS
     solver = find(solvers, "local.optimizer", settings.local.optimizer)
     rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
-    aggregator = rule(**fields_for(rule, {**settings.aggregator, "num_clients": num_clients}))
+    given = {**settings.aggregator, "num_clients": num_clients}
+    if given["memory"] == "latest":
+        given["memory_rank"] = min(given["memory_rank"], settings.sketch.rank)  # a client's message has no more
+    aggregator = rule(**fields_for(rule, given))
     optimizer = server.make(settings.server.optimizer, settings.server.momentum)
     sketched, cohort = aggregator.curvature == "sketch", config.cohort or num_clients
     matched, natural = _matched(settings, aggregator), solver is second_order.natural_gradient

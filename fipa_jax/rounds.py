@@ -207,12 +207,13 @@ def make_stages(plan: Plan) -> Stages:
         # A client set aside keeps its old memory, so that one bad upload does not poison the shared mean; so does one
         # without examples, whose memory would change although it took no step.
         took_part = (num_examples > 0) & ~info["rejected"] & ~info.get("stale", jnp.asarray(False))
-        accepted = took_part & trees.is_finite((results.loss, results.memory))
-        change = trees.zero_unless(accepted, optax.tree.sub(results.memory, state.memory))
+        latest = results.memory if plan.term.remember is None else jax.vmap(plan.term.remember)(delta)
+        accepted = took_part & trees.is_finite((results.loss, latest))
+        change = trees.zero_unless(accepted, optax.tree.sub(latest, state.memory))
         memory = optax.tree.add(state.memory, change)
         shared = jax.tree.map(lambda mean, d: mean + jnp.sum(d, axis=0) / plan.num_clients, state.shared, change)
-        of_cohort = lambda memory: trees.weighted_sum(even, trees.zero_unless(accepted, memory))
         even = trees.ratio(accepted.astype(float), jnp.sum(accepted))
+        of_cohort = lambda memory: trees.weighted_sum(even, trees.zero_unless(accepted, memory))
         means = state.shared, shared, of_cohort(state.memory), of_cohort(memory)
         step = plan.term.correct(terms.Served(step, *means, rates.local.mu))
         sent = {"deltas": delta, "present": took_part}

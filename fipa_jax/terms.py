@@ -43,7 +43,7 @@ class Done(NamedTuple):
 
 
 class Served(NamedTuple):
-    """What a term may look at when the server has aggregated the cohort's updates. A mean is over the clients."""
+    """What a term may look at when the server has aggregated the updates. Its means weigh all clients alike."""
 
     step: Any
     before: Any  # mean of all T clients' memories before the round
@@ -65,7 +65,7 @@ class Term(NamedTuple):
     correct: Callable = lambda served: served.step  # Served -> step
     whole_batch: bool = False  # whether the penalty is more than a mean over the batch's examples, or free of them
     travels: bool = False  # whether the memory is sent to the server, and `shared` to the clients
-    kept: bool = False  # whether the server keeps the memories, as it knows them from the updates
+    remember: Callable | None = None  # delta -> memory, of a client as the server received it, which then keeps it
 
 
 def none() -> Term:
@@ -188,35 +188,39 @@ def logit_adjustment() -> Term:
 def mifa() -> Term:
     """MIFA (Gu et al. 2021, algorithm 1): an absent client counts with its latest update. It has no weight mu.
 
-    memory is y_i, the client's latest update, which the server knows; step + mean_i y_i - mean_cohort y_i, the first
-    mean over the clients that have taken part so far. Of FedAvg with uniform weights that leaves mean_i y_i alone.
+    memory is y_i, the latest update that the server received of the client; step + mean_i y_i - mean_cohort y_i, the
+    first mean over the clients that have taken part so far (published: after a round of all). Of FedAvg with uniform
+    weights, `aggregator.weighting`, that leaves mean_i y_i alone. An update stays as it came, also where the learning
+    rate decays (published: in units of the present one).
     """
 
     def init(params):
         return {"update": optax.tree.zeros_like(params), "known": jnp.zeros([], trees.ravel(params).dtype)}
 
-    def update(done: Done):
-        return {"update": done.delta, "known": jnp.ones_like(done.memory["known"])}
+    def remember(delta):
+        return {"update": delta, "known": jnp.ones([], trees.ravel(delta).dtype)}
 
     def correct(served: Served):
         move = lambda s, all_, some: s + trees.ratio(all_, served.shared["known"]) - some
         return jax.tree.map(move, served.step, served.shared["update"], served.cohort["update"])
 
-    return Term(init, update=update, correct=correct, kept=True)
+    return Term(init, correct=correct, remember=remember)
 
 
 def varp() -> Term:
     """FedVARP (Jhunjhunwala et al. 2022, algorithm 2): the cohort's part of the absent clients' sum is corrected for.
 
-    memory is y_i, the client's latest update, which the server knows, starting at 0; with the y_i before the round
-    step + mean_i y_i - mean_cohort y_i. Over the draw of the cohort its mean is the step's. It has no weight mu.
+    memory is y_i, the latest update that the server received of the client, starting at 0; with the y_i before the
+    round step + mean_i y_i - mean_cohort y_i. Of FedAvg with uniform weights, `aggregator.weighting`, the mean over the
+    draw of the cohort is the step's. An update stays as it came, also where the learning rate decays. It has no weight
+    mu.
     """
 
     def correct(served: Served):
         move = lambda s, all_, some: s + all_ - some
         return jax.tree.map(move, served.step, served.before, served.cohort_before)
 
-    return Term(optax.tree.zeros_like, update=lambda done: done.delta, correct=correct, kept=True)
+    return Term(optax.tree.zeros_like, correct=correct, remember=lambda delta: delta)
 
 
 _NONE = Term()

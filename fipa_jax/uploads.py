@@ -41,8 +41,8 @@ class Uploads(NamedTuple):
     sketch: Sketch | Diagonal | None = None
     loss: jax.Array | None = None  # [C], the clients' mean losses at the broadcast parameters, if the rule wants them
     damping: jax.Array | None = None  # [C], beta_m: (H_m + beta_m I) delta_m = -gradient, nearly, if the rule wants it
-    ids: jax.Array | None = None  # [C] int32, who they are, each at most once, if the rule remembers clients
-    # What the server knows of late clients; None where nobody is late.
+    # What the server knows itself: who they are, if the rule remembers them, and of late clients; None where nobody is.
+    ids: jax.Array | None = None  # [C] int32, each of those that take part once
     age: jax.Array | None = None  # [C] int32, rounds ago at which the client started
     moved: Any = None  # parameter pytree [C, ...]: the present parameters minus those that the client started from
 
@@ -200,7 +200,7 @@ def _check_shapes(uploads: Uploads, params):
     got = jax.tree.map(jnp.shape, uploads.delta)
     if want != got:
         raise ValueError(f"uploads.delta: needed the parameters' tree with a leading clients axis, {want}, got {got}")
-    for field in ("loss", "damping", "age"):
+    for field in ("loss", "damping", "ids", "age"):
         given = getattr(uploads, field)
         if given is not None and jnp.shape(given) != clients:
             raise ValueError(f"uploads.{field}: needed shape {clients}, got {jnp.shape(given)}")
@@ -224,7 +224,8 @@ def collect(sent: Sequence[Uploads], params) -> tuple[Uploads, dict[int, str]]:
     For clients that are other programs: what arrives may have any tree, shape, rank or dtype.
 
     Args:
-      sent: of each client, without the leading clients axis. `age` and `moved`, the server's own, are left out.
+      sent: of each client, without the leading clients axis. `ids`, `age` and `moved`, the server's own, are left
+        out, for it to set.
       params: parameter pytree, whose tree and shapes the updates must have.
 
     Returns:
@@ -234,7 +235,7 @@ def collect(sent: Sequence[Uploads], params) -> tuple[Uploads, dict[int, str]]:
     Raises:
       ValueError: no client fits.
     """
-    sent = [one._replace(age=None, moved=None) for one in sent]
+    sent = [one._replace(ids=None, age=None, moved=None) for one in sent]
     wrong = {place: why for place, one in enumerate(sent) if (why := _misfit(one, params))}
     kinds = {place: _kind(one) for place, one in enumerate(sent) if place not in wrong}
     if not kinds:

@@ -166,6 +166,20 @@ def test_bytes_count_the_pairs_that_are_kept_and_what_their_choice_takes():
     assert up(None) == model + clients * 4
 
 
+def test_bytes_kept_are_those_of_rule_optimiser_and_what_the_server_remembers_of_clients():
+    params = {"a": jnp.zeros([6]), "b": jnp.zeros([4])}
+    results = client.LocalResult(jax.tree.map(lambda leaf: leaf[None], params), (), jnp.zeros(1))
+
+    def kept(term, aggregator=(), server=()):
+        state = rounds.State(params, aggregator, server, (), term.init(params), jnp.int32(0))
+        fields = {"trainable": ".*", "cohort": 1, "num_clients": 7, "gradient_scale": 0.0, "term": term}
+        return loop.traffic_of(state, results, None, types.SimpleNamespace(**fields))({})["bytes_kept"]
+
+    assert kept(terms.none()) == kept(terms.scaffold()) == 0
+    assert kept(terms.none(), jnp.zeros(5), jnp.zeros(3)) == 4 * (5 + 3)
+    assert kept(terms.varp(), jnp.zeros(5)) == 4 * (5 + 7 * 10)
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"--workdir: .* holds 'thesis\.tex'"):

@@ -23,7 +23,7 @@ ARROWS = {
     "trust": set(),
     "uploads": {"trees", "sketch"},
     "forms": {"merge", "sketch", "trees"},
-    "past": {"forms", "sketch", "trees"},
+    "past": {"forms", "sketch", "trees", "uploads"},
     "aggregate": {"trees", "sketch", "forms", "past", "trust", "uploads"},
     "faults": {"sketch"},
     "late": set(),

@@ -25,16 +25,18 @@ def _rule(form, **options):
 LATEST = PRIOR | {"memory": "latest", "num_clients": 8}
 
 
-def _run(cohorts, form="damped", state=None, own=None, ids=None, **options):
-    """(the parameters [P] before each round and at the end, the infos, the last state)."""
+def _run(cohorts, form="damped", state=None, ids=None, sent=None, **options):
+    """(the parameters [P] before each round and at the end, the infos, the last state).
+
+    `sent` holds other fields of each round's uploads.
+    """
     rule, apply = _rule(form, **options)
     theta, found, infos = np.zeros(SIZE), [], []
     state = state or rule.init(as_tree(theta))
     for k, cohort in enumerate(cohorts):
         found.append(theta)
         uploads = uploads_of(*(cohort(theta) if callable(cohort) else cohort))
-        uploads = uploads if own is None else uploads._replace(damping=jnp.asarray(own[k]))
-        uploads = uploads if ids is None else uploads._replace(ids=jnp.asarray(ids[k]))
+        uploads = uploads._replace(ids=None if ids is None else jnp.asarray(ids[k]), **(sent[k] if sent else {}))
         step, state, info = apply(uploads, state, as_tree(theta))
         theta = theta + as_vector(step)
         infos.append(jax.tree.map(np.asarray, info))
@@ -171,18 +173,28 @@ def test_the_latest_messages_of_absent_clients(x64, form, transport):
         total = sum(weight for weight, *_ in said.values())
         curvature = pull = bulk = 0
         for weight, matrix, start, delta in said.values():
-            left = delta - (theta - start)
+            left = delta - (theta - start) if transport else delta
             curvature, pull = curvature + weight / total * matrix, pull + weight / total * matrix @ left
-            bulk = bulk + weight / total * (delta if transport else left)
+            bulk = bulk + weight / total * delta
         np.testing.assert_allclose(infos[k]["memory_share"], old / total, atol=1e-12)
         theta = theta + _solve(form, curvature, pull, bulk)
         assert_close(found[k + 1], theta, 1e-8)
 
 
-def test_with_all_clients_latest_messages_the_step_is_that_of_all_of_them(x64):
+@pytest.mark.parametrize("late", [False, True])
+def test_with_all_clients_latest_messages_the_step_is_that_of_all_of_them(x64, late):
     """Quadratic losses, Levenberg-Marquardt's local steps: half of the clients say what all would have said."""
     each, best, cohorts, ids = _quadratics(seed=1)
-    found, _, _ = _run(cohorts, ids=ids, **LATEST | {"memory_decay": 1.0})
+    sent, options = None, LATEST | {"memory_decay": 1.0, "staleness": 0.0}
+    if late:  # every client began elsewhere
+        moved = np.random.default_rng(8).normal(size=(len(ids), CLIENTS, SIZE))
+        ages = jnp.ones(CLIENTS, jnp.int32)
+        sent = [{"age": ages, "moved": as_tree(way)} for way in moved]
+        cohorts = [
+            lambda theta, began=began, way=way: began(theta[None] - way)
+            for began, way in zip(cohorts, moved, strict=True)
+        ]
+    found, _, _ = _run(cohorts, ids=ids, sent=sent, **options)
     seen = next(k for k in range(len(ids)) if len(np.unique(ids[: k + 1])) == len(each))
     assert 0 < seen < len(ids) - 1
     for before, after in zip(found[seen:], found[seen + 1 :], strict=False):
@@ -204,7 +216,13 @@ def test_the_latest_messages_keep_the_clients_own_damping(x64):
         return lambda theta: (step(theta), np.full(CLIENTS, 7), values[:, ::-1], basis[..., ::-1])
 
     cohorts = [cohort(*both) for both in zip(ids, damping, strict=True)]
-    found, _, _ = _run(cohorts, ids=ids, own=damping, own_damping=True, **LATEST | {"memory_decay": 1.0})
+    found, _, _ = _run(
+        cohorts,
+        ids=ids,
+        sent=[{"damping": jnp.asarray(own)} for own in damping],
+        own_damping=True,
+        **LATEST | {"memory_decay": 1.0},
+    )
     gradient = np.einsum("mpq,mq->p", each, found[-2][None] - best) / len(each)
     assert_close(found[-1] - found[-2], -np.linalg.solve(each.mean(0) + BETA * np.eye(SIZE), gradient), 1e-7)
 
@@ -212,13 +230,39 @@ def test_the_latest_messages_keep_the_clients_own_damping(x64):
 def test_of_a_client_at_fault_the_message_before_stays(x64):
     deltas, counts, values, basis = COHORTS[1]
     spoilt = np.where(np.arange(CLIENTS)[:, None] == 2, np.nan, deltas), counts, values, basis
-    _, _, state = _run([COHORTS[0], spoilt], ids=IDS[:2], **LATEST)
+    _, infos, state = _run([COHORTS[0], spoilt], ids=IDS[:2], **LATEST)
     _, _, first = _run(COHORTS[:1], ids=IDS[:1], **LATEST)
     assert IDS[1][2] == 7 == IDS[0][3]
     np.testing.assert_array_equal(state.past.sketch.basis[7], first.past.sketch.basis[7])
-    np.testing.assert_array_equal(state.past.targets[7], first.past.targets[7])
+    np.testing.assert_array_equal(state.past.deltas[7], first.past.deltas[7])
+    said = DECAY * (5 + 3 + 7)  # of the clients 5, 2 and, at fault now, 7
+    np.testing.assert_allclose(infos[1]["memory_share"], said / (said + 5 + 1 + 7))
     np.testing.assert_allclose(state.past.weights, [1, 5, 3 * DECAY, 7, 0, 5 * DECAY, 0, 7 * DECAY])
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+def test_clients_without_examples_take_nobodys_place(x64):
+    """As `uploads.collect` and paddings leave them, whatever their ids."""
+    blank = lambda leaf: np.zeros_like(leaf[:2])
+    padded = [tuple(np.concatenate([leaf, blank(leaf)]) for leaf in cohort) for cohort in COHORTS]
+    more = [[*ids, ids[1], ids[1]] for ids in IDS]
+    found, wanted = _run(padded, ids=more, **LATEST), _run(COHORTS, ids=IDS, **LATEST)
+    assert_close(np.stack(found[0]), np.stack(wanted[0]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found[2].past, wanted[2].past)
+
+
+def test_an_absent_client_that_has_drifted_too_far_has_no_say(x64):
+    near, far = (_run(COHORTS[:2], ids=IDS[:2], max_drift=bound, **LATEST)[1][1] for bound in (1e9, 1e-9))
+    assert far["memory_share"] == 0 < near["memory_share"]
+
+
+def test_the_bounds_count_in_what_is_remembered_too(x64):
+    deltas, counts, values, basis = COHORTS[1]
+    cohorts, ids = [COHORTS[0], (1e-4 * deltas, counts, values, basis)], [[0, 1, 2, 3], [4, 5, 6, 7]]
+    free = _run(cohorts, ids=ids, **LATEST)
+    bounded = _run(cohorts, ids=ids, **LATEST | {"max_step": 5.0, "explosion": 100.0})
+    assert bounded[1][1]["fallback"] == 0 and free[1][1]["step_ratio"] > 100
+    assert_close(bounded[0][-1], free[0][-1])
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
@@ -278,17 +322,19 @@ def test_a_failing_step_gives_way_with_a_memory_too(x64):
     assert np.all(np.isfinite(state.past.sketch.basis))
 
 
-def test_in_float32_it_is_that_of_float64():
+@pytest.mark.parametrize("kind", [PRIOR, TARGETS, LATEST], ids=["prior", "targets", "latest"])
+def test_in_float32_it_is_that_of_float64(kind):
     with jax.enable_x64(True):
-        wanted = _run(COHORTS, **PRIOR)[0][-1]
-    rule = aggregate.fipa("damped", **PRIOR)
+        wanted = _run(COHORTS, ids=IDS, **kind)[0][-1]
+    rule = aggregate.fipa("damped", **kind)
     apply, state, theta = (
         jax.jit(rule.apply),
         rule.init(as_tree(np.zeros(SIZE, np.float32))),
         np.zeros(SIZE, np.float32),
     )
-    for cohort in COHORTS:
-        step, state, _ = apply(uploads_of(*cohort, dtype=np.float32), state, as_tree(theta))
+    for cohort, ids in zip(COHORTS, IDS, strict=True):
+        uploads = uploads_of(*cohort, dtype=np.float32)._replace(ids=jnp.asarray(ids))
+        step, state, _ = apply(uploads, state, as_tree(theta))
         theta = theta + as_vector(step)
     assert_close(theta, wanted, 1e-5)
 
@@ -311,11 +357,18 @@ def test_own_damping_undoes_what_the_clients_have_added(x64):
     weights = counts / counts.sum()
     wanted = -np.linalg.solve(np.tensordot(weights, each, 1) + BETA * np.eye(SIZE), weights @ gradients)
     options = FREE | {"own_damping": True}
-    assert_close(_run([(deltas, counts, values, basis)], own=[damping], **options)[0][-1], wanted, 1e-9)
+    assert_close(
+        _run([(deltas, counts, values, basis)], sent=[{"damping": jnp.asarray(damping)}], **options)[0][-1],
+        wanted,
+        1e-9,
+    )
     there = np.arange(CLIENTS) != 1
-    without = _run([(deltas, np.where(there, counts, 0), values, basis)], own=[damping], **options)[0][-1]
+    without = _run(
+        [(deltas, np.where(there, counts, 0), values, basis)], sent=[{"damping": jnp.asarray(damping)}], **options
+    )[0][-1]
     for wrong in (-1.0, np.nan, np.inf):
-        found, (info,), _ = _run([(deltas, counts, values, basis)], own=[np.where(there, damping, wrong)], **options)
+        sent = [{"damping": jnp.asarray(np.where(there, damping, wrong))}]
+        found, (info,), _ = _run([(deltas, counts, values, basis)], sent=sent, **options)
         np.testing.assert_array_equal(info["reasons"]["damping_invalid"], ~there)
         np.testing.assert_array_equal(found[-1], without)
 
@@ -335,7 +388,7 @@ def test_the_bound_in_curvature_norm_shortens_the_step_and_does_not_turn_it(x64)
         ({"memory": "targts"}, "aggregator.memory: unknown 'targts'; known: none, prior, targets, latest"),
         ({"memory": "prior", "memory_rank": 0}, "aggregator.memory: needs memory_rank"),
         ({"memory": "prior", "trust": True}, "aggregator.trust: needs all clients"),
-        ({"memory_decay": 1.0}, "aggregator.memory_decay: needs"),
+        ({"memory": "prior", "memory_decay": 1.0}, "aggregator.memory_decay: needs"),
         ({"memory": "latest"}, "aggregator.memory: 'latest' needs the number of all clients"),
         ({"memory": "latest", "num_clients": 3, "memory_decay": 1.1}, "aggregator.memory_decay: needs"),
         ({"own_damping": True}, "aggregator.own_damping: needs"),

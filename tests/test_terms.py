@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from fipa_jax import aggregate, models, rounds, server, simulate, tasks, terms
+from fipa_jax import aggregate, faults, models, rounds, server, simulate, tasks, terms
 from fipa_jax import client as client_lib
 
 NUM_CLIENTS, NUM_EXAMPLES, WIDTH = 4, 6, 3
@@ -117,7 +117,7 @@ LINEAR = tasks.Task(
 
 
 @functools.cache
-def _stages(term, aggregator="mean", optimizer="sgd", cohort=NUM_CLIENTS, steps=60):
+def _stages(term, aggregator="mean", optimizer="sgd", cohort=NUM_CLIENTS, steps=60, faulty=False):
     return rounds.make_stages(
         rounds.Plan(
             task=LINEAR,
@@ -129,15 +129,16 @@ def _stages(term, aggregator="mean", optimizer="sgd", cohort=NUM_CLIENTS, steps=
             num_clients=NUM_CLIENTS,
             cohort=cohort,
             trainable=".*",
+            faults=faulty,
         )
     )
 
 
-def _run(stages, number, mu=0.0, lr=0.2, server_lr=1.0):
+def _run(stages, number, mu=0.0, lr=0.2, server_lr=1.0, counts=(NUM_EXAMPLES,) * NUM_CLIENTS, wrong=()):
     array = jnp.asarray
-    rates = rounds.Rates(client_lib.Hyper(array(lr), array(0.0), array(mu)), array(1.0), array(server_lr))
+    rates = rounds.Rates(client_lib.Hyper(array(lr), array(0.0), array(mu)), array(1.0), array(server_lr), wrong)
     owned = jnp.arange(NUM_CLIENTS * NUM_EXAMPLES).reshape(NUM_CLIENTS, NUM_EXAMPLES)
-    clients = simulate.Client(owned, jnp.full(NUM_CLIENTS, NUM_EXAMPLES))
+    clients = simulate.Client(owned, jnp.asarray(counts))
     data = jax.tree.map(jnp.asarray, DATA)
     step = jax.jit(rounds.compose(stages))
     states = [stages.init(LINEAR.init(None))]
@@ -163,24 +164,33 @@ def test_dyn_reaches_the_pooled_optimum_where_averaging_does_not(x64):
     np.testing.assert_allclose(final.shared["w"], 0, atol=1e-5)
 
 
+@pytest.mark.parametrize("trouble", ["none", "absent", "nan", "flip"])
 @pytest.mark.parametrize("name", ["mifa", "varp"])
-def test_a_memory_of_updates_by_hand(x64, name):
-    stages = _stages(terms.TERMS[name](), cohort=2, steps=3)
-    states, server_lr = _run(stages, 8, server_lr=0.7), 0.7
+def test_a_memory_of_updates_by_hand(x64, name, trouble):
+    stages, server_lr = _stages(terms.TERMS[name](), cohort=2, steps=3, faulty=trouble in faults.KINDS), 0.7
+    counts = [NUM_EXAMPLES, NUM_EXAMPLES, 0 if trouble == "absent" else NUM_EXAMPLES, NUM_EXAMPLES]
+    wrong = faults.Rates(*(jnp.asarray(0.4 * (kind == trouble)) for kind in faults.Rates._fields))
+    states = _run(stages, 8, server_lr=server_lr, counts=counts, wrong=wrong if trouble in faults.KINDS else ())
     latest = {}
     for k, (state, after) in enumerate(itertools.pairwise(states)):
         ids = np.asarray(stages.draw(jnp.int32(k), jax.random.key(0))).tolist()
-        own = {m: np.asarray(after.memory["update"]["w"] if name == "mifa" else after.memory["w"])[m] for m in ids}
+        rows = lambda state: np.asarray(state.memory["update"]["w"] if name == "mifa" else state.memory["w"])
+        own = {m: rows(after)[m] for m in ids if np.any(rows(after)[m] != rows(state)[m])}
+        if not own:
+            assert trouble != "none"
+            chex.assert_trees_all_equal(after.params, state.params)  # nobody took part: the round is skipped
+            continue
         over_all = lambda: sum(latest.values()) / NUM_CLIENTS
         if name == "varp":
-            wanted = over_all() + np.mean([own[m] - latest.get(m, 0) for m in ids], axis=0)
+            wanted = over_all() + np.mean([own[m] - latest.get(m, 0) for m in own], axis=0)
         latest |= own
         if name == "mifa":
             wanted = np.mean(list(latest.values()), axis=0)
         np.testing.assert_allclose((after.params["w"] - state.params["w"]) / server_lr, wanted, rtol=1e-9, atol=1e-12)
     # What is remembered is what was sent: FedAvg on the same clients takes the same first step.
-    plain = _run(_stages(terms.none(), cohort=2, steps=3), 1, server_lr=server_lr)[-1]
-    np.testing.assert_allclose(states[1].params["w"], plain.params["w"], rtol=1e-12)
+    plain = _stages(terms.none(), cohort=2, steps=3, faulty=trouble in faults.KINDS)
+    first = _run(plain, 1, server_lr=server_lr, counts=counts, wrong=wrong if trouble in faults.KINDS else ())[-1]
+    np.testing.assert_allclose(states[1].params["w"], first.params["w"], rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["mifa", "varp"])
