@@ -130,8 +130,8 @@ def fipa(
       damping: beta. Directions with eigenvalues below it are left to the mean (damped) or not moved (tikhonov).
       relative: whether beta counts in units of H's largest eigenvalue.
       rcond: for pinv, the cut-off of H's eigenvalues relative to the largest.
-      max_step: the step is shortened to at most this many times the longest update, of the round's clients and of what
-        is remembered, as seen from the present parameters: nearly collinear clients can otherwise amplify noise. 0 for
+      max_step: the step is shortened to at most this many times the longest update of a client, with `latest` also of
+        an absent one, as seen from the present parameters: nearly collinear clients can otherwise amplify noise. 0 for
         no bound.
       max_divergence: the step is shortened until step^T H step / 2 is at most this: to second order, for a likelihood,
         by how much the model's answers move in Kullback-Leibler divergence, the mean over the clients' examples. 0 for

@@ -20,6 +20,7 @@ class Group(NamedTuple):
     sketch: Sketch  # eigenvalues [C, R], basis [C, P, R]
     moved: jax.Array | None = None  # [C, P], what the parameters have moved by since they began; None for nothing
     damping: jax.Array | None = None  # [C], their own, that the updates are relative to; None for the server's
+    clients: bool = True  # whether they are clients, in whose updates the bounds count, or a merged past
 
 
 class Settings(NamedTuple):
@@ -39,7 +40,7 @@ class Solved(NamedTuple):
     step: jax.Array  # [P]
     beta: jax.Array  # [], the damping that it was taken with, absolute
     mean: jax.Array  # [P], sum_m w_m delta_m
-    longest: jax.Array  # [], the longest way that any of the groups wants to go
+    longest: jax.Array  # [], the longest update of a client, as seen from the present parameters
     merged: merge.Merged
     inverse: jax.Array  # [D], the form's filter of H's eigenvalues
     least: jax.Array  # [], the least eigenvalue that it lets through
@@ -75,7 +76,7 @@ def solve(groups: Sequence[Group], settings: Settings) -> Solved:
     inverse = lambda spectrum: FORMS[form](spectrum, beta, settings.rcond, floor)
     step, found = base + merged.solve(inverse), inverse(spectrum)
     least = jnp.min(jnp.where((found > 0) & (spectrum > floor * spectrum[0]), spectrum, spectrum[0]))
-    longest = jnp.max(jnp.stack([jnp.max(_lengths(group) * _share(group, beta)) for group in groups]))
+    longest = jnp.max(jnp.concatenate([_lengths(group) * _share(group, beta) for group in groups if group.clients]))
 
     def careful():
         """The damped form, with a damping that no rounding gets through."""
@@ -109,7 +110,7 @@ def _weighted(weights, group: Group):
 
 
 def _lengths(group: Group):
-    """[C], of the ways that they want to go."""
+    """[C], of the updates as seen from the present parameters."""
     return jnp.linalg.norm(group.deltas if group.moved is None else group.deltas - group.moved, axis=1)
 
 

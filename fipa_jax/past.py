@@ -95,7 +95,9 @@ def _prior(rank: int) -> Memory:
         first = jnp.sum(past.weights * now.decay) == 0
         deltas = jnp.where(first, (1 - now.decay) * now.cohort.deltas, now.cohort.deltas)
         stays = jnp.zeros([1, now.theta.size], now.theta.dtype)
-        return _groups(now, now.cohort._replace(deltas=deltas), Group(past.weights * now.decay, stays, past.sketch))
+        return _groups(
+            now, now.cohort._replace(deltas=deltas), Group(past.weights * now.decay, stays, past.sketch, clients=False)
+        )
 
     def keep(past: Past, now: Round, solved: forms.Solved):
         weights = past.weights * now.decay
@@ -113,7 +115,7 @@ def _targets(rank: int, length: int) -> Memory:
     def join(past: Past, now: Round):
         weights = past.weights * now.decay
         back = trees.zero_unless(weights > 0, past.targets - now.theta[None])
-        return _groups(now, now.cohort, Group(weights, back, past.sketch))
+        return _groups(now, now.cohort, Group(weights, back, past.sketch, clients=False))
 
     def keep(past: Past, now: Round, solved: forms.Solved):
         # On its own, and at the same damping, the cohort would have gone here.
@@ -144,10 +146,10 @@ def _latest(rank: int, num_clients: int, transport: bool) -> Memory:
 
     def keep(past: Past, now: Round, solved: forms.Solved):
         cohort = now.cohort
-        moved = jnp.zeros_like(cohort.deltas) if cohort.moved is None else cohort.moved
+        starts = now.theta[None] - (jnp.zeros_like(cohort.deltas) if cohort.moved is None else cohort.moved)
         damping = jnp.zeros_like(cohort.weights) if cohort.damping is None else cohort.damping
         sketch = _first(cohort.sketch, past.sketch.eigenvalues.shape[1], cohort.deltas.dtype)
-        new = Past(sketch, cohort.weights * now.size, deltas=cohort.deltas, starts=now.theta[None] - moved, damping=damping)
+        new = Past(sketch, cohort.weights * now.size, deltas=cohort.deltas, starts=starts, damping=damping)
         # Who is left out keeps what was said before: its place is none, and nothing is written there.
         ids = jnp.where(cohort.weights > 0, now.ids, num_clients)
         put = lambda old, new: old.at[ids].set(new, mode="drop")
