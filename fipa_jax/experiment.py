@@ -19,23 +19,10 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from fipa_jax import (
-    cache,
-    checkpoint,
-    compared,
-    journal,
-    loop,
-    metrics,
-    origin,
-    partition,
-    phase,
-    plots,
-    report,
-    rounds,
-    tasks,
-)
+from fipa_jax import cache, checkpoint, journal, loop, metrics, origin, partition, phase, plots, report, rounds, tasks
 from fipa_jax import config as config_lib
 from fipa_jax import resume as resume_lib
+from fipa_jax.compared import rule
 from fipa_jax.population import OnHost, Resident
 from fipa_jax.simulate import Client, replicate
 
@@ -103,7 +90,7 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
     if config.warmup.rounds:
         trace(experiment, config.warmup, "warmup")
     for spec in config.compare if config.fipa.rounds else ():
-        trace(experiment, compared.rule(config, spec), "fipa")
+        trace(experiment, rule(config, spec), "fipa")
     return experiment
 
 
@@ -163,7 +150,7 @@ def run_phases(experiment: Experiment, workdir: Path, kept: journal.Journal) -> 
     phases = {"warmup": config} if config.warmup.rounds else {}
     for spec in config.compare if config.fipa.rounds else ():
         phases[spec] = config.copy_and_resolve_references()
-        phases[spec].fipa, phases[spec].compare = compared.rule(config, spec), (spec,)
+        phases[spec].fipa, phases[spec].compare = rule(config, spec), (spec,)
     seen_by_head = {}
 
     def view(name: str, settings: ConfigDict, params) -> Experiment:

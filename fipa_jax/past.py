@@ -35,8 +35,6 @@ from fipa_jax.sketch import Sketch
 from fipa_jax.trees import ratio
 from fipa_jax.uploads import drift
 
-KINDS = ("none", "prior", "targets", "latest")
-
 
 class Past(NamedTuple):
     """L messages; those that are still to come have the weight 0."""
@@ -83,14 +81,15 @@ def make(kind: str, *, rank: int, length: int, decay: float, num_clients: int, t
         raise ValueError(f"aggregator.memory_decay: needs a number in [0, 1), for 'latest' up to 1, got {decay}")
     if kind == "latest" and num_clients < 1:
         raise ValueError(f"aggregator.memory: 'latest' needs the number of all clients, num_clients, got {num_clients}")
-    if kind == "none":
-        return None
-    if kind == "prior":
-        return _prior(rank)
-    return _targets(rank, length) if kind == "targets" else _latest(rank, num_clients, transport)
+    return KINDS[kind](rank=rank, length=length, num_clients=num_clients, transport=transport)
 
 
-def _prior(rank: int) -> Memory:
+def rank_of(kind: str, rank: int, sketched: int) -> int:
+    """The rank of a message, at most `rank`: a client's latest has no more pairs than its sketch of rank `sketched`."""
+    return min(rank, sketched) if kind == "latest" else rank
+
+
+def _prior(*, rank: int, **_) -> Memory:
     def join(past: Past, now: Round):
         first = jnp.sum(past.weights * now.decay) == 0
         deltas = jnp.where(first, (1 - now.decay) * now.cohort.deltas, now.cohort.deltas)
@@ -108,7 +107,7 @@ def _prior(rank: int) -> Memory:
     return Memory(lambda theta: Past(*_blank(theta, 1, rank)), join, keep)
 
 
-def _targets(rank: int, length: int) -> Memory:
+def _targets(*, rank: int, length: int, **_) -> Memory:
     def init(theta):
         return Past(*_blank(theta, length, rank), targets=jnp.zeros([length, theta.size], theta.dtype))
 
@@ -128,7 +127,7 @@ def _targets(rank: int, length: int) -> Memory:
     return Memory(init, join, keep)
 
 
-def _latest(rank: int, num_clients: int, transport: bool) -> Memory:
+def _latest(*, rank: int, num_clients: int, transport: bool, **_) -> Memory:
     def init(theta):
         blank = lambda: jnp.zeros([num_clients, theta.size], theta.dtype)
         numbers = jnp.zeros([num_clients], theta.dtype)
@@ -156,6 +155,9 @@ def _latest(rank: int, num_clients: int, transport: bool) -> Memory:
         return jax.tree.map(put, past._replace(weights=past.weights * now.decay), new)
 
     return Memory(init, join, keep)
+
+
+KINDS = {"none": lambda **_: None, "prior": _prior, "targets": _targets, "latest": _latest}
 
 
 def _blank(theta, length: int, rank: int):

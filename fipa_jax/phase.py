@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
-from fipa_jax import aggregate, compared, faults, rounds, second_order, server, sketch, terms, trees
+from fipa_jax import aggregate, compared, faults, past, rounds, second_order, server, sketch, terms, trees
 from fipa_jax import client as client_lib
 from fipa_jax.tasks import Problem, Task
 
@@ -26,9 +26,8 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
     solvers = client_lib.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS
     solver = find(solvers, "local.optimizer", settings.local.optimizer)
     rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
-    given = {**settings.aggregator, "num_clients": num_clients}
-    if given["memory"] == "latest":
-        given["memory_rank"] = min(given["memory_rank"], settings.sketch.rank)  # a client's message has no more
+    remembered = past.rank_of(settings.aggregator.memory, settings.aggregator.memory_rank, settings.sketch.rank)
+    given = {**settings.aggregator, "num_clients": num_clients, "memory_rank": remembered}
     aggregator = rule(**fields_for(rule, given))
     optimizer = server.make(settings.server.optimizer, settings.server.momentum)
     sketched, cohort = aggregator.curvature == "sketch", config.cohort or num_clients

@@ -62,7 +62,7 @@ ARROWS = {
     "metrics": set(),
     "report": {"forms", "partition", "plots", "sketch", "stopping", "tasks", "trees", "uploads"},
     "phase": {
-        "aggregate", "client", "compared", "faults", "rounds", "second_order", "server", "sketch", "tasks",
+        "aggregate", "client", "compared", "faults", "past", "rounds", "second_order", "server", "sketch", "tasks",
         "terms", "trees",
     },
     "cache": {"metrics", "tasks", "trees"},
