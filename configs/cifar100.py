@@ -7,7 +7,7 @@ Data: python scripts/prepare_data.py cifar100 --data-dir=DIR
 Command: python scripts/train.py --config=configs/cifar100.py --config.data.dir=DIR
 """
 
-from fipa_jax import recipes
+from fipa_jax.config import recipes
 
 
 def get_config(variant: str = ""):

@@ -6,7 +6,7 @@ Data: python scripts/prepare_data.py fashion_mnist --data-dir=DIR
 Command: python scripts/train.py --config=configs/fashion_mnist.py --config.data.dir=DIR
 """
 
-from fipa_jax import recipes
+from fipa_jax.config import recipes
 
 
 def get_config(variant: str = ""):

@@ -6,7 +6,7 @@ Command: python scripts/train.py --config=configs/fisher_kpp.py
          python scripts/train.py --config=configs/fisher_kpp.py:published     Adam as local solver and the rule `pinv`
 """
 
-from fipa_jax import recipes
+from fipa_jax.config import recipes
 
 
 def get_config(variant: str = ""):

@@ -7,7 +7,7 @@ Command: python scripts/train.py --config=configs/gaussians_2d.py     Levenberg-
 """
 
 from fipa_jax import config as config_lib
-from fipa_jax import recipes
+from fipa_jax.config import recipes
 
 
 def get_config(variant: str = ""):

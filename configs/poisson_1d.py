@@ -7,7 +7,7 @@ Command: python scripts/train.py --config=configs/poisson_1d.py
          python scripts/train.py --config=configs/poisson_1d.py:published     Adam as local solver and the rule `pinv`
 """
 
-from fipa_jax import recipes
+from fipa_jax.config import recipes
 
 
 def get_config(variant: str = ""):

@@ -5,7 +5,7 @@ Hardware: two CPU cores, about a minute. Expected: see README, Results.
 Command: python scripts/train.py --config=configs/poisson_3d.py
 """
 
-from fipa_jax import recipes
+from fipa_jax.config import recipes
 
 
 def get_config(variant: str = ""):

@@ -8,7 +8,7 @@ Command: python scripts/train.py     Levenberg-Marquardt shared by clients and s
 """
 
 from fipa_jax import config as config_lib
-from fipa_jax import recipes
+from fipa_jax.config import recipes
 
 
 def get_config(local_solver: str = ""):

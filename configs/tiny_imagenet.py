@@ -12,7 +12,7 @@ Data: python scripts/prepare_data.py tiny_imagenet --data-dir=DIR
 Command: python scripts/train.py --config=configs/tiny_imagenet.py --config.data.dir=DIR
 """
 
-from fipa_jax import recipes
+from fipa_jax.config import recipes
 
 
 def get_config(variant: str = ""):

@@ -10,7 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from fipa_jax import metrics
+from fipa_jax.reporting import metrics
 
 
 def main():

@@ -16,7 +16,8 @@ config_lib.prepare_process()  # before jax starts
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from fipa_jax import command_line  # noqa: E402
+from fipa_jax.config import command_line  # noqa: E402
+from fipa_jax.run.stalled import Stalled  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "sine.py"
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, by default configs/sine.py; --config.a.b=value.")
@@ -62,7 +63,8 @@ def join():
 
 
 def main(_):
-    from fipa_jax import experiment, stopping
+    from fipa_jax.run import experiment
+    from fipa_jax.saving import signals as stopping
 
     join()
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
@@ -71,7 +73,7 @@ def main(_):
     except stopping.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)
-    except (ValueError, OSError, ImportError, stopping.Stalled) as error:
+    except (ValueError, OSError, ImportError, Stalled) as error:
         logging.debug("traceback", exc_info=True)  # shown by --verbosity=1
         leave(f"error: {error}")
     except Exception:

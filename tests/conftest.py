@@ -16,11 +16,11 @@ config.prepare_process(devices=4)
 import hashlib  # noqa: E402
 import warnings  # noqa: E402
 
-import archives  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from helpers import archives  # noqa: E402
 
-from fipa_jax import datasets  # noqa: E402
+from fipa_jax.data import preparation as datasets  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from fipa_jax import models
+from fipa_jax.models import networks as models
 
 ROOT = Path(__file__).resolve().parents[1]
 SINE = str(ROOT / "configs" / "sine.py")

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fipa_jax import aggregate, compared, experiment, tasks, terms
+from fipa_jax import aggregate, tasks
 from fipa_jax import config as config_lib
+from fipa_jax.client import terms
+from fipa_jax.config import methods as compared
+from fipa_jax.run import experiment
 from fipa_jax.tasks import pde
 
 ROOT = Path(__file__).resolve().parents[1]

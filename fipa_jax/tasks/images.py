@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fipa_jax import data, models, partition
-from fipa_jax.tasks import Problem, Task
+from fipa_jax.data import partition
+from fipa_jax.data import prepared as data
+from fipa_jax.models import networks as models
+from fipa_jax.tasks.task import Problem, Task
 
 PADDING = 4  # pixels on each side that a random crop may reach over
 

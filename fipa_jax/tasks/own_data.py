@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from scipy.cluster.vq import ClusterError, kmeans2
 
-from fipa_jax import models, partition
-from fipa_jax.tasks import Problem
+from fipa_jax.data import partition
+from fipa_jax.models import networks as models
 from fipa_jax.tasks.regression import regression
+from fipa_jax.tasks.task import Problem
 
 NAMES = ("x", "y", "x_test", "y_test", "client")  # of the arrays that the task knows
 RECIPE = 'np.savez("mine.npz", x=x, y=y)'

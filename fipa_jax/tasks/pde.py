@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fipa_jax import models
-from fipa_jax.tasks import Problem, Task
+from fipa_jax.models import networks as models
+from fipa_jax.tasks.task import Problem, Task
 
 
 class Equation(NamedTuple):

@@ -39,7 +39,9 @@ def run(options: list[str]) -> dict:
 
 def measure(config, args) -> dict:
     """A line of the table."""
-    from fipa_jax import compared, experiment, journal, loop, resume
+    from fipa_jax.config import methods as compared
+    from fipa_jax.run import experiment, loop
+    from fipa_jax.saving import journal, resume
 
     config.checkpoint.seconds = 0.0
     built, settings = experiment.build(config), compared.rule(config, args.rule)

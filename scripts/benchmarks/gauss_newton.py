@@ -19,8 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from fipa_jax import experiment as experiment_lib
-from fipa_jax import loop, phase, plots, recipes, rounds, trees
+from fipa_jax import trees
+from fipa_jax.config import recipes
+from fipa_jax.federation import round as rounds
+from fipa_jax.reporting import plots
+from fipa_jax.run import experiment as experiment_lib
+from fipa_jax.run import loop
+from fipa_jax.run import parts as phase
 
 DEFAULT = Path(__file__).resolve().parents[2] / "configs" / "sine.py"
 

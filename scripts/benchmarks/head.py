@@ -22,7 +22,10 @@ from scipy.sparse import linalg
 
 from benchmarks import setting, timing
 from benchmarks.sketch import Found, Reference, quality
-from fipa_jax import curvature, models, sketch, trees
+from fipa_jax import trees
+from fipa_jax.curvature import products as curvature
+from fipa_jax.curvature import sketch
+from fipa_jax.models import networks as models
 from fipa_jax.tasks import Task, images
 
 KERNEL = "Dense_1/kernel"  # the last layer's

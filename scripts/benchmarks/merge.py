@@ -53,7 +53,7 @@ def run(options: list[str]) -> dict:
 
 def measure_accuracy(args) -> list[dict]:
     """Prints and returns the worst relative errors of the step, a row for each angle and form."""
-    from fipa_jax import merge
+    from fipa_jax.aggregate import merged_curvature as merge
 
     whole, merge.BLOCK = merge.BLOCK, 2**12  # so that the streaming runs
     rows = [accuracy_row(angle, form, args) for angle in ANGLES for form in FORMS]
@@ -131,7 +131,8 @@ def rule(method: str, num_examples, eigenvalues, basis, deltas, form: str = "dam
     import jax
     import jax.numpy as jnp
 
-    from fipa_jax import aggregate, sketch
+    from fipa_jax import aggregate
+    from fipa_jax.curvature import sketch
 
     aggregator = aggregate.fipa(form, damping=CUT, rcond=CUT, max_step=0.0, merge=method)
     params = jnp.zeros(deltas.shape[1], jnp.float32)
@@ -149,7 +150,7 @@ def measure_methods(args) -> list[dict]:
     import jax
     import jax.numpy as jnp
 
-    from fipa_jax import merge
+    from fipa_jax.aggregate import merged_curvature as merge
 
     rows = []
     for size, clients, rank in MID_SIZES:

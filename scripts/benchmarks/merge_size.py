@@ -22,7 +22,8 @@ def main(spec: dict) -> dict:
     import jax.numpy as jnp
 
     from benchmarks import timing
-    from fipa_jax import aggregate, sketch
+    from fipa_jax import aggregate
+    from fipa_jax.curvature import sketch
 
     size, clients, rank = spec["size"], spec["clients"], spec["rank"]
     rule = aggregate.fipa(merge=spec["method"])

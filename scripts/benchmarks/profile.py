@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks import rules, timing
+from fipa_jax.client.examples import gather
 
 STAGES = ("fetch", "train", "sketch", "aggregate", "evaluate")
 DEFAULT = Path(__file__).resolve().parents[2] / "configs" / "sine.py"
@@ -60,8 +61,11 @@ def measure(config, args) -> tuple[list[dict], str]:
     """(a line for each stage, bytes sent in words)."""
     import jax
 
-    from fipa_jax import compared, experiment, loop, phase, rounds
-    from fipa_jax.journal import Rows
+    from fipa_jax.config import methods as compared
+    from fipa_jax.federation import round as rounds
+    from fipa_jax.run import experiment, loop
+    from fipa_jax.run import parts as phase
+    from fipa_jax.saving.journal import Rows
 
     built, settings = experiment.build(config), compared.rule(config, args.rule)
     rows = Rows()
@@ -111,10 +115,11 @@ def operations(settings, plan, state, cohort, sketches, arguments: dict) -> dict
     import jax.numpy as jnp
     import numpy as np
 
-    from fipa_jax import client, curvature, simulate
-    from fipa_jax.sketch import Sketch
+    from fipa_jax.client import first_order as client
+    from fipa_jax.curvature import products as curvature
+    from fipa_jax.curvature.sketch import Sketch
 
-    own = simulate.gather(cohort.data, cohort.clients.indices[0])
+    own = gather(cohort.data, cohort.clients.indices[0])
     restricted = chosen, outputs, _ = rules.restrict(plan.task, state.params, plan.trainable)
     evaluate, *given = arguments["evaluate"]
     found = {"evaluate": curvature.forward_flops(evaluate, *given)}

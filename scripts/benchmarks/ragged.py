@@ -15,7 +15,14 @@ import numpy as np
 
 from benchmarks import setting, timing
 from benchmarks.round_workers import serve
-from fipa_jax import client, models, partition, phase, recipes, rounds, simulate, sketch
+from fipa_jax.client import first_order as client
+from fipa_jax.client.examples import Client, gather, present, subsample
+from fipa_jax.config import recipes
+from fipa_jax.curvature import sketch
+from fipa_jax.data import partition
+from fipa_jax.federation import parallel as simulate
+from fipa_jax.models import networks as models
+from fipa_jax.run import parts as phase
 from fipa_jax.tasks import images
 
 
@@ -53,8 +60,8 @@ def run(options: list[str]) -> dict:
 
 def variants_of(args, data: dict, split: list[np.ndarray]) -> dict:
     """{(way to run the clients, stage): () -> user CPU seconds of the cohort}."""
-    own = [simulate.Client(jnp.asarray(indices, jnp.int32), jnp.int32(len(indices))) for indices in split]
-    cohort = simulate.Client(*map(jnp.asarray, partition.pad(split)))
+    own = [Client(jnp.asarray(indices, jnp.int32), jnp.int32(len(indices))) for indices in split]
+    cohort = Client(*map(jnp.asarray, partition.pad(split)))
     keys = jax.random.split(jax.random.key(0), len(split))
     variants = {}
     for stage, (work, params) in work_of(args).items():
@@ -90,8 +97,8 @@ def work_of(args) -> dict:
 
     def see(params, data, owned, key):
         draw_key, solve_key = jax.random.split(key)
-        owned = rounds.subsample(draw_key, owned, args.sketch_examples)
-        return find(solve_key, params, simulate.gather(data, owned.indices), simulate.present(owned))
+        owned = subsample(draw_key, owned, args.sketch_examples)
+        return find(solve_key, params, gather(data, owned.indices), present(owned))
 
     params = task.init(jax.random.key(1))
     return {"train": (train, params), "sketch": (see, params)}

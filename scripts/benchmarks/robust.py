@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from fipa_jax import aggregate, forms
-from fipa_jax.sketch import Diagonal, Sketch
-from fipa_jax.uploads import Uploads
+from fipa_jax import aggregate
+from fipa_jax.aggregate import filters as forms
+from fipa_jax.aggregate.uploads import Uploads
+from fipa_jax.curvature.sketch import Diagonal, Sketch
 
 CLIENTS = 5
 RULES = {

@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks import rules, setting, timing
 from benchmarks.round_workers import serve
+from fipa_jax.client.examples import Client
 
 PEERS = ("torch", "pfl", "fedjax", "flower")
 RESNET_PEERS = ("torch",)
@@ -94,7 +95,8 @@ def problem(args, module) -> tuple:
 
 def describe(args, module, params, weights: Path) -> dict:
     """What the workers are to run; writes the weights {path: leaf} for them."""
-    from fipa_jax import models, trees
+    from fipa_jax import trees
+    from fipa_jax.models import networks as models
 
     np.savez(weights, **{path: np.asarray(leaf) for path, leaf in trees.paths(params).items()})
     fields = ("widths", "blocks") if isinstance(module, models.ResNet) else ("channels", "hidden")
@@ -128,11 +130,13 @@ def ours(args, task, params, train) -> tuple[dict, float]:
     import jax
     import jax.numpy as jnp
 
-    from fipa_jax import client, curvature, simulate
+    from fipa_jax.client import first_order as client
+    from fipa_jax.curvature import products as curvature
+    from fipa_jax.federation import parallel as simulate
 
     clients, examples = args.clients, args.examples
     solve = client.first_order(task.loss, task.augment, batch_size=args.batch, micro_batch=-1, epochs=1)
-    owned = simulate.Client(
+    owned = Client(
         indices=jnp.arange(examples * clients, dtype=jnp.int32).reshape(clients, examples),
         num_examples=jnp.full(clients, examples),
     )

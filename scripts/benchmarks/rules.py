@@ -16,6 +16,7 @@ import statistics
 import time
 
 from benchmarks import setting, timing
+from fipa_jax.client.examples import Client
 
 SKETCHES = {
     "published": {"solver": "subspace", "oversample": 50, "power_steps": 5},
@@ -42,11 +43,11 @@ def measure(args) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from fipa_jax import aggregate, simulate, trees
+    from fipa_jax import aggregate, trees
 
     examples = args.clients * args.examples
     task, params, data = setting.cifar(args.model, examples, args.data_dir, args.init_from, args.epochs)
-    owned = simulate.Client(
+    owned = Client(
         jnp.arange(examples, dtype=jnp.int32).reshape(args.clients, -1), jnp.full(args.clients, args.examples)
     )
     own = {name: field[: args.examples] for name, field in data.items()}
@@ -100,7 +101,10 @@ def stages_of(args, task, trainable: str, options: dict | None, rule):
     """A round's stages: plain SGD at the clients, the sketch and the rule."""
     import optax
 
-    from fipa_jax import client, rounds, sketch, terms
+    from fipa_jax.client import first_order as client
+    from fipa_jax.client import terms
+    from fipa_jax.curvature import sketch
+    from fipa_jax.federation import round as rounds
 
     make = lambda outputs, features: sketch.make_sketch(outputs, task.loss, features=features, **options)
     plan = rounds.Plan(
@@ -126,7 +130,8 @@ def add_stages(timers: dict, first: dict, name: str, stages, params, data, owned
     import jax
     import jax.numpy as jnp
 
-    from fipa_jax import population, rounds
+    from fipa_jax.federation import population
+    from fipa_jax.federation import round as rounds
 
     root, rates = jax.random.key(2), rounds.Rates(setting.hyper(), jnp.float32(1), jnp.float32(1))
     state = stages.init(params)
@@ -174,7 +179,7 @@ def training_flops(args, task, own, chosen, outputs, features) -> float:
     """Floating-point operations of one client's local training."""
     import jax
 
-    from fipa_jax import curvature
+    from fipa_jax.curvature import products as curvature
 
     gradient = jax.grad(lambda theta, batch: task.loss(outputs(theta, batch), batch).mean())
     return args.epochs * curvature.forward_flops(gradient, chosen, own)
@@ -182,7 +187,7 @@ def training_flops(args, task, own, chosen, outputs, features) -> float:
 
 def how_seen(options, own, chosen, outputs, features) -> tuple[str, str]:
     """(solver, jacobian) that a sketch comes to."""
-    from fipa_jax import sketch
+    from fipa_jax.curvature import sketch
 
     known = inspect.signature(sketch.resolve).parameters
     fields = {name: value for name, value in options.items() if name in known}
@@ -193,7 +198,8 @@ def sketch_flops(seen, products: float, own, chosen, outputs, features, loss_ran
     """Floating-point operations of one client's sketch, `own` being its examples, by the counts of `sketch.choose`."""
     import jax
 
-    from fipa_jax import curvature, trees
+    from fipa_jax import trees
+    from fipa_jax.curvature import products as curvature
 
     out = jax.tree.leaves(jax.eval_shape(outputs, chosen, own))
     examples, classes = out[0].shape[0], loss_rank or sum(leaf.size // leaf.shape[0] for leaf in out)

@@ -2,6 +2,10 @@
 
 import numpy as np
 
+from fipa_jax.client.examples import Client
+from fipa_jax.client.local_work import Hyper
+from fipa_jax.saving.model_files import load
+
 SHAPE = (32, 32, 3)
 NUM_CLASSES = 10
 LR = 0.1
@@ -24,7 +28,7 @@ def cifar(model: str = "cnn_23k", examples: int = 500, data_dir: str = "", init_
     import jax
     import jax.numpy as jnp
 
-    from fipa_jax import checkpoint, data
+    from fipa_jax.data import prepared as data
     from fipa_jax.tasks import images
 
     batch = data.load("cifar10", "train", data_dir) if data_dir else random_images(examples)
@@ -33,7 +37,7 @@ def cifar(model: str = "cnn_23k", examples: int = 500, data_dir: str = "", init_
     task = images.classifier(module(model), SHAPE, mean, std, augmented=False)
     params = task.init(jax.random.key(0))
     if init_from:
-        return task, checkpoint.load(init_from, params), batch
+        return task, load(init_from, params), batch
     delta = jax.jit(local_training(task, examples, epochs))(params, batch, jax.random.key(1))
     return task, jax.tree.map(jnp.add, params, delta), batch
 
@@ -42,7 +46,7 @@ def module(model: str):
     """A CNN or ResNet of `fipa_jax.models` for the setting's classes; the ResNets' head is one layer."""
     from ml_collections import ConfigDict
 
-    from fipa_jax import models
+    from fipa_jax.models import networks as models
 
     return models.build(ConfigDict({"name": model, "head_width": 0, "compute_dtype": ""}), NUM_CLASSES)
 
@@ -51,10 +55,10 @@ def local_training(task, examples: int, epochs: int = 5, batch_size: int = BATCH
     """(params, batch, key) -> delta: one client's local epochs of plain SGD on all of the batch."""
     import jax.numpy as jnp
 
-    from fipa_jax import client, simulate
+    from fipa_jax.client import first_order as client
 
     solve = client.first_order(task.loss, task.augment, batch_size=batch_size, micro_batch=-1, epochs=epochs)
-    owned = simulate.Client(jnp.arange(examples, dtype=jnp.int32), jnp.asarray(examples))
+    owned = Client(jnp.arange(examples, dtype=jnp.int32), jnp.asarray(examples))
     return lambda params, batch, key: solve(task.outputs, params, batch, owned, key, hyper(), (), ()).delta
 
 
@@ -62,9 +66,7 @@ def hyper(lr: float = LR):
     """The traced hyper-parameters of plain SGD."""
     import jax.numpy as jnp
 
-    from fipa_jax import client
-
-    return client.Hyper(lr=jnp.float32(lr), damping=jnp.float32(0), mu=jnp.float32(0))
+    return Hyper(lr=jnp.float32(lr), damping=jnp.float32(0), mu=jnp.float32(0))
 
 
 def random_images(count: int) -> dict[str, np.ndarray]:

@@ -21,7 +21,9 @@ import numpy as np
 import scipy.linalg
 
 from benchmarks import curvlinops_worker, products, setting, timing
-from fipa_jax import curvature, sketch, trees
+from fipa_jax import trees
+from fipa_jax.curvature import products as curvature
+from fipa_jax.curvature import sketch
 
 # Ladders of settings, each step dearer and more exact than the one before it. In units of R: matfree's number of
 # products; eigsh's ncv, whose default is 2, beside its tol. lobpcg's iterations take 4 R products each.

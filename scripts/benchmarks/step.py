@@ -12,7 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import products, timing
-from fipa_jax import curvature, models, trees
+from fipa_jax import trees
+from fipa_jax.curvature import products as curvature
+from fipa_jax.models import networks as models
 from fipa_jax.tasks import images
 
 STEPS = 500  # of a published round

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from fipa_jax import compared
 from fipa_jax import config as config_lib
+from fipa_jax.config import methods as compared
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 
@@ -46,7 +46,10 @@ def problem_and_config(spec: dict):
     from ml_collections import ConfigDict
 
     from benchmarks import setting
-    from fipa_jax import data, models, partition, recipes
+    from fipa_jax.config import recipes
+    from fipa_jax.data import partition
+    from fipa_jax.data import prepared as data
+    from fipa_jax.models import networks as models
     from fipa_jax.tasks import Problem, images
 
     config = config_lib.default()
@@ -81,8 +84,10 @@ def measure(spec: dict) -> dict:
     """Runs the phase."""
     import jax
 
-    from fipa_jax import experiment, loop, report, trees
-    from fipa_jax.journal import Rows
+    from fipa_jax import trees
+    from fipa_jax.reporting import console as report
+    from fipa_jax.run import experiment, loop
+    from fipa_jax.saving.journal import Rows
 
     if spec.get("processes", 1) > 1:
         jax.distributed.initialize(spec["coordinator"], spec["processes"], spec["process"])

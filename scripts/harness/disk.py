@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from fipa_jax import checkpoint
+from fipa_jax.saving import checkpoints as checkpoint
 from harness.victim import Victim
 
 PROMISED = {

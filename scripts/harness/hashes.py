@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fipa_jax import checkpoint
+from fipa_jax.saving.model_files import load
 from harness.victim import Victim
 
 ROUNDS = 10
@@ -40,7 +40,7 @@ def run(args) -> dict:
             victim.finish()
             models = victim.models()
             hashes[name] = hashlib.sha256(b"".join(models[file] for file in sorted(models))).hexdigest()[:16]
-            trees = [checkpoint.load(victim.workdir / file) for file in sorted(models)]
+            trees = [load(victim.workdir / file) for file in sorted(models)]
             vectors[name] = np.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(trees)])
     first = vectors[args.only[0]]
     distances = {name: float(np.max(np.abs(vector - first))) for name, vector in vectors.items()}

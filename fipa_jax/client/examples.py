@@ -1,0 +1,43 @@
+"""Which examples does a client own, and how are they read? Indices, padded and masked."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Client(NamedTuple):
+    """Which examples of the data set a client owns; stacked over clients: [T, N] and [T]."""
+
+    indices: jax.Array  # [N] int32, padded by valid indices
+    num_examples: jax.Array  # [], so many of the indices, the first ones, are its own
+
+
+def gather(data: dict, indices: jax.Array) -> dict:
+    """The examples at `indices` of every field: {field: [N_total, ...]} -> {field: [B, ...]}."""
+    return {name: field[indices] for name, field in data.items()}
+
+
+@jax.jit
+def take(stacked, ids):
+    """Rows `ids` of every leaf: of all clients' [T, ...] the cohort's [C, ...]."""
+    return jax.tree.map(lambda leaf: leaf[ids], stacked)
+
+
+def present(client: Client) -> jax.Array:
+    """[N] bool: which of the padded examples are the client's own."""
+    return jnp.arange(client.indices.shape[0]) < client.num_examples
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """[], the mean of values [B] where the mask [B] holds; 0 where it holds nowhere."""
+    return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def subsample(key, client: Client, examples: int) -> Client:
+    """A client with at most `examples` of its own examples, drawn without replacement; 0 keeps all."""
+    size = client.indices.shape[0]
+    if not 0 < examples < size:
+        return client
+    draw = jnp.where(present(client), jax.random.uniform(key, [size]), 2.0)
+    return Client(client.indices[jnp.argsort(draw)[:examples]], jnp.minimum(client.num_examples, examples))

@@ -1,0 +1,253 @@
+"""What is added to a client's objective? Terms, each with a memory that a client keeps from one round to the next.
+
+A term composes with every local first-order optimiser and with every aggregator.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fipa_jax import trees
+from fipa_jax.client.examples import masked_mean
+
+
+class Local(NamedTuple):
+    """What a term may look at in one local step."""
+
+    params: Any  # the client's present parameters
+    anchor: Any  # the broadcast parameters
+    memory: Any  # the client's own
+    shared: Any  # the mean of all T clients' memories
+    mu: jax.Array  # [], the term's weight
+    batch: dict  # {field: [B, ...]}
+    mask: jax.Array  # [B] bool, which of the batch's examples are there
+    out: jax.Array  # [B, K], the outputs at `params`
+    features: Any  # at `params`, with fields `levels` (a tuple of [B, ...]) and `last` [B, F], see `models.Features`
+    outputs: Callable  # (params, batch) -> (out, features)
+    own: Callable  # field -> [N, ...], of all the client's examples
+    present: jax.Array  # [N] bool, which of them are there
+
+
+class Done(NamedTuple):
+    """What a term may look at after the local work."""
+
+    memory: Any
+    shared: Any
+    anchor: Any  # the broadcast parameters
+    delta: Any  # new minus broadcast parameters
+    travelled: jax.Array  # [], sum of the local learning rates
+    mu: jax.Array  # []
+
+
+class Served(NamedTuple):
+    """What a term may look at when the server has aggregated the updates. Its means weigh all clients alike."""
+
+    step: Any
+    before: Any  # mean of all T clients' memories before the round
+    shared: Any  # and after it
+    cohort_before: Any  # mean of the memories of the cohort, as far as it was accepted, before the round
+    cohort: Any  # and after it
+    mu: jax.Array  # []
+
+
+class Term(NamedTuple):
+    """An additive term of the client's objective, or of the server's step, with a memory of its own for every client.
+
+    The server keeps `shared`, the mean of all T clients' memories, up to date as the cohort's memories change.
+    """
+
+    init: Callable = lambda params: ()  # params -> memory of a client that has not taken part yet
+    penalty: Callable = lambda local: 0.0  # Local -> scalar
+    update: Callable = lambda done: done.memory  # Done -> memory
+    correct: Callable = lambda served: served.step  # Served -> step
+    whole_batch: bool = False  # whether the penalty is more than a mean over the batch's examples, or free of them
+    travels: bool = False  # whether the memory is sent to the server, and `shared` to the clients
+    remember: Callable | None = None  # delta -> memory, of a client as the server received it, which then keeps it
+
+
+def none() -> Term:
+    """No term: the plain local objective."""
+    return _NONE
+
+
+def prox() -> Term:
+    """FedProx (Li et al. 2020, eq. 2): mu/2 |params - broadcast|^2."""
+    return Term(penalty=_proximity)
+
+
+def scaffold() -> Term:
+    """SCAFFOLD (Karimireddy et al. 2020, eq. 4, option II): <c - c_i, params>. It has no weight mu.
+
+    memory is the control c_i, starting at 0; shared is c = mean_i c_i; c_i <- c_i - c - delta / (lr steps).
+    """
+
+    def penalty(local: Local):
+        return optax.tree.vdot(optax.tree.sub(local.shared, local.memory), local.params)
+
+    def update(done: Done):
+        change = lambda c_i, c, d: c_i - c - d / done.travelled
+        return jax.tree.map(change, done.memory, done.shared, done.delta)
+
+    return Term(optax.tree.zeros_like, penalty, update, travels=True)
+
+
+def dyn() -> Term:
+    """FedDyn (Acar et al. 2021, algorithm 1): mu/2 |params - broadcast|^2 - <h_i, params>.
+
+    memory is the client's gradient h_i at its last local optimum, starting at 0; h_i <- h_i - mu delta. The server's
+    state is h = mean_i h_i = shared, and it adds -h / mu to the step. No memory travels: the server has all updates.
+    """
+
+    def penalty(local: Local):
+        return _proximity(local) - optax.tree.vdot(local.memory, local.params)
+
+    def update(done: Done):
+        return jax.tree.map(lambda h, d: h - done.mu * d, done.memory, done.delta)
+
+    def correct(served: Served):
+        return jax.tree.map(lambda s, h: s - h / served.mu, served.step, served.shared)
+
+    return Term(optax.tree.zeros_like, penalty, update, correct)
+
+
+def moon(temperature: float = 0.5) -> Term:
+    """MOON (Li et al. 2021, eq. 3): mu times the contrast of the features with the broadcast and the last local ones.
+
+        -log( e^{sim(z, z_broadcast)/t} / (e^{sim(z, z_broadcast)/t} + e^{sim(z, z_last)/t}) )
+
+    z are the inputs of the last layer, sim is the cosine; memory is the client's last local model, the first round's
+    broadcast model before it has one. It costs two more forward passes a step.
+    """
+
+    def penalty(local: Local):
+        mine = _normalise(local.features.last)
+        similarity = lambda params: jnp.sum(mine * _normalise(local.outputs(params, local.batch)[1].last), axis=1)
+        there, past = similarity(local.anchor), similarity(local.memory)
+        return local.mu * masked_mean(_contrast(there, past[:, None], temperature), local.mask)
+
+    def update(done: Done):
+        return optax.tree.add(done.anchor, done.delta)
+
+    return Term(lambda params: params, penalty, update)
+
+
+def rcl(temperature: float = 0.05, negatives: int = 2, threshold: float = 0.7) -> Term:
+    """FedRCL (Seo et al. 2024), relaxed contrastive learning: mu times the mean over feature levels and examples of
+
+        contrast(lowest same-class similarity, the two highest other-class ones)
+        + contrast(1, lowest same-class similarity of another example if at least the threshold, else -1)
+
+    with contrast(s, n) = -log( e^{s/t} / (e^{s/t} + sum e^{n/t}) ) and the cosine similarity of the batch's features.
+    The second part keeps the features of a class from collapsing into one. The levels are the model's pooled features
+    before their ReLU. The published mu is 1.
+    """
+
+    def of_level(features, same, other, mask):
+        unit = _normalise(features)
+        similarity = unit @ unit.T  # [B, B]
+        hardest = jax.lax.top_k(jnp.where(other, similarity, -jnp.inf), min(negatives, mask.size))[0]
+        lowest = jnp.min(jnp.where(same, similarity, jnp.inf), axis=1)
+        apart = same & ~jnp.eye(mask.size, dtype=bool)
+        close = jnp.min(jnp.where(apart, similarity, jnp.inf), axis=1)
+        close = jnp.where(jnp.any(apart, axis=1) & (close >= threshold), close, -1.0)
+        # An example that is not there has no class mates, not even itself.
+        pulled = _contrast(jnp.where(mask, lowest, 0), hardest, temperature)
+        spread = _contrast(jnp.ones_like(close), close[:, None], temperature)
+        return masked_mean(pulled + spread, mask)
+
+    def penalty(local: Local):
+        label, mask = local.batch["label"], local.mask
+        both = mask[:, None] & mask[None, :]
+        equal = label[:, None] == label[None, :]
+        levels = local.features.levels
+        return local.mu * sum(of_level(level, both & equal, both & ~equal, mask) for level in levels) / len(levels)
+
+    return Term(penalty=penalty, whole_batch=True)
+
+
+def logit_adjustment() -> Term:
+    """Logit adjustment (Menon et al. 2021; for clients Zhang et al. 2022): logits shifted by mu log(prior).
+
+    The prior is the client's own label frequencies, smoothed by one example a class: a class that it rarely sees is
+    then not unlearned. Added as the difference to the plain cross-entropy.
+    """
+
+    def penalty(local: Local):
+        classes = local.out.shape[1]
+        own = jnp.where(local.present[:, None], jax.nn.one_hot(local.own("label"), classes, dtype=local.out.dtype), 0)
+        prior = (jnp.sum(own, axis=0) + 1) / (jnp.sum(local.present) + classes)
+        loss = lambda out: optax.softmax_cross_entropy_with_integer_labels(out, local.batch["label"])
+        return masked_mean(loss(local.out + local.mu * jnp.log(prior)[None]) - loss(local.out), local.mask)
+
+    return Term(penalty=penalty)
+
+
+def mifa() -> Term:
+    """MIFA (Gu et al. 2021, algorithm 1): an absent client counts with its latest update. It has no weight mu.
+
+    memory is y_i, the latest update that the server received of the client; step + mean_i y_i - mean_cohort y_i, the
+    first mean over the clients that have taken part so far (published: after a round of all). Of FedAvg with uniform
+    weights, `aggregator.weighting`, that leaves mean_i y_i alone. An update stays as it came, also where the learning
+    rate decays (published: in units of the present one).
+    """
+
+    def init(params):
+        return {"update": optax.tree.zeros_like(params), "known": jnp.zeros([], trees.ravel(params).dtype)}
+
+    def remember(delta):
+        return {"update": delta, "known": jnp.ones([], trees.ravel(delta).dtype)}
+
+    def correct(served: Served):
+        move = lambda s, all_, some: s + trees.ratio(all_, served.shared["known"]) - some
+        return jax.tree.map(move, served.step, served.shared["update"], served.cohort["update"])
+
+    return Term(init, correct=correct, remember=remember)
+
+
+def varp() -> Term:
+    """FedVARP (Jhunjhunwala et al. 2022, algorithm 2): the cohort's part of the absent clients' sum is corrected for.
+
+    memory is y_i, the latest update that the server received of the client, starting at 0; with the y_i before the
+    round step + mean_i y_i - mean_cohort y_i. Of FedAvg with uniform weights, `aggregator.weighting`, the mean over the
+    draw of the cohort is the step's. An update stays as it came, also where the learning rate decays. It has no weight
+    mu.
+    """
+
+    def correct(served: Served):
+        move = lambda s, all_, some: s + all_ - some
+        return jax.tree.map(move, served.step, served.before, served.cohort_before)
+
+    return Term(optax.tree.zeros_like, correct=correct, remember=lambda delta: delta)
+
+
+_NONE = Term()
+TERMS = {
+    "dyn": dyn,
+    "logit_adjustment": logit_adjustment,
+    "mifa": mifa,
+    "moon": moon,
+    "none": none,
+    "prox": prox,
+    "rcl": rcl,
+    "scaffold": scaffold,
+    "varp": varp,
+}
+
+
+def _proximity(local: Local):
+    return local.mu / 2 * optax.tree.norm(optax.tree.sub(local.params, local.anchor), squared=True)
+
+
+def _contrast(positive, others, temperature):
+    """[B]: -log( e^{p/t} / (e^{p/t} + sum e^{o/t}) ) for positive [B] and others [B, n]; an other of -inf is none."""
+    all_ = jnp.concatenate([positive[:, None], others], axis=1) / temperature
+    return jax.nn.logsumexp(all_, axis=1) - all_[:, 0]
+
+
+def _normalise(features):
+    """Rows of length one; a row of zeros stays zero, with a finite derivative."""
+    square = jnp.sum(features**2, axis=1, keepdims=True)
+    return features * jax.lax.rsqrt(jnp.maximum(square, 1e-12))

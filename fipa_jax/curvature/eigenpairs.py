@@ -1,0 +1,252 @@
+"""How are the top eigenpairs of a symmetric positive semi-definite matrix found, from products with it alone?
+
+Every solver is built by a factory of what is static and returns `solve(key, matrix, start=None) -> Eigenpairs`, for a
+`curvature.Curvature`. Jit it with the products inside.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fipa_jax.curvature.products import Curvature, indefinite
+
+TOLERANCE = 1e-3
+
+
+class Eigenpairs(NamedTuple):
+    """The best R eigenpairs within a space; a numerically zero one is masked: eigenvalue and vector are 0."""
+
+    eigenvalues: jax.Array  # [R], descending, non-negative
+    vectors: jax.Array  # [P, R], orthonormal columns
+    images: jax.Array  # [P, R], the matrix times the vectors
+    residuals: jax.Array  # [R], |H u - lam u| / lam_max: bounds the distance to the nearest eigenvalue
+    products: jax.Array  # [] int32, columns that were multiplied by the matrix
+    not_finite: jax.Array  # [] bool, a product was not finite: everything is 0
+    asymmetric: jax.Array  # [] bool, the products are not those of a symmetric matrix
+    indefinite: jax.Array  # [] bool, the matrix has negative eigenvalues; they are left out
+
+
+def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Callable:
+    """Randomised subspace iteration with a Rayleigh-Ritz finish (arXiv 2601.13608, section 3; Halko et al. 2011).
+
+        Q = qr(Omega);  power_steps times: Q = qr(H Q);  T = Q^T H Q = S diag(lam) S^T;  U = Q S
+
+    Args:
+      rank: R, the eigenpairs kept; where it exceeds the matrix's rank the surplus pairs are masked.
+      oversample: s, further columns carried through the iteration and dropped at the end.
+      power_steps: q, products before the last one. It costs (q + 1) (R + s) products.
+
+    Returns:
+      solve(key, matrix, start=None) -> Eigenpairs. start: a basis [P, R] to begin from, completed by random columns.
+
+    Raises:
+      ValueError: rank is below 1 or above P.
+    """
+
+    def solve(key, matrix: Curvature, start=None) -> Eigenpairs:
+        block = min(rank + oversample, matrix.size)
+        first = _orthonormal(_draw(key, matrix, block, start))
+        basis = jax.lax.fori_loop(0, power_steps, lambda _, q: _orthonormal(matrix.product(q)), first)
+        return rayleigh_ritz(basis, matrix.product(basis), rank, products=(power_steps + 1) * block)
+
+    return _checked(rank, solve)
+
+
+def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance: float = TOLERANCE) -> Callable:
+    """Block Lanczos: the best eigenpairs within the whole Krylov space [Q, H Q, H^2 Q, ...] (Golub & Underwood 1977).
+
+    For the same products as `subspace` it forgets none of them: far more exact where the spectrum falls slowly. Every
+    new block is orthogonalised twice against all before it, so that rounding does not bring back what is found. Blocks
+    have R / 4 columns, and R with a start. Where the matrix holds its rows, the quarter is rounded to 8, 16, 24 or 32:
+    to read the rows is most of what a product costs, and narrower blocks find more for as many columns. It stops as
+    soon as all residuals are below the tolerance, looked at when the space has 2 R columns and after each further R;
+    with a start also at R, so that a start which spans other eigenvectors than the top ones passes for converged.
+
+    Args:
+      rank: R.
+      oversample: s, columns of the Krylov space beyond (q + 1) R.
+      power_steps: q; the space has at most about (q + 1) R + s columns, or 4 (q + 1) blocks of at most 8 if
+        these are more. All are kept, with their products.
+      tolerance: of the residuals |H u - lam u| / lam_max. An eigenvalue's error is about the square of its residual.
+
+    Returns:
+      solve(key, matrix, start=None) -> Eigenpairs, see `subspace`; as many products as the space has columns.
+
+    Raises:
+      ValueError: rank is below 1 or above P.
+    """
+
+    def solve(key, matrix: Curvature, start=None) -> Eigenpairs:
+        size, dtype = matrix.size, matrix.dtype
+        widest = rank if start is not None else -(-rank // 4)
+        if matrix.rows is not None and start is None:
+            widest = min(8 * -(-rank // 32), 32)
+        # Wide blocks for a small rank must not leave the Krylov space without depth.
+        deep = min(4 * (power_steps + 1) * min(widest, 8), size // widest * widest)
+        wanted = max(min((power_steps + 1) * rank + oversample, size), deep)
+        # Smaller blocks where P is so small that the wanted ones do not fill the space.
+        block = next(b for b in range(min(widest, wanted), 0, -1) if size // b * b >= wanted)
+        depth, stride = -(-wanted // block), -(-rank // block)
+        stops = [*range(stride if start is not None else 2 * stride, depth, stride), depth]
+
+        def extend(j, carry):
+            basis, images, new = carry
+            new = _next_block(jax.random.fold_in(key, j), matrix, new, basis)
+            image = matrix.product(new)
+            write = lambda all_, part: jax.lax.dynamic_update_slice(all_, part, (0, j * block))
+            return write(basis, new), write(images, image), image
+
+        empty = jnp.zeros([size, 0], dtype)
+        space, found, reached = (empty, empty, _draw(key, matrix, block, start)), None, 0
+        for stop in stops:
+            widen = lambda x, columns=stop * block: jnp.pad(x, [(0, 0), (0, columns - x.shape[1])])
+            space = widen(space[0]), widen(space[1]), space[2]
+
+            def grow(space, reached=reached, stop=stop):
+                space = jax.lax.fori_loop(reached, stop, extend, space)
+                return space, rayleigh_ritz(*space[:2], rank, products=stop * block)
+
+            if found is None:
+                space, found = grow(space)
+            else:
+                done = jnp.all(found.residuals <= tolerance) | found.not_finite
+                space, found = jax.lax.cond(done, lambda s, f=found: (s, f), grow, space)
+            reached = stop
+        return found
+
+    return _checked(rank, solve)
+
+
+def exact(rank: int, *, oversample: int = 10) -> Callable:
+    """The eigenpairs of H = A^T A from its rows A [M, P], which the matrix must hold; no iteration, no start.
+
+    With few parameters, P <= M, by the singular values of A. Else the eigenvectors of the Gram matrix A A^T [M, M] give
+    the space, and products with the factor clean up what the squaring of A has blurred: Q = qr(A^T S), W = qr(A Q),
+    svd(A^T W). In float32 this finds small eigenvalues to 1e-6 where the Gram matrix alone gives 1e-4.
+
+    Args:
+      rank: R.
+      oversample: s, further columns that are cleaned up and dropped.
+
+    Returns:
+      solve(key, matrix) -> Eigenpairs; R + s products for the clean-up and R for the residuals.
+
+    Raises:
+      ValueError: rank is below 1 or above P, or the matrix does not hold its rows.
+    """
+
+    def solve(key, matrix: Curvature, start=None) -> Eigenpairs:
+        if matrix.rows is None:
+            raise ValueError("sketch.solver: the exact solver needs the matrix's rows: curvature by jacobian 'rows'")
+        finite = jnp.all(jnp.isfinite(matrix.rows))
+        rows = jnp.where(finite, matrix.rows, 0)
+        columns = min(rank + oversample, *rows.shape)
+        if rows.shape[1] <= rows.shape[0]:
+            vectors = jnp.linalg.svd(rows, full_matrices=False)[2][:columns].T
+        else:
+            space = _orthonormal(rows.T @ jnp.linalg.eigh(rows @ rows.T)[1][:, -columns:])
+            cleaned, triangle = jnp.linalg.qr(rows.T @ _orthonormal(rows @ space))
+            vectors = cleaned @ jnp.linalg.svd(triangle)[0]
+        lacking = max(rank - columns, 0)  # where the rows are fewer than R
+        vectors = jnp.pad(vectors[:, :rank], [(0, 0), (0, lacking)])
+        pushed = rows @ vectors
+        eigenvalues, images = jnp.sum(pushed**2, axis=0), rows.T @ pushed
+        order = jnp.argsort(-eigenvalues)
+        return _pairs(
+            eigenvalues[order],
+            vectors[:, order],
+            images[:, order],
+            noise=rows.shape[0],
+            products=columns + rank,
+            not_finite=~finite,
+            asymmetric=False,
+            indefinite=matrix.indefinite,
+        )
+
+    return _checked(rank, solve)
+
+
+SOLVERS = {"exact": exact, "lanczos": lanczos, "subspace": subspace}
+
+
+def rayleigh_ritz(basis, image, rank: int, *, products: int) -> Eigenpairs:
+    """The best eigenpairs within span(basis), given image = H basis, both [P, B]; zero columns are allowed."""
+    finite = jnp.all(jnp.isfinite(image)) & jnp.all(jnp.isfinite(basis))
+    basis, image = jnp.where(finite, basis, 0), jnp.where(finite, image, 0)
+    projected = basis.T @ image
+    slack = jnp.sqrt(jnp.finfo(basis.dtype).eps) * jnp.max(jnp.abs(projected))
+    eigenvalues, rotation = jnp.linalg.eigh((projected + projected.T) / 2)
+    top = rotation[:, ::-1][:, :rank]
+    return _pairs(
+        eigenvalues[::-1][:rank],
+        basis @ top,
+        image @ top,
+        noise=basis.shape[1],
+        products=products,
+        not_finite=~finite,
+        asymmetric=jnp.max(jnp.abs(projected - projected.T)) > slack,
+        indefinite=indefinite(eigenvalues),
+    )
+
+
+def _pairs(eigenvalues, vectors, images, *, noise: int, products: int, **flags) -> Eigenpairs:
+    """Masks the pairs below the rounding level, eps times `noise`, and measures the residuals of the others."""
+    largest = jnp.maximum(eigenvalues[0], 0)
+    keep = eigenvalues > largest * jnp.finfo(eigenvalues.dtype).eps * noise
+    mask = lambda x: jnp.where(keep if x.ndim == 1 else keep[None], x, 0)
+    distance = jnp.linalg.norm(images - vectors * eigenvalues[None], axis=0)
+    residuals = mask(distance / jnp.where(largest > 0, largest, 1))
+    found = (mask(eigenvalues), mask(vectors), mask(images), residuals)
+    return Eigenpairs(*found, jnp.int32(products), **{name: jnp.asarray(flag) for name, flag in flags.items()})
+
+
+def _checked(rank: int, solve: Callable) -> Callable:
+    """A solver whose rank fits, at the highest precision of products."""
+    if rank < 1:
+        raise ValueError(f"sketch.rank: needs at least 1, got {rank}")
+
+    def checked(key, matrix: Curvature, start=None) -> Eigenpairs:
+        if rank > matrix.size:
+            raise ValueError(
+                f"sketch.rank: {rank} is above the number of trainable parameters, {matrix.size}; lower it"
+            )
+        if start is not None and start.shape != (matrix.size, rank):
+            raise ValueError(f"start: needed a basis of shape {(matrix.size, rank)}, got {start.shape}")
+        with jax.default_matmul_precision("highest"):
+            return solve(key, matrix, start)
+
+    return checked
+
+
+def _orthonormal(columns):
+    return jnp.linalg.qr(columns)[0]
+
+
+def _draw(key, matrix: Curvature, block: int, start):
+    """[P, block] random columns, the first ones replaced by the start where it is not zero."""
+    drawn = jax.random.normal(key, [matrix.size, block], matrix.dtype)
+    if start is None:
+        return drawn
+    start = start[:, :block].astype(matrix.dtype)
+    head = jnp.where(jnp.any(start != 0, axis=0)[None], start, drawn[:, : start.shape[1]])
+    return jnp.concatenate([head, drawn[:, start.shape[1] :]], axis=1)
+
+
+def _next_block(key, matrix: Curvature, new, basis):
+    """`new` [P, b] made orthonormal to the basis and in itself."""
+
+    def reduce(new):
+        return jnp.linalg.qr(new - basis @ (basis.T @ new))
+
+    scale = jnp.max(jnp.linalg.norm(new, axis=0))
+    new, triangle = reduce(new)
+    # Where the Krylov space ends (H has a low rank) only rounding noise is left: go on with fresh columns.
+    exhausted = jnp.abs(jnp.diag(triangle)) <= 100 * jnp.finfo(new.dtype).eps * scale
+
+    def refill(new):
+        return reduce(jnp.where(exhausted[None, :], jax.random.normal(key, new.shape, new.dtype), new))[0]
+
+    new = jax.lax.cond(jnp.any(exhausted), refill, lambda new: new, new)
+    return reduce(new)[0]

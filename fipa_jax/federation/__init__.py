@@ -1,0 +1,1 @@
+"""Who takes part, where, and what is a round?"""

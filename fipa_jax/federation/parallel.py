@@ -1,0 +1,98 @@
+"""How are many clients run? Stacked, padded and masked, and mapped in chunks over one or several devices."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def replicate(tree, mesh: Mesh | None):
+    """The arrays of a tree on the device, or whole on every device of the mesh, also on those of other processes.
+
+    All processes give the same arrays; that is not checked, and nothing is sent.
+    """
+    if mesh is None:
+        return jax.device_put(tree)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf):
+        if isinstance(leaf, int | float):
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(leaf)))
+        leaf = np.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))
+        return jax.make_array_from_callback(leaf.shape, everywhere, lambda index: leaf[index])
+
+    return jax.tree.map(place, tree)
+
+
+def map_clients(
+    fn: Callable, common: tuple, *args, sizes: jax.Array | None = None, chunk: int = 1, mesh: Mesh | None = None
+):
+    """Applies `fn(*common, *client)` to every client, and stacks the results [C, ...] in the clients' order.
+
+    Args:
+      fn: the program of one client. Arrays that it needs come as arguments: over a mesh it must not close over them.
+      common: pytrees that are the same for all clients.
+      *args: stacked pytrees, a leading clients axis [C, ...] on each leaf.
+      sizes: [C], what each client's work is about proportional to, such as `num_examples`. Clients side by side take as
+        long as the largest of them, and devices as long as the one with most to do: by their sizes those that go
+        together are nearly equal, and every device gets its share of large and small ones.
+      chunk: clients side by side in one `vmap`; 1 runs one client's program after another, 0 all at once.
+      mesh: devices with an axis `clients`, over which the clients are spread; C is padded to a multiple of it by
+        repeating a client whose results are dropped. The result does not depend on it.
+    """
+    clients = jax.tree.leaves(args)[0].shape[0]
+
+    def local(common, args):
+        count = jax.tree.leaves(args)[0].shape[0]
+        if chunk == 0 or chunk >= count > 1:
+            return jax.vmap(lambda *one: fn(*common, *one))(*args)
+        return jax.lax.map(lambda one: fn(*common, *one), args, batch_size=None if chunk == 1 else chunk)
+
+    if mesh is None and (sizes is None or chunk in (0, 1)):
+        return local(common, args)
+    devices = 1 if mesh is None else mesh.shape["clients"]
+    by_size = jnp.arange(clients) if sizes is None else jnp.argsort(-sizes)  # [C], the largest first
+    dealt = deal(clients + -clients % devices, devices)
+    spread_out = jax.tree.map(lambda leaf: leaf[by_size[np.minimum(dealt, clients - 1)]], args)
+    place = jnp.asarray(np.argsort(dealt))[jnp.argsort(by_size)]  # [C], where each client has come to
+    if mesh is None:
+        return jax.tree.map(lambda leaf: leaf[place], local(common, spread_out))
+    everywhere, split = PartitionSpec(), PartitionSpec("clients")
+    run = jax.shard_map(local, mesh=mesh, in_specs=(everywhere, split), out_specs=split, check_vma=False)
+    # Every device gets all results: a sum over clients that is itself spread would change its order with the devices.
+    gathered = jax.lax.with_sharding_constraint(run(common, spread_out), NamedSharding(mesh, everywhere))
+    return jax.tree.map(lambda leaf: leaf[place], gathered)
+
+
+def deal(count: int, hands: int) -> np.ndarray:
+    """[count] ranks, one hand's after another's, dealt in turns there and back, so that all hands are about as good.
+
+    Example:
+      deal(6, 2) is [0, 3, 4, 1, 2, 5].
+    """
+    turns = np.arange(count).reshape(-1, hands)
+    turns[1::2] = turns[1::2, ::-1]
+    return turns.T.reshape(-1)
+
+
+def make_mesh(devices: int):
+    """`devices` devices, 0 for all, along an axis `clients`; None for one.
+
+    Raises:
+      ValueError: there are fewer, or a process of several would be left without one.
+    """
+    devices = devices or len(jax.devices())
+    if jax.process_count() > 1 and devices != len(jax.devices()):
+        raise ValueError(f"config.devices: {jax.process_count()} processes use all their devices; set it to 0")
+    if devices == 1:
+        return None
+    if devices > len(jax.devices()):
+        raise ValueError(
+            f"config.devices: {devices} asked for, {len(jax.devices())} there; on a CPU, set in the environment "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={devices}"
+        )
+    return jax.make_mesh((devices,), ("clients",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])

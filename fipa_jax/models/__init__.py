@@ -1,0 +1,1 @@
+"""The networks, and the convolution that they share."""

@@ -1,0 +1,1 @@
+"""A config becomes a run: the only package that imports all sides."""

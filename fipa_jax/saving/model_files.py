@@ -1,0 +1,62 @@
+"""A model as one portable file."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import serialization
+
+from fipa_jax import trees
+from fipa_jax.files import write
+from fipa_jax.saving.checkpoints import digest, read
+
+
+def export(path: Path, params) -> None:
+    """Writes a model's parameters as one portable file: flax's msgpack of their paths and arrays, and their SHA-256."""
+    leaves = {path: np.asarray(leaf) for path, leaf in trees.paths(params).items()}
+    write(path, serialization.msgpack_serialize({"sha256": digest(leaves), "params": leaves}))
+
+
+def load(path: Path, like=None):
+    """Reads a model: a file that `export` has written, or a step of a run's checkpoints.
+
+    Example:
+      load("runs/cifar10/fipa.msgpack"), or load(named("runs/cifar10/checkpoints")["best of fipa"]).
+
+    Args:
+      path: of the file, or of the step's folder.
+      like: parameters of the model they are for, or their shapes; None for NumPy arrays in nested
+        dictionaries.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, or holds another model's parameters.
+    """
+    path = Path(path)
+    if path.is_dir():
+        leaves = trees.below(read(path.absolute()).leaves, "params")
+    else:
+        leaves = _read_model(path)
+    if like is None:
+        return trees.nested(leaves)
+    try:
+        return jax.tree.map(jnp.asarray, trees.fitted(leaves, like))
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit config.model and config.precision: {error}") from None
+
+
+def _read_model(path: Path) -> dict:
+    """{path: array} of an exported model."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no model file at {path}")
+    try:
+        found = serialization.msgpack_restore(path.read_bytes())
+        leaves, wanted = found["params"], found["sha256"]
+        if not all(isinstance(leaf, np.ndarray) for leaf in leaves.values()):
+            raise TypeError("its values are not arrays")
+        if digest(leaves) != wanted:
+            raise ValueError("its arrays are not those that were saved")
+    except Exception as error:  # of any kind of content
+        raise ValueError(f"{path} is not a model file, or is damaged ({error})") from error
+    return leaves

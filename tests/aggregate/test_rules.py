@@ -1,0 +1,174 @@
+"""Every rule against its dense form sum_m B_m delta_m, and the properties that all or some rules have."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.rules import (
+    CLIENTS,
+    LIKE,
+    RCOND,
+    RULES,
+    SIZE,
+    Dense,
+    apply_rule,
+    as_vector,
+    assert_close,
+    clients_of,
+    each_fipa,
+    each_form,
+    each_rank,
+    each_rule,
+    uploads_of,
+)
+
+from fipa_jax import aggregate
+
+
+@each_rank
+@each_rule
+def test_step_equals_the_dense_form(x64, name, rank):
+    clients = clients_of(rank)
+    step, info = apply_rule(name, uploads_of(*clients))
+    assert_close(step, RULES[name][1](Dense(*clients)))
+    assert not info["rejected"].any()
+
+
+@each_rule
+def test_the_order_of_the_clients_does_not_matter(x64, name):
+    clients, order = clients_of(2), np.array([2, 0, 3, 1])
+    step, _ = apply_rule(name, uploads_of(*clients))
+    permuted, _ = apply_rule(name, uploads_of(*(field[order] for field in clients)))
+    assert_close(permuted, step, 1e-12)
+
+
+@each_rule
+def test_clients_without_examples_take_no_part(x64, name):
+    deltas, counts, eigenvalues, basis = clients_of(2)
+    counts = np.array([5, 0, 3, 0])
+    deltas[1], basis[3] = 1e9, np.nan  # what they send is never looked at, be it finite or not
+    step, info = apply_rule(name, uploads_of(deltas, counts, eigenvalues, basis))
+    assert_close(step, RULES[name][1](Dense(deltas, counts, eigenvalues, basis)))
+    assert not info["rejected"].any(), "an absent client is not a bad one"
+
+
+@pytest.mark.parametrize("field", ["delta", "eigenvalues", "basis"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@each_rule
+def test_a_client_that_is_not_finite_is_set_aside(x64, name, value, field):
+    deltas, counts, eigenvalues, basis = clients_of(2)
+    without = RULES[name][1](Dense(deltas, np.where(np.arange(CLIENTS) == 2, 0, counts), eigenvalues, basis))
+    {"delta": deltas, "eigenvalues": eigenvalues, "basis": basis}[field][2, -1] = value
+    step, info = apply_rule(name, uploads_of(deltas, counts, eigenvalues, basis))
+    assert_close(step, without)
+    np.testing.assert_array_equal(info["rejected"], np.arange(CLIENTS) == 2)
+
+
+def test_an_update_whose_norm_overflows_is_set_aside():
+    deltas, counts, eigenvalues, basis = clients_of(2)
+    deltas[2] = 1e25
+    _, info = apply_rule("damped", uploads_of(deltas, counts, eigenvalues, basis, dtype=np.float32), np.float32)
+    np.testing.assert_array_equal(info["rejected"], np.arange(CLIENTS) == 2)
+    chex.assert_tree_all_finite(info)
+
+
+def test_an_eigenvalue_rounded_below_zero_is_zero(x64):
+    deltas, counts, eigenvalues, basis = clients_of(2)
+    eigenvalues[1, -1] = 0
+    expected, _ = apply_rule("damped", uploads_of(deltas, counts, eigenvalues, basis))
+    eigenvalues[1, -1] = -1e-9
+    assert_close(apply_rule("damped", uploads_of(deltas, counts, eigenvalues, basis))[0], expected)
+
+
+@each_rule
+def test_without_any_client_left_the_step_is_zero(x64, name):
+    deltas, counts, eigenvalues, basis = clients_of(2)
+    for bad, number in ((np.full_like(deltas, np.nan), counts), (deltas, 0 * counts)):
+        step, info = apply_rule(name, uploads_of(bad, number, eigenvalues, basis))
+        np.testing.assert_array_equal(step, 0)
+        chex.assert_tree_all_finite(info)
+
+
+@each_rank
+@pytest.mark.parametrize("name", [name for name in RULES if name.startswith(("damped", "diagonal", "mean"))])
+def test_identical_updates_pass_unchanged(x64, name, rank):
+    deltas, *others = clients_of(rank)
+    deltas[:] = deltas[:1]
+    assert_close(apply_rule(name, uploads_of(deltas, *others))[0], deltas[0], 1e-12)
+
+
+def test_damping_goes_from_pinv_and_fedavg_to_fedavg_alone(x64):
+    clients = clients_of(2)
+    dense, uploads = Dense(*clients), uploads_of(*clients)
+    assert_close(apply_rule("damped", uploads, damping=1e12)[0], dense.mean)
+    step, _ = apply_rule("damped", uploads, damping=1e-12)
+    span = dense.pinv() @ dense.total  # the projector on span(F)
+    pinv = RULES["pinv"][1](dense)
+    assert_close(span @ step, pinv, 1e-8)
+    assert_close(step - span @ step, dense.mean - span @ dense.mean, 1e-8)
+    assert np.linalg.norm(pinv - span @ dense.mean) > 0.1, "pinv and FedAvg are too close for this test"
+
+
+@pytest.mark.parametrize("name", ["diagonal", "diagonal_absolute"])
+def test_diagonal_goes_from_fisher_merging_to_fedavg(x64, name):
+    """And takes the mean of the entries in which no client has any curvature."""
+    deltas, counts, eigenvalues, basis = clients_of(2)
+    basis[:, :3] = 0
+    clients, weighting = (deltas, counts, eigenvalues, basis), "uniform" if name == "diagonal_absolute" else "examples"
+    dense, uploads = Dense(*clients, weighting), uploads_of(*clients)
+    assert_close(apply_rule(name, uploads, damping=1e12)[0], dense.mean)
+    each = np.stack([np.diag(matrix) for matrix in dense.each])[:, 3:]
+    merged = np.einsum("c,cp,cp->p", dense.weights, each, deltas[:, 3:]) / (dense.weights @ each)
+    for damping in (0.0, 1e-13):
+        assert_close(apply_rule(name, uploads, damping=damping)[0], np.r_[dense.mean[:3], merged])
+
+
+@each_rank
+@each_fipa
+def test_equal_curvatures_give_fedavg(x64, name, rank):
+    deltas, counts, eigenvalues, basis = clients_of(rank)
+    eigenvalues[:], basis[:] = eigenvalues[:1], basis[:1]
+    dense = Dense(deltas, counts, eigenvalues, basis)
+    step, _ = apply_rule(name, uploads_of(deltas, counts, eigenvalues, basis))
+    if name.startswith("damped"):
+        assert_close(step, dense.mean)
+    elif name == "pinv":  # inside the span; outside it nothing moves
+        assert_close(step, dense.pinv() @ dense.total @ dense.mean)
+    else:  # tikhonov shrinks the mean by lam / (lam + beta)
+        beta = 0.3 if name == "tikhonov_absolute" else 1e-2 * dense.largest
+        values, vectors = np.linalg.eigh(dense.total)
+        assert_close(step, vectors @ (values / (values + beta) * (vectors.T @ dense.mean)))
+
+
+def test_diagonal_is_damped_where_the_curvatures_are_diagonal(x64):
+    deltas, counts, eigenvalues, _ = clients_of(SIZE)
+    basis = np.stack([np.eye(SIZE)[np.random.default_rng(m).permutation(SIZE)] for m in range(CLIENTS)])
+    uploads = uploads_of(deltas, counts, eigenvalues, basis)
+    assert_close(apply_rule("diagonal", uploads)[0], apply_rule("damped", uploads)[0], 1e-12)
+
+
+@pytest.mark.parametrize("name", ["pinv", "damped_zero"])
+def test_least_squares_is_solved_in_one_round(x64, name):
+    draw = np.random.default_rng(2)
+    examples = 15
+    x, y = draw.normal(size=(CLIENTS, examples, SIZE)), draw.normal(size=(CLIENTS, examples))
+    start = draw.normal(size=SIZE)
+    local = np.stack([np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(x, y, strict=True)])
+    eigenvalues, basis = np.linalg.eigh(np.einsum("cnp,cnq->cpq", x, x) / examples)
+    clients = local - start, np.full(CLIENTS, examples), eigenvalues[:, ::-1], basis[:, :, ::-1]
+    step, _ = apply_rule(name, uploads_of(*clients))
+    assert_close(start + step, np.linalg.lstsq(x.reshape(-1, SIZE), y.reshape(-1), rcond=None)[0])
+    mean, _ = apply_rule("mean", uploads_of(*clients))
+    assert np.linalg.norm(mean - step) > 0.01 * np.linalg.norm(step), "FedAvg solves it too: a test of nothing"
+
+
+@each_form
+def test_uniform_weights_do_not_look_at_the_number_of_examples(x64, form):
+    # Where subspaces meet: apart from each other, pinv has no use for w_m.
+    deltas, _, eigenvalues, basis = clients_of(SIZE)
+    many, one = (uploads_of(deltas, np.array(counts), eigenvalues, basis) for counts in ([5, 0, 3, 70], [1, 0, 1, 1]))
+    rule, params = aggregate.fipa(form, damping=1e-2, rcond=RCOND, weighting="uniform"), jax.tree.map(jnp.asarray, LIKE)
+    uniform = as_vector(jax.jit(rule.apply)(many, rule.init(params), params)[0])
+    assert_close(uniform, apply_rule(form, one)[0], 1e-12)
+    assert np.linalg.norm(uniform - apply_rule(form, many)[0]) > 0.01 * np.linalg.norm(uniform)

@@ -1,0 +1,272 @@
+"""Terms of the clients' objective and optimisers of the server, against plain loops, NumPy and closed forms."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fipa_jax import aggregate, tasks
+from fipa_jax.aggregate import server_optimizers as server
+from fipa_jax.client import first_order as client_lib
+from fipa_jax.client import terms
+from fipa_jax.client.examples import Client
+from fipa_jax.client.local_work import Hyper
+from fipa_jax.federation import faults
+from fipa_jax.federation import round as rounds
+from fipa_jax.models import networks as models
+
+NUM_CLIENTS, NUM_EXAMPLES, WIDTH = 4, 6, 3
+
+
+def _local(**fields):
+    """A `Local` with the given fields, the others None."""
+    return terms.Local(**dict.fromkeys(terms.Local._fields) | fields)
+
+
+def _draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def _contrast(positive, others, temperature):
+    top = np.exp(positive / temperature)
+    return -np.log(top / (top + sum(np.exp(other / temperature) for other in others)))
+
+
+def _rcl_by_hand(levels, label, mask):
+    """FedRCL's two parts in loops over pairs, after the published description."""
+    total, there = 0.0, np.flatnonzero(mask)
+    for level in levels:
+        unit = level / np.linalg.norm(level, axis=1, keepdims=True)
+        similarity = unit @ unit.T
+        for n in there:
+            mates = [similarity[n, j] for j in there if label[j] == label[n]]
+            others = sorted(similarity[n, j] for j in there if label[j] != label[n])[::-1][:2]
+            apart = [similarity[n, j] for j in there if label[j] == label[n] and j != n]
+            close = min(apart) if apart and min(apart) >= 0.7 else -1.0
+            total += _contrast(min(mates), others, 0.05) + _contrast(1.0, [close], 0.05)
+    return total / len(levels) / len(there)
+
+
+@pytest.mark.parametrize("case", ["random", "one_class", "all_different", "close"])
+def test_rcl_equals_numpy(x64, case):
+    """On random features, without negatives, without class mates, and with mates above the threshold."""
+    size, mask = 8, np.array([True] * 6 + [False] * 2)
+    label = {"one_class": np.zeros(size, int), "all_different": np.arange(size)}.get(case, np.arange(size) % 3)
+    levels = [_draw(i, size, 5) for i in range(2)]
+    if case == "close":
+        levels = [np.eye(5)[label] + 0.1 * level for level in levels]
+    features = models.Features(tuple(jnp.asarray(level) for level in levels), None, None)
+    term = terms.rcl()
+
+    def penalty(features):
+        local = _local(features=features, batch={"label": jnp.asarray(label)}, mask=jnp.asarray(mask), mu=1.0)
+        return term.penalty(local)
+
+    value, gradient = jax.value_and_grad(penalty)(features)
+    wanted = _rcl_by_hand(levels, label, mask)
+    np.testing.assert_allclose(value, wanted, rtol=1e-10, atol=1e-12)
+    for level, slope in zip(levels, gradient.levels, strict=True):
+        assert np.all(np.isfinite(slope))
+        np.testing.assert_array_equal(slope[6:], 0, err_msg="padding pulls")
+        nudge = 1e-6 * _draw(9, *level.shape)
+        other = [level + nudge if each is level else each for each in levels]
+        if case != "close":  # whose minimum may switch between pairs; the value is checked all the same
+            change = _rcl_by_hand(other, label, mask) - wanted
+            np.testing.assert_allclose(np.vdot(slope, nudge), change, rtol=1e-3, atol=1e-10)
+
+
+def test_moon_equals_numpy(x64):
+    z = {"now": _draw(0, 5, 4), "there": _draw(1, 5, 4), "past": _draw(2, 5, 4)}
+    outputs = lambda params, batch: (None, models.Features((), None, jnp.asarray(z[params])))
+    mask = np.array([True, True, False, True, True])
+    features = models.Features((), None, jnp.asarray(z["now"]))
+    local = _local(
+        features=features, outputs=outputs, anchor="there", memory="past", mask=jnp.asarray(mask), mu=2.0, batch={}
+    )
+    cosine = lambda a, b: np.sum(a * b, 1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    wanted = _contrast(cosine(z["now"], z["there"]), [cosine(z["now"], z["past"])], 0.5)[mask].mean()
+    np.testing.assert_allclose(terms.moon().penalty(local), 2 * wanted, rtol=1e-10)
+
+
+def test_logit_adjustment_is_the_loss_of_shifted_logits(x64):
+    out, label, own = _draw(0, 5, 3), np.array([0, 1, 2, 0, 1]), np.array([0, 0, 1, 2, 2, 2, 1])
+    present, mask = np.arange(7) < 5, np.array([True, True, True, False, True])
+    local = _local(
+        out=jnp.asarray(out),
+        batch={"label": jnp.asarray(label)},
+        mask=jnp.asarray(mask),
+        mu=0.7,
+        own=lambda field: jnp.asarray({"label": own}[field]),
+        present=jnp.asarray(present),
+    )
+    prior = (np.bincount(own[present], minlength=3) + 1) / (present.sum() + 3)
+    loss = lambda logits: np.log(np.exp(logits).sum(1)) - logits[np.arange(5), label]
+    wanted = (loss(out + 0.7 * np.log(prior)) - loss(out))[mask].mean()
+    np.testing.assert_allclose(terms.logit_adjustment().penalty(local), wanted, rtol=1e-10)
+
+
+# A quadratic problem for each client: examples x, targets y, a model linear in its parameters.
+DATA = {
+    "x": _draw(3, NUM_CLIENTS * NUM_EXAMPLES, WIDTH),
+    "label": _draw(4, NUM_CLIENTS * NUM_EXAMPLES),
+}
+LINEAR = tasks.Task(
+    init=lambda key: {"w": jnp.zeros([WIDTH])},
+    outputs=lambda params, batch: ((batch["x"] @ params["w"])[:, None], ()),
+    loss=lambda out, batch: (out[:, 0] - batch["label"]) ** 2 / 2,
+    metrics=lambda out, batch: {},
+)
+
+
+@functools.cache
+def _stages(term, aggregator="mean", optimizer="sgd", cohort=NUM_CLIENTS, steps=60, faulty=False):
+    return rounds.make_stages(
+        rounds.Plan(
+            task=LINEAR,
+            local=client_lib.first_order(LINEAR.loss, LINEAR.augment, batch_size=0, steps=steps, term=term),
+            term=term,
+            sketch=None,
+            aggregator=aggregate.AGGREGATORS[aggregator](),
+            server=server.make(optimizer, 0.9),
+            num_clients=NUM_CLIENTS,
+            cohort=cohort,
+            trainable=".*",
+            faults=faulty,
+        )
+    )
+
+
+def _run(stages, number, mu=0.0, lr=0.2, server_lr=1.0, counts=(NUM_EXAMPLES,) * NUM_CLIENTS, wrong=()):
+    array = jnp.asarray
+    rates = rounds.Rates(Hyper(array(lr), array(0.0), array(mu)), array(1.0), array(server_lr), wrong)
+    owned = jnp.arange(NUM_CLIENTS * NUM_EXAMPLES).reshape(NUM_CLIENTS, NUM_EXAMPLES)
+    clients = Client(owned, jnp.asarray(counts))
+    data = jax.tree.map(jnp.asarray, DATA)
+    step = jax.jit(rounds.compose(stages))
+    states = [stages.init(LINEAR.init(None))]
+    for _ in range(number):
+        states.append(step(states[-1], rates, data, clients, jax.random.key(0))[0])
+    return states
+
+
+OPTIMUM = np.linalg.lstsq(DATA["x"], DATA["label"], rcond=None)[0]
+
+
+def test_dyn_reaches_the_pooled_optimum_where_averaging_does_not(x64):
+    term = terms.dyn()
+    final = _run(_stages(term), 200, mu=0.5)[-1]
+    plain = _run(_stages(terms.none()), 200)[-1]
+    error = lambda state: np.linalg.norm(state.params["w"] - OPTIMUM)
+    assert error(plain) > 1e-2, "averaging is as good: the clients do not differ"
+    assert error(final) < 1e-5
+    # At the fixed point every client's memory is its gradient, and they cancel.
+    x, y = (DATA[name].reshape(NUM_CLIENTS, NUM_EXAMPLES, -1) for name in ("x", "label"))
+    gradients = np.stack([a.T @ (a @ OPTIMUM[:, None] - b) / NUM_EXAMPLES for a, b in zip(x, y, strict=True)])[..., 0]
+    np.testing.assert_allclose(final.memory["w"], gradients, atol=1e-4)
+    np.testing.assert_allclose(final.shared["w"], 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("trouble", ["none", "absent", "nan", "flip"])
+@pytest.mark.parametrize("name", ["mifa", "varp"])
+def test_a_memory_of_updates_by_hand(x64, name, trouble):
+    stages, server_lr = _stages(terms.TERMS[name](), cohort=2, steps=3, faulty=trouble in faults.KINDS), 0.7
+    counts = [NUM_EXAMPLES, NUM_EXAMPLES, 0 if trouble == "absent" else NUM_EXAMPLES, NUM_EXAMPLES]
+    wrong = faults.Rates(*(jnp.asarray(0.4 * (kind == trouble)) for kind in faults.Rates._fields))
+    states = _run(stages, 8, server_lr=server_lr, counts=counts, wrong=wrong if trouble in faults.KINDS else ())
+    latest = {}
+    for k, (state, after) in enumerate(itertools.pairwise(states)):
+        ids = np.asarray(stages.draw(jnp.int32(k), jax.random.key(0))).tolist()
+        rows = lambda state: np.asarray(state.memory["update"]["w"] if name == "mifa" else state.memory["w"])
+        own = {m: rows(after)[m] for m in ids if np.any(rows(after)[m] != rows(state)[m])}
+        if not own:
+            assert trouble != "none"
+            chex.assert_trees_all_equal(after.params, state.params)  # nobody took part: the round is skipped
+            continue
+        over_all = lambda: sum(latest.values()) / NUM_CLIENTS
+        if name == "varp":
+            wanted = over_all() + np.mean([own[m] - latest.get(m, 0) for m in own], axis=0)
+        latest |= own
+        if name == "mifa":
+            wanted = np.mean(list(latest.values()), axis=0)
+        np.testing.assert_allclose((after.params["w"] - state.params["w"]) / server_lr, wanted, rtol=1e-9, atol=1e-12)
+    # What is remembered is what was sent: FedAvg on the same clients takes the same first step.
+    plain = _stages(terms.none(), cohort=2, steps=3, faulty=trouble in faults.KINDS)
+    first = _run(plain, 1, server_lr=server_lr, counts=counts, wrong=wrong if trouble in faults.KINDS else ())[-1]
+    np.testing.assert_allclose(states[1].params["w"], first.params["w"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mifa", "varp"])
+def test_a_memory_of_updates_makes_up_for_absent_clients(x64, name):
+    everyone = _run(_stages(terms.none(), steps=5), 400)[-1].params["w"]
+    with_memory = _run(_stages(terms.TERMS[name](), cohort=2, steps=5), 400, server_lr=0.3)
+    plain = _run(_stages(terms.none(), cohort=2, steps=5), 400, server_lr=0.3)
+    error = lambda states: max(np.linalg.norm(state.params["w"] - everyone) for state in states[-20:])
+    assert error(with_memory) < 1e-6 < 1e-2 < error(plain)
+    all_of_them = _run(_stages(terms.TERMS[name](), steps=5), 400)[-1].params["w"]
+    np.testing.assert_allclose(all_of_them, everyone, rtol=1e-9)
+
+
+@pytest.mark.parametrize("cohort", [NUM_CLIENTS, 2])
+@pytest.mark.parametrize("name", ["scaffold", "dyn", "mifa", "varp"])
+def test_shared_is_the_mean_of_all_memories(x64, name, cohort):
+    states = _run(_stages(terms.TERMS[name](), cohort=cohort), 5, mu=0.5)
+    for state in states:
+        chex.assert_trees_all_close(state.shared, jax.tree.map(lambda x: x.mean(0), state.memory), atol=1e-12)
+    chex.assert_trees_all_equal(states[0].memory, optax.tree.zeros_like(states[0].memory))
+    assert optax.tree.norm(states[-1].memory) > 0
+
+
+def test_scaffold_reaches_the_pooled_optimum(x64):
+    final = _run(_stages(terms.scaffold(), steps=10), 300)[-1]
+    np.testing.assert_allclose(final.params["w"], OPTIMUM, atol=1e-5)
+
+
+def test_fedexp_by_hand(x64):
+    deltas = {"a": jnp.asarray(_draw(0, 3, 4)), "b": jnp.asarray(_draw(1, 3, 2))}
+    step = jax.tree.map(lambda d: d.mean(0), deltas)
+    rule = server.fedexp()
+    negative = optax.tree.scale(-1, step)
+    update = lambda deltas, present: rule.update(negative, rule.init(step), step, deltas=deltas, present=present)[0]
+    found = update(deltas, jnp.ones(3, bool))
+    square = lambda tree: sum(float(jnp.vdot(x, x)) for x in jax.tree.leaves(tree))
+    wanted = max(1, square(deltas) / 3 / (2 * (square(step) + 1e-3)))
+    chex.assert_trees_all_close(found, optax.tree.scale(wanted, negative), rtol=1e-12)
+    same = jax.tree.map(lambda s: jnp.stack([s] * 3), step)
+    chex.assert_trees_all_equal(update(same, jnp.ones(3, bool)), negative)
+    for value in (7.0, np.nan):  # of a client that takes no part, finite or not
+        more = jax.tree.map(lambda d, value=value: jnp.concatenate([d, jnp.full_like(d[:1], value)]), deltas)
+        chex.assert_trees_all_close(update(more, jnp.array([True, True, True, False])), found, rtol=1e-12)
+
+
+def test_acg_is_a_lookahead_with_momentum(x64):
+    """The published form: clients start from theta + lam m, m <- lam m + mean delta, theta <- theta + m."""
+    rule, lam = server.make("acg", 0.8), 0.8
+    theta, m = np.zeros(3), np.zeros(3)
+    held = {"w": jnp.zeros(3)}
+    state = rule.init(held)
+    for k in range(5):
+        delta = _draw(k, 3)
+        m = lam * m + delta
+        theta = theta + m
+        update, state = rule.update({"w": jnp.asarray(-delta)}, state, held)
+        held = jax.tree.map(lambda h, u: h - u, held, update)
+        np.testing.assert_allclose(held["w"], theta + lam * m, rtol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", sorted(server.OPTIMIZERS))
+def test_every_server_optimiser_learns(x64, optimizer):
+    lr = {"adam": 0.1, "yogi": 0.1, "momentum": 0.2, "acg": 0.2}.get(optimizer, 1.0)
+    states = _run(_stages(terms.none(), optimizer=optimizer, steps=5), 40, server_lr=lr)
+    loss = lambda state: np.mean((DATA["x"] @ np.asarray(state.params["w"]) - DATA["label"]) ** 2)
+    best = np.mean((DATA["x"] @ OPTIMUM - DATA["label"]) ** 2)
+    assert loss(states[-1]) - best < 0.2 * (loss(states[0]) - best)
+
+
+def test_a_wrong_server_optimiser_names_the_field():
+    with pytest.raises(ValueError, match=r"config\.server\.optimizer: unknown 'adma'; known: acg, adam, .*yogi"):
+        server.make("adma", 0.9)

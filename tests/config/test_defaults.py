@@ -1,0 +1,249 @@
+"""Every config builds; a mistake in one is found before anything is computed, and its message says where."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from fipa_jax import config as config_lib
+from fipa_jax import tasks
+from fipa_jax.config import methods as compared
+from fipa_jax.data import partition
+from fipa_jax.run import experiment
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def tiny(**changes):
+    """The sine task, with few examples and parameters; `a__b=value` sets config.a.b."""
+    config = config_lib.default()
+    config.task.examples_per_client = 6
+    config.model.widths = (3,)
+    config.fipa.sketch.rank = 2
+    config.fipa.rounds = 1
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        inner = config
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = value
+    return config
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_is_valid(path):
+    module = load(path)
+    config = module.get_config()
+    config_lib.validate(config)
+    assert config.is_locked
+    assert config.task.name in tasks.TASKS
+    assert f"--config=configs/{path.name}" in module.__doc__ or path.stem == "sine"
+    if config.task.name == "images":
+        config_lib.validate(module.get_config("debug"))
+
+
+@pytest.mark.parametrize(("name", "variant"), [("cifar10", "debug"), ("tiny_imagenet", "cpu")])
+def test_an_image_config_goes_through_a_round_of_every_rule(name, variant, tmp_path):
+    """By shapes alone, on the real data."""
+    if not (SHARED / name).exists():
+        pytest.skip(f"no {name} under {SHARED}")
+    config = load(ROOT / "configs" / f"{name}.py").get_config(variant)
+    config.data.train_split, config.data.test_split, config.data.holdout = "train[:200]", "train[200:220]", 0.0
+    config.partition.num_clients = 10
+    config.data.dir, config.data.cache_dir = str(SHARED), str(tmp_path)
+    assert len(experiment.build(config).compiled) > 1
+
+
+def test_a_misspelt_field_names_the_nearest():
+    config = config_lib.default()
+    with pytest.raises(AttributeError, match="rank"):
+        config.fipa.sketch.rnak = 3
+    with pytest.raises(AttributeError, match="damping"):
+        _ = config.fipa.aggregator.dampin
+
+
+def test_a_value_of_another_type_is_refused():
+    with pytest.raises(TypeError):
+        config_lib.default().fipa.rounds = "many"
+
+
+def test_a_rule_changes_the_fipa_phase_alone():
+    config = config_lib.default()
+    before = config.to_json()
+    rule = compared.rule(config, "fedavg:server.lr=0.3:local.epochs=2:aggregator.relative=false:trainable=Dense_1/")
+    assert rule.aggregator.name == "mean"
+    assert (rule.server.lr, rule.local.epochs, rule.aggregator.relative) == (0.3, 2, False)
+    assert rule.trainable == "Dense_1/"
+    assert config.to_json() == before
+    assert compared.rule(config, "fipa").to_json() == config.fipa.to_json()
+
+
+@pytest.mark.parametrize("name", compared.RULES)
+def test_every_rule_applies_to_the_defaults(name):
+    assert compared.rule(config_lib.default(), name).rounds == config_lib.default().fipa.rounds
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("fedavgg", "unknown rule 'fedavgg'; known: centralised, fedasync, fedavg, fedbuff, fipa"),
+        ("fipa:server.lr", "needs NAME:field=value"),
+        ("fipa:server.lrr=1", "no field 'lrr'.*did you mean 'lr'"),
+        ("fipa:serverr.lr=1", "no field 'serverr'.*did you mean 'server'"),
+        ("fipa:xyz=1", "no field .xyz.*; known: .*rounds, "),
+        ("fipa:server=1", "'server' is a group of fields"),
+        ("fipa:server.lr.x=1", "'lr' is a value"),
+        ("fipa:local.epochs=1.5", "'local.epochs': needs a whole number, got '1.5'"),
+        ("fipa:server.lr=fast", "'server.lr': needs a number, got 'fast'"),
+        ("fipa:aggregator.relative=maybe", "'aggregator.relative': needs True or False, got 'maybe'"),
+    ],
+)
+def test_a_mistake_in_a_compared_rule(spec, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        compared.rule(config_lib.default(), spec)
+    assert "config.compare" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", -1),
+        ("precision", "float16"),
+        ("cohort", -1),
+        ("chunk", -2),
+        ("devices", -1),
+        ("first_round", -1),
+        ("compare", ()),
+        ("compare", ("fipa", "fipa")),
+        ("task.num_clients", 0),
+        ("task.examples_per_client", 0),
+        ("task.test_fraction", 0.0),
+        ("task.test_fraction", 1.0),
+        ("task.column", -1),
+        ("data.holdout", 1.0),
+        ("data.rotation", -1.0),
+        ("data.rotation", 181.0),
+        ("eval.every", 0),
+        ("eval.batch_size", 0),
+        ("warmup.rounds", -1),
+        ("warmup.local.epochs", 0),
+        ("fipa.local.lr", -0.1),
+        ("fipa.local.batch_size", -1),
+        ("fipa.local.tries", -1),
+        ("fipa.local.cg_steps", 0),
+        ("fipa.sketch.rank", 0),
+        ("fipa.sketch.power_steps", -1),
+        ("fipa.sketch.oversample", -1),
+        ("fipa.sketch.tolerance", -0.1),
+        ("fipa.sketch.loss_rank", -1),
+        ("fipa.sketch.probes", -1),
+        ("fipa.sketch.energy", 1.5),
+        ("fipa.sketch.energy", -0.1),
+        ("fipa.sketch.gradient_scale", -1.0),
+        ("fipa.sketch.memory", -1.0),
+        ("fipa.sketch.memory", float("nan")),
+        ("fipa.sketch.examples", -1),
+        ("fipa.aggregator.damping", -1.0),
+        ("fipa.aggregator.max_step", -1.0),
+        ("fipa.aggregator.trace_cap", -1.0),
+        ("fipa.aggregator.memory_decay", 1.1),
+        ("fipa.aggregator.memory_rank", 0),
+        ("fipa.aggregator.memory_length", 0),
+        ("fipa.aggregator.max_divergence", -1.0),
+        ("fipa.aggregator.max_drift", -1.0),
+        ("fipa.aggregator.staleness", -1.0),
+        ("fipa.late.share", 1.5),
+        ("fipa.late.most", 0),
+        ("fipa.least_clients", -1),
+        ("fipa.faults.flip", 1.1),
+        ("fipa.server.lr", -1.0),
+        ("fipa.trainable", "("),
+        ("fipa.rounds", 0),
+    ],
+)
+def test_a_mistake_names_its_field(field, value):
+    with pytest.raises(ValueError, match=re.escape(f"config.{field}")):
+        experiment.build(tiny(**{field.replace(".", "__"): value}))
+
+
+def test_a_mistake_in_a_compared_rule_names_field_and_rule():
+    with pytest.raises(ValueError, match=r"config\.fipa\.local\.lr.*'fipa:local.lr=-1'"):
+        experiment.build(tiny(compare=("fedavg", "fipa:local.lr=-1")))
+
+
+@pytest.mark.parametrize(
+    ("field", "known"),
+    [
+        ("task.name", "images, npz"),
+        ("model.name", "cnn_23k"),
+        ("model.activation", "tanh"),
+        ("fipa.local.optimizer", "gauss_newton, lbfgs"),
+        ("fipa.term.name", "prox"),
+        ("fipa.aggregator.name", "mean"),
+        ("fipa.aggregator.form", "damped, pinv, tikhonov"),
+        ("fipa.aggregator.weighting", "examples, uniform"),
+        ("fipa.aggregator.merge", "auto, gram, qr, tsqr"),
+        ("fipa.aggregator.memory", "none, prior, targets"),
+        ("fipa.sketch.solver", "auto, head, lanczos, rows, subspace"),
+        ("fipa.sketch.jacobian", "head, matrix_free, rows"),
+        ("fipa.sketch.store", "bfloat16"),
+        ("fipa.server.optimizer", "adam"),
+    ],
+)
+def test_an_unknown_name_lists_the_known_ones(field, known):
+    """Found while building, before the first round of any phase."""
+    with pytest.raises(ValueError, match=f"unknown.*'nonesuch'; known: .*{known}") as caught:
+        experiment.build(tiny(**{field.replace(".", "__"): "nonesuch"}))
+    assert field.removeprefix("fipa.") in str(caught.value)
+
+
+def test_a_place_that_is_not_known_is_named():
+    """Of a rule that is compared, and takes the field."""
+    with pytest.raises(ValueError, match=r"aggregator\.at: unknown 'home'; known: broadcast, local"):
+        experiment.build(tiny(compare=("fisher_diagonal:aggregator.at=home",)))
+
+
+def test_an_unknown_split_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"config\.partition\.name: unknown split 'nonesuch'; known: dirichlet, "):
+        partition.partition("nonesuch", [0, 1], 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cohort": 3}, r"config\.cohort: 3 is above the number of clients, 2"),
+        ({"devices": 64}, r"config\.devices: 64 asked for"),
+        ({"fipa__sketch__rank": 1000}, "sketch.rank: 1000 is above the number of trainable parameters"),
+        ({"fipa__sketch__solver": "head"}, "head needs the trainable parameters to be the last layer's"),
+        ({"fipa__sketch__energy": 0.9, "fipa__sketch__probes": 0}, "sketch.energy: needs the trace"),
+        ({"fipa__trainable": "Conv"}, "trainable: no parameter path matches 'Conv'; the paths are: Dense_0/bias"),
+        ({"fipa__local__optimizer": "gauss_newton", "fipa__term__name": "prox"}, "gauss_newton.*takes no term"),
+        ({"fipa__local__optimizer": "gauss_newton", "fipa__local__system": "x"}, r"local\.system: unknown 'x'; known"),
+        ({"fipa__local__optimizer": "lbfgs", "fipa__local__clip_norm": 1.0}, "lbfgs.*takes no local.weight_decay"),
+        ({"compare": ("fedavg:local.optimizer=natural_gradient",)}, "natural_gradient.*a step by the client's sketch"),
+        (
+            {"compare": ("fipa:local.optimizer=natural_gradient:local.damping=0",)},
+            r"local\.damping: 'natural_gradient'",
+        ),
+        ({"compare": ("fipa_memory:aggregator.trust=True",)}, r"aggregator\.trust: needs all clients in every round"),
+        ({"compare": ("fipa:aggregator.own_damping=True",)}, r"aggregator\.own_damping: needs form = 'damped', rel"),
+        (
+            {"compare": ("fipa:local.optimizer=adam:aggregator.own_damping=True:aggregator.relative=False",)},
+            r"own_damping: needs local\.optimizer = 'sgd'.*got 'adam'",
+        ),
+        ({"init_from": "nonesuch.msgpack"}, r"config\.init_from: no model file at nonesuch\.msgpack"),
+    ],
+)
+def test_what_does_not_fit_the_problem_is_found_before_the_first_round(changes, message):
+    """In a later phase too: the warm-up is not run first."""
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        experiment.build(tiny(warmup__rounds=1, **changes))

@@ -1,0 +1,377 @@
+"""Whole rounds: exact facts against centralised solves, and that neither chunks, devices nor a resume change a run."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType
+
+from fipa_jax import aggregate, tasks, trees
+from fipa_jax.client import first_order as client_lib
+from fipa_jax.client import second_order, terms
+from fipa_jax.client.examples import Client, subsample
+from fipa_jax.client.local_work import Hyper
+from fipa_jax.curvature import products as curvature
+from fipa_jax.curvature import sketch
+from fipa_jax.federation import round as rounds
+from fipa_jax.federation.population import Resident
+
+CLIENTS, NUM_EXAMPLES, WIDTH, HIDDEN, NUM_OUTPUTS = 5, 6, 3, 4, 2
+COUNTS = np.array([6, 2, 5, 1, 4])
+ROOT = 7  # seed of the root key
+
+
+def _linear(params, batch):
+    return batch["x"] @ params["head"]["w"] + params["head"]["b"][None], ()
+
+
+def _network(params, batch):
+    hidden = jnp.tanh(batch["x"] @ params["body"]["w"] + params["body"]["b"][None])
+    return hidden @ params["head"]["w"] + params["head"]["b"][None], (hidden,)
+
+
+def _layer(key, width, outputs):
+    weight, bias = jax.random.split(key)
+    return {"w": jax.random.normal(weight, [width, outputs]), "b": jax.random.normal(bias, [outputs])}
+
+
+def _init_network(key):
+    body, head = jax.random.split(key)
+    return {"body": _layer(body, WIDTH, HIDDEN), "head": _layer(head, HIDDEN, NUM_OUTPUTS)}
+
+
+_half_squared = lambda out, batch: jnp.sum((out - batch["y"]) ** 2, axis=1) / 2
+_metrics = lambda out, batch: {"mse": jnp.mean((out - batch["y"]) ** 2, axis=1)}
+NETWORK = tasks.Task(_init_network, _network, _half_squared, _metrics)
+LINEAR = tasks.Task(lambda key: {"head": _layer(key, WIDTH, NUM_OUTPUTS)}, _linear, _half_squared, _metrics)
+
+
+def _problem(num_examples=NUM_EXAMPLES, counts=COUNTS):
+    """(data, clients): every client has a block of the examples, padded by examples of the block."""
+    draw = np.random.default_rng(0)
+    total = CLIENTS * num_examples
+    data = {"x": draw.normal(size=(total, WIDTH)), "y": draw.normal(size=(total, NUM_OUTPUTS))}
+    indices = np.arange(total).reshape(CLIENTS, num_examples)
+    return {name: jnp.asarray(field) for name, field in data.items()}, Client(jnp.asarray(indices), jnp.asarray(counts))
+
+
+def _rates(lr=0.1, damping=0.0, mu=1.0, lr_decay=1.0, server_lr=1.0):
+    array = lambda value: jnp.asarray(value, jnp.result_type(float))
+    return rounds.Rates(Hyper(array(lr), array(damping), array(mu)), array(lr_decay), array(server_lr))
+
+
+def _plan(
+    task=NETWORK,
+    *,
+    rank=3,
+    rule=None,
+    term=None,
+    local=None,
+    cohort=CLIENTS,
+    trainable=".*",
+    solver="rows",
+    **options,
+):
+    term = term or terms.none()
+    rule = rule or (aggregate.fipa() if rank else aggregate.mean())
+    makers = {
+        "none": None,
+        "sketch": lambda outputs, features: sketch.make_sketch(
+            outputs, task.loss, rank=rank, features=features, solver=solver
+        ),
+        "diagonal": lambda outputs, features: sketch.make_diagonal(outputs, task.loss),
+    }
+    first_order = client_lib.first_order(task.loss, task.augment, batch_size=2, epochs=2, term=term)
+    return rounds.Plan(
+        task=task,
+        local=local or first_order,
+        term=term,
+        sketch=makers[rule.curvature],
+        aggregator=rule,
+        server=options.pop("server", optax.identity()),
+        num_clients=CLIENTS,
+        cohort=cohort,
+        trainable=trainable,
+        **options,
+    )
+
+
+def _run(plan, num_rounds, rates=None, problem=None, state=None, step=None):
+    """(state, [info of each round])."""
+    data, clients = problem or _problem()
+    stages = rounds.make_stages(plan)
+    step = step or jax.jit(rounds.compose(stages))
+    state = state or stages.init(plan.task.init(jax.random.key(0)))
+    infos = []
+    for _ in range(num_rounds):
+        state, info = step(state, rates or _rates(), data, clients, jax.random.key(ROOT))
+        infos.append(jax.device_get(info))
+    return state, infos
+
+
+def _mesh(devices):
+    return jax.make_mesh((devices,), ("clients",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+@functools.cache
+def _two_rounds(chunk, devices):
+    """The parameters; the state's places must be a fixed point of the round, or it would compile more than once."""
+    plan = _plan(chunk=chunk, mesh=_mesh(devices) if devices else None)
+    stages = rounds.make_stages(plan)
+    first = stages.init(plan.task.init(jax.random.key(0)))
+    state, _ = _run(plan, 2, state=first)
+    for before, after in zip(jax.tree.leaves(first), jax.tree.leaves(state), strict=True):
+        assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
+    return jax.device_get(state.params)
+
+
+def test_memories_on_the_host_do_not_change_a_run(x64):
+    """Stage by stage as a run does it: of all clients' controls the device sees those of the cohort alone."""
+    plan = _plan(term=terms.scaffold(), cohort=3, server=optax.trace(0.9))
+    wanted, _ = _run(plan, 3)
+    stages = rounds.make_stages(plan)
+    draw, train, sketch, aggregate_ = map(jax.jit, stages[1:-1])
+    people, root = Resident(*_problem()), jax.random.key(ROOT)
+    state, drawn = stages.init(plan.task.init(jax.random.key(0)), on_host=True), set()
+    for _ in range(3):
+        cohort = people.cohort(draw(state.round, root))
+        seen = rounds.fetch(state, cohort.ids)
+        assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(seen.memory))
+        results = train(seen, _rates(), cohort, root)
+        sketches = sketch(seen, _rates(), cohort, results, root)
+        seen, _ = aggregate_(seen, _rates(), cohort, results, sketches)
+        state = rounds.keep(state, seen, cohort.ids)
+        drawn |= set(cohort.ids.tolist())
+        assert len(state.memory) == len(drawn)
+    state = state._replace(memory=state.memory.rows(np.arange(CLIENTS)))
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(state.memory))
+    chex.assert_trees_all_close(jax.device_get(state), jax.device_get(wanted), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("chunk", "devices"), [(2, 0), (0, 2)])
+def test_chunks_do_not_change_a_run(x64, chunk, devices):
+    # vmap changes the order of sums: the same to rounding, which a float64 merge does not amplify much.
+    chex.assert_trees_all_close(_two_rounds(chunk, devices), _two_rounds(1, 0), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_do_not_change_a_bit_of_a_run(x64, devices):
+    chex.assert_trees_all_equal(_two_rounds(1, devices), _two_rounds(1, 0))
+
+
+def test_a_round_compiles_once_and_a_resume_is_exact(x64):
+    """Momentum on the server, controls of the clients, half of them a round: everything that a state can hold."""
+    plan = _plan(term=terms.scaffold(), cohort=3, server=optax.trace(0.9))
+    stages = rounds.make_stages(plan)
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(rounds.compose(stages), 1))
+    run = functools.partial(_run, plan, step=step)
+    straight, infos = run(4)
+    stopped, _ = run(2)
+    restored = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), stopped)
+    resumed, resumed_infos = run(2, state=restored)
+    chex.assert_trees_all_equal(resumed, straight)
+    chex.assert_trees_all_equal(resumed_infos, infos[2:])
+    assert int(straight.round) == 4
+    # Rates are traced: another choice of them does not compile anew, and it counts.
+    slower, _ = run(4, rates=_rates(lr=0.05, lr_decay=0.9, server_lr=0.5))
+    assert not np.allclose(ravel_pytree(slower.params)[0], ravel_pytree(straight.params)[0])
+
+    # The cohort follows from the root key and the round number, and from nothing else in the state.
+    ids = [tuple(info["ids"]) for info in infos]
+    assert all(len(set(cohort)) == 3 and set(cohort) <= set(range(CLIENTS)) for cohort in ids)
+    assert len(set(ids)) > 1, "all rounds have the same cohort"
+    later = stages.init(plan.task.init(jax.random.key(9)), 2)
+    assert [tuple(info["ids"]) for info in run(2, state=later)[1]] == ids[2:]
+
+    # SCAFFOLD: the server's control stays the mean of all clients' own, and those that were never drawn hold zero.
+    chex.assert_trees_all_close(
+        straight.shared, jax.tree.map(lambda m: m.mean(axis=0), straight.memory), rtol=1e-10, atol=1e-13
+    )
+    norms = np.linalg.norm(jax.vmap(lambda m: ravel_pytree(m)[0])(straight.memory), axis=1)
+    np.testing.assert_array_equal(norms > 0, np.isin(np.arange(CLIENTS), np.concatenate(ids)))
+
+
+def test_controls_of_clients_without_work_or_sense_are_kept(x64):
+    """An empty client takes no step, so that its control says nothing new; a client of NaN is set aside whole."""
+    counts = np.array([6, 0, 5, 1, 4])
+    data, clients = _problem(counts=counts)
+    broken = data | {"x": data["x"].at[clients.indices[3, 0]].set(jnp.nan)}
+    plan = _plan(term=terms.scaffold())
+    step = jax.jit(rounds.compose(rounds.make_stages(plan)))
+    state, infos = _run(plan, 2, problem=(broken, clients), step=step)
+    chex.assert_tree_all_finite(state)
+    np.testing.assert_array_equal(infos[-1]["rejected"], np.arange(CLIENTS) == 3)
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda m: m[jnp.array([1, 3])] != 0, state.memory),
+        jax.tree.map(lambda m: jnp.zeros([2, *m.shape[1:]], bool), state.memory),
+    )
+    chex.assert_trees_all_close(
+        state.shared, jax.tree.map(lambda m: m.mean(axis=0), state.memory), rtol=1e-10, atol=1e-13
+    )
+    without, _ = _run(
+        plan, 2, problem=(data, clients._replace(num_examples=clients.num_examples.at[3].set(0))), step=step
+    )
+    chex.assert_trees_all_close(state, without, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("rank", [0, 3], ids=["mean", "fipa"])
+def test_only_trainable_leaves_move(x64, rank):
+    plan = _plan(rank=rank, trainable="^head/", local=None)
+    start = plan.task.init(jax.random.key(0))
+    state, _ = _run(plan, 2)
+    chex.assert_trees_all_equal(state.params["body"], start["body"])
+    for name, leaf in state.params["head"].items():
+        assert np.all(leaf != start["head"][name]), name
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    plan = _plan(trainable="haed")
+    with pytest.raises(ValueError, match=r"trainable: no parameter path matches 'haed'.*body/b.*head/w"):
+        rounds.make_stages(plan).init(plan.task.init(jax.random.key(0)), CLIENTS)
+
+
+def test_rates_scale_what_they_name(x64):
+    """One local step on all examples, FedAvg: the round is linear in both learning rates."""
+    local = client_lib.first_order(NETWORK.loss, NETWORK.augment, batch_size=0, epochs=1)
+    plan = _plan(rank=0, local=local)
+    stages = rounds.make_stages(plan)
+    step = jax.jit(rounds.compose(stages))
+    start = plan.task.init(jax.random.key(0))
+
+    def moved(round, **rates):
+        state, _ = _run(plan, 1, rates=_rates(**rates), state=stages.init(start, round), step=step)
+        return jax.tree.map(lambda a, b: a - b, state.params, start)
+
+    data, clients = _problem()
+    own = np.asarray(clients.indices)[np.arange(NUM_EXAMPLES)[None] < COUNTS[:, None]]
+    pooled = {name: field[own] for name, field in data.items()}
+    gradient = jax.jit(jax.grad(lambda p: jnp.mean(_half_squared(_network(p, pooled)[0], pooled))))(start)
+    for round, decay, server in ((0, 0.5, 1.0), (3, 0.5, 1.0), (0, 1.0, 0.3)):
+        wanted = jax.tree.map(lambda g: -0.1 * decay**round * server * g, gradient)
+        chex.assert_trees_all_close(moved(round, lr_decay=decay, server_lr=server), wanted, rtol=1e-9, atol=1e-14)
+
+
+@functools.cache
+def _staged(*options):
+    """(plan, its stages compiled) of `_plan` with these pairs of options."""
+    plan = _plan(**dict(options))
+    stages = rounds.make_stages(plan)
+    return plan, rounds.Stages(stages.init, *map(jax.jit, stages[1:-1]), plan)
+
+
+def _first_sketches(options, problem):
+    """(state, cohort, results, sketches) of the first round; the sketches with a clients axis."""
+    root = jax.random.key(ROOT)
+    plan, stages = _staged(*options)
+    state = stages.init(plan.task.init(jax.random.key(0)))
+    cohort = Resident(*problem).cohort(stages.draw(state.round, root))
+    results = _staged()[1].train(state, _rates(), cohort, root)  # the same for all of these plans
+    return state, cohort, results, stages.sketch(state, _rates(), cohort, results, root)
+
+
+@pytest.mark.parametrize(("at", "chunk"), [("broadcast", 1), ("local", 0)])
+def test_curvature_is_seen_where_the_rule_wants_it(x64, at, chunk):
+    """At the broadcast parameters, or at each client's own after its training; in any chunks."""
+    data, clients = problem = _problem()
+    options = ("rule", aggregate.diagonal(at=at)), ("chunk", chunk)
+    state, _, results, found = _first_sketches(options, problem)
+    moved = trees.replace(state.params, results.delta)
+    own = jax.tree.map(lambda leaf, delta: leaf[None] + delta * (at == "local"), state.params, moved)
+    diagonal = curvature.make_diagonal(lambda params, batch: _network(params, batch)[0], _half_squared)
+    batch = jax.tree.map(lambda field: field[clients.indices], data)
+    wanted = jax.jit(jax.vmap(diagonal))(own, batch, jnp.arange(NUM_EXAMPLES)[None] < clients.num_examples[:, None])
+    np.testing.assert_allclose(found.values, wanted, rtol=1e-10, atol=1e-14)
+    assert np.max(np.abs(found.values)) > 0.1
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_rank_adapts_to_the_gradients(x64, broken):
+    """By the rule's own words; a client of NaN undoes nobody else's sketch."""
+    data, clients = _problem()
+    if broken:
+        data = data | {"y": data["y"].at[clients.indices[2, 0]].set(jnp.nan)}
+    scale, problem = 0.2, (data, clients)
+    state, cohort, results, whole = _first_sketches((), problem)
+    *_, cut = _first_sketches((("gradient_scale", scale),), problem)
+    _, info = _staged()[1].aggregate(state, _rates(), cohort, results, cut)
+    there = np.arange(CLIENTS) != 2 if broken else np.full(CLIENTS, True)
+    np.testing.assert_array_equal(info["rejected"], ~there)
+    gradient = curvature.make_gradient(lambda params, batch: _network(params, batch)[0], _half_squared)
+    batch = jax.tree.map(lambda field: field[clients.indices], data)
+    masks = jnp.arange(NUM_EXAMPLES)[None] < clients.num_examples[:, None]
+    gradients = np.asarray(jax.jit(jax.vmap(gradient, (None, 0, 0)))(state.params, batch, masks))[there]
+    length, total = np.linalg.norm(gradients, axis=1), np.linalg.norm(gradients.sum(axis=0))
+    values = np.asarray(whole.eigenvalues)[there]
+    keep = values >= values[:, :1] * np.minimum(0.99, scale / (length + total))[:, None]
+    assert 0 < keep.mean() < 1, "a test of nothing"
+    np.testing.assert_allclose(cut.eigenvalues[there], values * keep, rtol=1e-12)
+    np.testing.assert_array_equal(np.any(np.asarray(cut.basis)[there] != 0, axis=1), keep)
+
+
+def test_auto_takes_any_task(x64):
+    """The last layer by its closed form, and by another way a network without features."""
+    plan = _plan(solver="auto", rank=8, trainable="^head/")
+    state, (info,) = _run(plan, 1)
+    by_rows, _ = _run(plan._replace(sketch=_plan(rank=8).sketch), 1)
+    chex.assert_trees_all_close(state.params, by_rows.params, rtol=1e-2, atol=1e-3)
+    assert 0.99 < info["captured"] <= 1 + 1e-12 and info["sketches_unconverged"] == 0
+    stages = rounds.make_stages(_plan(LINEAR, solver="auto"))
+    state = stages.init(LINEAR.init(jax.random.key(0)))
+    jax.eval_shape(rounds.compose(stages), state, _rates(), *_problem(), jax.random.key(ROOT))
+
+
+def _exact(task, rank):
+    """FIPA's pinv with exact local Gauss-Newton solves and full-rank sketches."""
+    rule = aggregate.fipa("pinv", rcond=1e-10, max_step=1e9)
+    return _plan(task, rank=rank, rule=rule, local=second_order.gauss_newton(task.loss, task.augment, steps=1))
+
+
+def test_exact_local_gauss_newton_gives_the_centralised_step(x64):
+    """Two examples and two outputs a client: D = 20 < P = 26, hence the least-norm step of the pooled problem."""
+    num_examples = 2
+    plan = _exact(NETWORK, rank=num_examples * NUM_OUTPUTS)
+    data, _ = problem = _problem(num_examples, np.full(CLIENTS, num_examples))
+    start = plan.task.init(jax.random.key(0))
+    state, infos = _run(plan, 1, rates=_rates(lr=1.0, damping=0.0), problem=problem)
+    flat, unravel = ravel_pytree(start)
+    residual = jax.jit(lambda theta: (_network(unravel(theta), data)[0] - data["y"]).reshape(-1))
+    jacobian, error = np.asarray(jax.jit(jax.jacobian(residual))(flat)), np.asarray(residual(flat))
+    condition = np.linalg.cond(jacobian)
+    wanted = -np.linalg.pinv(jacobian) @ error
+    found = ravel_pytree(state.params)[0] - flat
+    np.testing.assert_allclose(infos[0]["effective_rank"], error.size, rtol=1e-9)
+    # Sketches hold H_m, whose condition is the square of the Jacobian's.
+    assert np.linalg.norm(found - wanted) < np.finfo(float).eps * 10 * condition**2 * np.linalg.norm(wanted)
+    assert condition < 1e4, "too ill conditioned for this test to say anything"
+
+
+def test_least_squares_is_solved_in_one_round(x64):
+    """Ragged clients, each with more examples than parameters; damping only so that its own system is regular."""
+    problem = data, clients = _problem(12, np.array([12, 6, 9, 7, 10]))
+    plan, damping = _exact(LINEAR, rank=(WIDTH + 1) * NUM_OUTPUTS), 1e-9
+    state, infos = _run(plan, 1, rates=_rates(lr=1.0, damping=damping), problem=problem)
+    own = np.asarray(clients.indices)[np.arange(12)[None] < np.asarray(clients.num_examples)[:, None]]
+    x, y = np.asarray(data["x"])[own], np.asarray(data["y"])[own]
+    solution = np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=None)[0]
+    found = np.r_[state.params["head"]["w"], state.params["head"]["b"][None]]
+    np.testing.assert_allclose(found, solution, atol=1e-6)  # damping over the clients' smallest eigenvalues, about 1e-2
+    assert infos[0]["fedavg_cosine"] < 0.999, "FedAvg solves it too: a test of nothing"
+
+
+def test_a_sketch_of_some_examples_is_of_its_own_examples():
+    client = Client(jnp.arange(10, 18), jnp.array(5))
+    draws = [subsample(jax.random.key(seed), client, 3) for seed in range(8)]
+    for drawn in draws:
+        assert drawn.indices.shape == (3,) and int(drawn.num_examples) == 3
+        assert len(set(np.asarray(drawn.indices).tolist())) == 3 and np.all(drawn.indices < 15)
+    assert len({tuple(np.asarray(drawn.indices)) for drawn in draws}) > 1
+    small = subsample(jax.random.key(0), client._replace(num_examples=jnp.array(2)), 3)
+    assert int(small.num_examples) == 2 and set(np.asarray(small.indices[:2]).tolist()) == {10, 11}
+    for examples in (0, 8, 9):
+        chex.assert_trees_all_equal(subsample(jax.random.key(0), client, examples), client)

@@ -1,0 +1,264 @@
+"""Whole runs in this process: what does not depend on the plan of execution, and what is never lost."""
+
+import types
+from collections import Counter
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.runs import tiny
+
+from fipa_jax import aggregate, tasks
+from fipa_jax.aggregate import uploads
+from fipa_jax.client import terms
+from fipa_jax.client.local_work import LocalResult
+from fipa_jax.curvature import sketch
+from fipa_jax.federation import round as rounds
+from fipa_jax.reporting import console as report
+from fipa_jax.reporting import metrics
+from fipa_jax.run import experiment, loop
+from fipa_jax.saving.model_files import export, load
+
+
+def figures(workdir):
+    """The rows without the seconds."""
+    rows = metrics.read(workdir / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows]
+
+
+def test_the_number_of_devices_changes_nothing(tmp_path):
+    for devices in (1, 2):
+        experiment.run(tiny(devices=devices), tmp_path / str(devices))
+    assert figures(tmp_path / "1") == figures(tmp_path / "2")
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """The second client's last input is NaN."""
+    build = tasks.build
+
+    def spoilt(config):
+        problem = build(config)
+        problem.train["x"][problem.clients[1][-1]] = np.nan
+        return problem
+
+    monkeypatch.setattr(tasks, "build", spoilt)
+
+
+def test_a_client_of_nan_is_reported_and_every_rule_goes_on_without_it(tmp_path, broken, caplog):
+    """Whatever its curvature is seen by: the head's closed form that `auto` picks, a diagonal, and with an own rank."""
+    rules = (
+        "fipa:sketch.solver=auto:trainable=Dense_1/",
+        "fisher_diagonal",
+        "fipa:sketch.solver=rows:sketch.gradient_scale=0.1:sketch.store=bfloat16:trainable=Dense_1/",
+    )
+    experiment.run(tiny(compare=rules), tmp_path)
+    rows = {row["run"]: row for row in figures(tmp_path)}
+    assert list(rows) == list(rules)
+    for name, row in rows.items():
+        assert row["test_mse"] > 0 and row["clients_rejected"] == 1
+        assert row.get("sketches_not_finite") == (None if name == "fisher_diagonal" else 1)
+        assert not {"flags", "rejected", "ids"} & set(row)
+        assert f"{name}, round 0: clients [1]: left out: its update is not finite" in caplog.text
+    assert caplog.text.count(f"clients [1]: {sketch.FLAGS['not_finite']}") == 2 * 2  # rules with sketches, rounds
+
+
+def _info(**flags):
+    blank = {name: np.zeros(3, bool) for name in sketch.FLAGS}
+    return {
+        "ids": np.array([7, 8, 9]),
+        "rejected": np.zeros(3, bool),
+        "flags": blank | flags,
+        "captured": np.float32(0.5),
+    }
+
+
+@pytest.mark.parametrize("flag", sketch.FLAGS)
+def test_a_flag_is_counted_in_the_row_and_warned_of_in_words(flag, caplog):
+    info = _info(**{flag: np.array([True, False, True])})
+    row = report.figures(info)
+    assert row == {"captured": 0.5, "clients_rejected": 0} | {
+        f"sketches_{name}": 2 * (name == flag) for name in sketch.FLAGS
+    }
+    report.warn("fipa", 4, info, Counter())
+    wanted = f"fipa, round 4: clients [7, 9]: {sketch.FLAGS[flag]}"
+    assert (wanted in caplog.text) == (flag != "rank_deficient")
+
+
+@pytest.mark.parametrize("reason", uploads.REASONS)
+def test_a_client_left_out_is_counted_and_named_with_its_reason(reason, caplog):
+    there = np.array([False, True, True])
+    blank = {name: np.zeros(3, bool) for name in uploads.REASONS}
+    info = _info() | {"rejected": there, "reasons": blank | {reason: there}, "absent": ~there, "capped": ~there}
+    row = report.figures(info)
+    assert {name: row[f"rejected_{name}"] for name in uploads.REASONS} == {
+        n: 2 * (n == reason) for n in uploads.REASONS
+    }
+    assert row["clients_rejected"] == 2 and row["clients_absent"] == row["clients_capped"] == 1
+    assert not {"reasons", "absent", "capped"} & set(row)
+    report.warn("fipa", 4, info, Counter())
+    assert f"fipa, round 4: clients [8, 9]: left out: {uploads.REASONS[reason]}" in caplog.text
+    assert "round 4: clients [7]: take no part" in caplog.text and "clients [7]: eigenvalues scaled" in caplog.text
+    assert len(caplog.records) == 3
+
+
+def test_a_rule_of_ones_own_needs_no_reasons(caplog):
+    report.warn("mine", 4, _info() | {"rejected": np.array([True, False, False])}, Counter())
+    assert "mine, round 4: clients [7]: left out: by the rule" in caplog.text
+
+
+def test_a_fallback_and_a_skipped_round_are_said(caplog):
+    for fallback, words in ((1, "the damped form with a larger damping is taken"), (2, "the mean is taken")):
+        report.warn("fipa", 4, _info() | {"fallback": np.int32(fallback), "skipped": np.bool_(False)}, Counter())
+        assert words in caplog.records[-1].message
+    assert len(caplog.records) == 2
+    report.warn("fipa", 5, _info() | {"fallback": np.int32(0), "skipped": np.bool_(True)}, Counter())
+    assert "fipa, round 5: skipped: too few clients" in caplog.records[-1].message and len(caplog.records) == 3
+
+
+def test_rounds_in_order_are_not_warned_of(caplog):
+    report.warn("fipa", 4, _info(), Counter())
+    report.warn("fedavg", 4, {"ids": np.arange(3), "rejected": np.zeros(3, bool)}, Counter())
+    assert not caplog.records
+
+
+def test_a_flag_that_comes_every_round_is_not_said_for_ever_and_silences_no_other(caplog):
+    said = Counter()
+    for k in range(3 * report.REPEATS):
+        report.warn("fipa", k, _info(empty=np.array([True, False, False])), said)
+    report.warn("fipa", 99, _info(asymmetric=np.array([False, True, False])), said)
+    assert caplog.text.count(sketch.FLAGS["empty"]) == report.REPEATS
+    assert caplog.text.count("all cases are in metrics.jsonl") == 1
+    assert f"round 99: clients [8]: {sketch.FLAGS['asymmetric']}" in caplog.text
+
+
+def test_bytes_count_the_pairs_that_are_kept_and_what_their_choice_takes():
+    clients, size, rank = 2, 10, 4
+    eigenvalues = jnp.array([[3.0, 2.0, 1.0, 0.0], [3.0, 0.0, 0.0, 0.0]])  # four of eight
+    params = {"a": jnp.zeros([6]), "b": jnp.zeros([4])}
+    delta = {name: jnp.zeros([clients, *leaf.shape]) for name, leaf in params.items()}
+    results = LocalResult(delta, (), jnp.zeros(clients))
+    state = rounds.State(params, (), (), (), (), jnp.int32(0))
+    plan = types.SimpleNamespace(trainable=".*", cohort=clients, gradient_scale=0.0, term=terms.none())
+    model = clients * size * 4
+
+    def up(sketches, **changes):
+        kept = {"sketch_pairs": jnp.sum(sketches.eigenvalues > 0)} if isinstance(sketches, sketch.Sketch) else {}
+        traffic = loop.traffic_of(state, results, sketches, types.SimpleNamespace(**vars(plan) | changes))(kept)
+        assert traffic["bytes_down"] == model
+        return traffic["bytes_up"]
+
+    assert up(None) == model
+    assert up(sketch.Diagonal(jnp.zeros([clients, size]))) == 2 * model
+    for dtype, bytes_each in ((jnp.float32, 4), (jnp.bfloat16, 2)):
+        sent = sketch.Sketch(eigenvalues, jnp.zeros([clients, size, rank], dtype))
+        assert up(sent) == model + 4 * (4 + size * bytes_each)
+        assert up(sent, gradient_scale=1.0) == 2 * model + 4 * (4 + size * bytes_each)
+    small = sketch.Report(jnp.zeros([clients, rank]), *[jnp.zeros(clients, jnp.int32)] * 4, {})
+    assert up(sketch.Sketch(0 * eigenvalues, sent.basis, small)) == model + clients * 4 * (rank + 4)
+    results = results._replace(before=jnp.zeros(clients))  # the losses that a rule asks for
+    assert up(None) == model + clients * 4
+
+
+def test_bytes_kept_are_those_of_rule_optimiser_and_what_the_server_remembers_of_clients():
+    params = {"a": jnp.zeros([6]), "b": jnp.zeros([4])}
+    results = LocalResult(jax.tree.map(lambda leaf: leaf[None], params), (), jnp.zeros(1))
+
+    def kept(term, aggregator=(), server=()):
+        state = rounds.State(params, aggregator, server, (), term.init(params), jnp.int32(0))
+        fields = {"trainable": ".*", "cohort": 1, "num_clients": 7, "gradient_scale": 0.0, "term": term}
+        return loop.traffic_of(state, results, None, types.SimpleNamespace(**fields))({})["bytes_kept"]
+
+    assert kept(terms.none()) == kept(terms.scaffold()) == 0
+    assert kept(terms.none(), jnp.zeros(5), jnp.zeros(3)) == 4 * (5 + 3)
+    assert kept(terms.varp(), jnp.zeros(5)) == 4 * (5 + 7 * 10)
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"--workdir: .* holds 'thesis\.tex'"):
+        experiment.run(tiny(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_rules_share_a_program_only_where_their_numbers_are_traced(tmp_path, monkeypatch):
+    """A rule that closes over a number is compiled for each of its values; FIPA keeps its numbers in its state."""
+
+    def scaled(max_step):
+        mean = aggregate.mean()
+
+        def apply(uploads, state, params):
+            step, state, info = mean.apply(uploads, state, params)
+            return {path: max_step * leaf for path, leaf in step.items()}, state, info
+
+        return mean._replace(apply=apply)
+
+    monkeypatch.setitem(aggregate.AGGREGATORS, "scaled", scaled)
+    config = tiny(compare=("fipa:aggregator.name=scaled:aggregator.max_step=0", "fipa:aggregator.name=scaled"))
+    still, moved = experiment.run(config, tmp_path)["runs"].values()
+    assert still["final"] != moved["final"]
+
+    fipa = experiment.build(tiny(compare=("fipa", "fipa:aggregator.damping=0.5", "fipa:aggregator.max_step=1")))
+    assert len(fipa.compiled) == 1
+
+
+def test_parameters_may_be_any_pytree(tmp_path):
+    params = ({"w": jnp.arange(3.0)}, [jnp.ones((2, 2)), jnp.zeros(())])
+    export(tmp_path / "model.msgpack", params)
+    found = load(tmp_path / "model.msgpack", params)
+    assert isinstance(found, tuple) and isinstance(found[1], list)
+    np.testing.assert_array_equal(found[0]["w"], params[0]["w"])
+
+
+def test_double_precision_outside_its_scope_is_an_error():
+    with pytest.raises(ValueError, match=r"config\.precision: float64 needs"):
+        experiment.build(tiny(precision="float64"))
+
+
+def test_a_phase_on_cached_features_is_the_same_phase(tmp_path):
+    """Rule by rule, to rounding; and the other rules of the run, on the whole network, go on as before."""
+    head = "trainable=^Dense_1/:sketch.solver"
+    specs = [
+        f"fipa:{head}=head",
+        f"fipa:{head}=head:cache_body=true",
+        "fedavg",
+        "fedavg:trainable=^Dense_1/:cache_body=true",
+    ]
+    config = tiny(compare=tuple(specs), precision="float64")
+    config.warmup.rounds = 1
+    runs = experiment.run(config, tmp_path)["runs"]
+    plain, cached = (runs[spec]["final"] for spec in specs[:2])
+    assert plain != runs["fedavg"]["final"]
+    for name, value in plain.items():
+        np.testing.assert_allclose(cached[name], value, rtol=1e-9, err_msg=name)
+    with jax.enable_x64(True):
+        like = experiment.build(config).params
+        files = tmp_path / "warmup.msgpack", *tmp_path.glob("fedavg*cache_body*.msgpack")
+        before, after = (load(file, like) for file in files)
+    chex.assert_trees_all_equal(before["Dense_0"], after["Dense_0"])
+    assert not np.array_equal(before["Dense_1"]["kernel"], after["Dense_1"]["kernel"])
+
+
+@pytest.mark.parametrize("trainable", [".*", "Dense_0/"])
+def test_features_are_cached_for_the_head_alone(trainable):
+    config = tiny()
+    config.fipa.cache_body, config.fipa.trainable = True, trainable
+    with pytest.raises(
+        ValueError, match=r"cache_body needs config\.fipa\.trainable .*Dense_1.* selects 'Dense_0/bias'"
+    ):
+        experiment.build(config)
+
+
+def test_every_term_learns_under_every_rule(tmp_path):
+    """Those that need neither labels nor the features of a network; every file of the run is that of one pair."""
+    rules, names = ("fedavg", "fipa", "fisher_diagonal"), ("dyn", "mifa", "prox", "varp")
+    pairs = [f"{rule}:term.name={term}" for rule in rules for term in names]
+    config = tiny(compare=tuple(pairs))
+    config.fipa.rounds, config.fipa.term.mu, config.fipa.local.lr = 6, 0.1, 0.05
+    experiment.run(config, tmp_path)
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    for pair in pairs:
+        losses = [row["test_mse"] for row in rows if row["run"] == pair]
+        assert losses[-1] < losses[0], pair

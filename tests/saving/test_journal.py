@@ -1,0 +1,344 @@
+"""A run that was stopped goes on as if it had not been, or says why it does not."""
+
+import json
+import os
+import signal
+import threading
+
+import jax
+import pytest
+from helpers.runs import tiny
+
+from fipa_jax.reporting import console as report
+from fipa_jax.reporting import metrics
+from fipa_jax.run import experiment, loop
+from fipa_jax.saving import checkpoints as checkpoint
+from fipa_jax.saving import journal, resume
+from fipa_jax.saving import signals as stopping
+
+RULES = ("fipa:term.name=scaffold:server.optimizer=adam:server.lr=0.01", "fedavg:local.lr_decay=0.9")
+EVERY_ROUND = {"seconds": 0.0, "keep": 3}
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def config_of(**fields):
+    config = tiny(**{"compare": RULES, "checkpoint": EVERY_ROUND} | fields)
+    config.task.num_clients, config.cohort = 3, 2
+    config.warmup.rounds, config.fipa.rounds = 2, 3
+    return config
+
+
+def left_by(workdir):
+    """(the rows without seconds, {model file: its bytes}, the summary) of a run."""
+    rows = metrics.read(workdir / "metrics.jsonl")
+    plain = [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows]
+    models = {path.name: path.read_bytes() for path in workdir.glob("*.msgpack")}
+    return plain, models, json.loads((workdir / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Without pictures, and with every program from the cache: most of a tiny run is compiling and drawing."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((experiment.plots, "curves"), (report, "draw_split"), (report, "draw_prediction")):
+            patch.setattr(module, name, lambda *_: None)
+        before = jax.config.jax_persistent_cache_min_compile_time_secs
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        yield
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run leaves that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    experiment.run(config_of(), folder)
+    return left_by(folder)
+
+
+def run_until(monkeypatch, folder, rows, config=None, after=False):
+    """Runs until so many rows are written in this process; it dies then, before the checkpoint or after it."""
+    written = [0]
+    keep, write = journal.Journal.keep, journal.Journal.write
+
+    def counting(self, row):
+        write(self, row)
+        written[0] += 1
+
+    def dying(self, *given, **named):
+        if after:
+            keep(self, *given, **named)
+        if written[0] >= rows:
+            raise Killed
+        if not after:
+            keep(self, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "write", counting)
+        patch.setattr(journal.Journal, "keep", dying)
+        try:
+            experiment.run(config or config_of(), folder)
+        except Killed:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_run_killed_again_and_again_is_the_run_in_one_go(monkeypatch, tmp_path, whole, after):
+    """Rows, models and summary, to the bit: phases, memories and states of the server, of rules and of schedules."""
+    for _ in range(20):
+        if run_until(monkeypatch, tmp_path, 2, after=after):
+            break
+    else:
+        pytest.fail("it never ended")
+    assert left_by(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rounds_per_call": 2},
+        {"stage_seconds": False},
+        {"client_memory": "host"},
+        {"examples_on": "host"},
+        {"compare": ("fipa_memory:late.share=0.5:late.most=2",)},
+        {"compare": ("fipa:aggregator.memory=targets:aggregator.memory_length=2",), "rounds_per_call": 2},
+        {"compare": ("fipa:aggregator.memory=latest:aggregator.memory_rank=3",)},
+    ],
+    ids=str,
+)
+def test_however_rounds_are_run(monkeypatch, tmp_path, fields):
+    config = config_of(**fields)
+    config.eval.every = 2
+    for folder, rows in (("whole", 99), ("parts", 4)):
+        while not run_until(monkeypatch, tmp_path / folder, rows, config):
+            pass
+    assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
+
+
+def test_rows_after_the_checkpoint_are_written_once(monkeypatch, tmp_path, whole):
+    """A run that dies between a row and its checkpoint, in the middle of a line even, has each row once in the end."""
+    run_until(monkeypatch, tmp_path, 3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"run": "fipa", "rou')
+    experiment.run(config_of(), tmp_path)
+    assert left_by(tmp_path) == whole
+
+
+def test_a_step_ahead_of_its_rows_is_passed_over(monkeypatch, tmp_path, whole, caplog):
+    run_until(monkeypatch, tmp_path, 4, after=True)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]))
+    experiment.run(config_of(), tmp_path)
+    assert "follows on" in caplog.text
+    assert left_by(tmp_path) == whole
+
+
+def test_a_damaged_step_is_passed_over(monkeypatch, tmp_path, whole, caplog):
+    run_until(monkeypatch, tmp_path, 4, after=True)
+    target = next(
+        path for path in (tmp_path / "checkpoints/4").rglob("*") if path.is_file() and path.stat().st_size > 99
+    )
+    content = bytearray(target.read_bytes())
+    content[50] ^= 4
+    target.write_bytes(content)
+    experiment.run(config_of(), tmp_path)
+    assert "checkpoints/4 is damaged" in caplog.text and (tmp_path / "broken/4").is_dir()
+    assert left_by(tmp_path) == whole
+
+
+def test_a_refused_run_leaves_no_trace(monkeypatch, tmp_path, whole):
+    """The original command goes on, whatever was tried in between."""
+    run_until(monkeypatch, tmp_path, 3, after=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for change, words in (
+        ({"model.widths": (4,)}, r"--resume: the checkpoint is not of a run with this config: .*Dense_0"),
+        ({"warmup.rounds": 1}, r"--resume: the run's fipa.* began with round 2, and would now with 1"),
+        ({"compare": ("fedavg",)}, r"--resume: the run was stopped in 'fipa.*', which config\.compare has no more"),
+    ):
+        other = config_of()
+        other.update_from_flattened_dict(change)
+        with pytest.raises(ValueError, match=words):
+            experiment.run(other, tmp_path, resume="anyway")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    experiment.run(config_of(), tmp_path)
+    assert left_by(tmp_path) == whole
+
+
+def test_two_runs_do_not_share_a_work_directory(monkeypatch, tmp_path):
+    run_phase = loop.run_phase
+
+    def meanwhile(*given):
+        for how in resume.RESUMES:
+            with pytest.raises(ValueError, match="a run is under way in"):
+                experiment.run(config_of(), tmp_path, resume=how)
+        return run_phase(*given)
+
+    monkeypatch.setattr(loop, "run_phase", meanwhile)
+    config = config_of(compare=("fedavg",))
+    config.warmup.rounds = 0
+    experiment.run(config, tmp_path)
+    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 3 and not (tmp_path / "lock").exists()
+
+
+def test_a_finished_run_goes_on_with_more_rounds(tmp_path, caplog):
+    config = config_of(compare=("fedavg",))
+    experiment.run(config, tmp_path / "parts")
+    config.fipa.rounds = 5
+    caplog.clear()
+    experiment.run(config, tmp_path / "parts", resume="anyway")
+    assert "going on after round 4 of fedavg" in caplog.text
+    experiment.run(config, tmp_path / "whole")
+    assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
+
+
+def test_a_finished_run_is_told_again(tmp_path, whole, caplog):
+    for _ in range(2):
+        summary = experiment.run(config_of(), tmp_path)
+    assert "is finished; --resume=no runs it anew" in caplog.text
+    assert left_by(tmp_path) == whole and list(summary["runs"]) == list(RULES)
+
+
+def test_a_stopped_run_of_another_origin_is_refused_field_by_field(monkeypatch, tmp_path, caplog):
+    run_until(monkeypatch, tmp_path, 3, after=True)
+    before = sorted(tmp_path.rglob("*"))
+    other = config_of(devices=2)
+    other.fipa.local.lr, other.task.examples_per_client = 0.2, 9
+    monkeypatch.setattr(experiment.origin, "of_code", lambda: {"source": "0123", "jax": "9.9"})
+    with pytest.raises(ValueError, match="holds an unfinished run of another origin") as raised:
+        experiment.run(other, tmp_path)
+    said = str(raised.value)
+    for words in (
+        "config.fipa.local.lr: 0.1 there, 0.2 here",
+        "config.task.examples_per_client: 8 there, 9 here",
+        "data.train/x: 'float32[24, 1] ",
+        "code.jax: '0.",
+        "--resume=anyway",
+        "--resume=no",
+    ):
+        assert words in said
+    assert "devices" not in said, "the number of devices changes nothing"
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is moved"
+
+    monkeypatch.undo()
+    other = config_of()
+    other.fipa.local.lr = 0.2
+    experiment.run(other, tmp_path, resume="anyway")
+    assert "going on with a run of another origin:\n  config.fipa.local.lr: 0.1 there, 0.2 here" in caplog.text
+    rows, *_ = left_by(tmp_path)
+    assert [(row["run"], row["round"]) for row in rows] == [
+        *(("warmup", k) for k in (0, 1)),
+        *((rule, k) for rule in RULES for k in (2, 3, 4)),
+    ]
+
+
+def test_a_run_is_moved_aside_where_it_cannot_go_on_or_is_told_to(monkeypatch, tmp_path, whole):
+    run_until(monkeypatch, tmp_path, 1)  # before its first checkpoint
+    run_until(monkeypatch, tmp_path, 99)
+    assert left_by(tmp_path) == whole and len(metrics.read(tmp_path / "previous-1/metrics.jsonl")) == 1
+    other = config_of(seed=1)
+    experiment.run(other, tmp_path)  # that run is finished
+    assert left_by(tmp_path / "previous-2") == whole
+    experiment.run(other, tmp_path, resume="no")
+    assert left_by(tmp_path / "previous-3") == left_by(tmp_path)
+
+
+def test_damage_to_all_steps_is_an_error(monkeypatch, tmp_path):
+    run_until(monkeypatch, tmp_path, 3, after=True)
+    for seal in tmp_path.glob(f"checkpoints/*/{checkpoint.SEAL}"):
+        seal.write_text("altered")
+    before = sorted(tmp_path.rglob("*"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no checkpoint can be used"):
+            experiment.run(config_of(), tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_best_round_and_the_warm_ups_end_are_kept(tmp_path):
+    config = config_of()
+    config.fipa.rounds, config.checkpoint.keep = 6, 1
+    experiment.run(config, tmp_path)
+    steps = {name: int(step.name) for name, step in checkpoint.named(tmp_path / "checkpoints").items()}
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    wanted = {"end of warmup": 2}
+    for name in ("warmup", *RULES):
+        own = [(row["test_mse"], number) for number, row in enumerate(rows, 1) if row["run"] == name]
+        wanted[f"best of {name}"] = min(own)[1]
+    assert steps == wanted
+
+
+@pytest.mark.parametrize("fields", [{"rounds_per_call": 2}, {"stage_seconds": False}], ids=str)
+def test_calls_end_with_rounds_that_are_evaluated(tmp_path, fields):
+    """So that they may be the best."""
+    config = config_of(compare=("fedavg",), **fields)
+    config.warmup.rounds, config.fipa.rounds, config.eval.every = 0, 6, 2
+    experiment.run(config, tmp_path)
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    evaluated = [(row["test_mse"], number) for number, row in enumerate(rows, 1) if "test_mse" in row]
+    assert int(checkpoint.named(tmp_path / "checkpoints")["best of fedavg"].name) == min(evaluated)[1]
+    assert [loop.count_to(k, 5, 3) for k in range(6)] == [4, 3, 5, 4, 3, 5]
+    assert [loop.count_to(k, 2, 10) for k in (0, 1, 9, 10)] == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "score"),
+    [
+        ({"test_loss": 2.0, "test_accuracy": 0.5}, 0.5),
+        ({"test_accuracy": 0.5, "holdout_loss": 2.0}, -2.0),
+        ({"test_mse": None, "client_mse_mean": 1.0}, None),
+    ],
+)
+def test_the_figure_by_which_a_round_is_the_best(row, score):
+    assert journal.score_of(row) == score
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("fields", [{}, {"stage_seconds": False}], ids=["timed", "unwatched"])
+def test_a_signal_ends_the_run_after_its_round_and_nothing_is_lost(monkeypatch, tmp_path, whole, number, fields):
+    """Though no checkpoint is due, and though the host would look at nothing for many rounds."""
+    config = config_of(**fields)
+    config.checkpoint.seconds, config.eval.every = 1e9, 1 if not fields else 100
+    due, seen = loop.due, []
+
+    def signalling(every, k, last):
+        seen.append(k)
+        if k == 3:
+            os.kill(os.getpid(), number)
+            threading.Event().wait(0.2)
+        return due(every, k, last)
+
+    monkeypatch.setattr(loop, "due", signalling)
+    with pytest.raises(stopping.Stopped, match=r"stopped by SIG.* after round 3 of fipa") as raised:
+        experiment.run(config, tmp_path)
+    assert raised.value.number == number and seen[-1] == 3
+    monkeypatch.undo()
+    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 4
+    experiment.run(config, tmp_path)
+    if not fields:
+        assert left_by(tmp_path)[:2] == whole[:2]
+    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 8
+
+
+def test_handlers_are_the_users_again_after_the_run():
+    before = [signal.getsignal(number) for number in stopping.NUMBERS]
+    with stopping.Signals() as signals:
+        assert [signal.getsignal(number) for number in stopping.NUMBERS] != before
+    assert [signal.getsignal(number) for number in stopping.NUMBERS] == before
+    assert signals.asked == 0 and "signals" not in {
+        thread.name for thread in threading.enumerate() if thread.is_alive()
+    }
+
+
+def test_signals_are_left_alone_outside_the_main_thread():
+    def enter():
+        with stopping.Signals() as signals:
+            found.append(signals.asked)
+
+    found = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [0]

@@ -1,0 +1,212 @@
+"""A user's own arrays: who owns what, what is set apart, and what a wrong file is told."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from fipa_jax import config as config_lib
+from fipa_jax import tasks
+from fipa_jax.reporting import metrics
+from fipa_jax.run import experiment
+from fipa_jax.tasks import own_data
+
+NUM_EXAMPLES, WIDTH = 40, 3
+
+
+def _arrays(**changes):
+    """x [N, d], whose last column has three values, and y [N, 2] as a function of it."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(2, 3, size=(NUM_EXAMPLES, WIDTH))
+    x[:, -1] = np.arange(NUM_EXAMPLES) % 3
+    return {"x": x, "y": 5 + 4 * np.stack([np.sin(x[:, 0]), x[:, 1]], 1)} | changes
+
+
+@pytest.fixture
+def config(tmp_path):
+    """arrays, changes of config.task -> a config of a tiny run on their file."""
+
+    def make(arrays, **changes):
+        file = tmp_path / "mine.npz"
+        np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+        config = config_lib.default()
+        config.task.name, config.task.file, config.task.num_clients = "npz", str(file), 3
+        config.model.widths = (3,)
+        config.fipa.rounds, config.fipa.sketch.rank = 2, 3
+        config.task.update(changes)
+        return config
+
+    return make
+
+
+def _whole(problem):
+    """The rows [x, y] of training and test set, in an order of their own."""
+    rows = np.concatenate([np.c_[part["x"], part["y"]] for part in (problem.train, problem.test)])
+    return rows[np.lexsort(rows.T)]
+
+
+@pytest.mark.parametrize("split", own_data.SPLITS)
+def test_every_example_has_one_owner_or_is_for_the_test(config, split):
+    arrays = _arrays(client=np.arange(NUM_EXAMPLES) % 4 * 7)
+    problem = tasks.build(config(arrays, split=split, standardise=False))
+    rows = np.c_[arrays["x"], arrays["y"]].astype(np.float32)
+    np.testing.assert_array_equal(_whole(problem), rows[np.lexsort(rows.T)])
+    assert len(problem.test["x"]) == 8
+    assert sorted(np.concatenate(problem.clients)) == list(range(32))
+    assert len(problem.clients) == (4 if split == "given" else 3)
+
+
+def test_the_seed_draws_test_set_and_clusters(config):
+    once, again, other = (tasks.build(config(_arrays(), split="kmeans", seed=seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(once.test["x"], again.test["x"])
+    for mine, same in zip(once.clients, again.clients, strict=True):
+        np.testing.assert_array_equal(mine, same)
+    assert not np.array_equal(once.test["x"], other.test["x"])
+
+
+def test_a_test_set_of_the_file_is_taken_as_it_is(config):
+    arrays = _arrays() | {f"{name}_test": array[:5] for name, array in _arrays().items()}
+    problem = tasks.build(config(arrays, standardise=False))
+    assert len(problem.train["x"]) == NUM_EXAMPLES
+    for name in ("x", "y"):
+        np.testing.assert_array_equal(problem.test[name], arrays[name][:5].astype(np.float32))
+
+
+def test_standardised_by_the_moments_of_the_training_set(config):
+    arrays = _arrays(x=np.c_[_arrays()["x"], np.full(NUM_EXAMPLES, 0.1)])
+    arrays |= {f"{name}_test": array[:5] + 1 for name, array in arrays.items()}
+    settings = config(arrays)
+    settings.precision = "float64"
+    problem = tasks.build(settings)
+    np.testing.assert_array_equal(problem.train["x"][:, -1], 0.1)
+    np.testing.assert_array_equal(problem.test["x"][:, -1], 1.1)
+    for name, columns in (("x", WIDTH), ("y", 2)):
+        found, plain = problem.train[name][:, :columns], arrays[name][:, :columns]
+        np.testing.assert_allclose(found.mean(0), 0, atol=1e-12)
+        np.testing.assert_allclose(found.std(0), 1, rtol=1e-12)
+        wanted = (arrays[f"{name}_test"][:, :columns] - plain.mean(0)) / plain.std(0)
+        np.testing.assert_allclose(problem.test[name][:, :columns], wanted, rtol=1e-12)
+
+
+def test_targets_may_be_one_column_and_integers(config):
+    problem = tasks.build(config(_arrays(y=np.arange(NUM_EXAMPLES)), standardise=False))
+    assert problem.train["y"].shape == (32, 1) and problem.train["y"].dtype == np.float32
+
+
+def test_a_column_of_few_values_gives_each_a_client(config):
+    problem = tasks.build(config(_arrays(), column=WIDTH - 1, num_clients=5, standardise=False))
+    owned = [np.unique(problem.train["x"][own, -1]).tolist() for own in problem.clients]
+    assert owned == [[0], [1], [2]]
+
+
+def test_a_column_of_many_values_is_cut_into_equal_parts(config):
+    problem = tasks.build(config(_arrays(), column=0, num_clients=4))
+    assert [len(own) for own in problem.clients] == [8] * 4
+    parts = [problem.train["x"][own, 0] for own in problem.clients]
+    assert all(low.max() < high.min() for low, high in itertools.pairwise(parts))
+
+
+def test_kmeans_finds_clusters_whatever_the_units(config):
+    """One column of large numbers that says nothing beside a small one that does."""
+    draw = np.random.default_rng(1)
+    cluster = np.arange(NUM_EXAMPLES) % 2
+    x = np.stack([1e6 * draw.uniform(size=NUM_EXAMPLES), 1e-6 * (cluster + 1e-2 * draw.normal(size=NUM_EXAMPLES))], 1)
+    x = np.c_[x, x[:, 1]]  # told twice, so that the cut through it is the better one
+    problem = tasks.build(config(_arrays(x=x), split="kmeans", num_clients=2, standardise=False))
+    for own in problem.clients:
+        assert len(np.unique(problem.train["x"][own, 1] > 0.5e-6)) == 1
+
+
+def test_a_run_on_own_arrays_learns(config, tmp_path):
+    settings = config(_arrays(y=_arrays()["x"][:, :2]), split="kmeans")
+    settings.fipa.local.optimizer, settings.fipa.local.steps, settings.fipa.rounds = "lbfgs", 2, 8
+    settings.compare = ("fipa", "fedavg:local.optimizer=gauss_newton:local.system=cg")
+    experiment.run(settings, tmp_path / "run")
+    rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    for name in settings.compare:
+        losses = [row["test_mse"] for row in rows if row["run"] == name]
+        assert losses[-1] < losses[0] / 2
+
+
+def _with(name, row, value):
+    array = _arrays()[name].copy()
+    array[row, 0] = value
+    return {name: array}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"x": None}, "has no array 'x'; write one with np.savez"),
+        ({"y": None}, "has no array 'y'"),
+        ({"x": np.zeros(NUM_EXAMPLES)}, r"x of shape \[40\]; make it \[N, d\].*reshape"),
+        ({"y": np.zeros((NUM_EXAMPLES, 1, 1))}, r"y of shape \[40, 1, 1\]; make it \[N\] or \[N, K\]"),
+        ({"y": np.zeros(NUM_EXAMPLES - 1)}, "40 rows in x but 39 in y"),
+        ({"x": np.zeros((0, 2)), "y": np.zeros(0)}, "nothing is in there"),
+        (_with("x", 3, np.nan), "NaN or infinity in 1 rows of x, first in row 3"),
+        (_with("y", slice(4, 6), np.inf), "in 2 rows of y, first in row 4"),
+        ({"x": np.full((NUM_EXAMPLES, 2), "a")}, "'x' of dtype <U1; save real numbers"),
+        ({"x": np.zeros((NUM_EXAMPLES, 2), complex)}, "'x' of dtype complex128"),
+        ({"x": np.full((NUM_EXAMPLES, 2), None)}, "a 'x' that cannot be read.*nothing is unpickled"),
+        ({"client": np.zeros(NUM_EXAMPLES)}, r"client of dtype float64 and shape \[40\]; make it integers \[40\]"),
+        ({"client": np.zeros(3, int)}, r"shape \[3\]; make it integers \[40\]"),
+        ({"x_test": _arrays()["x"]}, "one of x_test and y_test"),
+        ({"x_test": np.zeros((5, 9)), "y_test": np.zeros((5, 2))}, "3 columns in x but 9 in x_test"),
+        ({"x_test": np.zeros((5, WIDTH)), "y_test": np.zeros(5)}, "2 columns in y but 1 in y_test"),
+        ({"x_test": np.zeros((5, WIDTH)), "y_test": np.full((5, 2), np.nan)}, "5 rows of y_test, first in row 0"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_told_what_to_change(config, arrays, said):
+    with pytest.raises(ValueError, match=rf"config\.task\.file: .*mine\.npz'.* {said}"):
+        tasks.build(config(_arrays(**arrays)))
+
+
+@pytest.mark.parametrize("file", ["", "nonesuch.npz"])
+def test_a_missing_file_is_named(config, file):
+    with pytest.raises(FileNotFoundError, match=rf"config\.task\.file: no file at '{file}'; give the path"):
+        tasks.build(config(_arrays(), file=file))
+
+
+@pytest.mark.parametrize("content", [b"", b"1,2\n3,4\n", b"PK\x03\x04 and no more"], ids=["empty", "csv", "cut"])
+def test_another_kind_of_file_is_no_npz(config, tmp_path, content):
+    other = tmp_path / "other.npz"
+    other.write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.task\.file: .* is no \.npz archive.*nothing is unpickled"):
+        tasks.build(config(_arrays(), file=str(other)))
+
+
+def test_a_bare_array_is_no_npz(config, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    with pytest.raises(ValueError, match=r"config\.task\.file: .* one bare array"):
+        tasks.build(config(_arrays(), file=str(tmp_path / "x.npy")))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "changes", "said"),
+    [
+        ({}, {"split": "kmean"}, r"task\.split: unknown split 'kmean'; known: column, given, kmeans"),
+        ({}, {"split": "given"}, r"task\.split: 'given' needs an integer array client.*config\.task\.file"),
+        ({}, {"column": WIDTH}, r"task\.column: x of config\.task\.file has columns 0 to 2, got 3"),
+        ({}, {"column": -1}, r"task\.column: "),
+        ({}, {"num_clients": 33}, r"task\.num_clients: 33 clients .*config\.task\.file has 32 to train on; lower it"),
+        ({}, {"num_clients": 33, "split": "kmeans"}, r"task\.num_clients: 33 clients"),
+        (
+            _with("x", slice(0, 30), 0.5),
+            {"num_clients": 3},
+            r"task\.num_clients: column 0 .* of 3 quantile bins only \d hold examples; lower it",
+        ),
+        (
+            {"x": np.repeat([[0.0, 1.0]], NUM_EXAMPLES, 0)},
+            {"split": "kmeans"},
+            r"task\.num_clients: of 3 clusters of x .* some have no example; lower it",
+        ),
+        (
+            {"client": np.arange(NUM_EXAMPLES)},
+            {"split": "given"},
+            r"task\.file: .* leaves client \d+ nothing to train on.*lower config\.task\.test_fraction",
+        ),
+    ],
+)
+def test_a_split_that_does_not_exist_names_its_field(config, arrays, changes, said):
+    with pytest.raises(ValueError, match=rf"config\.{said}"):
+        tasks.build(config(_arrays(**arrays), **changes))
