@@ -150,13 +150,13 @@ def test_scaffold_remembers_the_mean_gradient_on_the_way_of_lbfgs(x64):
     draw = np.random.default_rng(3)
     own, mean = ({"value": jnp.asarray(draw.normal(size=make_params()["w"].shape))} for _ in range(2))
     count, slope = 8, np.asarray(mean["value"] - own["value"])
-    result = _solve_linear(count, steps=20, term=_scaffold(), memory=own, shared=mean)
+    result = _solve_linear(count, steps=20, term=_scaffold(), store=own, shared=mean)
     delta = np.asarray(result.delta["value"])
     np.testing.assert_allclose(delta, _minimum(count, slope=slope), rtol=1e-6, atol=1e-7)
     x, y = (np.asarray(make_data()[name]) for name in ("x", "y"))
     middle = x.T @ (x @ (np.asarray(make_params()["w"]) + delta / 2) - y) / count + slope
     along = delta * np.vdot(delta, middle) / np.vdot(delta, delta)
-    np.testing.assert_allclose(result.memory["value"], along - slope, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(result.store["value"], along - slope, rtol=1e-6, atol=1e-7)
 
 
 @each_solver
@@ -178,7 +178,7 @@ def test_an_empty_client_does_not_move(x64, options):
 
 def test_an_empty_client_does_not_move_along_its_term(x64):
     """SCAFFOLD's has no minimum of its own."""
-    result = _solve_linear(0, term=_scaffold(), memory={"value": jnp.ones((3, 3))}, shared={"value": jnp.zeros((3, 3))})
+    result = _solve_linear(0, term=_scaffold(), store={"value": jnp.ones((3, 3))}, shared={"value": jnp.zeros((3, 3))})
     np.testing.assert_array_equal(result.delta["value"], 0)
 
 
