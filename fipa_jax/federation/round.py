@@ -16,10 +16,10 @@ from fipa_jax import trees
 from fipa_jax.aggregate.rules import Aggregator
 from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.client import terms
-from fipa_jax.client.examples import Client, gather, masked_mean, present, subsample, take
-from fipa_jax.client.local_work import Hyper, LocalResult, steps_for
-from fipa_jax.curvature import products as curvature
-from fipa_jax.curvature.sketch import Diagonal, Sketch, above_gradient, smallest, truncate
+from fipa_jax.client.examples import Client, gather, present, subsample, take
+from fipa_jax.client.local_work import Hyper, adaptive_steps, with_initial_loss
+from fipa_jax.curvature.sketch import Diagonal, Sketch
+from fipa_jax.curvature.sketcher import plain, with_rank_by_gradient
 from fipa_jax.federation import faults as faults_lib
 from fipa_jax.federation import late as late_lib
 from fipa_jax.federation.client_store import Memories
@@ -91,9 +91,26 @@ class Stages(NamedTuple):
     plan: Plan
 
 
+class LocalResult(NamedTuple):
+    """The cohort's `local_work.LocalResult` [C, ...], with what has happened to it."""
+
+    delta: Any
+    store: Any
+    loss: jax.Array
+    before: jax.Array | None = None
+    damping: jax.Array | None = None
+    age: Any = ()  # [C] int32, rounds ago at which it started, where clients may be late
+    faults: Any = ()  # `faults.Faults`, what goes wrong with the upload, where faults are injected
+
+
 def make_stages(plan: Plan) -> Stages:
     """Builds a round's stages, all pure."""
     server_rule = optax.with_extra_args_support(plan.server)
+    local = adaptive_steps(plan.local, plan.step_scale, plan.max_steps) if plan.step_scale else plan.local
+    local = with_initial_loss(local, plan.task.loss) if plan.aggregator.wants_loss else local
+    sketcher = None if plan.sketch is None else plain(plan.sketch)
+    if sketcher and plan.gradient_scale:
+        sketcher = with_rank_by_gradient(sketcher, plan.task.loss, plan.gradient_scale)
 
     def restrict(params):
         """The trainable subset, and the model's outputs as a function of it alone."""
@@ -146,22 +163,16 @@ def make_stages(plan: Plan) -> Stages:
         def one(seen, data, hyper, client, key, memory, sketch, part, age):
             chosen, outputs = broadcast(seen, age)
             hyper = hyper._replace(sketch=sketch, part=part)
-            if plan.step_scale:
-                least = smallest(sketch.eigenvalues)
-                hyper = hyper._replace(steps=steps_for(least, hyper.lr, plan.step_scale, plan.max_steps))
-            result = plan.local(outputs, chosen, data, client, key, hyper, memory, seen.shared)
+            result = local(outputs, chosen, data, client, key, hyper, memory, seen.shared)
             if not plan.aggregator.wants_damping:
-                result = result._replace(damping=())
-            if not plan.aggregator.wants_loss:
-                return result
-            examples = gather(data, client.indices)
-            losses = plan.task.loss(outputs(chosen, examples)[0], examples)
-            return result._replace(before=masked_mean(losses, present(client)))
+                result = result._replace(damping=None)
+            return result
 
         common, sizes = (_common(state), cohort.data, hyper), cohort.clients.num_examples
         part = faults.part if plan.faults else None
         stacked = cohort.clients, keys(state, root, cohort.ids)[0], state.memory, sketches, part, ages
         results = map_clients(one, common, *stacked, sizes=sizes, chunk=plan.chunk, mesh=plan.mesh)
+        results = LocalResult(*results)
         results = results._replace(age=ages) if plan.late else results
         return results._replace(faults=faults) if plan.faults else results
 
@@ -173,27 +184,16 @@ def make_stages(plan: Plan) -> Stages:
             theta, outputs = broadcast(seen, age)
             if delta is not None:
                 theta = optax.tree.add(theta, delta)
-            only_outputs = lambda theta, batch: outputs(theta, batch)[0]
-            last_inputs = lambda theta, batch: getattr(outputs(theta, batch)[1], "last", None)
             draw_key, solve_key = jax.random.split(key)
             client = subsample(draw_key, client, plan.sketch_examples)
             batch, mask = gather(data, client.indices), present(client)
-            found = plan.sketch(only_outputs, last_inputs)(solve_key, theta, batch, mask)
-            if not plan.gradient_scale:
-                return found, ()
-            return found, curvature.make_gradient(only_outputs, plan.task.loss)(theta, batch, mask)
+            return sketcher.of_client(outputs, theta, solve_key, batch, mask)
 
         moved = results.delta if plan.aggregator.at == "local" else None
         stacked = cohort.clients, keys(state, root, cohort.ids)[1], moved, ages_of(state, rates, cohort, root)
         common, sizes = (_common(state), cohort.data), cohort.clients.num_examples
-        found, gradients = map_clients(one, common, *stacked, sizes=sizes, chunk=plan.chunk, mesh=plan.mesh)
-        if not plan.gradient_scale:
-            return found
-        # A client of NaN, which the aggregator sets aside, must not undo the others' sketches.
-        gradients = trees.zero_unless(trees.is_finite(gradients), gradients)
-        lengths, total = jnp.linalg.norm(gradients, axis=1), jnp.linalg.norm(jnp.sum(gradients, axis=0))
-        rule = lambda sketch, length: above_gradient(sketch, length, total, state.round + 1, plan.gradient_scale)
-        return jax.vmap(truncate)(found, jax.vmap(rule)(found, lengths))
+        found = map_clients(one, common, *stacked, sizes=sizes, chunk=plan.chunk, mesh=plan.mesh)
+        return sketcher.of_cohort(found, state.round)
 
     def aggregate(state: State, rates: Rates, cohort: Cohort, results: LocalResult, sketches):
         chosen = trees.select(state.params, plan.trainable)
@@ -211,7 +211,7 @@ def make_stages(plan: Plan) -> Stages:
         # A client set aside keeps its old memory, so that one bad upload does not poison the shared mean; so does one
         # without examples, whose memory would change although it took no step.
         took_part = (num_examples > 0) & ~info["rejected"] & ~info.get("stale", jnp.asarray(False))
-        latest = results.memory if plan.term.remember is None else jax.vmap(plan.term.remember)(delta)
+        latest = results.store if plan.term.remember is None else jax.vmap(plan.term.remember)(delta)
         accepted = took_part & trees.is_finite((results.loss, latest))
         change = trees.zero_unless(accepted, optax.tree.sub(latest, state.memory))
         memory = optax.tree.add(state.memory, change)

@@ -279,7 +279,7 @@ def traffic_of(state: rounds.State, results, sketches, plan: rounds.Plan) -> Cal
     """
     model = trees.nbytes(trees.select(state.params, plan.trainable))
     down = plan.cohort * (model + trees.nbytes(state.shared if plan.term.travels else ()))
-    memory = results.memory if plan.term.travels else ()
+    memory = results.store if plan.term.travels else ()
     up, pair = trees.nbytes((results.delta, results.before, results.damping, memory)), 0
     if isinstance(sketches, sketch.Sketch):
         pair = trees.nbytes((sketches.eigenvalues, sketches.basis)) // sketches.eigenvalues.size

@@ -160,9 +160,17 @@ def _check_faults(settings: ConfigDict, cohort: int) -> None:
 def sketch_of(make: Callable, loss: Callable, settings: ConfigDict) -> Callable:
     """(outputs, features) -> a client's sketch, or diagonal, with the config's fields."""
     fields = fields_for(make, settings)
-    if "features" not in inspect.signature(make).parameters:
+    if make is not sketch.make_sketch:
         return lambda outputs, features: make(outputs, loss, **fields)
-    return lambda outputs, features: make(outputs, loss, features=features, **fields)
+    if settings.energy and not settings.probes:
+        raise ValueError("sketch.energy: needs the trace, and sketch.probes = 0 leaves it unknown; set it to 2 or more")
+
+    def maker(outputs, features):
+        found = make(outputs, loss, features=features, **fields)
+        found = sketch.stored_as(found, settings.store) if settings.store else found
+        return sketch.keeping_energy(found, settings.energy) if settings.energy else found
+
+    return maker
 
 
 def fields_for(factory: Callable, fields: Mapping) -> dict:
