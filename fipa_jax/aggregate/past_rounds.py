@@ -75,13 +75,15 @@ def make(kind: str, *, rank: int, length: int, decay: float, num_clients: int, t
       ValueError: the kind is not known, or a number is out of its range.
     """
     if kind not in KINDS:
-        raise ValueError(f"aggregator.memory: unknown {kind!r}; known: {', '.join(KINDS)}")
+        raise ValueError(f"aggregator.past.kind: unknown {kind!r}; known: {', '.join(KINDS)}")
     if min(rank, length) < 1:
-        raise ValueError(f"aggregator.memory: needs memory_rank and memory_length of at least 1, got {rank}, {length}")
+        raise ValueError(f"aggregator.past: needs a rank and a length of at least 1, got {rank}, {length}")
     if kind != "none" and not 0 <= decay < 1 and (kind, decay) != ("latest", 1):
-        raise ValueError(f"aggregator.memory_decay: needs a number in [0, 1), for 'latest' up to 1, got {decay}")
+        raise ValueError(f"aggregator.past.decay: needs a number in [0, 1), for 'latest' up to 1, got {decay}")
     if kind == "latest" and num_clients < 1:
-        raise ValueError(f"aggregator.memory: 'latest' needs the number of all clients, num_clients, got {num_clients}")
+        raise ValueError(
+            f"aggregator.past.kind: 'latest' needs the number of all clients, num_clients, got {num_clients}"
+        )
     return KINDS[kind](rank=rank, length=length, num_clients=num_clients, transport=transport)
 
 

@@ -56,7 +56,7 @@ def gauss_newton(
     if term not in (None, none()):
         raise ValueError("local.optimizer = 'gauss_newton' takes no term: set term.name = 'none', or use 'lbfgs'")
     if system not in SYSTEMS:
-        raise ValueError(f"local.system: unknown {system!r}; known: {', '.join(sorted(SYSTEMS))}")
+        raise ValueError(f"local.gauss_newton.system: unknown {system!r}; known: {', '.join(sorted(SYSTEMS))}")
     steps = steps or epochs
     linearise = functools.partial(SYSTEMS[system], loss=loss, cg_steps=cg_steps)
 
