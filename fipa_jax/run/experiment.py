@@ -1,7 +1,7 @@
 """A config becomes a run: the only file that imports all sides.
 
-`build` makes the problem and the compiled stages; `run` goes through warm-up and the compared rules, and leaves in the
-work directory: the models, metrics.jsonl, summary.json, curves.png, split.png, and what a `journal` keeps.
+`build` makes the problem and the compiled stages; `run` goes through warm-up and the compared methods, and leaves in
+the work directory: the models, metrics.jsonl, summary.json, curves.png, split.png, and what a `journal` keeps.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from fipa_jax.client.examples import Client
 from fipa_jax.config.checks import validate
-from fipa_jax.config.methods import rule
+from fipa_jax.config.methods import method
 from fipa_jax.data import partition
 from fipa_jax.federation import round as rounds
 from fipa_jax.federation.parallel import make_mesh, replicate
@@ -102,12 +102,12 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
     if config.warmup.rounds:
         trace(experiment, config.warmup, "warmup")
     for spec in config.compare if config.fipa.rounds else ():
-        trace(experiment, rule(config, spec), "fipa")
+        trace(experiment, method(config, spec), "fipa")
     return experiment
 
 
 def main(config: ConfigDict, workdir: Path, resume: str = "yes") -> None:
-    """Runs the config, or the rest of it, and prints the rules side by side; see `run`."""
+    """Runs the config, or the rest of it, and prints the methods side by side; see `run`."""
     if jax.process_index():  # the first process speaks and writes for all
         logging.set_verbosity(logging.ERROR)
         with tempfile.TemporaryDirectory() as unseen, contextlib.redirect_stdout(io.StringIO()):
@@ -122,7 +122,7 @@ def main(config: ConfigDict, workdir: Path, resume: str = "yes") -> None:
 
 
 def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
-    """Runs warm-up and every compared rule; returns what `summary.json` holds.
+    """Runs warm-up and every compared method; returns what `summary.json` holds.
 
     Jax's precision is set for the run alone, from `config.precision`.
 
@@ -152,7 +152,7 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
 
 
 def run_phases(experiment: Experiment, workdir: Path, kept: journal.Journal) -> dict:
-    """The warm-up, then each compared rule from the model it ends with: {"runs": {NAME: {final, best, config}}}.
+    """The warm-up, then each compared method from the model it ends with: {"runs": {NAME: {final, best, config}}}.
 
     Model, summary and curves are written as soon as a phase is done: an error in a later one does not cost them. Phases
     that were done before the run was stopped are passed over.
@@ -162,11 +162,11 @@ def run_phases(experiment: Experiment, workdir: Path, kept: journal.Journal) -> 
     phases = {"warmup": config} if config.warmup.rounds else {}
     for spec in config.compare if config.fipa.rounds else ():
         phases[spec] = config.copy_and_resolve_references()
-        phases[spec].fipa, phases[spec].compare = rule(config, spec), (spec,)
+        phases[spec].fipa, phases[spec].compare = method(config, spec), (spec,)
     seen_by_head = {}
 
     def view(name: str, settings: ConfigDict, params) -> Experiment:
-        """The experiment, or what the head sees of it from the phase's first model, the same for all its rules."""
+        """The experiment, or what the head sees of it from the phase's first model, the same for all its methods."""
         seen = experiment
         if settings.cache_body:
             key = name, settings.cache_views

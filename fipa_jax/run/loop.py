@@ -30,7 +30,7 @@ from fipa_jax.run import tune
 from fipa_jax.run.stalled import check_progress
 from fipa_jax.saving.journal import Journal
 
-# Fields of a phase that are traced or only steer the loop: rules that differ in these alone share compiled programs.
+# Fields of a phase that are traced or only steer the loop: methods that differ in these alone share compiled programs.
 TRACED = (
     "rounds", "max_skips", "local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr",
     *(f"faults.{name}" for name in faults.Rates._fields), "late.share",
@@ -220,7 +220,7 @@ def start(experiment, stages: rounds.Stages, params, first: int) -> rounds.State
     """The state before round `first`."""
     state = stages.init(params, first, phase.memories_on_host(experiment.config, stages.plan, params))
     memory = state.memory
-    # A round writes its state in the place of the last one, and these parameters are the next rule's too.
+    # A round writes its state in the place of the last one, and these parameters are the next method's too.
     return jax.tree.map(jnp.copy, state._replace(memory=()))._replace(memory=memory)
 
 
@@ -256,6 +256,7 @@ def compiled(experiment, settings: ConfigDict, stages: rounds.Stages, state: rou
 def key_of(settings: ConfigDict, plan: rounds.Plan, state: rounds.State) -> str:
     """What two phases must share to share their compiled programs."""
     static = json.loads(settings.to_json_best_effort())
+    static["aggregator"] = phase.flat(static["aggregator"])
     static |= {"chunk": plan.chunk, "has_faults": plan.faults, "late_rounds": plan.late}
     # A rule's own numbers are traced if it keeps them in its state, as `FipaState` does.
     traced = [f"aggregator.{name}" for name in getattr(state.aggregator, "_fields", ())]

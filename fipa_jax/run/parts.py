@@ -15,7 +15,7 @@ from fipa_jax.aggregate import server_optimizers as server
 from fipa_jax.client import first_order as client_lib
 from fipa_jax.client import second_order, terms
 from fipa_jax.client.local_work import Hyper
-from fipa_jax.config import methods as compared
+from fipa_jax.config.methods import method
 from fipa_jax.curvature import sketch
 from fipa_jax.federation import faults
 from fipa_jax.federation import round as rounds
@@ -35,15 +35,16 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
     solvers = client_lib.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS
     solver = find(solvers, "local.optimizer", settings.local.optimizer)
     rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
-    remembered = past.rank_of(settings.aggregator.memory, settings.aggregator.memory_rank, settings.sketch.rank)
-    given = {**settings.aggregator, "num_clients": num_clients, "memory_rank": remembered}
+    given = flat(settings.aggregator)
+    remembered = past.rank_of(given["memory"], given["memory_rank"], settings.sketch.rank)
+    given |= {"num_clients": num_clients, "memory_rank": remembered}
     aggregator = rule(**fields_for(rule, given))
     optimizer = server.make(settings.server.optimizer, settings.server.momentum)
     sketched, cohort = aggregator.curvature == "sketch", config.cohort or num_clients
     matched, natural = _matched(settings, aggregator), solver is second_order.natural_gradient
     _check_fit(settings, aggregator, term, everyone=cohort == num_clients)
     _check_faults(settings, cohort)
-    local_fields = fields_for(solver, settings.local)
+    local_fields = fields_for(solver, flat(settings.local))
     if matched and "tries" in local_fields:
         local_fields["tries"] = 0
     augment = task.augment if settings.local.views else Task._field_defaults["augment"]
@@ -61,9 +62,9 @@ def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients:
         trainable=settings.trainable,
         sketch_examples=settings.sketch.examples,
         gradient_scale=settings.sketch.gradient_scale if sketched else 0.0,
-        step_scale=settings.local.step_scale if sketched else 0.0,
-        max_steps=settings.local.max_steps,
-        sketch_first=sketched and (natural or settings.local.step_scale > 0),
+        step_scale=settings.local.adaptive.scale if sketched else 0.0,
+        max_steps=settings.local.adaptive.max_steps,
+        sketch_first=sketched and (natural or settings.local.adaptive.scale > 0),
         matched=matched,
         faults=_has_faults(settings),
         late=settings.late.most if settings.late.share else 0,
@@ -83,7 +84,7 @@ def check(config: ConfigDict) -> None:
     if config.warmup.rounds:
         phases["the warm-up"] = config.warmup
     if config.fipa.rounds:
-        phases |= {f"the rule {spec!r}": compared.rule(config, spec) for spec in config.compare}
+        phases |= {f"the method {spec!r}": method(config, spec) for spec in config.compare}
     for name, settings in phases.items():
         try:
             plan = make_plan(config, settings, blank, num_clients=config.cohort or MANY)
@@ -131,9 +132,9 @@ def _check_fit(settings: ConfigDict, aggregator: aggregate.Aggregator, term: ter
         )
     if matched and rule.relative:
         raise ValueError("config.fipa.local.matched: needs an absolute damping; set aggregator.relative to False")
-    if local.step_scale and local.optimizer not in client_lib.LOCAL_SOLVERS:
+    if local.adaptive.scale and local.optimizer not in client_lib.LOCAL_SOLVERS:
         raise ValueError(
-            f"config.fipa.local.step_scale: {local.optimizer!r} takes its own number of steps; set it to 0"
+            f"config.fipa.local.adaptive.scale: {local.optimizer!r} takes its own number of steps; set it to 0"
         )
 
 
@@ -170,6 +171,20 @@ def fields_for(factory: Callable, fields: Mapping) -> dict:
     return {name: value for name, value in fields.items() if name in inspect.signature(factory).parameters}
 
 
+def flat(group: Mapping) -> dict:
+    """A group's fields and those of the groups in it, by the names that the factories know them by."""
+    past_fields = {"kind": "memory", "decay": "memory_decay", "rank": "memory_rank", "length": "memory_length"}
+    fields = {}
+    for name, value in group.items():
+        if name == "past":
+            fields |= {past_fields[field]: of_past for field, of_past in value.items()}
+        elif isinstance(value, dict | ConfigDict):
+            fields |= value
+        else:
+            fields[name] = value
+    return fields
+
+
 def make_rates(settings: ConfigDict, dtype: str) -> rounds.Rates:
     """A phase's traced hyper-parameters, from its config."""
     array = lambda value: jnp.asarray(value, dtype)
@@ -185,9 +200,9 @@ def _has_faults(settings: ConfigDict) -> bool:
 
 
 def memories_on_host(config: ConfigDict, plan: rounds.Plan, params) -> bool:
-    """Whether what clients keep between rounds lives on the host, by `config.client_memory`; see `_on_host`."""
+    """Whether what clients keep between rounds lives on the host, by `config.client_store`; see `_on_host`."""
     blank = jax.eval_shape(plan.term.init, trees.select(params, plan.trainable))
-    return _on_host(config, "client_memory", plan.num_clients * trees.nbytes(blank))
+    return _on_host(config, "client_store", plan.num_clients * trees.nbytes(blank))
 
 
 def examples_on_host(config: ConfigDict, problem: Problem) -> bool:
@@ -217,9 +232,9 @@ def check_room(plan: rounds.Plan, params) -> None:
     size = trees.nbytes(jax.eval_shape(plan.aggregator.init, trees.select(params, plan.trainable)))
     if 2 * size > device_bytes():
         raise ValueError(
-            f"config.fipa.aggregator.memory: the rule would keep {size / 2**30:.3g} GiB between rounds, and hold them "
-            f"twice within one; the device has {device_bytes() / 2**30:.3g} GiB. Lower aggregator.memory_rank or "
-            "memory_length, take aggregator.memory = 'prior', or let trainable name fewer parameters"
+            f"config.fipa.aggregator.past: the rule would keep {size / 2**30:.3g} GiB between rounds, and hold them "
+            f"twice within one; the device has {device_bytes() / 2**30:.3g} GiB. Lower past.rank or past.length, take "
+            "past.kind = 'prior', or let trainable name fewer parameters"
         )
 
 
