@@ -1,4 +1,4 @@
-"""Trains a global model by the phases of a config and compares aggregation rules.
+"""Trains a global model by the phases of a config and compares methods.
 
 python scripts/train.py
 python scripts/train.py --config=configs/cifar10.py --config.data.dir=DIR --workdir=runs/cifar10

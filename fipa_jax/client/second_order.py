@@ -67,7 +67,7 @@ def gauss_newton(
     if term not in (None, none()):
         raise ValueError("local.optimizer = 'gauss_newton' takes no term: set term.name = 'none', or use 'lbfgs'")
     steps = steps or epochs
-    linearise = functools.partial(lookup(SYSTEMS, system, "local.system"), loss=loss, cg_steps=cg_steps)
+    linearise = functools.partial(lookup(SYSTEMS, system, "local.gauss_newton.system"), loss=loss, cg_steps=cg_steps)
 
     def improve(work: Work, key) -> Improvement:
         hyper, examples, mask = work.hyper, work.examples, present(work.client)

@@ -23,10 +23,10 @@ SHOWN = 1000  # clients that are drawn, and whose classes are counted
 # What is said of clients besides those left out: field of `info` -> words.
 NOTED = {
     "absent": "take no part: nothing of them arrived, or they have no examples",
-    "stale": "take no part: their answers have moved by more than aggregator.max_drift since they began",
-    "capped": "eigenvalues scaled down, their sum being above aggregator.trace_cap times the median client's",
+    "stale": "take no part: their answers have moved by more than aggregator.late.max_drift since they began",
+    "capped": "eigenvalues scaled down, their sum being above aggregator.limits.trace_cap times the median client's",
 }
-CELL = 11  # characters of a figure in the table of rules
+CELL = 11  # characters of a figure in the table of methods
 
 
 class Compilations:
@@ -98,14 +98,14 @@ def progress(row: dict) -> str:
 
 
 def table(summary: dict) -> str:
-    """The compared rules side by side, as printed at the end of a run: each figure's final and best value."""
+    """The compared methods side by side, as printed at the end of a run: each figure's final and best value."""
     runs = summary["runs"]
     names = [name for name in next(iter(runs.values()))["final"] if name.startswith(("test_", "holdout_"))]
-    width = max(len(name) for name in ["rule", *runs])
+    width = max(len(name) for name in ["method", *runs])
     columns = [max(len(name), 2 * CELL) for name in names]
     above = "".join(f"  {name:>{column}}" for name, column in zip(names, columns, strict=True))
     heads = "".join(f"  {'final':>{column - CELL}}{'best':>{CELL}}" for column in columns)
-    lines = [" " * width + above, f"{'rule':<{width}}" + heads]
+    lines = [" " * width + above, f"{'method':<{width}}" + heads]
     number = lambda value: f"{math.nan if value is None else value:.4g}"
     for run_name, result in runs.items():
         pairs = [(number(result["final"][name]), number(result["best"][name])) for name in names]

@@ -57,7 +57,7 @@ def curves(rows: list[dict], figures: list[str], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     lines, labels = axes[0][0].get_legend_handles_labels()
-    if lines:  # below all panels: the names of tuned rules are long
+    if lines:  # below all panels: the names of tuned methods are long
         columns = 1 if max(map(len, labels)) > 30 else len(labels)
         fig.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
     fig.savefig(path, dpi=150)

@@ -39,7 +39,7 @@ class Journal:
         origin: dict,
         signals: stopping.Signals,
     ):
-        self.saved, self.start = saved, ()  # the model that all rules start from, if it is the warm-up's
+        self.saved, self.start = saved, ()  # the model that all methods start from, if it is the warm-up's
         self._every, self._checkpoints, self._last = settings.seconds, checkpoints, time.monotonic()
         self._rows, self._signals, self._origin = saved.step if saved else 0, signals, origin
         size = saved.note["metrics_bytes"] if saved and checkpoints else 0
@@ -53,7 +53,7 @@ class Journal:
         self._writer.close()
 
     def started_from(self, params):
-        """The model that the rules start from where the run goes on after its warm-up, else `params`."""
+        """The model that the methods start from where the run goes on after its warm-up, else `params`."""
         own = trees.below(self.saved.leaves, "start") if self.saved else {}
         if own:
             self.start = params = jax.tree.map(jnp.asarray, _fitting(trees.fitted, own, params))

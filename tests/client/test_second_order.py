@@ -225,7 +225,7 @@ def test_wrong_choices_name_the_field():
     with pytest.raises(ValueError, match=r"gauss_newton.*term\.name = 'none'"):
         second_order.gauss_newton(squared, KEEP, term=terms.prox())
     second_order.gauss_newton(squared, KEEP, term=terms.TERMS["none"]())
-    with pytest.raises(ValueError, match=r"local\.system: unknown 'dense'; known: auto, cg, gram"):
+    with pytest.raises(ValueError, match=r"local\.gauss_newton\.system: unknown 'dense'; known: auto, cg, gram"):
         second_order.gauss_newton(squared, KEEP, system="dense")
     for name in ("gauss_newton", "lbfgs"):
         solver = second_order.LOCAL_SOLVERS[name]
