@@ -19,7 +19,7 @@ from fipa_jax.trees import ratio
 
 
 class Messages(NamedTuple):
-    """Those who have a say in the step: the round's clients, or messages of past rounds; their sketches share a rank."""
+    """Those who have a say in the step, the round's clients or messages of past rounds; their sketches share a rank."""
 
     weights: jax.Array  # [C], over all messages summing to one
     deltas: jax.Array  # [C, P]

@@ -115,9 +115,9 @@ def chain(*channels: Channel) -> Channel:
 def late(most: int) -> Channel:
     """Clients that began up to `most` rounds ago, on what the parameters were then.
 
-    A server that does not wait takes the updates of a round's C clients as a buffer that has filled up. With probability
-    `rates.late` a client is late, by 1 to `most` rounds, each as likely. The state is the trainable parameters of this
-    and past rounds, [most + 1, ...].
+    A server that does not wait takes the updates of a round's C clients as a buffer that has filled up. With
+    probability `rates.late` a client is late, by 1 to `most` rounds, each as likely. The state is the trainable
+    parameters of this and past rounds, [most + 1, ...].
     """
 
     def init(params):

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fipa_jax.federation.channel import Order
 from fipa_jax.client.examples import Client, present, take
+from fipa_jax.federation.channel import Order
 
 BLOCK = 10_000  # examples moved to the device at a time, where all are evaluated
 SPARSE = 50  # a cohort of less than 1/SPARSE of the clients is drawn without a permutation of them all

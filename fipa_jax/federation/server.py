@@ -1,4 +1,4 @@
-"""What does the server do in a round? It takes what has arrived, makes one step of it, and keeps what the next needs."""
+"""What does the server do in a round? It takes what has arrived, makes a step of it, and keeps what the next needs."""
 
 from typing import Any
 
@@ -28,8 +28,8 @@ def serve(
 ) -> tuple[State, dict]:
     """What the server makes of a round: (the state after it, info). A real deployment calls this too.
 
-    Of the cohort it looks at ids, numbers of examples and orders, of the results at what clients send: `cohort.data` may
-    be empty.
+    Of the cohort it looks at ids, numbers of examples and orders, of the results at what clients send: `cohort.data`
+    may be empty.
 
     Args:
       parts: of the phase.
@@ -64,9 +64,7 @@ def serve(
     return after._replace(history=history, round=state.round + 1), info
 
 
-def uploads_of(
-    parts: Parts, cohort: Cohort, results: LocalResult, sketches: Sketch | Diagonal | None
-) -> Uploads:
+def uploads_of(parts: Parts, cohort: Cohort, results: LocalResult, sketches: Sketch | Diagonal | None) -> Uploads:
     """What the clients of a cohort send, stacked [C, ...]; only what the rule needs."""
     needs = parts.aggregator.needs
     loss, damping = results.before if needs.loss else None, results.damping if needs.damping else None

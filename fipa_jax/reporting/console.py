@@ -11,8 +11,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from fipa_jax import trees
-from fipa_jax.aggregate import filters as forms
-from fipa_jax.aggregate import uploads
+from fipa_jax.aggregate.filters import FALLBACKS
+from fipa_jax.aggregate.screening import REASONS
 from fipa_jax.curvature import sketch
 from fipa_jax.data import partition
 from fipa_jax.reporting import plots
@@ -57,7 +57,7 @@ def warn(name: str, k: int, info: dict, said: Counter) -> None:
     """
     # A rule of one's own may give no reasons.
     reasons = info.get("reasons") or {"by the rule": info["rejected"]}
-    kinds = {f"left out: {uploads.REASONS.get(reason, reason)}": clients for reason, clients in reasons.items()}
+    kinds = {f"left out: {REASONS.get(reason, reason)}": clients for reason, clients in reasons.items()}
     kinds |= {words: info[field] for field, words in NOTED.items() if field in info}
     # A rank beyond the curvature's own is no fault: its surplus pairs are not even sent.
     kinds |= {
@@ -67,7 +67,7 @@ def warn(name: str, k: int, info: dict, said: Counter) -> None:
         if clients.any():
             _say(f"{name}, round {k}: clients {info['ids'][clients].tolist()}: ", words, said)
     if info.get("fallback"):
-        taken = forms.FALLBACKS[info["fallback"]]
+        taken = FALLBACKS[info["fallback"]]
         _say(f"{name}, round {k}: ", f"the step was not finite or exploded: {taken} is taken instead", said)
     if info.get("skipped"):
         _say(f"{name}, round {k}: ", "skipped: too few clients are left, or the parameters would not be finite", said)

@@ -164,9 +164,7 @@ def fields_for(factory: Callable, fields: Mapping) -> dict:
     return {name: value for name, value in fields.items() if name in inspect.signature(factory).parameters}
 
 
-def check_fit(
-    settings: ConfigDict, aggregator: Aggregator, term: terms.Term, cohort: int, num_clients: int
-) -> None:
+def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, cohort: int, num_clients: int) -> None:
     """Refuses choices of which one would undo the other, with a ValueError that names the config field."""
     if aggregator.needs.loss:
         _check_trust(settings, term, everyone=cohort == num_clients)
@@ -230,9 +228,7 @@ def _check_matched(settings: ConfigDict) -> None:
 def _check_adaptive(settings: ConfigDict) -> None:
     optimizer = settings.local.optimizer
     if settings.local.adaptive.scale and optimizer not in first_order.LOCAL_SOLVERS:
-        raise ValueError(
-            f"config.fipa.local.adaptive.scale: {optimizer!r} takes its own number of steps; set it to 0"
-        )
+        raise ValueError(f"config.fipa.local.adaptive.scale: {optimizer!r} takes its own number of steps; set it to 0")
 
 
 def _check_faults(settings: ConfigDict, cohort: int) -> None:

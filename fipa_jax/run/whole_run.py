@@ -27,7 +27,6 @@ from fipa_jax.saving.journal import Journal
 from fipa_jax.saving.model_files import export
 from fipa_jax.saving.resume import open_at
 
-
 WARMUP = "warmup"  # the name of its rows
 
 
@@ -115,9 +114,7 @@ def configs_of(config: ConfigDict) -> dict[str, ConfigDict]:
     return phases
 
 
-def view_of(
-    experiment: Experiment, settings: ConfigDict, params: Any, seen_by_head: dict, warmup: bool
-) -> Experiment:
+def view_of(experiment: Experiment, settings: ConfigDict, params: Any, seen_by_head: dict, warmup: bool) -> Experiment:
     """The experiment as a phase sees it: whole, by its head alone, or with all examples in one client's hands.
 
     Args:

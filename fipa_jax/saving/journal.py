@@ -11,7 +11,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from fipa_jax import trees
-from fipa_jax.federation import round as rounds
+from fipa_jax.federation import state as state_lib
+from fipa_jax.federation.state import State
 from fipa_jax.files import write
 from fipa_jax.reporting import metrics
 from fipa_jax.saving import signals as stopping
@@ -59,7 +60,7 @@ class Journal:
             self.start = params = jax.tree.map(jnp.asarray, _fitting(trees.fitted, own, params))
         return params
 
-    def resumed(self, phase: str, state: rounds.State, mesh) -> tuple[rounds.State, dict]:
+    def resumed(self, phase: str, state: State, mesh) -> tuple[State, dict]:
         """(the state where this phase goes on, what was noted of it), or the blank state of its start as it came.
 
         Raises:
@@ -74,7 +75,7 @@ class Journal:
                 f"{int(state.round)}; set config.first_round and config.warmup.rounds to what they were"
             )
         self.saved = saved._replace(leaves={})  # it may be large
-        return _fitting(rounds.restored, state, saved.leaves, mesh), saved.note
+        return _fitting(state_lib.restored, state, saved.leaves, mesh), saved.note
 
     def write(self, row: dict) -> None:
         """Writes a round's row."""
@@ -86,7 +87,7 @@ class Journal:
         """Whether this process, alone, has been asked to stop."""
         return bool(self._signals.asked) and jax.process_count() == 1
 
-    def keep(self, phase: str, state: rounds.State, row: dict, note: dict, ended: bool) -> None:
+    def keep(self, phase: str, state: State, row: dict, note: dict, ended: bool) -> None:
         """Saves the state where it is due: at the phase's end, after some time, or as the run is asked to stop.
 
         Args:
@@ -130,7 +131,7 @@ class Journal:
             names.append(f"best of {phase}")
         note = note | {"phase": phase, "round": row["round"], "score": score, "origin": self._origin}
         note["metrics_bytes"] = self._writer.sync()
-        tree = rounds.snapshot(state)._asdict() | {"start": self.start}
+        tree = state_lib.snapshot(state)._asdict() | {"start": self.start}
         self._checkpoints.save(self._rows, tree, note, names)
         self._last = time.monotonic()
 
@@ -148,7 +149,7 @@ class Rows(list):
 
     write = list.append
 
-    def resumed(self, phase: str, state: rounds.State, mesh) -> tuple[rounds.State, dict]:
+    def resumed(self, phase: str, state: State, mesh) -> tuple[State, dict]:
         """It begins at the start."""
         return state, {}
 
