@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax
 from absl import logging
 
 from fipa_jax.federation import round as rounds
+from fipa_jax.files import write
 
 WORSE = 1.1  # so much slower than the best so far ends the search
 
@@ -77,10 +77,8 @@ def _read(file: Path) -> dict:
 
 
 def _write(file: Path, known: dict) -> None:
-    part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(known, indent=2) + "\n")
-        os.replace(part, file)
+        write(file, f"{json.dumps(known, indent=2)}\n".encode())
     except OSError as error:
         logging.warning("the fastest chunk will be measured again: %s cannot be written (%s)", file, error)

@@ -12,10 +12,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from fipa_jax import files as sums
 from fipa_jax.config import command_line
 from fipa_jax.data import partition
 from fipa_jax.data import prepared as data
+from fipa_jax.files import digest_of_file
 from fipa_jax.run import experiment
 from fipa_jax.run import parts as phase
 from fipa_jax.saving.model_files import load
@@ -145,7 +145,7 @@ def test_a_cached_array_is_not_unpickled(bomb, tmp_path):
     data._write_cache(paths, {"image": np.zeros([1, 2, 2, 3], np.uint8), "label": np.zeros([1], np.int32)})
     assert data._read_cache(paths, 1) is not None
     np.save(paths["image"], array, allow_pickle=True)
-    data._sum(paths["image"]).write_text(sums.digest(paths["image"]))
+    data._sum(paths["image"]).write_text(digest_of_file(paths["image"]))
     assert data._read_cache(paths, 1) is None
     assert not made.exists()
 
