@@ -58,16 +58,16 @@ def open_at(workdir: Path, config: ConfigDict, come_from: dict, resume: str = "y
         whose checkpoints are all damaged.
     """
     lookup(RESUMES, resume, "--resume")
-    mine, checkpoints = {"config": json.loads(config.to_json_best_effort())} | come_from, None
+    origin, checkpoints = {"config": json.loads(config.to_json_best_effort())} | come_from, None
     with contextlib.ExitStack() as held:
         if jax.process_index():  # the first process reads and writes for all
             saved = _from_first(_nothing)
         else:
-            saved = _from_first(functools.partial(_find, workdir, mine, resume, held))
+            saved = _from_first(functools.partial(_find, workdir, origin, resume, held))
             kept = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
             checkpoints = held.enter_context(contextlib.closing(kept))
         signals = held.enter_context(Signals())
-        journal = Journal(workdir, config.checkpoint, checkpoints, saved, mine, signals)
+        journal = Journal(workdir, config.checkpoint, checkpoints, saved, origin, signals)
         yield held.enter_context(contextlib.closing(journal))
 
 
@@ -75,7 +75,7 @@ def _nothing() -> None:
     """What a process finds that leaves it to the first one to look."""
 
 
-def _find(workdir: Path, mine: dict, resume: str, held: contextlib.ExitStack) -> Saved | None:
+def _find(workdir: Path, origin: dict, resume: str, held: contextlib.ExitStack) -> Saved | None:
     """Where the run in the work directory goes on; None if there is none, or none any more."""
     workdir.mkdir(parents=True, exist_ok=True)
     held.enter_context(_lock(workdir / "lock"))
@@ -86,9 +86,9 @@ def _find(workdir: Path, mine: dict, resume: str, held: contextlib.ExitStack) ->
     saved = recover(workdir / "checkpoints", functools.partial(_check_rows, workdir / "metrics.jsonl"))
     if saved is None:
         return _move_aside(workdir, "had saved nothing")
-    if not _may_go_on(workdir, saved, mine, resume):
+    if not _may_go_on(workdir, saved, origin, resume):
         return _move_aside(workdir, "is finished, and of another origin")
-    if _finished(saved, mine["config"]):
+    if _finished(saved, origin["config"]):
         logging.warning("the run in %s is finished; --resume=no runs it anew", workdir)
     else:
         logging.warning("%s: going on after round %d of %s", workdir, saved.note["round"], saved.note["phase"])
@@ -96,14 +96,14 @@ def _find(workdir: Path, mine: dict, resume: str, held: contextlib.ExitStack) ->
     return saved
 
 
-def _may_go_on(workdir: Path, saved: Saved, mine: dict, resume: str) -> bool:
+def _may_go_on(workdir: Path, saved: Saved, origin: dict, resume: str) -> bool:
     """Whether a saved run goes on: one of this origin, or of any if so told; False of a finished one of another.
 
     Raises:
       ValueError: it is of another origin, and not finished.
     """
     theirs = saved.note["origin"]
-    differ = differences(theirs, mine)
+    differ = differences(theirs, origin)
     if not differ:
         return True
     shown = "\n  ".join([*differ[:SHOWN], *([f"and {len(differ) - SHOWN} more"] if differ[SHOWN:] else [])])
@@ -178,15 +178,15 @@ def _from_first(find: Callable[[], Saved | None]) -> Saved | None:
     if jax.process_count() == 1:
         return find()
     saved, error = _attempt(find)
-    said, about, shapes = json.loads(_text_of_first(_outline(saved, error)))
-    if said is not None:
-        raise error or ValueError(said)
+    message, about, shapes = json.loads(_text_of_first(_outline(saved, error)))
+    if message is not None:
+        raise error or ValueError(message)
     if about is None:
         return None
     step, note = about
     blank = {path: np.zeros(shape, dtype) for path, (dtype, *shape) in shapes.items()}
-    mine = blank if jax.process_index() else saved.leaves
-    return Saved(step, {path: _array_of_first(mine[path]) for path in blank}, note)
+    leaves = blank if jax.process_index() else saved.leaves
+    return Saved(step, {path: _array_of_first(leaves[path]) for path in blank}, note)
 
 
 def _attempt(find: Callable[[], Saved | None]) -> tuple[Saved | None, Exception | None]:

@@ -42,7 +42,7 @@ def build(config) -> Problem:
 
 
 def split(task, x: np.ndarray, client: np.ndarray | None) -> Ragged:
-    """For each client the indices of its examples, by the rule `task.split`, a key of `SPLITS`.
+    """For each client the indices of its examples, by the split `task.split`, a key of `SPLITS`.
 
     Args:
       task: with the fields num_clients, split, column, seed and file.
@@ -50,7 +50,7 @@ def split(task, x: np.ndarray, client: np.ndarray | None) -> Ragged:
       client: [N] owners' ids of the training set, or None.
 
     Raises:
-      ValueError: the rule's column or array is not there, or a client would own nothing.
+      ValueError: the split's column or array is not there, or a client would own nothing.
     """
     if task.split != "given" and len(x) < task.num_clients:
         raise ValueError(
