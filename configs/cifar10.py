@@ -1,11 +1,11 @@
-"""CIFAR-10, 100 clients, 5 a round, balanced Dirichlet 0.1, CNN of 23.7k parameters: FedAvg warm-up, then every rule.
+"""CIFAR-10, 100 clients, 5 a round, balanced Dirichlet 0.1, CNN of 23.7k parameters: FedAvg warm-up, then every method.
 
 Reproduces: the two-phase recipe of arXiv 2601.13608 (5 local epochs of SGD, 0.1 x 0.998^k, batch 50, weight decay 1e-3,
-gradients clipped at norm 10), with every rule's step sizes tuned on a held-out tenth of the training data. `fipa` takes
-the form of the authors' code with beta = 0.5, gamma = 0.2, a thirtieth of the published learning rate and rank 50.
-`fipa_memory` is this project's rule for few clients of many: one natural gradient a client, a memory of past cohorts.
+gradients clipped at norm 10), with every method's step sizes tuned on a held-out tenth of the training data. `fipa`
+takes the form of the authors' code, beta = 0.5, gamma = 0.2, a thirtieth of the published learning rate and rank 50.
+`fipa_memory` is this project's method for few clients of many: one natural gradient a client, and past cohorts kept.
 Hardware: one CPU core, 45 minutes; `:debug` takes a minute. Expected: `fipa_memory` at 65.8 %, `fipa` at 63.6 %, the
-best of the first-order rules at 62.9 % (README, Results).
+best of the first-order methods at 62.9 % (README, Results).
 Data: python scripts/prepare_data.py cifar10 --data-dir=DIR
 Command: python scripts/train.py --config=configs/cifar10.py --config.data.dir=DIR
 """

@@ -3,7 +3,7 @@
 Reproduces: the Fisher-KPP problem of arXiv 2601.13608 (400 points a client, boundary weight 100).
 Hardware: two CPU cores, about a minute. Expected: see README, Results.
 Command: python scripts/train.py --config=configs/fisher_kpp.py
-         python scripts/train.py --config=configs/fisher_kpp.py:published     Adam as local solver and the rule `pinv`
+         python scripts/train.py --config=configs/fisher_kpp.py:published     Adam as local solver and the form `pinv`
 """
 
 from fipa_jax.config import recipes

@@ -24,7 +24,7 @@ def get_config(variant: str = ""):
     config.fipa.local.batch_size = 0
     if variant == "adaptive":
         config.fipa.rounds = 1000
-        config.fipa.local.lr, config.fipa.local.step_scale, config.fipa.local.steps = 0.1, 0.01, 200
+        config.fipa.local.lr, config.fipa.local.adaptive.scale, config.fipa.local.steps = 0.1, 0.01, 200
         config.fipa.sketch.gradient_scale = 1.0
     elif not variant:
         recipes.levenberg_marquardt(config)

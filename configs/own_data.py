@@ -22,7 +22,7 @@ def get_config():
     config.fipa.sketch.solver = "lanczos"
     config.fipa.sketch.rank = 50
     config.fipa.aggregator.damping = 1e-6
-    config.fipa.aggregator.max_step = 1.0
+    config.fipa.aggregator.limits.max_step = 1.0
     for phase in (config.warmup, config.fipa):
         phase.local.optimizer = "gauss_newton"
         phase.local.lr = 1.0

@@ -4,7 +4,7 @@ Reproduces: the 1-D Poisson problem of arXiv 2601.13608 (400 points a client, bo
 float64).
 Hardware: two CPU cores, about a minute. Expected: see README, Results.
 Command: python scripts/train.py --config=configs/poisson_1d.py
-         python scripts/train.py --config=configs/poisson_1d.py:published     Adam as local solver and the rule `pinv`
+         python scripts/train.py --config=configs/poisson_1d.py:published     Adam as local solver and the form `pinv`
 """
 
 from fipa_jax.config import recipes

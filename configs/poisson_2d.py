@@ -3,7 +3,7 @@
 Reproduces: the 2-D Poisson problem of arXiv 2601.13608 (400 points a client and 20 on each face, boundary weight 100).
 Hardware: two CPU cores, about a minute. Expected: see README, Results.
 Command: python scripts/train.py --config=configs/poisson_2d.py
-         python scripts/train.py --config=configs/poisson_2d.py:published     Adam as local solver and the rule `pinv`
+         python scripts/train.py --config=configs/poisson_2d.py:published     Adam as local solver and the form `pinv`
 """
 
 from fipa_jax.config import recipes

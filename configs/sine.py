@@ -25,7 +25,7 @@ def get_config(local_solver: str = ""):
     # From a random start the Gauss-Newton model of the loss does not hold as far as the step: first some of the mean.
     config.warmup.rounds = 30
     config.fipa.rounds = 270
-    config.fipa.aggregator.max_step = 1.0
+    config.fipa.aggregator.limits.max_step = 1.0
     for phase in (config.warmup, config.fipa):
         if local_solver == "gauss_newton":
             phase.local.optimizer = "gauss_newton"

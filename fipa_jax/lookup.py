@@ -7,7 +7,7 @@ Entry = TypeVar("Entry")
 
 
 def lookup(table: Mapping[str, Entry], name: str, field: str) -> Entry:
-    """The entry of a table; the error for a name that is not in it lists those that are.
+    """The entry of a table; the error for a name that is not in it lists those that are, but for the empty name.
 
     Example:
       lookup({"sgd": 1, "adam": 2}, "adam", "local.optimizer") is 2.
@@ -21,5 +21,5 @@ def lookup(table: Mapping[str, Entry], name: str, field: str) -> Entry:
       ValueError: there is no such entry.
     """
     if name not in table:
-        raise ValueError(f"{field}: unknown {name!r}; known: {', '.join(sorted(table))}")
+        raise ValueError(f"{field}: unknown {name!r}; known: {', '.join(filter(None, sorted(table)))}")
     return table[name]

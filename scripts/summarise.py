@@ -34,7 +34,7 @@ def main():
                     statistics.fmean(math.nan if x is None else x for x in series[-args.last :])
                 )
     width = max((len(run) for run, _ in values), default=0)
-    print(f"{'rule':{width}}  {'figure':20}{'median':>11}{'mean':>11}{'std':>11}{'worst':>11}  runs")
+    print(f"{'method':{width}}  {'figure':20}{'median':>11}{'mean':>11}{'std':>11}{'worst':>11}  runs")
     for (run, name), found in values.items():
         worst = min(found) if metrics.direction(name) > 0 else max(found)
         figures = statistics.median(found), statistics.fmean(found), statistics.pstdev(found), worst

@@ -1,4 +1,4 @@
-"""Trains a global model by the phases of a config and compares aggregation rules.
+"""Trains a global model by the phases of a config and compares methods.
 
 python scripts/train.py
 python scripts/train.py --config=configs/cifar10.py --config.data.dir=DIR --workdir=runs/cifar10
@@ -17,7 +17,6 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from fipa_jax.config import command_line  # noqa: E402
-from fipa_jax.run.stalled import Stalled  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "sine.py"
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, by default configs/sine.py; --config.a.b=value.")
@@ -63,14 +62,15 @@ def join():
 
 
 def main(_):
-    from fipa_jax.run import experiment
-    from fipa_jax.saving import signals as stopping
+    from fipa_jax.run import whole_run
+    from fipa_jax.run.stalled import Stalled
+    from fipa_jax.saving.signals import Stopped
 
     join()
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
     try:
-        experiment.main(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"), RESUME.value)
-    except stopping.Stopped as stopped:
+        whole_run.main(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"), RESUME.value)
+    except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)
     except (ValueError, OSError, ImportError, Stalled) as error:

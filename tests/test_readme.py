@@ -60,9 +60,9 @@ def test_compared_rules_shown_in_the_readme_are_valid():
     specs = re.search(r"--config\.compare=\((.*?)\)", README).group(1).replace("'", "").split(",")
     assert len(specs) > 2
     for spec in specs:
-        compared.rule(config, spec)
+        compared.method(config, spec)
     named = re.findall(r"`(fedavg|fedbuff|fedasync|centralised|fisher_\w+|fipa\w*)`", README)
-    assert set(named) - {"fipa_jax"} == set(compared.RULES)
+    assert set(named) - {"fipa_jax"} == set(compared.METHODS)
 
 
 def test_no_place_is_left_to_fill_in():

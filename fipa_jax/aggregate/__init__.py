@@ -1,8 +1,47 @@
 """How do uploads become one step of the global model? Screening, averages, FIPA, past rounds, trust region."""
 
-from fipa_jax.aggregate.rules import AGGREGATORS, Aggregator, FipaState, diagonal, fipa, fipa_step, mean
-from fipa_jax.aggregate.uploads import REASONS, Uploads, collect
+from fipa_jax.aggregate.filters import FALLBACKS, Solver, damped, pinv, tikhonov
+from fipa_jax.aggregate.fisher_informed import AGGREGATORS, INFO, FipaState, fipa, fipa_step, from_solver
+from fipa_jax.aggregate.late_updates import LateUpdates
+from fipa_jax.aggregate.limits import Limits, capped, limited
+from fipa_jax.aggregate.past_rounds import PastRounds, latest, prior, remembering, targets
+from fipa_jax.aggregate.rules import Aggregator, Needs, compare, diagonal, mean, step_of, weights_of
+from fipa_jax.aggregate.screening import REASONS, Received, receive
+from fipa_jax.aggregate.trust_region import trust_region
+from fipa_jax.aggregate.uploads import Uploads, collect
 
 __all__ = [
-    "AGGREGATORS", "REASONS", "Aggregator", "FipaState", "Uploads", "collect", "diagonal", "fipa", "fipa_step", "mean",
-]  # fmt: skip
+    "AGGREGATORS",
+    "FALLBACKS",
+    "INFO",
+    "REASONS",
+    "Aggregator",
+    "FipaState",
+    "LateUpdates",
+    "Limits",
+    "Needs",
+    "PastRounds",
+    "Received",
+    "Solver",
+    "Uploads",
+    "capped",
+    "collect",
+    "compare",
+    "damped",
+    "diagonal",
+    "fipa",
+    "fipa_step",
+    "from_solver",
+    "latest",
+    "limited",
+    "mean",
+    "pinv",
+    "prior",
+    "receive",
+    "remembering",
+    "step_of",
+    "targets",
+    "tikhonov",
+    "trust_region",
+    "weights_of",
+]

@@ -1,21 +1,27 @@
-"""How do updates and their merged curvature become one step? Three forms of one filter, and what stands in for a step
-that fails. `aggregate.fipa` says what the forms are."""
+"""How do updates and their merged curvature become one step? FIPA's solvers: three filters of H's eigenvalues.
+
+A `Solver` turns messages into a step. Those in here solve; those in `limits`, `past_rounds` and `trust_region` wrap one
+that does, as `optax.apply_if_finite` wraps a transform, and have the same fields. `fisher_informed.from_solver`
+makes an aggregation rule of one.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fipa_jax.aggregate import merged_curvature as merge
+from fipa_jax.aggregate import merged_curvature
+from fipa_jax.aggregate.merged_curvature import Factor, Targets
+from fipa_jax.aggregate.rules import Needs, sound
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.trees import ratio
 
 
-class Group(NamedTuple):
-    """Those who have a say in the step: the round's clients, or messages of past ones. A group has one rank."""
+class Messages(NamedTuple):
+    """Those who have a say in the step, the round's clients or messages of past rounds; their sketches share a rank."""
 
-    weights: jax.Array  # [C], over all groups summing to one
+    weights: jax.Array  # [C], over all messages summing to one
     deltas: jax.Array  # [C, P]
     sketch: Sketch  # eigenvalues [C, R], basis [C, P, R]
     moved: jax.Array | None = None  # [C, P], what the parameters have moved by since they began; None for nothing
@@ -23,28 +29,46 @@ class Group(NamedTuple):
     clients: bool = True  # whether they are clients, in whose updates the bounds count, or a merged past
 
 
-class Settings(NamedTuple):
-    """What of a rule the step depends on."""
+class Now(NamedTuple):
+    """What else a solver may look at in a round."""
 
-    form: str  # a key of `FORMS`
-    relative: bool  # whether the damping is in units of H's largest eigenvalue
-    merge: str
-    damping: jax.Array  # []
-    rcond: jax.Array  # []
-    explosion: jax.Array  # []
+    theta: jax.Array  # [P], the parameters before it
+    size: jax.Array  # [], the cohort's examples or clients
+    ids: jax.Array | None = None  # [C] int32, who the clients are
+    loss: jax.Array | None = None  # [C], their mean losses at the broadcast parameters
 
 
-class Solved(NamedTuple):
+class Solution(NamedTuple):
     """A step, and how it came about."""
 
     step: jax.Array  # [P]
-    beta: jax.Array  # [], the damping that it was taken with, absolute
-    mean: jax.Array  # [P], sum_m w_m delta_m
-    longest: jax.Array  # [], the longest update of a client, as seen from the present parameters
-    merged: merge.Merged
-    inverse: jax.Array  # [D], the form's filter of H's eigenvalues
+    full: jax.Array  # [P], before any wrapper shortened it
+    beta: jax.Array  # [], the damping that was used, absolute
+    mean: jax.Array  # [P], FedAvg's step
+    longest: jax.Array  # [], the longest client's update, in the units in which the step's length is bounded
+    factor: Factor  # of the merged curvature H
+    inverse: jax.Array  # [D], what each eigenvalue of H was multiplied by
     least: jax.Array  # [], the least eigenvalue that it lets through
     fallback: jax.Array  # [] int32, see `FALLBACKS`
+    curve: jax.Array | None = None  # [], full^T H full, where a wrapper has computed it
+
+
+Hyper = dict  # {name: array}; the names are the config's paths below `aggregator`
+Solve = Callable[[list[Messages], Hyper, Any, Now], tuple[Solution, Hyper, Any, dict]]
+
+
+def _never(state: Any) -> bool:
+    return False
+
+
+class Solver(NamedTuple):
+    """Messages become a step: the same fields whether it solves, or wraps one that does."""
+
+    hyper: Hyper  # {name: default}, the numbers that are traced
+    init: Callable[[jax.Array], Any]  # theta [P] -> state
+    solve: Solve  # (messages, hyper, state, now) -> (Solution, hyper, state, info)
+    needs: Needs = Needs("sketch")  # what the clients have to send
+    withdraws: Callable[[Any], jax.Array | bool] = _never  # of the new state: is the step the last one, taken back?
 
 
 # What `fallback` counts, in words: what is taken instead of a step that is not finite or explodes.
@@ -52,93 +76,151 @@ FALLBACKS = ("none", "the damped form with a larger damping", "the mean")
 CAREFUL = 1e-3  # its damping, in units of H's largest eigenvalue
 
 
-def solve(groups: Sequence[Group], settings: Settings) -> Solved:
-    """The step of `settings.form` by all groups; a failing one gives way, see `aggregate.fipa`."""
-    form, own = settings.form, any(group.damping is not None for group in groups)
-    mean = sum(_weighted(group.weights, group) for group in groups)
+def pinv(rcond: float = 1e-5, *, explosion: float = 100.0, merge: str = "auto") -> Solver:
+    """step = H^+ sum_m w_m H_m delta_m (arXiv 2601.13608, eq. 6); outside span(F) nothing moves.
 
-    def base_of(beta):
-        """sum_m w_m (beta_m / beta) delta_m, which the damped form starts from; the mean, where beta_m is beta."""
-        return sum(_weighted(group.weights * _share(group, beta), group) for group in groups) if own else mean
+    Args:
+      rcond: the pseudo-inverse drops eigenvalues of H below this share of the largest.
+      explosion: a step that is not finite, or longer than this many times the longest update, is noise: the damped form
+        with beta at least `CAREFUL` times H's largest eigenvalue takes its place, and where that fails too the mean. 0
+        for no bound: then only what is not finite fails.
+      merge: see `merged_curvature.merge`.
+    """
+    return _solver("pinv", {"rcond": rcond, "limits.explosion": explosion}, False, merge)
 
-    def merged_about(base):
-        parts = [merge.Part(group.weights, group.sketch, _targets(group, base)) for group in groups]
-        return merge.merge(parts, settings.merge)
 
-    damped = form == "damped"
-    base = jnp.zeros_like(mean) if not damped else base_of(settings.damping)
-    merged = merged_about(base)
-    spectrum = merged.spectrum
-    beta = settings.damping * spectrum[0] if settings.relative else settings.damping
-    beta = jnp.zeros_like(beta) if form == "pinv" else beta
+def tikhonov(damping: float = 1e-3, *, relative: bool = True, explosion: float = 100.0, merge: str = "auto") -> Solver:
+    """step = (H + beta I)^{-1} sum_m w_m H_m delta_m; directions with eigenvalues below beta hardly move.
+
+    The authors' code takes gamma beta times this step: set the server's learning rate to gamma beta.
+
+    Args:
+      damping: beta.
+      relative: whether beta counts in units of H's largest eigenvalue.
+      explosion, merge: see `pinv`.
+    """
+    return _solver("tikhonov", {"damping": damping, "limits.explosion": explosion}, relative, merge)
+
+
+def damped(
+    damping: float = 1e-3,
+    *,
+    relative: bool = True,
+    own_damping: bool = False,
+    explosion: float = 100.0,
+    merge: str = "auto",
+) -> Solver:
+    """step = (H + beta I)^{-1} sum_m w_m (H_m + beta I) delta_m; directions with eigenvalues below beta get the mean.
+
+    The weights B_m = w_m (H + beta I)^{-1} (H_m + beta I) sum to the identity. Computed as dbar + (H + beta I)^{-1}
+    sum_m w_m H_m (delta_m - dbar), dbar the mean.
+
+    Args:
+      damping, relative, explosion, merge: see `tikhonov`.
+      own_damping: whether an update is taken for what it is to the client, (H_m + beta_m I) delta_m = -g_m, see
+        `fisher_informed.fipa`.
+
+    Raises:
+      ValueError: own_damping with a damping that is relative or not above 0.
+    """
+    if own_damping and (relative or (isinstance(damping, int | float) and not damping > 0)):
+        raise ValueError("aggregator.own_damping: needs form = 'damped', relative = False and damping above 0")
+    solver = _solver("damped", {"damping": damping, "limits.explosion": explosion}, relative, merge)
+    return solver._replace(needs=solver.needs._replace(damping=own_damping))
+
+
+def _solver(form: str, hyper: Hyper, relative: bool, merge: str) -> Solver:
+    merged_curvature.check(merge)
+
+    def solve(messages, hyper, state, now):
+        solution = _solve(messages, form, hyper, relative, merge)
+        return solution, hyper, state, {"fallback": solution.fallback}
+
+    return Solver(hyper, lambda theta: (), solve)
+
+
+def _solve(messages: Sequence[Messages], form: str, hyper: Hyper, relative: bool, merge: str) -> Solution:
+    """The step of a form by all messages; a failing one gives way, see `pinv`."""
+    mean = sum(_weighted(each.weights, each) for each in messages)
+    damping = hyper.get("damping", jnp.zeros([], mean.dtype))
+    base = _base(messages, damping, mean) if form == "damped" else jnp.zeros_like(mean)
+    factor = _merged_about(base, messages, merge)
+    spectrum = factor.spectrum
+    beta = damping * spectrum[0] if relative else damping
     # With beta = 0 a direction at rounding level, which carries no information, must not be divided by.
     floor = (jnp.finfo(mean.dtype).eps * spectrum.size) ** 2
-    inverse = lambda spectrum: FORMS[form](spectrum, beta, settings.rcond, floor)
-    step, found = base + merged.solve(inverse), inverse(spectrum)
-    least = jnp.min(jnp.where((found > 0) & (spectrum > floor * spectrum[0]), spectrum, spectrum[0]))
-    longest = jnp.max(jnp.concatenate([_lengths(group) * _share(group, beta) for group in groups if group.clients]))
+
+    def inverse(spectrum):
+        if form == "pinv":
+            return _pinv_inverse(spectrum, hyper["rcond"], floor)
+        return _damped_inverse(spectrum, beta, floor)
+
+    step, filtered = base + merged_curvature.solve(factor, inverse), inverse(spectrum)
+    least = jnp.min(jnp.where((filtered > 0) & (spectrum > floor * spectrum[0]), spectrum, spectrum[0]))
+    longest = jnp.max(jnp.concatenate([_lengths(each) * _share(each, beta) for each in messages if each.clients]))
 
     def careful():
         """The damped form, with a damping that no rounding gets through."""
         enough = jnp.maximum(beta, CAREFUL * spectrum[0])
-        base = base_of(enough)
-        again = merged if damped and not own else merged_about(base)
-        return base + again.solve(lambda spectrum: _damped_inverse(spectrum, enough, settings.rcond, floor)), enough
+        base = _base(messages, enough, mean)
+        own = any(each.damping is not None for each in messages)
+        again = factor if form == "damped" and not own else _merged_about(base, messages, merge)
+        return base + merged_curvature.solve(again, lambda lam: _damped_inverse(lam, enough, floor)), enough
 
-    limit = jnp.where(settings.explosion > 0, settings.explosion * longest, jnp.inf)
+    limit = jnp.where(hyper["limits.explosion"] > 0, hyper["limits.explosion"] * longest, jnp.inf)
     failed = ~sound(step, limit)
     step, used = jax.lax.cond(failed, careful, lambda: (step, beta))
     failed_too = failed & ~sound(step, limit)
     step = jnp.where(failed_too, mean, step)
-    return Solved(step, used, mean, longest, merged, found, least, failed.astype(jnp.int32) + failed_too)
+    return Solution(step, step, used, mean, longest, factor, filtered, least, failed.astype(jnp.int32) + failed_too)
 
 
-def sound(step, limit=jnp.inf):
-    """[] bool: the step is finite, and no longer than the limit."""
-    length = jnp.linalg.norm(step)
-    return jnp.isfinite(length) & (length <= limit)
+def _base(messages: Sequence[Messages], beta: jax.Array, mean: jax.Array) -> jax.Array:
+    """sum_m w_m (beta_m / beta) delta_m [P], which the damped form starts from; the mean, where beta_m is beta."""
+    if all(each.damping is None for each in messages):
+        return mean
+    return sum(_weighted(each.weights * _share(each, beta), each) for each in messages)
 
 
-def bounded(step, bound):
-    """Shortens the step to `bound`; a step of that length or less passes bit for bit."""
-    length = jnp.linalg.norm(step)
-    return jnp.where(length > bound, step * ratio(bound, length), step)
+def _merged_about(base: jax.Array, messages: Sequence[Messages], merge: str) -> Factor:
+    parts = [merged_curvature.Part(each.weights, each.sketch, _targets(each, base)) for each in messages]
+    return merged_curvature.merge(parts, merge)
 
 
-def _weighted(weights, group: Group):
-    return jnp.matmul(weights, group.deltas, precision="highest")
+def _weighted(weights: jax.Array, messages: Messages) -> jax.Array:
+    return jnp.matmul(weights, messages.deltas, precision="highest")
 
 
-def _lengths(group: Group):
+def _lengths(messages: Messages) -> jax.Array:
     """[C], of the updates as seen from the present parameters."""
-    return jnp.linalg.norm(group.deltas if group.moved is None else group.deltas - group.moved, axis=1)
+    seen = messages.deltas if messages.moved is None else messages.deltas - messages.moved
+    return jnp.linalg.norm(seen, axis=1)
 
 
-def _share(group: Group, beta):
+def _share(messages: Messages, beta: jax.Array) -> jax.Array | int:
     """[C], beta_m / beta."""
-    return 1 if group.damping is None else ratio(group.damping, beta)
+    return 1 if messages.damping is None else ratio(messages.damping, beta)
 
 
-def _targets(group: Group, base) -> Callable:
+def _targets(messages: Messages, base: jax.Array) -> Targets:
     """What each one's curvature is applied to, the way from the present parameters + base to where it wants them."""
 
+    def rows(array, start, number):
+        return jax.lax.dynamic_slice_in_dim(array, start, number, axis=-1)
+
     def targets(start, number):  # [C, number]
-        rows = lambda x: jax.lax.dynamic_slice_in_dim(x, start, number, axis=-1)
-        found = rows(group.deltas) - rows(base)[None]
-        return found if group.moved is None else found - rows(group.moved)
+        way = rows(messages.deltas, start, number) - rows(base, start, number)[None]
+        return way if messages.moved is None else way - rows(messages.moved, start, number)
 
     return targets
 
 
-def _damped_inverse(spectrum, beta, rcond, floor):
+def _damped_inverse(spectrum: jax.Array, beta: jax.Array | float, floor: float) -> jax.Array:
     """1 / (lam + beta), for H's eigenvalues lam."""
     keep = (spectrum > floor * spectrum[0]) | (beta > 0)
     return jnp.where(keep, 1 / jnp.where(keep, spectrum + beta, 1), 0)
 
 
-def _pinv_inverse(spectrum, beta, rcond, floor):
+def _pinv_inverse(spectrum: jax.Array, rcond: jax.Array, floor: float) -> jax.Array:
     """1 / lam where lam > rcond lam_max, else 0."""
-    return jnp.where(spectrum > rcond * spectrum[0], _damped_inverse(spectrum, 0.0, rcond, floor), 0)
-
-
-FORMS = {"pinv": _pinv_inverse, "tikhonov": _damped_inverse, "damped": _damped_inverse}
+    return jnp.where(spectrum > rcond * spectrum[0], _damped_inverse(spectrum, 0.0, floor), 0)

@@ -24,17 +24,28 @@ checkpoints hold too.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fipa_jax import trees
-from fipa_jax.aggregate import filters as forms
-from fipa_jax.aggregate.filters import Group
-from fipa_jax.aggregate.uploads import drift
+from fipa_jax.aggregate import merged_curvature
+from fipa_jax.aggregate.filters import Messages, Now, Solution, Solver
+from fipa_jax.aggregate.late_updates import drift
 from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.lookup import lookup
 from fipa_jax.trees import ratio
+
+
+class PastRounds(NamedTuple):
+    """What is remembered; the group `aggregator.past` of a config."""
+
+    kind: str = "none"  # none, prior, targets or latest
+    rank: int = 250  # R' of a message: R' P numbers for each of 1, length or all clients
+    decay: float = 0.9  # by which a message's weight falls with each round; below 1, for `latest` up to 1
+    length: int = 8  # L, the cohorts that `targets` remembers
+    num_clients: int = 0  # T, all clients, of which `latest` remembers one message each
 
 
 class Past(NamedTuple):
@@ -48,141 +59,205 @@ class Past(NamedTuple):
     damping: jax.Array | None = None  # [L], that the updates are relative to, where the rule wants it
 
 
-class Round(NamedTuple):
-    """What a round brings."""
+class Kind(NamedTuple):
+    """A way to remember, as pure functions of the past, the cohort's messages, the round and the hyper-parameters."""
 
-    cohort: Group  # its clients, their weights summing to one, or all 0
-    ids: jax.Array | None  # [C] int32, who they are
-    size: jax.Array  # [], the cohort's examples or clients
-    theta: jax.Array  # [P], the parameters before it
-    decay: jax.Array  # []
-    max_drift: jax.Array  # [], see `aggregate.fipa`
-    settings: forms.Settings
+    init: Callable[[jax.Array], Past]  # theta [P] -> Past, with nothing remembered yet
+    join: Callable[[Past, Messages, Now, dict], list[Messages]]  # -> all that have a say, the cohort first
+    keep: Callable[[Past, Messages, Now, dict, Solution], Past]  # the past after the round with this solution
+    needs_ids: bool = False
 
 
-class Memory(NamedTuple):
-    """A way to remember, as pure functions."""
+def remembering(inner: Solver, past: Kind, *, decay: float = 0.9) -> Solver:
+    """A solver that is given past rounds beside the present one.
 
-    init: Callable  # theta [P] -> Past, with nothing remembered yet
-    join: Callable  # (Past, Round) -> the groups that have a say, the cohort first; their weights sum to one
-    keep: Callable  # (Past, Round, forms.Solved of these groups) -> Past after the round
+    With the prior the step is about 1 - decay of the cohort's own: compare with FedAvg at the server's learning rate
+    1 - decay. What one client says, see `limits.capped`, then weighs for about 1 / (1 - decay) rounds.
+
+    Args:
+      past: `prior(...)`, `targets(...)` or `latest(...)`.
+      decay: by which the weight of a message falls with each round.
+
+    Raises:
+      ValueError: the inner solver judges its steps by the clients' losses, for which all must take part.
+    """
+    if inner.needs.loss:
+        raise ValueError("aggregator.trust: needs all clients in every round, where aggregator.past adds nothing")
+
+    def init(theta):
+        return past.init(theta), inner.init(theta)
+
+    def solve(messages, hyper, state, now):
+        remembered, rest = state
+        (cohort,) = messages
+        everyone = past.join(remembered, cohort, now, hyper)
+        solution, hyper, rest, info = inner.solve(everyone, hyper, rest, now)
+        remembered = past.keep(remembered, cohort, now, hyper, solution)
+        return solution, hyper, (remembered, rest), info | {"past_share": jnp.sum(everyone[1].weights)}
+
+    needs = inner.needs._replace(ids=past.needs_ids)
+    return Solver(inner.hyper | {"past.decay": decay}, init, solve, needs)
 
 
-def make(kind: str, *, rank: int, length: int, decay: float, num_clients: int, transport: bool) -> Memory | None:
-    """The memory of a kind, or None for `none`; `aggregate.fipa` says what the numbers are.
+def kind_of(options: PastRounds, alone: Solver, transport: bool) -> Kind:
+    """The kind that options name.
+
+    Args:
+      options: of another kind than `none`.
+      alone: see `targets`.
+      transport: see `latest`.
 
     Raises:
       ValueError: the kind is not known, or a number is out of its range.
     """
-    if kind not in KINDS:
-        raise ValueError(f"aggregator.memory: unknown {kind!r}; known: {', '.join(KINDS)}")
-    if min(rank, length) < 1:
-        raise ValueError(f"aggregator.memory: needs memory_rank and memory_length of at least 1, got {rank}, {length}")
-    if kind != "none" and not 0 <= decay < 1 and (kind, decay) != ("latest", 1):
-        raise ValueError(f"aggregator.memory_decay: needs a number in [0, 1), for 'latest' up to 1, got {decay}")
-    if kind == "latest" and num_clients < 1:
-        raise ValueError(f"aggregator.memory: 'latest' needs the number of all clients, num_clients, got {num_clients}")
-    return KINDS[kind](rank=rank, length=length, num_clients=num_clients, transport=transport)
+    kinds = {
+        "none": None,
+        "prior": lambda: prior(options.rank),
+        "targets": lambda: targets(options.rank, options.length, alone),
+        "latest": lambda: latest(options.rank, options.num_clients, transport),
+    }
+    make = lookup(kinds, options.kind, "aggregator.past.kind")
+    if min(options.rank, options.length) < 1:
+        got = f"{options.rank}, {options.length}"
+        raise ValueError(f"aggregator.past: needs a rank and a length of at least 1, got {got}")
+    if not 0 <= options.decay < 1 and (options.kind, options.decay) != ("latest", 1):
+        raise ValueError(f"aggregator.past.decay: needs a number in [0, 1), for 'latest' up to 1, got {options.decay}")
+    return make()
 
 
-def rank_of(kind: str, rank: int, sketched: int) -> int:
-    """The rank of a message, at most `rank`: a client's latest has no more pairs than its sketch of rank `sketched`."""
-    return min(rank, sketched) if kind == "latest" else rank
+def rank_of(options: PastRounds, sketched: int) -> int:
+    """The rank of a message: a client's latest has no more pairs than its sketch of rank `sketched`."""
+    return min(options.rank, sketched) if options.kind == "latest" else options.rank
 
 
-def _prior(*, rank: int, **_) -> Memory:
-    def join(past: Past, now: Round):
-        first = jnp.sum(past.weights * now.decay) == 0
-        deltas = jnp.where(first, (1 - now.decay) * now.cohort.deltas, now.cohort.deltas)
+def prior(rank: int = 250) -> Kind:
+    """All past cohorts as one message whose update is zero, with the top `rank` pairs of what they pin down."""
+
+    def init(theta):
+        return Past(*_blank(theta, 1, rank))
+
+    def join(past: Past, cohort: Messages, now: Now, hyper: dict):
+        weights = past.weights * hyper["past.decay"]
+        first = jnp.sum(weights) == 0
+        deltas = jnp.where(first, (1 - hyper["past.decay"]) * cohort.deltas, cohort.deltas)
         stays = jnp.zeros([1, now.theta.size], now.theta.dtype)
-        return _groups(
-            now, now.cohort._replace(deltas=deltas), Group(past.weights * now.decay, stays, past.sketch, clients=False)
-        )
+        return _side_by_side(now, cohort._replace(deltas=deltas), Messages(weights, stays, past.sketch, clients=False))
 
-    def keep(past: Past, now: Round, solved: forms.Solved):
-        weights = past.weights * now.decay
-        sketch = jax.tree.map(lambda leaf: leaf[None], solved.merged.top(past.sketch.eigenvalues.shape[1]))
-        grown = jnp.where(weights > 0, weights + now.size, now.size / (1 - now.decay))
-        return _unless_empty(now, Past(sketch, grown), past)
+    def keep(past: Past, cohort: Messages, now: Now, hyper: dict, solution: Solution):
+        weights = past.weights * hyper["past.decay"]
+        sketch = merged_curvature.top(solution.factor, past.sketch.eigenvalues.shape[1])
+        grown = jnp.where(weights > 0, weights + now.size, now.size / (1 - hyper["past.decay"]))
+        return _unless_empty(now, hyper, Past(jax.tree.map(lambda leaf: leaf[None], sketch), grown), past)
 
-    return Memory(lambda theta: Past(*_blank(theta, 1, rank)), join, keep)
+    return Kind(init, join, keep)
 
 
-def _targets(*, rank: int, length: int, **_) -> Memory:
+def targets(rank: int = 250, length: int = 8, alone: Solver | None = None) -> Kind:
+    """The last cohorts, kept apart, each with its curvature and where it wanted the parameters to be.
+
+    Args:
+      rank: R', of a cohort's curvature.
+      length: L, cohorts.
+      alone: a solver of the cohort by itself, which says where it would have gone; its damping is absolute.
+    """
+
     def init(theta):
         return Past(*_blank(theta, length, rank), targets=jnp.zeros([length, theta.size], theta.dtype))
 
-    def join(past: Past, now: Round):
-        weights = past.weights * now.decay
+    def join(past: Past, cohort: Messages, now: Now, hyper: dict):
+        weights = past.weights * hyper["past.decay"]
         back = trees.zero_unless(weights > 0, past.targets - now.theta[None])
-        return _groups(now, now.cohort, Group(weights, back, past.sketch, clients=False))
+        return _side_by_side(now, cohort, Messages(weights, back, past.sketch, clients=False))
 
-    def keep(past: Past, now: Round, solved: forms.Solved):
+    def keep(past: Past, cohort: Messages, now: Now, hyper: dict, solution: Solution):
         # On its own, and at the same damping, the cohort would have gone here.
-        alone = forms.solve([now.cohort], now.settings._replace(damping=solved.beta, relative=False))
-        push = lambda new, old: jnp.concatenate([new[None], old[:-1]])  # the last one first
-        sketch = jax.tree.map(push, alone.merged.top(past.sketch.eigenvalues.shape[1]), past.sketch)
-        targets = push(now.theta + alone.step, past.targets)
-        return _unless_empty(now, Past(sketch, push(now.size, past.weights * now.decay), targets), past)
+        own, *_ = alone.solve([cohort], hyper | {"damping": solution.beta}, (), now)
+        sketch = merged_curvature.top(own.factor, past.sketch.eigenvalues.shape[1])
+        weights = _pushed(now.size, past.weights * hyper["past.decay"])
+        new = Past(
+            jax.tree.map(_pushed, sketch, past.sketch), weights, targets=_pushed(now.theta + own.step, past.targets)
+        )
+        return _unless_empty(now, hyper, new, past)
 
-    return Memory(init, join, keep)
+    return Kind(init, join, keep)
 
 
-def _latest(*, rank: int, num_clients: int, transport: bool, **_) -> Memory:
+def latest(rank: int, num_clients: int, transport: bool = True) -> Kind:
+    """Each client's last message: whoever is absent takes part as a late client.
+
+    Args:
+      rank: R', of a client's curvature.
+      num_clients: T.
+      transport: whether an absent client's target stays where it was, see `fisher_informed.fipa`.
+
+    Raises:
+      ValueError: there is no client.
+    """
+    if num_clients < 1:
+        raise ValueError(
+            f"aggregator.past.kind: 'latest' needs the number of all clients, num_clients, got {num_clients}"
+        )
+
     def init(theta):
-        blank = lambda: jnp.zeros([num_clients, theta.size], theta.dtype)
-        numbers = jnp.zeros([num_clients], theta.dtype)
-        return Past(*_blank(theta, num_clients, rank), deltas=blank(), starts=blank(), damping=numbers)
+        rows, numbers = jnp.zeros([num_clients, theta.size], theta.dtype), jnp.zeros([num_clients], theta.dtype)
+        return Past(*_blank(theta, num_clients, rank), deltas=rows, starts=rows, damping=numbers)
 
-    def join(past: Past, now: Round):
-        present = jnp.zeros(past.weights.shape, bool).at[now.ids].max(now.cohort.weights > 0)
+    def join(past: Past, cohort: Messages, now: Now, hyper: dict):
+        present = jnp.zeros(past.weights.shape, bool).at[now.ids].max(cohort.weights > 0)
         moved = now.theta[None] - past.starts
-        near = lambda: drift(past.sketch, moved) <= now.max_drift
-        near = jax.lax.cond(now.max_drift > 0, near, lambda: jnp.ones_like(present))
-        weights = jnp.where(near & ~present, past.weights * now.decay, 0)
+        near = jax.lax.cond(
+            hyper["late.max_drift"] > 0,
+            lambda: drift(past.sketch, moved) <= hyper["late.max_drift"],
+            lambda: jnp.ones_like(present),
+        )
+        weights = jnp.where(near & ~present, past.weights * hyper["past.decay"], 0)
         moved = trees.zero_unless(weights > 0, moved) if transport else None
-        damping = None if now.cohort.damping is None else past.damping
-        return _groups(now, now.cohort, Group(weights, past.deltas, past.sketch, moved, damping))
+        damping = None if cohort.damping is None else past.damping
+        return _side_by_side(now, cohort, Messages(weights, past.deltas, past.sketch, moved, damping))
 
-    def keep(past: Past, now: Round, solved: forms.Solved):
-        cohort = now.cohort
+    def keep(past: Past, cohort: Messages, now: Now, hyper: dict, solution: Solution):
         starts = now.theta[None] - (jnp.zeros_like(cohort.deltas) if cohort.moved is None else cohort.moved)
         damping = jnp.zeros_like(cohort.weights) if cohort.damping is None else cohort.damping
-        sketch = _first(cohort.sketch, past.sketch.eigenvalues.shape[1], cohort.deltas.dtype)
+        sketch = _first_pairs(cohort.sketch, past.sketch.eigenvalues.shape[1], cohort.deltas.dtype)
         new = Past(sketch, cohort.weights * now.size, deltas=cohort.deltas, starts=starts, damping=damping)
         # Who is left out keeps what was said before: its place is none, and nothing is written there.
         ids = jnp.where(cohort.weights > 0, now.ids, num_clients)
-        put = lambda old, new: old.at[ids].set(new, mode="drop")
-        return jax.tree.map(put, past._replace(weights=past.weights * now.decay), new)
+        faded = past._replace(weights=past.weights * hyper["past.decay"])
+        return jax.tree.map(lambda old, new: old.at[ids].set(new, mode="drop"), faded, new)
 
-    return Memory(init, join, keep)
-
-
-KINDS = {"none": lambda **_: None, "prior": _prior, "targets": _targets, "latest": _latest}
+    return Kind(init, join, keep, needs_ids=True)
 
 
-def _blank(theta, length: int, rank: int):
+def _blank(theta: jax.Array, length: int, rank: int) -> tuple[Sketch, jax.Array]:
     """(sketch, weights) of messages that are still to come."""
     rank = min(rank, theta.size)
     sketch = Sketch(jnp.zeros([length, rank], theta.dtype), jnp.zeros([length, theta.size, rank], theta.dtype))
     return sketch, jnp.zeros([length], theta.dtype)
 
 
-def _groups(now: Round, cohort: Group, past: Group) -> list[Group]:
+def _side_by_side(now: Now, cohort: Messages, past: Messages) -> list[Messages]:
     """Both, of which the past has weights in examples or clients, with weights that sum to one."""
     total = now.size + jnp.sum(past.weights)
     shared = cohort._replace(weights=cohort.weights * ratio(now.size, total))
     return [shared, past._replace(weights=ratio(past.weights, total))]
 
 
-def _unless_empty(now: Round, new: Past, old: Past) -> Past:
+def _unless_empty(now: Now, hyper: dict, new: Past, old: Past) -> Past:
     """The past after a round in which somebody took part; without, it only fades."""
-    faded = old._replace(weights=old.weights * now.decay)
+    faded = old._replace(weights=old.weights * hyper["past.decay"])
     return jax.tree.map(lambda new, old: jnp.where(now.size > 0, new, old), new, faded)
 
 
-def _first(sketch: Sketch, rank: int, dtype) -> Sketch:
+def _pushed(new: jax.Array, old: jax.Array) -> jax.Array:
+    """`old` [L, ...] with `new` [...] in front; the last goes."""
+    return jnp.concatenate([new[None], old[:-1]])
+
+
+def _first_pairs(sketch: Sketch, rank: int, dtype: Any) -> Sketch:
     """Stacked sketches cut to their first pairs, or filled up with pairs that are zero."""
-    have = sketch.eigenvalues.shape[-1]
-    fit = lambda leaf: jnp.pad(leaf[..., :rank], [(0, 0)] * (leaf.ndim - 1) + [(0, max(rank - have, 0))])
-    return Sketch(fit(sketch.eigenvalues).astype(dtype), fit(sketch.basis).astype(dtype))
+
+    def fit(leaf):
+        padding = [(0, 0)] * (leaf.ndim - 1) + [(0, max(rank - sketch.eigenvalues.shape[-1], 0))]
+        return jnp.pad(leaf[..., :rank], padding).astype(dtype)
+
+    return Sketch(fit(sketch.eigenvalues), fit(sketch.basis))

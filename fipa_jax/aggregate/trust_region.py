@@ -9,9 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fipa_jax.aggregate import merged_curvature
+from fipa_jax.aggregate.filters import Solver
+from fipa_jax.aggregate.limits import shortened
+
 
 class Trust(NamedTuple):
-    """What a rule remembers of its last step."""
+    """What a solver remembers of its last step."""
 
     step: jax.Array  # [P]
     loss: jax.Array  # [], the mean loss that the step started from
@@ -19,6 +23,7 @@ class Trust(NamedTuple):
     growth: jax.Array  # [], by which the damping grows if the step is rejected
     damping: jax.Array  # [], that the step was taken with
     clients: jax.Array  # [], so many took part in it
+    undone: jax.Array  # [] bool: this step is the one before, taken back
 
 
 class Verdict(NamedTuple):
@@ -33,7 +38,7 @@ class Verdict(NamedTuple):
 def init(size: int, dtype) -> Trust:
     """Before the first step: nothing to judge."""
     loss, predicted, growth, damping = (jnp.asarray(value, dtype) for value in (jnp.inf, 0.0, 2.0, 0.0))
-    return Trust(jnp.zeros([size], dtype), loss, predicted, growth, damping, jnp.int32(0))
+    return Trust(jnp.zeros([size], dtype), loss, predicted, growth, damping, jnp.int32(0), jnp.zeros([], bool))
 
 
 def judge(trust: Trust, loss: jax.Array, damping: jax.Array, clients: jax.Array) -> Verdict:
@@ -58,9 +63,7 @@ def judge(trust: Trust, loss: jax.Array, damping: jax.Array, clients: jax.Array)
     damping_next = jnp.where(accepted, jnp.where(judged, shrink, 1) * damping, grown)
     growth = jnp.where(accepted, jnp.where(judged, 2, trust.growth), 2 * trust.growth)
     # Where the loss is at rounding level every step is undone, and where the model is exact none is, for ever.
-    limits = jnp.finfo(damping.dtype)
-    inside = lambda value: jnp.clip(value, limits.tiny, jnp.sqrt(limits.max)).astype(damping.dtype)
-    return Verdict(accepted, inside(damping_next), inside(growth), gain)
+    return Verdict(accepted, _inside(damping_next, damping.dtype), _inside(growth, damping.dtype), gain)
 
 
 def follow(trust: Trust, verdict: Verdict, loss, damping, step: jax.Array, predicted, clients):
@@ -73,8 +76,52 @@ def follow(trust: Trust, verdict: Verdict, loss, damping, step: jax.Array, predi
       predicted: [], the decrease of the loss that it promises.
       clients: [], so many take part in it.
     """
-    new = Trust(step, loss, predicted, verdict.growth, damping, clients)
+    new = Trust(step, loss, predicted, verdict.growth, damping, clients, jnp.zeros([], bool))
     nothing = jnp.zeros_like(step), trust.loss, jnp.zeros_like(predicted)
-    back = Trust(*nothing, verdict.growth, damping, trust.clients)
+    back = Trust(*nothing, verdict.growth, damping, trust.clients, jnp.ones([], bool))
     remembered = jax.tree.map(lambda a, b: jnp.where(verdict.accepted, a, b), new, back)
     return jnp.where(verdict.accepted, step, -trust.step), remembered
+
+
+def trust_region(inner: Solver) -> Solver:
+    """A solver whose damping follows the clients' losses, and which takes back a step that raised them; see `judge`.
+
+    For rounds in which all clients take part, and a server that adds the step as it is. The inner solver's damping is
+    the first round's. A step solves (H + beta I) step = -g, so that its promise, -g x - x^T H x / 2 at x = factor step
+    once it is shortened, needs no gradient.
+
+    Raises:
+      ValueError: the inner solver has no damping.
+    """
+    if "damping" not in inner.hyper:
+        raise ValueError("aggregator.trust: 'pinv' has no damping to adapt; set aggregator.form = 'damped'")
+
+    def start(theta):
+        return init(theta.size, theta.dtype), inner.init(theta)
+
+    def solve(messages, hyper, state, now):
+        last, rest = state
+        solution, _, rest, info = inner.solve(messages, hyper, rest, now)
+        step, full, weights = solution.step, solution.full, messages[0].weights
+        curve = solution.curve
+        if curve is None:
+            curve = jnp.minimum(merged_curvature.quadratic(solution.factor, full), jnp.finfo(full.dtype).max)
+        promise = curve + solution.beta * jnp.vdot(full, full)
+        factor = shortened(step, full)
+        predicted = factor * promise - factor**2 * curve / 2
+        loss = jnp.dot(weights, jnp.where(weights > 0, now.loss, 0))
+        clients = jnp.sum(weights > 0, dtype=jnp.int32)
+        verdict = judge(last, loss, hyper["damping"], clients)
+        step, last = follow(last, verdict, loss, hyper["damping"], step, predicted, clients)
+        info |= {"damping": hyper["damping"], "gain": verdict.gain, "undone": last.undone}
+        return solution._replace(step=step), hyper | {"damping": verdict.damping}, (last, rest), info
+
+    def withdraws(state):
+        return state[0].undone
+
+    return Solver(inner.hyper, start, solve, inner.needs._replace(loss=True), withdraws)
+
+
+def _inside(value: jax.Array, dtype) -> jax.Array:
+    limits = jnp.finfo(dtype)
+    return jnp.clip(value, limits.tiny, jnp.sqrt(limits.max)).astype(dtype)

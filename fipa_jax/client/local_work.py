@@ -1,4 +1,4 @@
-"""What do local solvers share? The numbers that they are given, what they return, and a client's objective."""
+"""What do local solvers share? What they are given, what they return, a client's objective; wrappers of any of them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax.client.examples import Client, masked_mean, present
-from fipa_jax.client.terms import Local, Term
-from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.client.examples import Client, gather, masked_mean, present
+from fipa_jax.client.terms import Done, Local, Term
+from fipa_jax.curvature.products import Loss
+from fipa_jax.curvature.sketch import Sketch, smallest
+from fipa_jax.curvature.sketcher import TaskOutputs
 
 FEW = 5  # examples whose activations in a small network stay in a core's cache
 
@@ -30,26 +32,93 @@ class LocalResult(NamedTuple):
     """What a client has after its local work."""
 
     delta: Any  # new minus broadcast parameters
-    memory: Any  # of the term
+    store: Any  # what the client keeps for the term until its next round
     loss: jax.Array  # [], mean training loss over its steps
-    before: Any = ()  # [], mean loss over its examples at the broadcast parameters, where the rule asks for it
-    damping: Any = ()  # [], beta_m of (H_m + beta_m I) delta = -gradient, nearly, where the rule asks for it
-    age: Any = ()  # [] int32, rounds ago at which it started, where clients may be late
-    faults: Any = ()  # `faults.Faults`, what goes wrong with the upload, where faults are injected
+    before: jax.Array | None = None  # [], mean loss over its examples at the broadcast parameters
+    damping: jax.Array | None = None  # [], beta_m of (H_m + beta_m I) delta = -gradient, nearly
 
 
-def make_objective(outputs, loss, term: Term, params, data, client: Client, hyper: Hyper, memory, shared) -> Callable:
+# (outputs, params, data, client, key, hyper, store, shared) -> LocalResult: one client, pure, jittable. `data` are the
+# whole set's fields {field: [N_total, ...]}, `store` is the client's own and `shared` the mean of all clients' stores.
+LocalSolver = Callable[[TaskOutputs, Any, dict, Client, jax.Array, Hyper, Any, Any], LocalResult]
+Objective = Callable[[Any, dict, jax.Array], tuple[jax.Array, jax.Array]]
+MeanGradient = Callable[[Any, dict, jax.Array], tuple[Any, jax.Array]]
+
+
+class Work(NamedTuple):
+    """What one client works with in a round."""
+
+    outputs: TaskOutputs
+    params: Any  # the broadcast parameters
+    data: dict  # {field: [N_total, ...]}
+    client: Client
+    hyper: Hyper
+    store: Any  # the client's own
+    shared: Any  # the mean of all T clients' stores
+
+    @property
+    def examples(self) -> dict:
+        """{field: [N, ...]}, the client's examples with their padding."""
+        return gather(self.data, self.client.indices)
+
+
+class Improvement(NamedTuple):
+    """What a client has found in a round."""
+
+    delta: Any  # new minus broadcast parameters
+    loss: jax.Array  # [], mean training loss over its steps
+    travelled: jax.Array  # [], sum of the learning rates, or what corresponds to it: see `terms.Done`
+    damping: jax.Array | None = None  # [], see `LocalResult`
+
+
+def solver_of(improve: Callable[[Work, jax.Array], Improvement], term: Term) -> LocalSolver:
+    """The local solver that improves by `improve(work, key)`, and then keeps what the term asks to keep."""
+
+    def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
+        found = improve(Work(outputs, params, data, client, hyper, store, shared), key)
+        store = term.update(Done(store, shared, params, found.delta, found.travelled, hyper.mu))
+        return LocalResult(found.delta, store, found.loss, damping=found.damping)
+
+    return solve
+
+
+def adaptive_steps(local: LocalSolver, scale: float, most: int) -> LocalSolver:
+    """The local solver with as many steps as `steps_for` says of the client's own sketch, `hyper.sketch`."""
+
+    def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
+        steps = steps_for(smallest(hyper.sketch.eigenvalues), hyper.lr, scale, most)
+        return local(outputs, params, data, client, key, hyper._replace(steps=steps), store, shared)
+
+    return solve
+
+
+def with_initial_loss(local: LocalSolver, loss: Loss) -> LocalSolver:
+    """The local solver whose result says the client's mean loss at the parameters that it has received, `before`."""
+
+    def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
+        result = local(outputs, params, data, client, key, hyper, store, shared)
+        examples = gather(data, client.indices)
+        losses = loss(outputs(params, examples)[0], examples)
+        return result._replace(before=masked_mean(losses, present(client)))
+
+    return solve
+
+
+def make_objective(work: Work, loss: Loss, term: Term) -> Objective:
     """Builds `objective(theta, examples, mask) -> (mean loss + the term's penalty, mean loss)` of a client.
 
-    The means are over the mask's examples; the arguments are those of a local solver.
+    The means are over the mask's examples, {field: [B, ...]} and [B].
     """
-    there = present(client)
-    own = lambda field: data[field][client.indices]
+    outputs, params, data, client, hyper, store, shared = work
+    owned = present(client)
+
+    def all_examples(field):
+        return data[field][client.indices]
 
     def objective(theta, examples, mask):
         out, features = outputs(theta, examples)
         mean_loss = masked_mean(loss(out, examples), mask)
-        at = Local(theta, params, memory, shared, hyper.mu, examples, mask, out, features, outputs, own, there)
+        at = Local(theta, params, store, shared, hyper.mu, examples, mask, out, features, outputs, all_examples, owned)
         return mean_loss + term.penalty(at), mean_loss
 
     return objective
@@ -63,7 +132,18 @@ def regularised(clip_norm: float, weight_decay: float) -> optax.GradientTransfor
     )
 
 
-def in_micro_batches(gradient: Callable, number: int) -> Callable:
+def mean_gradient(work: Work, loss: Loss, term: Term, batch: int, micro_batch: int) -> MeanGradient:
+    """Builds `gradient(theta, examples, mask) -> (gradient of the client's objective, mean loss)`.
+
+    Args:
+      batch: B, the examples of a call.
+      micro_batch: of them at a time, see `micro_batch_of`; a term that needs the whole batch takes all.
+    """
+    at_a_time = batch if term.whole_batch else micro_batch_of(micro_batch, batch)
+    return in_micro_batches(jax.grad(make_objective(work, loss, term), has_aux=True), batch // at_a_time)
+
+
+def in_micro_batches(gradient: MeanGradient, number: int) -> MeanGradient:
     """`gradient(theta, examples, mask) -> (gradient, mean loss)`, as a sum over so many micro-batches."""
     if number == 1:
         return gradient
@@ -72,10 +152,10 @@ def in_micro_batches(gradient: Callable, number: int) -> Callable:
         parts = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), (examples, mask))
         shares = jnp.sum(parts[1], axis=1) / jnp.maximum(jnp.sum(mask), 1)
 
-        def add(total, part):
-            given, share = part
-            found = gradient(theta, *given)
-            return jax.tree.map(lambda t, g: (t + share * g).astype(t.dtype), total, found), None
+        def add(total, part_and_share):
+            part, share = part_and_share
+            value = gradient(theta, *part)
+            return jax.tree.map(lambda t, g: (t + share * g).astype(t.dtype), total, value), None
 
         blank = jax.tree.map(jnp.zeros_like, theta), jnp.zeros([], ravel_pytree(theta)[0].dtype)
         return jax.lax.scan(add, blank, (parts, shares))[0]

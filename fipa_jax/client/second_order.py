@@ -1,28 +1,39 @@
-"""Client solvers that use curvature on all of a client's examples: Gauss-Newton steps and L-BFGS.
+"""Client solvers that use curvature on all of a client's examples: Gauss-Newton steps, L-BFGS, natural gradients.
 
-They are local solvers as in `client`. All examples enter every step: mini-batches and augmentation do not.
+They are local solvers, see `local_work`. All examples enter every step: mini-batches and augmentation do not.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax.client.examples import Client, gather, present
-from fipa_jax.client.local_work import Hyper, LocalResult, in_micro_batches, make_objective, micro_batch_of, regularised
-from fipa_jax.client.terms import Done, Term, none
+from fipa_jax.client.examples import present
+from fipa_jax.client.first_order import Augment
+from fipa_jax.client.local_work import (
+    Improvement,
+    LocalSolver,
+    Work,
+    make_objective,
+    mean_gradient,
+    regularised,
+    solver_of,
+)
+from fipa_jax.client.terms import Term, none
 from fipa_jax.curvature import products as curvature
+from fipa_jax.curvature.products import Loss
+from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.lookup import lookup
 from fipa_jax.trees import ratio
 
 GRAM_LIMIT = 2000  # N K up to which `auto` solves with the Gram matrix
 
 
 def gauss_newton(
-    loss: Callable,
-    augment: Callable,
+    loss: Loss,
+    augment: Augment,
     *,
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
@@ -32,7 +43,7 @@ def gauss_newton(
     system: str = "auto",
     cg_steps: int = 100,
     term: Term | None = None,
-) -> Callable:
+) -> LocalSolver:
     """Levenberg-Marquardt Gauss-Newton steps on all of the client's examples, for regression tasks.
 
         delta = -(J^T L J / N + damping I)^{-1} J^T e / N = -J^T (L J J^T / N + damping I)^{-1} e / N
@@ -42,7 +53,7 @@ def gauss_newton(
     the damping (Marquardt 1963); after `tries` of that the client stays where it is.
 
     Args:
-      loss: (outputs, batch) -> [B].
+      loss: (out, batch) -> [B].
       epochs, steps: re-linearised steps a round; an epoch is one step, as it takes all examples.
       tries: dampings that are tried; 0 takes the first one's step untested, as it is.
       system: `gram` solves the right-hand form (push-through identity), one [N K, N K] system; `cg` the left-hand one
@@ -55,44 +66,68 @@ def gauss_newton(
     _refuse_regularisers("gauss_newton", weight_decay, clip_norm)
     if term not in (None, none()):
         raise ValueError("local.optimizer = 'gauss_newton' takes no term: set term.name = 'none', or use 'lbfgs'")
-    if system not in SYSTEMS:
-        raise ValueError(f"local.system: unknown {system!r}; known: {', '.join(sorted(SYSTEMS))}")
     steps = steps or epochs
-    linearise = functools.partial(SYSTEMS[system], loss=loss, cg_steps=cg_steps)
+    linearise = functools.partial(lookup(SYSTEMS, system, "local.gauss_newton.system"), loss=loss, cg_steps=cg_steps)
 
-    @_precise
-    def solve(outputs, params, data, client: Client, key, hyper: Hyper, memory, shared) -> LocalResult:
-        examples, mask = gather(data, client.indices), present(client)
-        flat, unravel = ravel_pytree(params)
-        weight = mask.astype(flat.dtype) / jnp.maximum(client.num_examples, 1)
-        predict = lambda params, batch: outputs(params, batch)[0]
-        mean_loss = lambda theta: jnp.sum(weight * loss(predict(unravel(theta), examples), examples))
+    def improve(work: Work, key) -> Improvement:
+        hyper, examples, mask = work.hyper, work.examples, present(work.client)
+        flat, unravel = ravel_pytree(work.params)
+        weight = mask.astype(flat.dtype) / jnp.maximum(work.client.num_examples, 1)
 
-        def improve(_, carry):
+        def predict(params, batch):
+            return work.outputs(params, batch)[0]
+
+        def mean_loss(theta):
+            return jnp.sum(weight * loss(predict(unravel(theta), examples), examples))
+
+        def step(_, carry):
             theta, total, _ = carry
             before = mean_loss(theta)
             direction, least = linearise(predict, unravel(theta), examples, mask)
-            step_for = lambda damping: hyper.lr * direction(damping)
+
+            def step_for(damping):
+                return hyper.lr * direction(damping)
+
             if not tries:
                 return theta + step_for(hyper.damping), total + before, hyper.damping
-
-            def again(attempt):
-                damping, _, tried = attempt
-                damping = jnp.where(tried == 0, damping, jnp.maximum(10 * damping, least))
-                return damping, step_for(damping), tried + 1
-
-            # NaN compares false, and so is no improvement.
-            worse = lambda step: ~(mean_loss(theta + step) <= before)
-            failed = lambda attempt: (attempt[2] == 0) | ((attempt[2] < tries) & worse(attempt[1]))
-            start = (hyper.damping, jnp.zeros_like(theta), 0)
-            damping, step, _ = jax.lax.while_loop(failed, again, start)
-            return jnp.where(worse(step), theta, theta + step), total + before, damping
+            theta, damping = _marquardt(theta, before, mean_loss, step_for, hyper.damping, least, tries)
+            return theta, total + before, damping
 
         start = flat, jnp.zeros([], flat.dtype), hyper.damping
-        theta, total, damping = jax.lax.fori_loop(0, steps, improve, start)
-        return LocalResult(unravel(theta - flat), memory, total / steps, damping=damping)
+        theta, total, damping = jax.lax.fori_loop(0, steps, step, start)
+        # No term, and so nothing that asks how far it has travelled.
+        return Improvement(unravel(theta - flat), total / steps, jnp.ones([], flat.dtype), damping)
 
-    return solve
+    return _precise(solver_of(improve, none()))
+
+
+def _marquardt(theta, before, mean_loss, step_for, damping, least, tries: int):
+    """(theta [P] after a step that does not raise the loss, the damping [] of that step), by trying ever larger ones.
+
+    Args:
+      theta: [P].
+      before: [], its loss.
+      mean_loss: theta -> [].
+      step_for: damping -> step [P].
+      damping: [], the first one; each further one is ten times the one before it.
+      least: [], the smallest damping that changes the step, for the further ones.
+      tries: after so many theta stays where it is.
+    """
+
+    def worse(step):  # NaN compares false, and so is no improvement
+        return ~(mean_loss(theta + step) <= before)
+
+    def failed(attempt):
+        _, step, tried = attempt
+        return (tried == 0) | ((tried < tries) & worse(step))
+
+    def again(attempt):
+        damping, _, tried = attempt
+        damping = jnp.where(tried == 0, damping, jnp.maximum(10 * damping, least))
+        return damping, step_for(damping), tried + 1
+
+    damping, step, _ = jax.lax.while_loop(failed, again, (damping, jnp.zeros_like(theta), 0))
+    return jnp.where(worse(step), theta, theta + step), damping
 
 
 def _gram(predict, params, examples, mask, *, loss, cg_steps):
@@ -106,7 +141,10 @@ def _gram(predict, params, examples, mask, *, loss, cg_steps):
     system = curve((rows @ rows.T).reshape(*out.shape, -1))
     # A padded example's equation reads 0 = 0: with a one on the diagonal it can be solved.
     padding = jnp.repeat(~mask, num_outputs).astype(out.dtype)
-    direction = lambda damping: -jnp.linalg.solve(system + jnp.diag(damping + padding), gradient.reshape(-1)) @ rows
+
+    def direction(damping):
+        return -jnp.linalg.solve(system + jnp.diag(damping + padding), gradient.reshape(-1)) @ rows
+
     return direction, jnp.trace(system) * jnp.finfo(out.dtype).eps
 
 
@@ -115,10 +153,14 @@ def _cg(predict, params, examples, mask, *, loss, cg_steps):
     ggn = curvature.make_ggn(predict, loss)(params, examples, mask)
     gradient = curvature.make_gradient(predict, loss)(params, examples, mask)
     eps = jnp.finfo(gradient.dtype).eps
-    product = lambda vector: ggn.product(vector[:, None])[:, 0]
+
+    def product(vector):
+        return ggn.product(vector[:, None])[:, 0]
 
     def direction(damping):
-        damped = lambda vector: product(vector) + damping * vector
+        def damped(vector):
+            return product(vector) + damping * vector
+
         return -jax.scipy.sparse.linalg.cg(damped, gradient, tol=eps, maxiter=cg_steps)[0]
 
     # |H g| / |g| is no more than the largest eigenvalue; the trace is not at hand.
@@ -127,6 +169,7 @@ def _cg(predict, params, examples, mask, *, loss, cg_steps):
 
 
 def _auto(predict, params, examples, mask, *, loss, cg_steps):
+    """`_gram` for few outputs, else `_cg`."""
     small = jax.eval_shape(predict, params, examples).size <= GRAM_LIMIT
     return (_gram if small else _cg)(predict, params, examples, mask, loss=loss, cg_steps=cg_steps)
 
@@ -136,8 +179,8 @@ SYSTEMS = {"auto": _auto, "cg": _cg, "gram": _gram}
 
 
 def lbfgs(
-    loss: Callable,
-    augment: Callable,
+    loss: Loss,
+    augment: Augment,
     *,
     memory_size: int = 10,
     weight_decay: float = 0.0,
@@ -145,16 +188,16 @@ def lbfgs(
     epochs: int = 1,
     steps: int = 0,
     term: Term | None = None,
-) -> Callable:
+) -> LocalSolver:
     """L-BFGS with a zoom line search (Nocedal & Wright 2006, algorithms 7.4 and 3.5) on all of the client's examples.
 
     The objective is the mean loss plus the term's penalty. The learning rate scales nothing: the line search chooses
-    the step, strong Wolfe. A step that does not lower the objective, or is not finite, is not taken: the memory of
-    gradients is forgotten, and where that does not help either the client is done. With clients side by side
+    the step, strong Wolfe. A step that does not lower the objective, or is not finite, is not taken: the
+    gradients of before are forgotten, and where that does not help either the client is done. With clients side by side
     (`chunk` other than 1) every evaluation in the line search costs two.
 
     Args:
-      loss: (outputs, batch) -> [B].
+      loss: (out, batch) -> [B].
       memory_size: pairs of steps and gradient differences that are remembered; a round starts without any.
       epochs, steps: iterations a round, at most; an epoch is one, as it takes all examples.
       term: additive term of the objective.
@@ -167,19 +210,22 @@ def lbfgs(
     steps = steps or epochs
     search = optax.lbfgs(memory_size=memory_size)
 
-    @_precise
-    def solve(outputs, params, data, client: Client, key, hyper: Hyper, memory, shared) -> LocalResult:
-        examples, mask = gather(data, client.indices), present(client)
+    def improve(work: Work, key) -> Improvement:
+        examples, mask = work.examples, present(work.client)
         # As one vector: optax looks its state up by name, among which a parameter's could be.
-        flat, unravel = ravel_pytree(params)
-        objective = make_objective(outputs, loss, term, params, data, client, hyper, memory, shared)
-        losses = lambda theta: objective(unravel(theta), examples, mask)
-        # Outside the function's domain the line search needs a value to turn back from.
-        value_of = lambda theta: jnp.nan_to_num(losses(theta)[0], nan=jnp.inf, posinf=jnp.inf, neginf=jnp.inf)
+        flat, unravel = ravel_pytree(work.params)
+        objective = make_objective(work, loss, term)
+
+        def losses(theta):
+            return objective(unravel(theta), examples, mask)
+
+        def value_of(theta):  # outside the function's domain the line search needs a value to turn back from
+            return jnp.nan_to_num(losses(theta)[0], nan=jnp.inf, posinf=jnp.inf, neginf=jnp.inf)
+
         value_and_gradient = optax.value_and_grad_from_state(value_of)
         forgotten = search.init(flat)
 
-        def improve(carry):
+        def step(carry):
             s, theta, state, failures, total = carry
             value, gradient = value_and_gradient(theta, state=state)
             update, state = search.update(gradient, state, theta, value=value, grad=gradient, value_fn=value_of)
@@ -189,31 +235,28 @@ def lbfgs(
             failures = jnp.where(better, 0, failures + 1)
             return s + 1, jnp.where(better, theta + update, theta), state, failures, total + losses(theta)[1]
 
-        num_steps = jnp.where(client.num_examples > 0, steps, 0)
-        going = lambda carry: (carry[0] < num_steps) & (carry[3] < 2)
+        num_steps = jnp.where(work.client.num_examples > 0, steps, 0)
         start = (0, flat, forgotten, 0, jnp.zeros([], flat.dtype))
-        taken, theta, _, _, total = jax.lax.while_loop(going, improve, start)
+        taken, theta, _, _, total = jax.lax.while_loop(lambda c: (c[0] < num_steps) & (c[3] < 2), step, start)
         change = theta - flat
         square, decrease = jnp.vdot(change, change), value_of(flat) - value_of(theta)
         # -delta / travelled is the mean gradient over the straight way, along that way; for short steps of gradient
         # descent this is the sum of the learning rates, as terms expect it.
         travelled = jnp.where(square > 0, square / decrease, 1)
-        delta = unravel(change)
-        memory = term.update(Done(memory, shared, params, delta, travelled, hyper.mu))
-        return LocalResult(delta, memory, total / jnp.maximum(taken, 1))
+        return Improvement(unravel(change), total / jnp.maximum(taken, 1), travelled)
 
-    return solve
+    return _precise(solver_of(improve, term))
 
 
 def natural_gradient(
-    loss: Callable,
-    augment: Callable,
+    loss: Loss,
+    augment: Augment,
     *,
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
     micro_batch: int = 0,
     term: Term | None = None,
-) -> Callable:
+) -> LocalSolver:
     """One step along the natural gradient, by the client's own sketch H_m ~= U diag(lam) U^T:
 
         delta = -lr (H_m + damping I)^{-1} g_m = -lr (g_m - U S (S U^T U S + damping I)^{-1} S U^T g_m) / damping
@@ -223,36 +266,35 @@ def natural_gradient(
     with the same damping undoes it exactly, whatever the rank: sum_m w_m (H_m + beta I) delta_m = -lr sum_m w_m g_m.
 
     Args:
-      loss: (outputs, batch) -> [B].
+      loss: (out, batch) -> [B].
       augment: not used, as the sketch has seen no random views.
       weight_decay, clip_norm, micro_batch, term: of the gradient, see `client.first_order`.
     """
     term, direction = term or none(), regularised(clip_norm, weight_decay)
 
-    @_precise
-    def solve(outputs, params, data, client: Client, key, hyper: Hyper, memory, shared) -> LocalResult:
-        examples, mask = gather(data, client.indices), present(client)
-        objective = make_objective(outputs, loss, term, params, data, client, hyper, memory, shared)
-        at_a_time = mask.size if term.whole_batch else micro_batch_of(micro_batch, mask.size)
-        descent = in_micro_batches(jax.grad(objective, has_aux=True), mask.size // at_a_time)
-        gradient, mean_loss = descent(params, examples, mask)
+    def improve(work: Work, key) -> Improvement:
+        params, hyper, mask = work.params, work.hyper, present(work.client)
+        gradient_of = mean_gradient(work, loss, term, mask.size, micro_batch)
+        gradient, mean_loss = gradient_of(params, work.examples, mask)
         gradient, unravel = ravel_pytree(direction.update(gradient, direction.init(params), params)[0])
-        basis, eigenvalues = (x.astype(gradient.dtype) for x in (hyper.sketch.basis, hyper.sketch.eigenvalues))
-        root = jnp.sqrt(jnp.maximum(eigenvalues, 0))
-        system = root[:, None] * (basis.T @ basis) * root[None] + hyper.damping * jnp.eye(root.size, dtype=root.dtype)
-        known = basis @ (root * jnp.linalg.solve(system, root * (basis.T @ gradient)))
-        change = -hyper.lr * (gradient - known) / hyper.damping
-        change = jnp.where(client.num_examples > 0, change, 0)
-        delta = unravel(change)
+        change = -hyper.lr * (gradient - _explained(hyper.sketch, gradient, hyper.damping)) / hyper.damping
+        change = jnp.where(work.client.num_examples > 0, change, 0)
         along = -jnp.vdot(change, gradient)  # as terms expect it, see `lbfgs`
         travelled = jnp.where(along > 0, ratio(jnp.vdot(change, change), along), 1)
-        memory = term.update(Done(memory, shared, params, delta, travelled, hyper.mu))
-        return LocalResult(delta, memory, mean_loss, damping=hyper.damping)
+        return Improvement(unravel(change), mean_loss, travelled, hyper.damping)
 
-    return solve
+    return _precise(solver_of(improve, term))
 
 
-def _precise(solve: Callable) -> Callable:
+def _explained(sketch: Sketch, gradient, damping) -> jax.Array:
+    """[P]: U S (S U^T U S + damping I)^{-1} S U^T g, what a sketch's directions hold of the gradient [P]."""
+    basis, eigenvalues = (x.astype(gradient.dtype) for x in (sketch.basis, sketch.eigenvalues))
+    root = jnp.sqrt(jnp.maximum(eigenvalues, 0))
+    system = root[:, None] * (basis.T @ basis) * root[None] + damping * jnp.eye(root.size, dtype=root.dtype)
+    return basis @ (root * jnp.linalg.solve(system, root * (basis.T @ gradient)))
+
+
+def _precise(solve: LocalSolver) -> LocalSolver:
     """Products in full precision: on an accelerator the default's rounding is larger than what is compared."""
 
     @functools.wraps(solve)
@@ -263,7 +305,12 @@ def _precise(solve: Callable) -> Callable:
     return precisely
 
 
-def _refuse_regularisers(optimizer, weight_decay, clip_norm):
+def _refuse_regularisers(optimizer: str, weight_decay: float, clip_norm: float) -> None:
+    """Refuses what such a solver does not know.
+
+    Raises:
+      ValueError: either is not 0.
+    """
     if weight_decay or clip_norm:
         raise ValueError(
             f"local.optimizer = {optimizer!r} takes no local.weight_decay and no local.clip_norm: set both to 0"

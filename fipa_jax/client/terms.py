@@ -1,4 +1,4 @@
-"""What is added to a client's objective? Terms, each with a memory that a client keeps from one round to the next.
+"""What is added to a client's objective? Terms, each with a store that a client keeps from one round to the next.
 
 A term composes with every local first-order optimiser and with every aggregator.
 """
@@ -12,6 +12,7 @@ import optax
 
 from fipa_jax import trees
 from fipa_jax.client.examples import masked_mean
+from fipa_jax.curvature.sketcher import TaskOutputs
 
 
 class Local(NamedTuple):
@@ -19,23 +20,23 @@ class Local(NamedTuple):
 
     params: Any  # the client's present parameters
     anchor: Any  # the broadcast parameters
-    memory: Any  # the client's own
-    shared: Any  # the mean of all T clients' memories
+    store: Any  # the client's own
+    shared: Any  # the mean of all T clients' stores
     mu: jax.Array  # [], the term's weight
     batch: dict  # {field: [B, ...]}
-    mask: jax.Array  # [B] bool, which of the batch's examples are there
+    mask: jax.Array  # [B] bool, which of the batch's examples are the client's own
     out: jax.Array  # [B, K], the outputs at `params`
     features: Any  # at `params`, with fields `levels` (a tuple of [B, ...]) and `last` [B, F], see `models.Features`
-    outputs: Callable  # (params, batch) -> (out, features)
-    own: Callable  # field -> [N, ...], of all the client's examples
-    present: jax.Array  # [N] bool, which of them are there
+    outputs: TaskOutputs  # (params, batch) -> (out, features)
+    examples_of: Callable[[str], jax.Array]  # field -> [N, ...], of all the client's examples
+    present: jax.Array  # [N] bool, which of them are its own
 
 
 class Done(NamedTuple):
     """What a term may look at after the local work."""
 
-    memory: Any
-    shared: Any
+    store: Any  # the client's own, before the round
+    shared: Any  # the mean of all T clients' stores
     anchor: Any  # the broadcast parameters
     delta: Any  # new minus broadcast parameters
     travelled: jax.Array  # [], sum of the local learning rates
@@ -46,26 +47,42 @@ class Served(NamedTuple):
     """What a term may look at when the server has aggregated the updates. Its means weigh all clients alike."""
 
     step: Any
-    before: Any  # mean of all T clients' memories before the round
+    before: Any  # mean of all T clients' stores before the round
     shared: Any  # and after it
-    cohort_before: Any  # mean of the memories of the cohort, as far as it was accepted, before the round
+    cohort_before: Any  # mean of the stores of the cohort, as far as it was accepted, before the round
     cohort: Any  # and after it
     mu: jax.Array  # []
 
 
-class Term(NamedTuple):
-    """An additive term of the client's objective, or of the server's step, with a memory of its own for every client.
+def _nothing(params):
+    return ()
 
-    The server keeps `shared`, the mean of all T clients' memories, up to date as the cohort's memories change.
+
+def _no_penalty(local: Local):
+    return 0.0
+
+
+def _keep_store(done: Done):
+    return done.store
+
+
+def _keep_step(served: Served):
+    return served.step
+
+
+class Term(NamedTuple):
+    """An additive term of the client's objective, or of the server's step, with a store of its own for every client.
+
+    The server keeps `shared`, the mean of all T clients' stores, up to date as the cohort's stores change.
     """
 
-    init: Callable = lambda params: ()  # params -> memory of a client that has not taken part yet
-    penalty: Callable = lambda local: 0.0  # Local -> scalar
-    update: Callable = lambda done: done.memory  # Done -> memory
-    correct: Callable = lambda served: served.step  # Served -> step
+    init: Callable[[Any], Any] = _nothing  # params -> store of a client that has not taken part yet
+    penalty: Callable[[Local], jax.Array | float] = _no_penalty
+    update: Callable[[Done], Any] = _keep_store  # -> store
+    correct: Callable[[Served], Any] = _keep_step  # -> step
     whole_batch: bool = False  # whether the penalty is more than a mean over the batch's examples, or free of them
-    travels: bool = False  # whether the memory is sent to the server, and `shared` to the clients
-    remember: Callable | None = None  # delta -> memory, of a client as the server received it, which then keeps it
+    travels: bool = False  # whether the store is sent to the server, and `shared` to the clients
+    remember: Callable[[Any], Any] | None = None  # delta -> store, of a client as the server received its update
 
 
 def none() -> Term:
@@ -81,15 +98,17 @@ def prox() -> Term:
 def scaffold() -> Term:
     """SCAFFOLD (Karimireddy et al. 2020, eq. 4, option II): <c - c_i, params>. It has no weight mu.
 
-    memory is the control c_i, starting at 0; shared is c = mean_i c_i; c_i <- c_i - c - delta / (lr steps).
+    store is the control c_i, starting at 0; shared is c = mean_i c_i; c_i <- c_i - c - delta / (lr steps).
     """
 
     def penalty(local: Local):
-        return optax.tree.vdot(optax.tree.sub(local.shared, local.memory), local.params)
+        return optax.tree.vdot(optax.tree.sub(local.shared, local.store), local.params)
 
     def update(done: Done):
-        change = lambda c_i, c, d: c_i - c - d / done.travelled
-        return jax.tree.map(change, done.memory, done.shared, done.delta)
+        def change(c_i, c, d):
+            return c_i - c - d / done.travelled
+
+        return jax.tree.map(change, done.store, done.shared, done.delta)
 
     return Term(optax.tree.zeros_like, penalty, update, travels=True)
 
@@ -97,15 +116,15 @@ def scaffold() -> Term:
 def dyn() -> Term:
     """FedDyn (Acar et al. 2021, algorithm 1): mu/2 |params - broadcast|^2 - <h_i, params>.
 
-    memory is the client's gradient h_i at its last local optimum, starting at 0; h_i <- h_i - mu delta. The server's
-    state is h = mean_i h_i = shared, and it adds -h / mu to the step. No memory travels: the server has all updates.
+    store is the client's gradient h_i at its last local optimum, starting at 0; h_i <- h_i - mu delta. The server's
+    state is h = mean_i h_i = shared, and it adds -h / mu to the step. No store travels: the server has all updates.
     """
 
     def penalty(local: Local):
-        return _proximity(local) - optax.tree.vdot(local.memory, local.params)
+        return _proximity(local) - optax.tree.vdot(local.store, local.params)
 
     def update(done: Done):
-        return jax.tree.map(lambda h, d: h - done.mu * d, done.memory, done.delta)
+        return jax.tree.map(lambda h, d: h - done.mu * d, done.store, done.delta)
 
     def correct(served: Served):
         return jax.tree.map(lambda s, h: s - h / served.mu, served.step, served.shared)
@@ -118,20 +137,23 @@ def moon(temperature: float = 0.5) -> Term:
 
         -log( e^{sim(z, z_broadcast)/t} / (e^{sim(z, z_broadcast)/t} + e^{sim(z, z_last)/t}) )
 
-    z are the inputs of the last layer, sim is the cosine; memory is the client's last local model, the first round's
+    z are the inputs of the last layer, sim is the cosine; store is the client's last local model, the first round's
     broadcast model before it has one. It costs two more forward passes a step.
     """
 
     def penalty(local: Local):
         mine = _normalise(local.features.last)
-        similarity = lambda params: jnp.sum(mine * _normalise(local.outputs(params, local.batch)[1].last), axis=1)
-        there, past = similarity(local.anchor), similarity(local.memory)
-        return local.mu * masked_mean(_contrast(there, past[:, None], temperature), local.mask)
+
+        def similarity(params):  # [B]
+            return jnp.sum(mine * _normalise(local.outputs(params, local.batch)[1].last), axis=1)
+
+        to_broadcast, to_last = similarity(local.anchor), similarity(local.store)
+        return local.mu * masked_mean(_contrast(to_broadcast, to_last[:, None], temperature), local.mask)
 
     def update(done: Done):
         return optax.tree.add(done.anchor, done.delta)
 
-    return Term(lambda params: params, penalty, update)
+    return Term(_itself, penalty, update)
 
 
 def rcl(temperature: float = 0.05, negatives: int = 2, threshold: float = 0.7) -> Term:
@@ -177,9 +199,13 @@ def logit_adjustment() -> Term:
 
     def penalty(local: Local):
         classes = local.out.shape[1]
-        own = jnp.where(local.present[:, None], jax.nn.one_hot(local.own("label"), classes, dtype=local.out.dtype), 0)
-        prior = (jnp.sum(own, axis=0) + 1) / (jnp.sum(local.present) + classes)
-        loss = lambda out: optax.softmax_cross_entropy_with_integer_labels(out, local.batch["label"])
+        one_hot = jax.nn.one_hot(local.examples_of("label"), classes, dtype=local.out.dtype)  # [N, K]
+        counts = jnp.sum(jnp.where(local.present[:, None], one_hot, 0), axis=0)
+        prior = (counts + 1) / (jnp.sum(local.present) + classes)
+
+        def loss(out):  # [B]
+            return optax.softmax_cross_entropy_with_integer_labels(out, local.batch["label"])
+
         return masked_mean(loss(local.out + local.mu * jnp.log(prior)[None]) - loss(local.out), local.mask)
 
     return Term(penalty=penalty)
@@ -188,7 +214,7 @@ def logit_adjustment() -> Term:
 def mifa() -> Term:
     """MIFA (Gu et al. 2021, algorithm 1): an absent client counts with its latest update. It has no weight mu.
 
-    memory is y_i, the latest update that the server received of the client; step + mean_i y_i - mean_cohort y_i, the
+    store is y_i, the latest update that the server received of the client; step + mean_i y_i - mean_cohort y_i, the
     first mean over the clients that have taken part so far (published: after a round of all). Of FedAvg with uniform
     weights, `aggregator.weighting`, that leaves mean_i y_i alone. An update stays as it came, also where the learning
     rate decays (published: in units of the present one).
@@ -201,7 +227,9 @@ def mifa() -> Term:
         return {"update": delta, "known": jnp.ones([], trees.ravel(delta).dtype)}
 
     def correct(served: Served):
-        move = lambda s, all_, some: s + trees.ratio(all_, served.shared["known"]) - some
+        def move(step, of_all, of_cohort):
+            return step + trees.ratio(of_all, served.shared["known"]) - of_cohort
+
         return jax.tree.map(move, served.step, served.shared["update"], served.cohort["update"])
 
     return Term(init, correct=correct, remember=remember)
@@ -210,17 +238,23 @@ def mifa() -> Term:
 def varp() -> Term:
     """FedVARP (Jhunjhunwala et al. 2022, algorithm 2): the cohort's part of the absent clients' sum is corrected for.
 
-    memory is y_i, the latest update that the server received of the client, starting at 0; with the y_i before the
+    store is y_i, the latest update that the server received of the client, starting at 0; with the y_i before the
     round step + mean_i y_i - mean_cohort y_i. Of FedAvg with uniform weights, `aggregator.weighting`, the mean over the
     draw of the cohort is the step's. An update stays as it came, also where the learning rate decays. It has no weight
     mu.
     """
 
     def correct(served: Served):
-        move = lambda s, all_, some: s + all_ - some
+        def move(step, of_all, of_cohort):
+            return step + of_all - of_cohort
+
         return jax.tree.map(move, served.step, served.before, served.cohort_before)
 
-    return Term(optax.tree.zeros_like, correct=correct, remember=lambda delta: delta)
+    return Term(optax.tree.zeros_like, correct=correct, remember=_itself)
+
+
+def _itself(tree):
+    return tree
 
 
 _NONE = Term()
@@ -238,6 +272,7 @@ TERMS = {
 
 
 def _proximity(local: Local):
+    """[]: mu/2 |params - broadcast|^2."""
     return local.mu / 2 * optax.tree.norm(optax.tree.sub(local.params, local.anchor), squared=True)
 
 

@@ -1,12 +1,125 @@
 """Does a config make sense? All that can be said before data are loaded."""
 
+import math
 import re
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from fipa_jax.config import fields
 from fipa_jax.config.defaults import default
-from fipa_jax.config.methods import rule
+from fipa_jax.config.methods import method
+from fipa_jax.lookup import lookup
+
+
+class Range(NamedTuple):
+    """The numbers that a field takes."""
+
+    low: float
+    high: float = math.inf
+    noun: str = "number"  # for the error
+    brackets: str = "[]"  # a round one leaves its end out
+
+    def __contains__(self, value) -> bool:
+        above = value > self.low if self.brackets[0] == "(" else value >= self.low
+        below = value < self.high if self.brackets[1] == ")" else value <= self.high
+        return above and below  # NaN is neither
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"at least {self.low}"
+        return f"a {self.noun} in {self.brackets[0]}{self.low}, {self.high}{self.brackets[1]}"
+
+
+POSITIVE, NOT_NEGATIVE = Range(1), Range(0)  # for whole numbers, for all
+PROBABILITY, MOMENTUM = Range(0, 1, "probability"), Range(0, 1, brackets="[)")
+
+RUN = {
+    "seed": NOT_NEGATIVE,
+    "cohort": NOT_NEGATIVE,
+    "chunk": Range(-1),
+    "rounds_per_call": POSITIVE,
+    "devices": NOT_NEGATIVE,
+    "first_round": NOT_NEGATIVE,
+    "checkpoint.seconds": NOT_NEGATIVE,
+    "checkpoint.keep": POSITIVE,
+    "eval.every": POSITIVE,
+    "eval.clients_every": NOT_NEGATIVE,
+    "eval.batch_size": POSITIVE,
+    "task.num_clients": POSITIVE,
+    "task.examples_per_client": POSITIVE,
+    "task.boundary_points": NOT_NEGATIVE,
+    "task.boundary_weight": NOT_NEGATIVE,
+    "task.test_points": POSITIVE,
+    "task.test_fraction": Range(0, 1, "fraction", "()"),
+    "task.column": NOT_NEGATIVE,
+    "task.seed": NOT_NEGATIVE,
+    "partition.seed": NOT_NEGATIVE,
+    "partition.num_clients": POSITIVE,
+    "model.widths": POSITIVE,
+    "model.head_width": NOT_NEGATIVE,
+    "data.holdout": Range(0, 1, "fraction", "[)"),
+    "data.side": NOT_NEGATIVE,
+    "data.rotation": Range(0, 180, "number of degrees"),
+}
+PHASE = {
+    "rounds": NOT_NEGATIVE,
+    "cache_views": NOT_NEGATIVE,
+    "least_clients": NOT_NEGATIVE,
+    "max_skips": NOT_NEGATIVE,
+    "local.lr": NOT_NEGATIVE,
+    "local.lr_decay": NOT_NEGATIVE,
+    "local.momentum": MOMENTUM,
+    "local.weight_decay": NOT_NEGATIVE,
+    "local.clip_norm": NOT_NEGATIVE,
+    "local.batch_size": NOT_NEGATIVE,
+    "local.micro_batch": Range(-1),
+    "local.steps": NOT_NEGATIVE,
+    "local.damping": NOT_NEGATIVE,
+    "local.adaptive.scale": NOT_NEGATIVE,
+    "local.adaptive.max_steps": POSITIVE,
+    "local.gauss_newton.tries": NOT_NEGATIVE,
+    "local.gauss_newton.cg_steps": POSITIVE,
+    "term.mu": NOT_NEGATIVE,
+    "sketch.rank": POSITIVE,
+    "sketch.oversample": NOT_NEGATIVE,
+    "sketch.power_steps": NOT_NEGATIVE,
+    "sketch.tolerance": NOT_NEGATIVE,
+    "sketch.micro_batch": NOT_NEGATIVE,
+    "sketch.loss_rank": NOT_NEGATIVE,
+    "sketch.probes": NOT_NEGATIVE,
+    "sketch.energy": Range(0, 1, "share"),
+    "sketch.gradient_scale": NOT_NEGATIVE,
+    "sketch.examples": NOT_NEGATIVE,
+    "aggregator.damping": NOT_NEGATIVE,
+    "aggregator.rcond": NOT_NEGATIVE,
+    "aggregator.past.decay": Range(0, 1),
+    "aggregator.past.rank": POSITIVE,
+    "aggregator.past.length": POSITIVE,
+    "aggregator.limits.max_step": NOT_NEGATIVE,
+    "aggregator.limits.max_divergence": NOT_NEGATIVE,
+    "aggregator.limits.explosion": NOT_NEGATIVE,
+    "aggregator.limits.trace_cap": NOT_NEGATIVE,
+    "aggregator.late.staleness": NOT_NEGATIVE,
+    "aggregator.late.max_drift": NOT_NEGATIVE,
+    "server.momentum": MOMENTUM,
+    "server.lr": NOT_NEGATIVE,
+    "late.share": PROBABILITY,
+    "late.most": POSITIVE,
+    "faults.drop": PROBABILITY,
+    "faults.straggle": PROBABILITY,
+    "faults.nan": PROBABILITY,
+    "faults.flip": PROBABILITY,
+    "faults.scale": PROBABILITY,
+    "faults.scale_by": NOT_NEGATIVE,
+}
+PLACES = ("auto", "device", "host")
+CHOICES = {
+    "precision": ("float32", "float64"),
+    "examples_on": PLACES,
+    "client_store": PLACES,
+    "model.compute_dtype": ("", "bfloat16", "float16", "float32", "float64"),
+}
 
 
 def validate(config: ConfigDict) -> None:
@@ -16,120 +129,63 @@ def validate(config: ConfigDict) -> None:
       ValueError: names the field, what was needed and what arrived.
     """
     fields.check(config, default())
-    _one_of("precision", config.precision, ("float32", "float64"))
-    for field in ("examples_on", "client_memory"):
-        _one_of(field, config[field], ("auto", "device", "host"))
-    _at_least("seed", config.seed, 0)
-    _at_least("cohort", config.cohort, 0)
-    _at_least("chunk", config.chunk, -1)
-    _at_least("rounds_per_call", config.rounds_per_call, 1)
-    _at_least("devices", config.devices, 0)
-    _at_least("first_round", config.first_round, 0)
-    _at_least("checkpoint.seconds", config.checkpoint.seconds, 0)
-    _at_least("checkpoint.keep", config.checkpoint.keep, 1)
-    _at_least("eval.every", config.eval.every, 1)
-    _at_least("eval.clients_every", config.eval.clients_every, 0)
-    _at_least("eval.batch_size", config.eval.batch_size, 1)
-    _at_least("task.num_clients", config.task.num_clients, 1)
-    _at_least("task.examples_per_client", config.task.examples_per_client, 1)
-    for field in ("boundary_points", "boundary_weight"):
-        _at_least(f"task.{field}", config.task[field], 0)
-    _at_least("task.test_points", config.task.test_points, 1)
-    if not 0 < config.task.test_fraction < 1:
-        raise ValueError(f"config.task.test_fraction: needs a fraction in (0, 1), got {config.task.test_fraction}")
-    _at_least("task.column", config.task.column, 0)
-    _at_least("task.seed", config.task.seed, 0)
-    _at_least("partition.seed", config.partition.seed, 0)
-    _at_least("partition.num_clients", config.partition.num_clients, 1)
-    _at_least("model.widths", min(config.model.widths, default=1), 1)
-    _at_least("model.head_width", config.model.head_width, 0)
-    _one_of("model.compute_dtype", config.model.compute_dtype, ("", "bfloat16", "float16", "float32", "float64"))
-    if not 0 <= config.data.holdout < 1:
-        raise ValueError(f"config.data.holdout: needs a fraction in [0, 1), got {config.data.holdout}")
-    _at_least("data.side", config.data.side, 0)
-    if not 0 <= config.data.rotation <= 180:
-        raise ValueError(f"config.data.rotation: needs degrees in [0, 180], got {config.data.rotation}")
-    is_mnist = config.task.name == "images" and config.data.name.partition(":")[0] == "mnist"
-    if is_mnist and config.data.augment and config.data.flip:
-        raise ValueError("config.data.flip: a mirrored digit is no digit; with the data set 'mnist' set it to False")
-    if config.task.name == "images" and config.cohort > config.partition.num_clients:
-        raise ValueError(
-            f"config.cohort: {config.cohort} is above the number of clients, {config.partition.num_clients}"
-        )
+    for path, known in CHOICES.items():
+        lookup(dict.fromkeys(known), fields.value(config, path), f"config.{path}")
+    _check_ranges("config", config, RUN)
+    _check_images(config)
     if not config.compare:
-        raise ValueError(f"config.compare: needs a tuple of rules such as ('fipa', 'fedavg'), got {config.compare!r}")
+        raise ValueError(f"config.compare: needs a tuple of methods such as ('fipa', 'fedavg'), got {config.compare!r}")
     if len(set(config.compare)) != len(config.compare):
-        raise ValueError(f"config.compare: names a rule twice: {config.compare}")
-    _at_least("fipa.rounds", config.fipa.rounds, 0)
-    _validate_phase("warmup", config.warmup, least_rounds=0)
+        raise ValueError(f"config.compare: names a method twice: {config.compare}")
+    _check_phase("config.warmup", config.warmup)
+    _check_ranges("config.fipa", config.fipa, {"rounds": NOT_NEGATIVE})
     for spec in config.compare:
-        settings = rule(config, spec)
-        try:
-            fields.check(settings, config.fipa, "config.fipa")
-            _validate_phase("fipa", settings, least_rounds=min(config.fipa.rounds, 1))
-        except ValueError as error:
-            raise ValueError(f"{error} (in the rule {spec!r})") from None
+        _check_method(config, spec)
     if config.warmup.rounds + config.fipa.rounds < 1:
         raise ValueError("config.warmup.rounds and config.fipa.rounds are both 0: nothing to run")
 
 
-def _validate_phase(name, settings, least_rounds):
-    _at_least(f"{name}.rounds", settings.rounds, least_rounds)
+def _check_images(config):
+    """Refuses what does not fit together in the data set of the task `images` and its split."""
+    if config.task.name != "images":
+        return
+    if config.data.name.partition(":")[0] == "mnist" and config.data.augment and config.data.flip:
+        raise ValueError("config.data.flip: a mirrored digit is no digit; with the data set 'mnist' set it to False")
+    if config.cohort > config.partition.num_clients:
+        raise ValueError(
+            f"config.cohort: {config.cohort} is above the number of clients, {config.partition.num_clients}"
+        )
+
+
+def _check_method(config, spec):
+    """Checks the FIPA phase of one of the compared methods, which can skip its rounds only where the others do."""
+    settings = method(config, spec)
+    try:
+        fields.check(settings, config.fipa, "config.fipa")
+        _check_phase("config.fipa", settings)
+        _check_ranges("config.fipa", settings, {"rounds": Range(min(config.fipa.rounds, 1))})
+    except ValueError as error:
+        raise ValueError(f"{error} (in the method {spec!r})") from None
+
+
+def _check_phase(name, settings):
+    """Checks the fields of a phase, `name` being its path."""
+    _check_ranges(name, settings, PHASE)
     try:
         re.compile(settings.trainable)
     except re.error as error:
-        found = f"got {settings.trainable!r} ({error})"
-        raise ValueError(f"config.{name}.trainable: needs a regular expression, {found}") from None
-    _at_least(f"{name}.cache_views", settings.cache_views, 0)
-    for group in ("local", "server"):
-        if not 0 <= settings[group].momentum < 1:
-            raise ValueError(
-                f"config.{name}.{group}.momentum: needs a number in [0, 1), got {settings[group].momentum}"
-            )
-    for field in ("lr", "lr_decay", "weight_decay", "clip_norm", "batch_size", "steps", "damping"):
-        _at_least(f"{name}.local.{field}", settings.local[field], 0)
-    _at_least(f"{name}.local.micro_batch", settings.local.micro_batch, -1)
-    for field in ("tries", "step_scale"):
-        _at_least(f"{name}.local.{field}", settings.local[field], 0)
-    _at_least(f"{name}.local.max_steps", settings.local.max_steps, 1)
-    _at_least(f"{name}.local.cg_steps", settings.local.cg_steps, 1)
+        text = f"got {settings.trainable!r} ({error})"
+        raise ValueError(f"{name}.trainable: needs a regular expression, {text}") from None
     if not settings.local.steps:
-        _at_least(f"{name}.local.epochs", settings.local.epochs, 1)
-    _at_least(f"{name}.term.mu", settings.term.mu, 0)
+        _check_ranges(name, settings, {"local.epochs": POSITIVE})
     if settings.term.name == "dyn" and not settings.term.mu:
-        raise ValueError(f"config.{name}.term.mu: the term dyn divides by it and needs more than 0, got 0")
-    _at_least(f"{name}.sketch.rank", settings.sketch.rank, 1)
-    for field in ("oversample", "power_steps", "tolerance", "micro_batch", "loss_rank", "probes", "gradient_scale"):
-        _at_least(f"{name}.sketch.{field}", settings.sketch[field], 0)
-    for field in ("memory", "examples"):
-        _at_least(f"{name}.sketch.{field}", settings.sketch[field], 0)
-    if not 0 <= settings.sketch.energy <= 1:
-        raise ValueError(f"config.{name}.sketch.energy: needs a share in [0, 1], got {settings.sketch.energy}")
-    for field in ("damping", "rcond", "max_step", "max_divergence", "max_drift", "staleness", "explosion", "trace_cap"):
-        _at_least(f"{name}.aggregator.{field}", settings.aggregator[field], 0)
-    if not 0 <= settings.aggregator.memory_decay <= 1:
-        raise ValueError(
-            f"config.{name}.aggregator.memory_decay: needs a number in [0, 1], got {settings.aggregator.memory_decay}"
-        )
-    for field in ("memory_rank", "memory_length"):
-        _at_least(f"{name}.aggregator.{field}", settings.aggregator[field], 1)
-    _at_least(f"{name}.server.lr", settings.server.lr, 0)
-    for field in ("least_clients", "max_skips"):
-        _at_least(f"{name}.{field}", settings[field], 0)
-    if not 0 <= settings.late.share <= 1:
-        raise ValueError(f"config.{name}.late.share: needs a probability in [0, 1], got {settings.late.share}")
-    _at_least(f"{name}.late.most", settings.late.most, 1)
-    for field, value in settings.faults.items():
-        _at_least(f"{name}.faults.{field}", value, 0)
-        if value > 1 and field != "scale_by":
-            raise ValueError(f"config.{name}.faults.{field}: needs a probability in [0, 1], got {value}")
+        raise ValueError(f"{name}.term.mu: the term dyn divides by it and needs more than 0, got 0")
 
 
-def _at_least(field, value, least):
-    if not value >= least:  # NaN is not
-        raise ValueError(f"config.{field}: needs at least {least}, got {value}")
-
-
-def _one_of(field, value, known):
-    if value not in known:
-        raise ValueError(f"config.{field}: unknown {value!r}; known: {', '.join(filter(None, known))}")
+def _check_ranges(name, group, ranges):
+    """Checks all fields of a table {path below the group: `Range`}; of a tuple each part."""
+    for path, numbers in ranges.items():
+        value = fields.value(group, path)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number not in numbers:
+                raise ValueError(f"{name}.{path}: needs {numbers}, got {number}")

@@ -8,9 +8,8 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from fipa_jax.config import fields
+from fipa_jax.config import defaults, fields
 from fipa_jax.config.checks import validate
-from fipa_jax.config.defaults import default
 
 
 def parse(argv: list[str], config: flags.FlagHolder, default: Path, values: flags.FlagValues = flags.FLAGS) -> list:
@@ -28,29 +27,12 @@ def parse(argv: list[str], config: flags.FlagHolder, default: Path, values: flag
     Raises:
       ValueError: a mistake on the command line or in the config file, in one line.
     """
-    file = next((found[1] for arg in argv if (found := re.match(r"--?config=([^:]*)", arg))), None)
-    if file is None and not {"--config", "-config"} & set(argv):
-        file = str(default)
-        argv = [argv[0], f"--config={file}", *argv[1:]]  # as the flag's own default, it would be read before parsing
-    if file is not None and not Path(file).is_file():
-        raise ValueError(f"--config: no file {file!r}; needs the path of one such as {default}")
-    for arg in argv:
-        if found := re.match(r"--?(?:no)?config\.([^=]*)", arg):
-            try:
-                fields.find(default(), found[1])
-            except KeyError as error:
-                raise ValueError(_one_line(f"config.{found[1]}: {error.args[0]}")) from None
-    logger = logging.get_absl_logger()
+    argv, file = _with_config_file(argv, default)
+    _check_fields(argv)
     try:
-        logger.disabled = True  # it would say beforehand what the error says
-        rest = values(argv)
-        if not isinstance(config.value, ConfigDict | dict | None):  # a file that cannot be read shows itself only here
-            _ = config.value.seed
-        validate(config.value)
+        rest = _read(argv, config, values)
     except Exception as error:  # the config file is code, and may raise anything
         raise ValueError(_say(error, file)) from error
-    finally:
-        logger.disabled = False
     if len(rest) > 1:
         raise ValueError(f"unknown arguments {rest[1:]}; a field is set by --config.field=value")
     return rest
@@ -62,26 +44,65 @@ def check_workdir(path: Path) -> None:
     Raises:
       ValueError: there is something else, or no right to write.
     """
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "cannot be written to" if there.is_dir() else "is no folder"
-        raise ValueError(f"--workdir: {str(path)!r} is for the results, but {there} {what}; name another folder")
+    nearest = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "cannot be written to" if nearest.is_dir() else "is no folder"
+        raise ValueError(f"--workdir: {str(path)!r} is for the results, but {nearest} {what}; name another folder")
+
+
+def _with_config_file(argv, default):
+    """(argv with the flag --config, the file that it names); None for a file that stands in the next argument."""
+    file = next((match[1] for arg in argv if (match := re.match(r"--?config=([^:]*)", arg))), None)
+    if file is None and not {"--config", "-config"} & set(argv):
+        file = str(default)
+        argv = [argv[0], f"--config={file}", *argv[1:]]  # as the flag's own default, it would be read before parsing
+    if file is not None and not Path(file).is_file():
+        raise ValueError(f"--config: no file {file!r}; needs the path of one such as {default}")
+    return argv, file
+
+
+def _check_fields(argv):
+    """Refuses flags of fields that do not exist, before the config file is read."""
+    for arg in argv:
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
+            try:
+                fields.find(defaults.default(), match[1])
+            except KeyError as error:
+                raise ValueError(_one_line(f"config.{match[1]}: {error.args[0]}")) from None
+
+
+def _read(argv, config, values):
+    """Parses the flags and checks the config that they give; returns what is no flag."""
+    logger = logging.get_absl_logger()
+    try:
+        logger.disabled = True  # it would say beforehand what the error says
+        rest = values(argv)
+        if not isinstance(config.value, ConfigDict | dict | None):  # a file that cannot be read shows itself only here
+            _ = config.value.seed
+        validate(config.value)
+    finally:
+        logger.disabled = False
+    return rest
 
 
 def _say(error, file):
     """What an error says, in one line, with its place where it comes out of the config file."""
-    if isinstance(error, flags.Error) and (found := re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.S)):
-        group, field = fields.find(default(), found[1])
-        return f"config.{found[1]}: needs {fields.needed(group[field])}, got {found[2]!r}"
+    if isinstance(error, flags.Error) and (match := re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.S)):
+        needed = fields.needed(fields.value(defaults.default(), match[1]))
+        return f"config.{match[1]}: needs {needed}, got {match[2]!r}"
     if isinstance(error, AttributeError) and str(error).endswith("has no attribute 'get_config'"):
         return f"--config: {file} needs a function get_config() that returns the config"
     cause = error
     while cause is not None:
-        places = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if frame.filename == file]
-        if places:
-            return f"{file}, line {places[-1]}: {type(cause).__name__}: {_one_line(_text(cause))}"
+        if lines := _lines_in(file, cause):
+            return f"{file}, line {lines[-1]}: {type(cause).__name__}: {_one_line(_text(cause))}"
         cause = cause.__context__
     return _one_line(_text(error))
+
+
+def _lines_in(file, error):
+    """The numbers of a file's lines through which an error has come."""
+    return [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
 
 
 def _text(error):
@@ -89,7 +110,10 @@ def _text(error):
     while error.args and isinstance(error.args[0], Exception):  # one error in the other's place
         (error,) = error.args
     text = str(error.args[0] if isinstance(error, KeyError) else error)
-    return re.sub(r"Other fields present:.*?(?=Did you mean|$)", "", text, flags=re.S)
+    text = re.sub(r"Other fields present:.*?(?=Did you mean|$)", "", text, flags=re.S)
+    name = re.match(r"(?:Key )?[\"'](\w+)[\"']", text)  # that a config file has set, or read
+    words = fields.renamed_by_name(name[1]) if name and isinstance(error, KeyError) else ""
+    return f"{text}; {words}" if words else text
 
 
 def _one_line(text):

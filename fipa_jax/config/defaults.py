@@ -1,4 +1,4 @@
-"""All defaults, and what is checked about a config before anything is computed.
+"""All defaults: every field there is, group by group, and who takes it.
 
 A file in `configs/` starts from `default()` and overrides what differs. The ConfigDict is locked: a field that does
 not exist is an error that names the nearest one.
@@ -9,162 +9,247 @@ from ml_collections import ConfigDict
 
 def default() -> ConfigDict:
     """Every field there is, with its default."""
-    config = ConfigDict()
+    config = ConfigDict()  # the run: run.experiment, run.loop, run.parts
     config.seed = 0  # of initialisation, cohorts, batches and sketches
     config.precision = "float32"  # or "float64"
     config.cohort = 0  # clients a round; 0 for all
     config.chunk = 1  # clients side by side in one vmap; 1 one after another, 0 all, -1 the fastest, as measured once
     config.examples_on = "auto"  # where clients and examples live: device, host, from where a cohort's move; auto: fits
-    config.client_memory = "auto"  # where what clients keep between rounds lives: device, host; auto: where it fits
+    config.client_store = "auto"  # where what clients keep between rounds lives: device, host; auto: where it fits
     config.rounds_per_call = 1  # above 1, so many rounds run as one compiled program, with their evaluations
     config.stage_seconds = True  # wait for each stage of a round, to time it; False lets the host run ahead
     config.devices = 1  # devices over which the clients of a round are spread; 0 for all, of all processes
-    config.compare = ("fipa", "fedavg")  # rules run side by side from the warm-up's end: NAME[:field=value...]
+    config.compare = ("fipa", "fedavg")  # methods run side by side from the warm-up's end: NAME[:field=value...]
     config.init_from = ""  # a saved model (model.msgpack) to start from instead of a fresh initialisation
     config.first_round = 0  # number of the first round: a schedule goes on where the saved model's run stopped
-
-    config.checkpoint = ConfigDict()
-    config.checkpoint.seconds = 10.0  # between checkpoints: the work that a killed run loses; 0 for each round
-    config.checkpoint.keep = 3  # the last so many stay; the warm-up's last and each rule's best of them too
-
-    config.task = ConfigDict()
-    config.task.name = "sine"
-    config.task.num_clients = 2  # sine: equal intervals of [0, 1]
-    config.task.examples_per_client = 50
-    config.task.seed = 0  # of the examples' positions; npz: of the test set and the clusters
-    config.task.file = ""  # npz: with x [N, d] and y [N] or [N, K]; x_test, y_test and client [N] may be there too
-    config.task.test_fraction = 0.2  # npz: of the examples, set apart where the file has no x_test
-    config.task.split = "column"  # npz: column (values or quantiles of one), kmeans (of x), given (the file's client)
-    config.task.column = 0  # npz: of x, by which the split `column` goes
-    config.task.standardise = True  # npz: x and y to mean 0 and variance 1, by the training set's moments
-    config.task.equation = "poisson_1d"  # pde: poisson_1d, _2d, _3d, fisher_kpp, burgers, burgers_mild, helmholtz
-    config.task.boundary_points = 20  # pde: on each face of the domain that a client's strip touches
-    config.task.boundary_weight = 100.0  # pde: lambda, of the squared boundary residuals
-    config.task.test_points = 1024  # pde: about so many, on a grid
-
-    config.data = ConfigDict()
-    config.data.name = "cifar10"  # of a TFDS data set
-    config.data.dir = ""  # where TFDS has prepared it; "" for TFDS's own default
-    config.data.cache_dir = ""  # decoded images; "" for the user's cache
-    config.data.train_split = "train"  # or a slice of it, e.g. train[:1000]
-    config.data.test_split = ""  # "" for the data set's own: validation for tiny_imagenet, test for all others
-    config.data.holdout = 0.0  # fraction of the training set apart from it, evaluated as `holdout_*`, for tuning
-    config.data.side = 0  # of the images, averaged down to it: 32 for a 64 is a quarter of the work; 0 leaves them
-    config.data.augment = True  # train on random views: rotated, cropped with padding 4, mirrored
-    config.data.rotation = 0.0  # bound on a view's rotation, in degrees; published: 10
-    config.data.flip = True  # mirror half of the views; not for digits
-
-    config.partition = ConfigDict()
-    config.partition.name = "dirichlet"  # dirichlet, dirichlet_by_class, shards, iid, file
-    config.partition.num_clients = 100
-    config.partition.alpha = 0.1
-    config.partition.shards_per_client = 2
-    config.partition.file = ""  # of a published split: client -> indices in the data set's original order
-    config.partition.seed = 0
-
-    config.model = ConfigDict()
-    config.model.name = "mlp"
-    config.model.widths = (16, 16)  # of the mlp's hidden layers
-    config.model.activation = "tanh"
-    config.model.head_width = 0  # of a hidden layer in a ResNet's head; 0 for none
-    config.model.compute_dtype = ""  # of a ResNet's computation, e.g. bfloat16; "" for config.precision
-
-    config.warmup = phase(rounds=0, aggregator="mean")
-    config.fipa = phase(rounds=100, aggregator="fipa")
-
-    config.eval = ConfigDict()
-    config.eval.every = 1  # rounds between evaluations on the test set; the last round of a phase always is
-    config.eval.clients_every = 1  # rounds between evaluations on every client's own examples; 0 for never
-    config.eval.batch_size = 50  # small batches stay in a CPU's cache; raise it on an accelerator
+    config.checkpoint = checkpoint()
+    config.task = task()
+    config.data = data()
+    config.partition = partition()
+    config.model = model()
+    config.warmup = phase(rounds=0, aggregator_name="mean")
+    config.fipa = phase(rounds=100, aggregator_name="fipa")
+    config.eval = evaluation()
     return config.lock()
 
 
-def phase(rounds: int, aggregator: str) -> ConfigDict:
-    """One phase's fields: who learns what, how, and how uploads become a step."""
+def checkpoint() -> ConfigDict:
+    """When a run is saved, and how much of it stays: saving.journal and saving.resume."""
+    group = ConfigDict()
+    group.seconds = 10.0  # between checkpoints: the work that a killed run loses; 0 for each round
+    group.keep = 3  # the last so many stay; the warm-up's last and each method's best of them too
+    return group
+
+
+def task() -> ConfigDict:
+    """What is learned: tasks.task, then tasks.regression, tasks.pde or tasks.own_data, the npz."""
+    group = ConfigDict()
+    group.name = "sine"
+    group.num_clients = 2  # sine: equal intervals of [0, 1]
+    group.examples_per_client = 50
+    group.seed = 0  # of the examples' positions; npz: of the test set and the clusters
+    group.file = ""  # npz: with x [N, d] and y [N] or [N, K]; x_test, y_test and client [N] may be there too
+    group.test_fraction = 0.2  # npz: of the examples, set apart where the file has no x_test
+    group.split = "column"  # npz: column (values or quantiles of one), kmeans (of x), given (the file's client)
+    group.column = 0  # npz: of x, by which the split `column` goes
+    group.standardise = True  # npz: x and y to mean 0 and variance 1, by the training set's moments
+    group.equation = "poisson_1d"  # pde: poisson_1d, _2d, _3d, fisher_kpp, burgers, burgers_mild, helmholtz
+    group.boundary_points = 20  # pde: on each face of the domain that a client's strip touches
+    group.boundary_weight = 100.0  # pde: lambda, of the squared boundary residuals
+    group.test_points = 1024  # pde: about so many, on a grid
+    return group
+
+
+def data() -> ConfigDict:
+    """The data set of the task `images`, and how it is trained on: tasks.images."""
+    group = ConfigDict()
+    group.name = "cifar10"  # of a TFDS data set
+    group.dir = ""  # where TFDS has prepared it; "" for TFDS's own default
+    group.cache_dir = ""  # decoded images; "" for the user's cache
+    group.train_split = "train"  # or a slice of it, e.g. train[:1000]
+    group.test_split = ""  # "" for the data set's own: validation for tiny_imagenet, test for all others
+    group.holdout = 0.0  # fraction of the training set apart from it, evaluated as `holdout_*`, for tuning
+    group.side = 0  # of the images, averaged down to it: 32 for a 64 is a quarter of the work; 0 leaves them
+    group.augment = True  # train on random views: rotated, cropped with padding 4, mirrored
+    group.rotation = 0.0  # bound on a view's rotation, in degrees; published: 10
+    group.flip = True  # mirror half of the views; not for digits
+    return group
+
+
+def partition() -> ConfigDict:
+    """Which client owns which image: data.partition.partition."""
+    group = ConfigDict()
+    group.name = "dirichlet"  # dirichlet, dirichlet_by_class, shards, iid, file
+    group.num_clients = 100
+    group.alpha = 0.1
+    group.shards_per_client = 2
+    group.file = ""  # of a published split: client -> indices in the data set's original order
+    group.seed = 0
+    return group
+
+
+def model() -> ConfigDict:
+    """The network: models.networks."""
+    group = ConfigDict()
+    group.name = "mlp"
+    group.widths = (16, 16)  # of the mlp's hidden layers
+    group.activation = "tanh"
+    group.head_width = 0  # of a hidden layer in a ResNet's head; 0 for none
+    group.compute_dtype = ""  # of a ResNet's computation, e.g. bfloat16; "" for config.precision
+    return group
+
+
+def evaluation() -> ConfigDict:
+    """When figures are taken: run.loop; and of how many examples at a time: reporting.metrics.make_evaluate."""
+    group = ConfigDict()
+    group.every = 1  # rounds between evaluations on the test set; the last round of a phase always is
+    group.clients_every = 1  # rounds between evaluations on every client's own examples; 0 for never
+    group.batch_size = 50  # small batches stay in a CPU's cache; raise it on an accelerator
+    return group
+
+
+def phase(rounds: int, aggregator_name: str) -> ConfigDict:
+    """One phase: who learns what, how, and how uploads become a step."""
+    group = ConfigDict()  # run.experiment, run.loop, run.parts
+    group.rounds = rounds
+    group.trainable = ".*"  # regular expression over parameter paths, e.g. "^head/" for one layer
+    group.pooled = False  # one client holds all examples: the ceiling that a federated run is measured against
+    group.cache_body = False  # where only the head is trained: run it on features that are computed once
+    group.cache_views = 0  # random views of each example whose features are kept, to train on; 0 for the plain one
+    group.least_clients = 1  # a round in which fewer are left of its clients is skipped
+    group.max_skips = 10  # so many skipped rounds in a row end the run; 0 for never
+    group.local = local()
+    group.term = term()
+    group.sketch = sketch()
+    group.aggregator = aggregator(aggregator_name)
+    group.server = server()
+    group.late = late()
+    group.faults = faults()
+    return group
+
+
+def local() -> ConfigDict:
+    """A client's training: the solver that `optimizer` names, and client.local_work.Hyper for what is traced."""
     return ConfigDict(
         {
-            "rounds": rounds,
-            "trainable": ".*",  # regular expression over parameter paths, e.g. "^head/" for one layer
-            "pooled": False,  # one client holds all examples: the ceiling that a federated run is measured against
-            "cache_body": False,  # where only the head is trained: run it on features that are computed once
-            "cache_views": 0,  # random views of each example whose features are kept, to train on; 0 for the plain one
-            "local": {
-                "optimizer": "sgd",  # sgd, momentum, nesterov, adam, yogi, gauss_newton, lbfgs, natural_gradient
-                "lr": 0.1,
-                "lr_decay": 1.0,  # the learning rate of round k is lr * lr_decay^k, counted over both phases
-                "momentum": 0.9,
-                "weight_decay": 0.0,
-                "clip_norm": 0.0,  # bound on the gradient's norm; 0 for none
-                "batch_size": 50,  # 0 for all of the client's examples
-                "views": True,  # on random views of the examples, where config.data.augment is set
-                "micro_batch": 0,  # examples whose gradients are computed at a time; 0 for all, -1 as suits the backend
-                "epochs": 5,
-                "steps": 0,  # instead of epochs, where positive
-                "step_scale": 0.0,  # c of the published rule for the steps, by the sketch; 0 for none; published: 0.01
+            # client.first_order.first_order, client.second_order.gauss_newton, client.second_order.lbfgs,
+            # client.second_order.natural_gradient
+            "optimizer": "sgd",  # sgd, momentum, nesterov, adam, yogi, gauss_newton, lbfgs, natural_gradient
+            "lr": 0.1,
+            "lr_decay": 1.0,  # the learning rate of round k is lr * lr_decay^k, counted over both phases
+            "momentum": 0.9,
+            "weight_decay": 0.0,
+            "clip_norm": 0.0,  # bound on the gradient's norm; 0 for none
+            "batch_size": 50,  # 0 for all of the client's examples
+            "views": True,  # on random views of the examples, where config.data.augment is set
+            "micro_batch": 0,  # examples whose gradients are computed at a time; 0 for all, -1 as suits the backend
+            "epochs": 5,
+            "steps": 0,  # instead of epochs, where positive
+            "damping": 1e-4,  # of the gauss_newton or natural_gradient step
+            "matched": False,  # of these two: under FIPA their damping is the server's, the step untested
+            "adaptive": {  # client.local_work.steps_for
+                "scale": 0.0,  # c of the published rule for the steps, by the sketch; 0 for none; published: 0.01
                 "max_steps": 200,  # that this rule may ask for
-                "damping": 1e-4,  # of the gauss_newton or natural_gradient step
-                "matched": False,  # of these two: under FIPA their damping is the server's, the step untested
-                "tries": 10,  # dampings that a gauss_newton step tries, tenfold each; 0 takes the first one's untested
-                "system": "auto",  # of the gauss_newton step: gram, cg (matrix-free); auto: gram up to 2000 equations
+            },
+            "gauss_newton": {  # client.second_order.gauss_newton
+                "tries": 10,  # dampings that a step tries, tenfold each; 0 takes the first one's untested
+                "system": "auto",  # gram, cg (matrix-free); auto: gram up to 2000 equations
                 "cg_steps": 100,  # products with the curvature that cg may take for one step
             },
-            # none, prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1), mifa, varp; mu is
-            # the weight of those that have one
-            "term": {"name": "none", "mu": 0.01},
-            "sketch": {
-                "solver": "subspace",  # auto, subspace (the paper's), lanczos, rows (exact), head (the last layer)
-                "rank": 20,
-                "oversample": 10,
-                "power_steps": 2,
-                "tolerance": 1e-3,  # of the residuals |H u - lam u| / lam_max, at which lanczos stops
-                "micro_batch": 0,  # examples at a time, about 5 for rows on a CPU; 0 for all
-                "jacobian": "matrix_free",  # or "rows": explicit, faster for convolutions with few classes
-                "loss_rank": 0,  # eigendirections of each example's loss Hessian that rows take; 0 for all
-                "probes": 4,  # for the estimate of the curvature that the rank misses
-                "energy": 0.0,  # keep only the pairs that reach this share of the trace; 0 for all
-                "gradient_scale": 0.0,  # c of the published rank rule, by the gradients' norms; 0 for none
-                "store": "",  # dtype of the basis as it is sent: bfloat16 halves it; "" for the parameters' own
-                "memory": 2.0,  # GiB that explicit rows may take, for auto
-                "examples": 0,  # of a client that enter its sketch; 0 for all
+        }
+    )
+
+
+def term() -> ConfigDict:
+    """What is added to a client's objective: client.terms.TERMS, and `mu` in client.local_work.Hyper."""
+    group = ConfigDict()
+    # none, prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1), mifa, varp
+    group.name = "none"
+    group.mu = 0.01  # the weight of those that have one
+    return group
+
+
+def sketch() -> ConfigDict:
+    """A client's curvature: curvature.sketch.make_sketch or curvature.sketch.make_diagonal."""
+    group = ConfigDict()
+    group.solver = "subspace"  # auto, subspace (the paper's), lanczos, rows (exact), head (the last layer)
+    group.rank = 20
+    group.oversample = 10
+    group.power_steps = 2
+    group.tolerance = 1e-3  # of the residuals |H u - lam u| / lam_max, at which lanczos stops
+    group.micro_batch = 0  # examples at a time, about 5 for rows on a CPU; 0 for all
+    group.jacobian = "matrix_free"  # or "rows": explicit, faster for convolutions with few classes
+    group.loss_rank = 0  # eigendirections of each example's loss Hessian that rows take; 0 for all
+    group.probes = 4  # for the estimate of the curvature that the rank misses
+    group.energy = 0.0  # keep only the pairs that reach this share of the trace; 0 for all
+    group.gradient_scale = 0.0  # c of the published rank rule, by the gradients' norms; 0 for none
+    group.store = ""  # dtype of the basis as it is sent: bfloat16 halves it; "" for the parameters' own
+    group.examples = 0  # of a client that enter its sketch; 0 for all
+    return group
+
+
+def aggregator(name: str) -> ConfigDict:
+    """How uploads become one step: the rule of aggregate.rules.AGGREGATORS that `name` names."""
+    return ConfigDict(
+        {
+            # aggregate.rules.mean, aggregate.rules.fipa, aggregate.rules.diagonal
+            "name": name,  # mean, fipa, diagonal
+            "weighting": "examples",  # or "uniform"
+            "form": "damped",  # pinv, tikhonov, damped
+            "damping": 1e-3,
+            "relative": True,  # damping in units of the largest eigenvalue of H
+            "rcond": 1e-5,  # pinv's cut-off
+            "trust": False,  # damping follows the clients' losses, and a step that raised them is undone
+            "own_damping": False,  # updates count as the clients' own damped steps, 1 / (lr steps); see aggregate
+            "merge": "auto",  # of the sketches: auto, qr, tsqr, gram
+            "at": "local",  # where the diagonal rule sees the curvature: local or broadcast parameters
+            "past": {  # aggregate.past_rounds.make
+                "kind": "none",  # of past rounds' curvature: none, prior, targets, latest; for few clients of many
+                "decay": 0.9,  # by which the weight of what is remembered falls with each round
+                "rank": 250,  # R' of a message: R' P numbers for each of 1, `length` or all clients
+                "length": 8,  # cohorts that `targets` remembers
             },
-            "aggregator": {
-                "name": aggregator,
-                "weighting": "examples",  # or "uniform"
-                "form": "damped",  # pinv, tikhonov, damped
-                "damping": 1e-3,
-                "relative": True,  # damping in units of the largest eigenvalue of H
-                "rcond": 1e-5,  # pinv's cut-off
-                "trust": False,  # damping follows the clients' losses, and a step that raised them is undone
-                "memory": "none",  # of past rounds' curvature: none, prior, targets, latest; for few clients of many
-                "memory_decay": 0.9,  # by which the weight of what is remembered falls with each round
-                "memory_rank": 250,  # R' of a message: R' P numbers for each of 1, memory_length or all clients
-                "memory_length": 8,  # cohorts that `targets` remembers
-                "staleness": 0.5,  # s, of late clients: their weight is (1 + age)^-s of another's
-                "transport": True,  # a late client's target stays where it was, seen from the present parameters
-                "max_drift": 0.0,  # bound on how far a late client's answers have moved since it began; 0 for none
-                "mix": False,  # mean: a late client's model is mixed in (FedAsync), not its update added (FedBuff)
-                "own_damping": False,  # updates count as the clients' own damped steps, 1 / (lr steps); see aggregate
+            "limits": {  # aggregate.rules.fipa
                 "max_step": 5.0,  # bound on |step| / max |delta|; 0 for none
                 "max_divergence": 0.0,  # bound on step^T H step / 2, the move of the model's answers; 0 for none
                 "explosion": 100.0,  # the ratio above which the damped form, or the mean, is taken instead; 0 for none
                 "trace_cap": 1000.0,  # bound on a client's eigenvalues' sum over the clients' lower median; 0 for none
-                "merge": "auto",  # of the sketches: auto, qr, tsqr, gram
-                "at": "local",  # where the diagonal rule sees the curvature: local or broadcast parameters
             },
-            # sgd, momentum (FedAvgM), adam (FedAdam), yogi (FedYogi), acg (FedACG, with the term prox), exp (FedExP)
-            "server": {"optimizer": "sgd", "momentum": 0.9, "lr": 1.0},
-            "least_clients": 1,  # a round in which fewer are left of its clients is skipped
-            "max_skips": 10,  # so many skipped rounds in a row end the run; 0 for never
-            # Of a round's clients so large a share began up to `most` rounds before, on what the parameters were then.
-            "late": {"share": 0.0, "most": 10},
-            # Injected for studies: the probability that an upload has the fault.
-            "faults": {
-                "drop": 0.0,  # it never arrives
-                "straggle": 0.0,  # the client has done only a random part of its local steps
-                "nan": 0.0,  # its update is NaN
-                "flip": 0.0,  # its update comes with the opposite sign
-                "scale": 0.0,  # its eigenvalues come multiplied by `scale_by`
-                "scale_by": 1e6,
+            "late": {  # aggregate.rules.fipa, aggregate.rules.mean, aggregate.rules.diagonal
+                "staleness": 0.5,  # s, of late clients: their weight is (1 + age)^-s of another's
+                "transport": True,  # a late client's target stays where it was, seen from the present parameters
+                "max_drift": 0.0,  # bound on how far a late client's answers have moved since it began; 0 for none
+                "mix": False,  # mean: a late client's model is mixed in (FedAsync), not its update added (FedBuff)
             },
         }
     )
+
+
+def server() -> ConfigDict:
+    """How the server goes along the step: aggregate.server_optimizers.make, and `lr` in federation.round.Rates."""
+    group = ConfigDict()
+    # sgd, momentum (FedAvgM), adam (FedAdam), yogi (FedYogi), acg (FedACG, with the term prox), exp (FedExP)
+    group.optimizer = "sgd"
+    group.momentum = 0.9
+    group.lr = 1.0
+    return group
+
+
+def late() -> ConfigDict:
+    """Which clients of a round began before it, on what the parameters were then: federation.late.draw."""
+    group = ConfigDict()
+    group.share = 0.0  # so large a part of a round's clients
+    group.most = 10  # up to so many rounds before
+    return group
+
+
+def faults() -> ConfigDict:
+    """Faults injected for studies, each with the probability that an upload has it: federation.faults.Rates."""
+    group = ConfigDict()
+    group.drop = 0.0  # it never arrives
+    group.straggle = 0.0  # the client has done only a random part of its local steps
+    group.nan = 0.0  # its update is NaN
+    group.flip = 0.0  # its update comes with the opposite sign
+    group.scale = 0.0  # its eigenvalues come multiplied by `scale_by`
+    group.scale_by = 1e6
+    return group

@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from fipa_jax.config.defaults import default
+from fipa_jax.lookup import lookup
 
 
 def images(data: str, model: str) -> ConfigDict:
@@ -23,7 +24,7 @@ def pde(equation: str, variant: str) -> ConfigDict:
     Args:
       equation: a key of `tasks.pde.EQUATIONS`.
       variant: "" for Levenberg-Marquardt shared by clients and server: one Gauss-Newton step a round with the server's
-        damping, which follows the clients' losses. "published" for 300 steps of Adam and the `pinv` rule.
+        damping, which follows the clients' losses. "published" for 300 steps of Adam and the form `pinv`.
 
     Raises:
       ValueError: the variant is not known.
@@ -39,17 +40,17 @@ def pde(equation: str, variant: str) -> ConfigDict:
     config.fipa.rounds = 100
     config.fipa.local.batch_size = 0
     config.fipa.sketch.solver, config.fipa.sketch.rank = "auto", 50
-    if variant == "published":
-        local, rule = config.fipa.local, config.fipa.aggregator
-        local.optimizer, local.lr, local.steps = "adam", 1e-4, 300
-        rule.form, rule.rcond, rule.max_step = "pinv", 1e-5, 0.0
-        config.fipa.server.lr = 0.5
-        config.compare = ("fipa", "fedavg:server.lr=1")
-    elif not variant:
-        levenberg_marquardt(config)
-    else:
-        raise ValueError(f"--config: unknown variant {variant!r}; known: published")
+    lookup({"": levenberg_marquardt, "published": published}, variant, "--config")(config)
     return config
+
+
+def published(config: ConfigDict) -> None:
+    """Sets the FIPA phase to what is published for differential equations: 300 steps of Adam and the form `pinv`."""
+    local, rule = config.fipa.local, config.fipa.aggregator
+    local.optimizer, local.lr, local.steps = "adam", 1e-4, 300
+    rule.form, rule.rcond, rule.limits.max_step = "pinv", 1e-5, 0.0
+    config.fipa.server.lr = 0.5
+    config.compare = ("fipa", "fedavg:server.lr=1")
 
 
 def levenberg_marquardt(config: ConfigDict) -> None:
@@ -60,7 +61,7 @@ def levenberg_marquardt(config: ConfigDict) -> None:
     """
     local, rule = config.fipa.local, config.fipa.aggregator
     local.optimizer, local.lr, local.steps, local.matched = "gauss_newton", 1.0, 1, True
-    rule.form, rule.trust, rule.relative, rule.damping, rule.max_step = "damped", True, False, 0.1, 0.0
+    rule.form, rule.trust, rule.relative, rule.damping, rule.limits.max_step = "damped", True, False, 0.1, 0.0
     config.compare = ("fipa", "fedavg", "centralised")
 
 
@@ -93,15 +94,21 @@ def variant(config: ConfigDict, name: str) -> ConfigDict:
     Raises:
       ValueError: the name is not known.
     """
-    if name not in ("", "debug"):
-        raise ValueError(f"--config: unknown variant {name!r}; known: debug")
-    if name == "debug":
-        config.data.train_split, config.data.test_split = "train[:400]", f"{config.data.test_split or 'test'}[:100]"
-        config.data.holdout = 0.0
-        config.partition.num_clients, config.cohort = 8, 2
-        config.warmup.rounds = config.fipa.rounds = config.eval.clients_every = 2
-        config.fipa.sketch.rank = min(config.fipa.sketch.rank, 5)
-        config.compare = config.compare[:3]
-        for phase in (config.warmup, config.fipa):
-            phase.local.epochs = 1
+    lookup({"": _whole, "debug": _debug}, name, "--config")(config)
     return config
+
+
+def _whole(config):
+    """Leaves a config as it is."""
+
+
+def _debug(config):
+    """Shrinks a config."""
+    config.data.train_split, config.data.test_split = "train[:400]", f"{config.data.test_split or 'test'}[:100]"
+    config.data.holdout = 0.0
+    config.partition.num_clients, config.cohort = 8, 2
+    config.warmup.rounds = config.fipa.rounds = config.eval.clients_every = 2
+    config.fipa.sketch.rank = min(config.fipa.sketch.rank, 5)
+    config.compare = config.compare[:3]
+    for phase in (config.warmup, config.fipa):
+        phase.local.epochs = 1

@@ -1,6 +1,43 @@
 """What do a client's data pin down? Products with its Fisher matrix, eigenpairs, sketches."""
 
-from fipa_jax.curvature.products import Curvature, make_diagonal, make_ggn, make_gradient
-from fipa_jax.curvature.sketch import Diagonal, Report, Sketch, make_sketch
+from fipa_jax.curvature.eigenpairs import Eigenpairs, exact, lanczos, subspace
+from fipa_jax.curvature.products import Curvature, Features, Loss, Outputs, make_ggn, make_ggn_diagonal, make_gradient
+from fipa_jax.curvature.sketch import (
+    Diagonal,
+    Report,
+    Sketch,
+    SketchFunction,
+    keeping_energy,
+    make_diagonal,
+    make_sketch,
+    stored_as,
+    truncate,
+)
+from fipa_jax.curvature.sketcher import Sketcher, TaskOutputs, plain, with_rank_by_gradient
 
-__all__ = ["Curvature", "Diagonal", "Report", "Sketch", "make_diagonal", "make_ggn", "make_gradient", "make_sketch"]
+__all__ = [
+    "Curvature",
+    "Diagonal",
+    "Eigenpairs",
+    "Features",
+    "Loss",
+    "Outputs",
+    "Report",
+    "Sketch",
+    "SketchFunction",
+    "Sketcher",
+    "TaskOutputs",
+    "exact",
+    "keeping_energy",
+    "lanczos",
+    "make_diagonal",
+    "make_ggn",
+    "make_ggn_diagonal",
+    "make_gradient",
+    "make_sketch",
+    "plain",
+    "stored_as",
+    "subspace",
+    "truncate",
+    "with_rank_by_gradient",
+]

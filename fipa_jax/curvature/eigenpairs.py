@@ -1,7 +1,7 @@
 """How are the top eigenpairs of a symmetric positive semi-definite matrix found, from products with it alone?
 
 Every solver is built by a factory of what is static and returns `solve(key, matrix, start=None) -> Eigenpairs`, for a
-`curvature.Curvature`. Jit it with the products inside.
+`products.Curvature`. Jit it with the products inside.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fipa_jax.curvature.products import Curvature, indefinite
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-3  # of the residuals
 
 
 class Eigenpairs(NamedTuple):
@@ -28,7 +28,11 @@ class Eigenpairs(NamedTuple):
     indefinite: jax.Array  # [] bool, the matrix has negative eigenvalues; they are left out
 
 
-def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Callable:
+# (key, matrix, start [P, R] | None) -> Eigenpairs
+Solver = Callable[..., Eigenpairs]
+
+
+def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Solver:
     """Randomised subspace iteration with a Rayleigh-Ritz finish (arXiv 2601.13608, section 3; Halko et al. 2011).
 
         Q = qr(Omega);  power_steps times: Q = qr(H Q);  T = Q^T H Q = S diag(lam) S^T;  U = Q S
@@ -54,7 +58,7 @@ def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Callab
     return _checked(rank, solve)
 
 
-def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance: float = TOLERANCE) -> Callable:
+def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance: float = TOLERANCE) -> Solver:
     """Block Lanczos: the best eigenpairs within the whole Krylov space [Q, H Q, H^2 Q, ...] (Golub & Underwood 1977).
 
     For the same products as `subspace` it forgets none of them: far more exact where the spectrum falls slowly. Every
@@ -95,31 +99,30 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance:
             basis, images, new = carry
             new = _next_block(jax.random.fold_in(key, j), matrix, new, basis)
             image = matrix.product(new)
-            write = lambda all_, part: jax.lax.dynamic_update_slice(all_, part, (0, j * block))
-            return write(basis, new), write(images, image), image
+            at = (0, j * block)
+            return jax.lax.dynamic_update_slice(basis, new, at), jax.lax.dynamic_update_slice(images, image, at), image
 
         empty = jnp.zeros([size, 0], dtype)
-        space, found, reached = (empty, empty, _draw(key, matrix, block, start)), None, 0
+        space, pairs, reached = (empty, empty, _draw(key, matrix, block, start)), None, 0
         for stop in stops:
-            widen = lambda x, columns=stop * block: jnp.pad(x, [(0, 0), (0, columns - x.shape[1])])
-            space = widen(space[0]), widen(space[1]), space[2]
+            space = _widened(space[0], stop * block), _widened(space[1], stop * block), space[2]
 
             def grow(space, reached=reached, stop=stop):
                 space = jax.lax.fori_loop(reached, stop, extend, space)
                 return space, rayleigh_ritz(*space[:2], rank, products=stop * block)
 
-            if found is None:
-                space, found = grow(space)
+            if pairs is None:
+                space, pairs = grow(space)
             else:
-                done = jnp.all(found.residuals <= tolerance) | found.not_finite
-                space, found = jax.lax.cond(done, lambda s, f=found: (s, f), grow, space)
+                done = jnp.all(pairs.residuals <= tolerance) | pairs.not_finite
+                space, pairs = jax.lax.cond(done, lambda space, pairs=pairs: (space, pairs), grow, space)
             reached = stop
-        return found
+        return pairs
 
     return _checked(rank, solve)
 
 
-def exact(rank: int, *, oversample: int = 10) -> Callable:
+def exact(rank: int, *, oversample: int = 10) -> Solver:
     """The eigenpairs of H = A^T A from its rows A [M, P], which the matrix must hold; no iteration, no start.
 
     With few parameters, P <= M, by the singular values of A. Else the eigenvectors of the Gram matrix A A^T [M, M] give
@@ -195,14 +198,17 @@ def _pairs(eigenvalues, vectors, images, *, noise: int, products: int, **flags) 
     """Masks the pairs below the rounding level, eps times `noise`, and measures the residuals of the others."""
     largest = jnp.maximum(eigenvalues[0], 0)
     keep = eigenvalues > largest * jnp.finfo(eigenvalues.dtype).eps * noise
-    mask = lambda x: jnp.where(keep if x.ndim == 1 else keep[None], x, 0)
+
+    def masked(x):  # [R] or [P, R]
+        return jnp.where(keep if x.ndim == 1 else keep[None], x, 0)
+
     distance = jnp.linalg.norm(images - vectors * eigenvalues[None], axis=0)
-    residuals = mask(distance / jnp.where(largest > 0, largest, 1))
-    found = (mask(eigenvalues), mask(vectors), mask(images), residuals)
-    return Eigenpairs(*found, jnp.int32(products), **{name: jnp.asarray(flag) for name, flag in flags.items()})
+    residuals = masked(distance / jnp.where(largest > 0, largest, 1))
+    pairs = (masked(eigenvalues), masked(vectors), masked(images), residuals)
+    return Eigenpairs(*pairs, jnp.int32(products), **{name: jnp.asarray(flag) for name, flag in flags.items()})
 
 
-def _checked(rank: int, solve: Callable) -> Callable:
+def _checked(rank: int, solve: Solver) -> Solver:
     """A solver whose rank fits, at the highest precision of products."""
     if rank < 1:
         raise ValueError(f"sketch.rank: needs at least 1, got {rank}")
@@ -221,7 +227,13 @@ def _checked(rank: int, solve: Callable) -> Callable:
 
 
 def _orthonormal(columns):
+    """[P, B]: an orthonormal basis of the columns [P, B]."""
     return jnp.linalg.qr(columns)[0]
+
+
+def _widened(columns, number: int):
+    """[P, number]: the columns, with zeros behind them."""
+    return jnp.pad(columns, [(0, 0), (0, number - columns.shape[1])])
 
 
 def _draw(key, matrix: Curvature, block: int, start):

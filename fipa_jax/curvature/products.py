@@ -16,7 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-JACOBIANS = ("head", "matrix_free", "rows")
+from fipa_jax.lookup import lookup
+
+Outputs = Callable[[Any, Any], Any]  # (params, batch) -> out, a pytree of [B, ...], of each example by itself
+Loss = Callable[[Any, Any], jax.Array]  # (out, batch) -> [B], of each example
+Features = Callable[[Any, Any], jax.Array]  # (params, batch) -> [B, F], the inputs of the last layer
 
 
 class MicroBatches(NamedTuple):
@@ -30,7 +34,7 @@ class MicroBatches(NamedTuple):
 class Curvature(NamedTuple):
     """A client's H [P, P], seen without being formed; it lives inside one traced function."""
 
-    product: Callable  # V [P, B] -> H V [P, B]
+    product: Callable[[jax.Array], jax.Array]  # V [P, B] -> H V [P, B]
     size: int  # P
     dtype: Any
     rows: jax.Array | None = None  # A [M, P] with H = A^T A, where it is held
@@ -39,14 +43,14 @@ class Curvature(NamedTuple):
 
 
 def make_ggn(
-    outputs: Callable,
-    loss: Callable,
+    outputs: Outputs,
+    loss: Loss,
     *,
     micro_batch: int = 0,
     jacobian: str = "matrix_free",
-    features: Callable | None = None,
+    features: Features | None = None,
     loss_rank: int = 0,
-) -> Callable:
+) -> Callable[..., Curvature]:
     """Builds `ggn(params, batch, mask=None) -> Curvature` of the mask's examples (all of the batch without one).
 
     Args:
@@ -68,18 +72,14 @@ def make_ggn(
       ValueError: the name of `jacobian` is not known; `head` without features, or with other parameters than a last
         layer's.
     """
-    if jacobian not in JACOBIANS:
-        raise ValueError(f"sketch.jacobian: unknown {jacobian!r}; known: {', '.join(JACOBIANS)}")
+    lookup(JACOBIANS, jacobian, "sketch.jacobian")
     if jacobian == "head" and features is None:
         raise ValueError("sketch.jacobian: head needs the model's features, the inputs of its last layer")
+    options = {"head": {"features": features}, "rows": {"loss_rank": loss_rank}}
 
     def ggn(params, batch, mask=None) -> Curvature:
         micro = _micro_batches(params, batch, mask, micro_batch)
-        if jacobian == "head":
-            return _head(outputs, loss, features, params, micro)
-        if jacobian == "rows":
-            return _rows(outputs, loss, params, micro, loss_rank)
-        return _matrix_free(outputs, loss, params, micro)
+        return JACOBIANS[jacobian](outputs, loss, params, micro, **options.get(jacobian, {}))
 
     return ggn
 
@@ -93,7 +93,10 @@ def _matrix_free(outputs, loss, params, micro):
             out, push = jax.linearize(lambda p: outputs(p, batch), params)
             pull = jax.linear_transpose(push, params)
             hessian = loss_derivatives(loss, out, batch, weight)[1]
-            column = lambda v: ravel_pytree(pull(hessian(push(unravel(v))))[0])[0]
+
+            def column(v):  # [P] -> [P]
+                return ravel_pytree(pull(hessian(push(unravel(v))))[0])[0]
+
             # On a CPU one after another: side by side they leave its cache, which takes two to three times as long.
             if jax.default_backend() == "cpu":
                 return total + jax.lax.map(column, vectors.T).T
@@ -104,9 +107,13 @@ def _matrix_free(outputs, loss, params, micro):
     return Curvature(product, flat.size, flat.dtype)
 
 
-def _rows(outputs, loss, params, micro, loss_rank):
+def _rows(outputs, loss, params, micro, *, loss_rank):
     """H = A^T A by explicit scaled rows A, computed once, micro-batch by micro-batch."""
-    rows, negative = stack(lambda batch, weight: scaled_rows(outputs, loss, params, batch, weight, loss_rank), micro)
+
+    def rows_of(batch, weight):
+        return scaled_rows(outputs, loss, params, batch, weight, loss_rank)
+
+    rows, negative = stack(rows_of, micro)
     rows = rows.reshape(-1, rows.shape[-1])
 
     def product(vectors):  # [P, B] -> [P, B]
@@ -132,7 +139,7 @@ def scaled_rows(outputs, loss, params, batch, weight, loss_rank: int = 0):
 def jacobian_rows(outputs, params, batch) -> jax.Array:
     """[N, K, P]: d outputs_n / d params for each example, its outputs ravelled to [K]; one forward and K pullbacks."""
     out, pull_back = _linearise_each(outputs, params, batch)
-    flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(out)
+    flat = _ravel_each(out)
     return pull_back(jnp.broadcast_to(jnp.eye(flat.shape[1], dtype=flat.dtype)[:, None], flat.shape[1:] + flat.shape))
 
 
@@ -145,22 +152,27 @@ def _linearise_each(outputs, params, batch):
 
     def linearise(example):
         single = jax.tree.map(lambda x: x[None], example)
-        return jax.vjp(lambda p: jax.tree.map(lambda x: x[0], outputs(p, single)), params)
+        return jax.vjp(lambda p: _first(outputs(p, single)), params)
 
     out, pulls = jax.vmap(linearise)(batch)
-    _, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], out))
-    pull_all = jax.vmap(lambda pull, cotangent: ravel_pytree(pull(unravel(cotangent))[0])[0])
-    return out, lambda cotangents: jnp.moveaxis(jax.lax.map(lambda c: pull_all(pulls, c), cotangents), 0, 1)
+    _, unravel = ravel_pytree(_first(out))
+
+    def row(pull, cotangent):  # [K] -> [P]
+        return ravel_pytree(pull(unravel(cotangent))[0])[0]
+
+    def pull_back(cotangents):
+        return jnp.moveaxis(jax.lax.map(lambda c: jax.vmap(row)(pulls, c), cotangents), 0, 1)
+
+    return out, pull_back
 
 
 def _roots(loss, out, batch, weight):
     """The columns [K, B, K] of (weight_n L_n)^{1/2} = V diag(mu)^{1/2}, the largest mu first; is an L_n indefinite?"""
     hessian = loss_derivatives(loss, out, batch, weight)[1]
-    ravel = jax.vmap(lambda tree: ravel_pytree(tree)[0])
-    _, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], out))
-    examples, size = ravel(out).shape
+    _, unravel = ravel_pytree(_first(out))
+    examples, size = _ravel_each(out).shape
     units = jnp.broadcast_to(jnp.eye(size, dtype=weight.dtype)[:, None], [size, examples, size])
-    columns = jax.vmap(lambda unit: ravel(hessian(jax.vmap(unravel)(unit))))(units)
+    columns = jax.vmap(lambda unit: _ravel_each(hessian(jax.vmap(unravel)(unit))))(units)
     eigenvalues, directions = jnp.linalg.eigh(jnp.moveaxis(columns, 0, 2))
     roots = directions * jnp.sqrt(jnp.maximum(eigenvalues, 0))[:, None, :]
     # Where a softmax is confident p (1 - p) is but the rounding of p, of either sign.
@@ -168,16 +180,15 @@ def _roots(loss, out, batch, weight):
     return jnp.moveaxis(roots, 2, 0)[::-1], jnp.any(indefinite(eigenvalues) & (eigenvalues[:, 0] < -noise))
 
 
-def _head(outputs, loss, features, params, micro):
+def _head(outputs, loss, params, micro, *, features):
     """H V for the last dense layer, out_n = W^T phi_n + b: J_n = phi_n^T kron I, so that no network is in the loop."""
     flat, unravel = ravel_pytree(params)
     out, phi = stack(lambda batch, _: (outputs(params, batch), features(params, batch)), micro)  # [n, B, K], [n, B, F]
-    if not is_last_layer(params, *jax.tree.map(lambda x: x[0], (out, phi))):
-        shapes = lambda tree: [list(leaf.shape) for leaf in jax.tree.leaves(tree)]
+    if not is_last_layer(params, *_first((out, phi))):
         raise ValueError(
             "sketch.jacobian: head needs the trainable parameters to be the last layer's kernel [F, K] and at most its "
-            f"bias [K], got {shapes(params)} for features and outputs of shapes {shapes((phi, out))}; set trainable to "
-            "that layer"
+            f"bias [K], got {_shapes(params)} for features and outputs of shapes {_shapes((phi, out))}; set trainable "
+            "to that layer"
         )
     has_bias = len(jax.tree.leaves(params)) == 2
 
@@ -185,16 +196,10 @@ def _head(outputs, loss, features, params, micro):
         columns = jax.vmap(unravel, in_axes=1, out_axes=-1)(vectors)
 
         def add(total, batch, weight, out, phi):
-            # The kernel's tangent is [F, K, B] and the bias's [K, B]; one product for all columns.
-            push = lambda leaf: jnp.tensordot(phi, leaf, 1) if leaf.ndim == 3 else leaf[None]
-            tangent = sum(push(leaf) for leaf in jax.tree.leaves(columns))
-            hessian = loss_derivatives(loss, out, batch, weight)[1]
-            curved = jax.vmap(hessian, in_axes=2, out_axes=2)(jnp.broadcast_to(tangent, (*out.shape, tangent.shape[2])))
-            pull = lambda leaf: jnp.tensordot(phi, curved, [[0], [0]]) if leaf.ndim == 3 else jnp.sum(curved, 0)
-            return jax.tree.map(lambda t, leaf: t + pull(leaf), total, columns)
+            return jax.tree.map(jnp.add, total, _head_columns(loss, columns, batch, weight, out, phi))
 
         total = fold(add, jax.tree.map(jnp.zeros_like, columns), micro, out, phi)
-        return jax.vmap(lambda tree: ravel_pytree(tree)[0], in_axes=-1, out_axes=1)(total)
+        return jax.vmap(_ravelled, in_axes=-1, out_axes=1)(total)
 
     def trace(total, batch, weight, out, phi):
         """Adds sum_n weight_n tr(L_n) (|phi_n|^2 + 1 with a bias)."""
@@ -203,6 +208,26 @@ def _head(outputs, loss, features, params, micro):
         return total + jnp.vdot(jnp.sum(diagonal, 0), jnp.sum(phi**2, axis=1) + has_bias)
 
     return Curvature(product, flat.size, flat.dtype, trace=fold(trace, jnp.zeros([], flat.dtype), micro, out, phi))
+
+
+def _head_columns(loss, columns, batch, weight, out, phi):
+    """H V of one micro-batch: of the kernel's columns [F, K, B] and the bias's [K, B], one product for all of them."""
+
+    def push(leaf):
+        return jnp.tensordot(phi, leaf, 1) if leaf.ndim == 3 else leaf[None]
+
+    tangent = sum(push(leaf) for leaf in jax.tree.leaves(columns))
+    hessian = loss_derivatives(loss, out, batch, weight)[1]
+    curved = jax.vmap(hessian, in_axes=2, out_axes=2)(jnp.broadcast_to(tangent, (*out.shape, tangent.shape[2])))
+
+    def pull(leaf):
+        return jnp.tensordot(phi, curved, [[0], [0]]) if leaf.ndim == 3 else jnp.sum(curved, 0)
+
+    return jax.tree.map(pull, columns)
+
+
+# How the curvature is seen: (outputs, loss, params, micro, and an option of its own) -> Curvature.
+JACOBIANS = {"head": _head, "matrix_free": _matrix_free, "rows": _rows}
 
 
 def is_last_layer(params, out, features) -> bool:
@@ -214,18 +239,21 @@ def is_last_layer(params, out, features) -> bool:
     return sorted(shapes, key=len) in ([kernel], [bias, kernel])
 
 
-def depends(function: Callable, params, batch) -> bool:
+def depends(function: Features, params, batch) -> bool:
     """Whether function(params, batch) may depend on the parameters; a call that takes them counts as if it did."""
     jaxpr = jax.make_jaxpr(function)(params, batch).jaxpr
     reached = set(jaxpr.invars[: len(jax.tree.leaves(params))])
-    among = lambda variables: any(not hasattr(v, "val") and v in reached for v in variables)  # literals have a value
+
+    def among(variables):
+        return any(not hasattr(v, "val") and v in reached for v in variables)  # literals have a value
+
     for eqn in jaxpr.eqns:
         if among(eqn.invars):
             reached.update(eqn.outvars)
     return among(jaxpr.outvars)
 
 
-def make_diagonal(outputs: Callable, loss: Callable, *, micro_batch: int = 0) -> Callable:
+def make_ggn_diagonal(outputs: Outputs, loss: Loss, *, micro_batch: int = 0) -> Callable[..., jax.Array]:
     """Builds `diagonal(params, batch, mask=None) -> [P]`, the diagonal of H, from the squares of its scaled rows.
 
     Args and Raises: see `make_ggn`.
@@ -233,13 +261,16 @@ def make_diagonal(outputs: Callable, loss: Callable, *, micro_batch: int = 0) ->
 
     def diagonal(params, batch, mask=None):
         micro = _micro_batches(params, batch, mask, micro_batch)
-        add = lambda total, *one: total + jnp.sum(scaled_rows(outputs, loss, params, *one)[0] ** 2, axis=0)
+
+        def add(total, batch, weight):
+            return total + jnp.sum(scaled_rows(outputs, loss, params, batch, weight)[0] ** 2, axis=0)
+
         return fold(add, jnp.zeros_like(ravel_pytree(params)[0]), micro)
 
     return diagonal
 
 
-def make_gradient(outputs: Callable, loss: Callable) -> Callable:
+def make_gradient(outputs: Outputs, loss: Loss) -> Callable[..., jax.Array]:
     """Builds `gradient(params, batch, mask=None) -> [P]`, of the mean loss over the mask's examples."""
 
     def gradient(params, batch, mask=None):
@@ -270,6 +301,7 @@ def forward_flops(function: Callable, *args) -> float:
 
 
 def _flops(jaxpr) -> float:
+    """The operations of a program and of those that it calls."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
@@ -300,13 +332,17 @@ def _weights(params, batch, mask):
 
 
 def _micro_batches(params, batch, mask, size) -> MicroBatches:
+    """The batch [N, ...] cut into micro-batches of so many examples; 0 for one of all."""
     weight = _weights(params, batch, mask)
     size = size or weight.shape[0]
-    pad = lambda x, mode: jnp.pad(x, [(0, -x.shape[0] % size)] + [(0, 0)] * (x.ndim - 1), mode=mode)
-    split = lambda x, mode: pad(x, mode).reshape(-1, size, *x.shape[1:])
+
+    def split(x, mode):  # [N, ...] -> [n, size, ...]
+        padded = jnp.pad(x, [(0, -x.shape[0] % size)] + [(0, 0)] * (x.ndim - 1), mode=mode)
+        return padded.reshape(-1, size, *x.shape[1:])
+
     weights = split(weight, "constant")
-    there = jnp.any(weights > 0, axis=1)
-    count = jnp.max(jnp.where(there, 1 + jnp.arange(there.shape[0], dtype=jnp.int32), 0))
+    occupied = jnp.any(weights > 0, axis=1)
+    count = jnp.max(jnp.where(occupied, 1 + jnp.arange(occupied.shape[0], dtype=jnp.int32), 0))
     # Never an input the network has not seen, not even as padding: its derivatives may not be finite.
     return MicroBatches(jax.tree.map(lambda x: split(x, "edge"), batch), weights, count)
 
@@ -319,8 +355,11 @@ def fold(add: Callable, total, micro: MicroBatches, *others):
     Args:
       others: what goes with each micro-batch, leaves [n, ...].
     """
-    at = lambda i, stacked: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
-    body = lambda i, total: add(total, *at(i, (micro.batch, micro.weight, *others)))
+
+    def body(i, total):
+        stacked = (micro.batch, micro.weight, *others)
+        return add(total, *jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked))
+
     if micro.weight.shape[0] == 1:  # no loop: what does not change can be lifted out of a solver's own
         return body(0, total)
     return jax.lax.fori_loop(0, _most(micro.count), body, total)
@@ -328,12 +367,32 @@ def fold(add: Callable, total, micro: MicroBatches, *others):
 
 def stack(function: Callable, micro: MicroBatches):
     """function(batch, weight) of the micro-batches that hold examples, leaves [n, ...]; zero for those behind them."""
-    first = jax.tree.map(lambda x: x[0], (micro.batch, micro.weight))
-    shapes = jax.eval_shape(function, *first)
+    shapes = jax.eval_shape(function, *_first((micro.batch, micro.weight)))
     empty = jax.tree.map(lambda x: jnp.zeros([micro.weight.shape[0], *x.shape], x.dtype), shapes)
-    put = lambda all_, i, one: jax.tree.map(lambda x, y: x.at[i].set(y), all_, one)
-    number = jnp.arange(micro.weight.shape[0])
-    return fold(lambda all_, batch, weight, i: put(all_, i, function(batch, weight)), empty, micro, number)
+
+    def put(stacked, batch, weight, i):
+        return jax.tree.map(lambda x, y: x.at[i].set(y), stacked, function(batch, weight))
+
+    return fold(put, empty, micro, jnp.arange(micro.weight.shape[0]))
+
+
+def _ravelled(tree) -> jax.Array:
+    """[P], the tree's leaves one after another."""
+    return ravel_pytree(tree)[0]
+
+
+def _ravel_each(stacked) -> jax.Array:
+    """[B, K], each example's leaves [B, ...] one after another."""
+    return jax.vmap(_ravelled)(stacked)
+
+
+def _first(stacked):
+    """Row 0 of every leaf."""
+    return jax.tree.map(lambda x: x[0], stacked)
+
+
+def _shapes(tree) -> list[list[int]]:
+    return [list(leaf.shape) for leaf in jax.tree.leaves(tree)]
 
 
 @jax.custom_batching.custom_vmap

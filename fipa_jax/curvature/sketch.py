@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
-from fipa_jax.curvature import eigenpairs as eigen
-from fipa_jax.curvature import products as curvature
+from fipa_jax.curvature import products
+from fipa_jax.curvature.eigenpairs import TOLERANCE, Eigenpairs
+from fipa_jax.curvature.products import Curvature, Features, Loss, Outputs
+from fipa_jax.curvature.solver_choice import SOLVERS, Search, View, make_solver, resolve
+from fipa_jax.lookup import lookup
 
 # What a flag of the report means, in words.
 FLAGS = {
@@ -19,11 +21,8 @@ FLAGS = {
     "empty": "the client has no examples; the sketch is empty",
 }
 
-
-# The solver names that fix how the curvature is seen too.
-FIXED = {"head": ("lanczos", "head"), "rows": ("exact", "rows")}
-SOLVERS = ("auto", "head", "lanczos", "rows", "subspace")
-STORES = ("", "bfloat16", "float16", "float32", "float64")
+# The dtypes in which a basis may be sent.
+STORES = {name: jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 
 class Report(NamedTuple):
@@ -31,7 +30,7 @@ class Report(NamedTuple):
 
     residuals: jax.Array  # [R], |H u - lam u| / lam_max: bounds the distance to the nearest eigenvalue
     products: jax.Array  # [] int32, columns multiplied by H
-    converged: jax.Array  # [] bool, all residuals are within the tolerance
+    converged: jax.Array  # [] bool, whether all residuals are within the tolerance
     trace: jax.Array  # [], tr H, or its estimate; the curvature that the sketch misses is trace - sum(eigenvalues)
     trace_error: jax.Array  # [], one standard deviation of that estimate; 0 where it is exact
     flags: dict[str, jax.Array]  # [] bool each, see `FLAGS`
@@ -51,182 +50,123 @@ class Diagonal(NamedTuple):
     values: jax.Array  # [P]
 
 
+# (key, params, batch [N, ...], mask [N] | None, start [P, R] | None) -> Sketch
+SketchFunction = Callable[..., Sketch]
+
+
 def make_sketch(
-    outputs: Callable,
-    loss: Callable,
+    outputs: Outputs,
+    loss: Loss,
     *,
     rank: int,
     solver: str = "subspace",
     oversample: int = 10,
     power_steps: int = 2,
-    tolerance: float = eigen.TOLERANCE,
+    tolerance: float = TOLERANCE,
     micro_batch: int = 0,
     jacobian: str = "matrix_free",
-    features: Callable | None = None,
+    features: Features | None = None,
     loss_rank: int = 0,
     probes: int = 4,
-    energy: float = 0.0,
-    store: str = "",
-    memory: float = 2.0,
-) -> Callable:
+) -> SketchFunction:
     """Builds `sketch(key, params, batch, mask=None, start=None) -> Sketch` of the loss's Gauss-Newton matrix.
 
     Jit or vmap it. `start` is a basis [P, R] from which an iterative solver begins, such as that of the last round.
 
+    Example:
+      sketch = jax.jit(make_sketch(outputs, loss, rank=20, solver="lanczos"))
+      sketch(jax.random.key(0), params, batch).eigenvalues has the shape [20].
+
     Args:
-      outputs, loss, micro_batch, jacobian, features, loss_rank: see `curvature.make_ggn`.
-      rank: R, or its upper bound where `energy` is set.
+      outputs, loss, micro_batch, jacobian, features, loss_rank: see `products.make_ggn`.
+      rank: R.
       solver: `subspace` (the paper's) or `lanczos`, on products as `jacobian` says; `rows`, the exact eigenpairs from
-        the explicit rows; `head`, block Lanczos on the last layer's closed form; `auto` picks by `choose`.
-      oversample, power_steps, tolerance: see `eigen`.
+        the explicit rows; `head`, block Lanczos on the last layer's closed form; `auto` picks by
+        `solver_choice.choose`.
+      oversample, power_steps, tolerance: see `eigenpairs`.
       probes: random vectors for Hutchinson's estimate of the trace, one product each, where it is not known exactly.
-      energy: keep only as many pairs as reach this share of the trace; 0 keeps all.
-      store: dtype of the basis that is sent, e.g. `bfloat16`, which rounds each entry by at most 2^-8 of itself; empty
-        for the parameters' own. The step moves by about 0.5 % where clients differ, but where their subspaces nearly
-        coincide by as much as 2^-8 / damping allows: see `scripts/benchmark.py merge`.
-      memory: GiB that explicit rows may take, for `auto`.
 
     Raises:
       ValueError: a name is not known, or the rank does not fit.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"sketch.solver: unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
-    if store not in STORES:
-        raise ValueError(f"sketch.store: unknown {store!r}; known: {', '.join(filter(None, STORES))}")
-    if energy and not probes:
-        raise ValueError("sketch.energy: needs the trace, and sketch.probes = 0 leaves it unknown; set it to 2 or more")
-
-    options = {
-        "exact": {},
-        "lanczos": {"power_steps": power_steps, "tolerance": tolerance},
-        "subspace": {"power_steps": power_steps},
-    }
+    lookup(SOLVERS, solver, "sketch.solver")
+    search = Search(solver, rank, oversample, power_steps, tolerance)
+    view = View(micro_batch, jacobian, features, loss_rank)
 
     def sketch(key, params, batch, mask=None, start=None) -> Sketch:
-        name, seen = resolve(
-            outputs,
-            params,
-            batch,
-            rank=rank,
-            solver=solver,
-            jacobian=jacobian,
-            features=features,
-            oversample=oversample,
-            power_steps=power_steps,
-            loss_rank=loss_rank,
-            memory=memory,
-        )
-        solve = eigen.SOLVERS[name](rank, oversample=oversample, **options[name])
-        ggn = curvature.make_ggn(
-            outputs, loss, micro_batch=micro_batch, jacobian=seen, features=features, loss_rank=loss_rank
-        )
+        chosen, seen_by = resolve(outputs, params, batch, search, view)
+        solve, ggn = make_solver(chosen), products.make_ggn(outputs, loss, **seen_by._asdict())
         solve_key, probe_key = jax.random.split(key)
         with jax.default_matmul_precision("highest"):
             matrix = ggn(params, batch, mask)
             pairs = solve(solve_key, matrix, start)
             left, error = trace_left(probe_key, matrix, pairs, probes)
-        trace = jnp.sum(pairs.eigenvalues) + left
-        flags = {name: getattr(pairs, name) for name in ("not_finite", "asymmetric", "indefinite")}
-        flags["indefinite"] |= matrix.indefinite
-        flags["empty"] = jnp.zeros([], bool) if mask is None else ~jnp.any(mask)
-        flags["rank_deficient"] = jnp.any(pairs.eigenvalues == 0) & ~flags["empty"] & ~flags["not_finite"]
-        if probes or matrix.trace is not None:  # else the trace is not known, which is no fault
-            flags["not_finite"] |= ~jnp.isfinite(trace)
-        converged = jnp.all(pairs.residuals <= tolerance) & ~flags["not_finite"]
-        finite = lambda x: jnp.where(jnp.isfinite(x), x, 0)
-        products = pairs.products + (probes if matrix.trace is None else 0)
-        report = Report(pairs.residuals, products, converged, finite(trace), finite(error), flags)
-        found = Sketch(pairs.eigenvalues, pairs.vectors.astype(store or pairs.vectors.dtype), report)
-        return truncate(found, enough(found, energy)) if energy else found
+        trace_is_known = matrix.trace is not None
+        report = Report(
+            residuals=pairs.residuals,
+            products=pairs.products + (0 if trace_is_known else probes),
+            converged=jnp.all(pairs.residuals <= tolerance),
+            trace=jnp.sum(pairs.eigenvalues) + left,
+            trace_error=error,
+            flags=_flags(matrix, pairs, mask),
+        )
+        return Sketch(pairs.eigenvalues, pairs.vectors, _sound(report, trace_is_known or probes))
 
     return sketch
 
 
-def resolve(
-    outputs: Callable,
-    params,
-    batch,
-    *,
-    rank: int,
-    solver: str,
-    jacobian: str = "matrix_free",
-    features: Callable | None = None,
-    oversample: int = 10,
-    power_steps: int = 2,
-    loss_rank: int = 0,
-    memory: float = 2.0,
-) -> tuple[str, str]:
-    """(solver of `eigen`, how the curvature is seen) that the arguments of `make_sketch` come to, by shapes alone."""
-    if solver in FIXED:
-        return FIXED[solver]
-    if solver != "auto":
-        return solver, jacobian
-    out = jax.eval_shape(outputs, params, batch)
-    num_outputs = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(out))
-    phi = None if features is None else jax.eval_shape(features, params, batch)
-    return choose(
-        examples=jax.tree.leaves(batch)[0].shape[0],
-        outputs=min(loss_rank or num_outputs, num_outputs),
-        size=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        products=(power_steps + 1) * rank + oversample,
-        flops=curvature.forward_flops(outputs, params, batch),
-        itemsize=ravel_pytree(params)[0].dtype.itemsize,
-        memory=memory,
-        # A layer below may have the last one's shapes, but the last one's inputs depend on it.
-        is_head=phi is not None
-        and curvature.is_last_layer(params, out, phi)
-        and not curvature.depends(features, params, batch),
+def keeping_energy(sketch: SketchFunction, share: float) -> SketchFunction:
+    """The sketch function with as few pairs as reach this share of the trace; the others are zero.
+
+    The trace must be known: exactly, as from rows, or estimated by at least one probe (`make_sketch`).
+    """
+
+    def kept(key, params, batch, mask=None, start=None) -> Sketch:
+        whole = sketch(key, params, batch, mask, start)
+        return truncate(whole, enough(whole, share))
+
+    return kept
+
+
+def stored_as(sketch: SketchFunction, dtype: str) -> SketchFunction:
+    """The sketch function with the basis in the dtype in which it is sent.
+
+    `bfloat16` rounds each entry by at most 2^-8 of itself. The step moves by about 0.5 % where clients differ, but
+    where their subspaces nearly coincide by as much as 2^-8 / damping allows: see `scripts/benchmark.py merge`.
+
+    Raises:
+      ValueError: the dtype is not known.
+    """
+    store = lookup(STORES, dtype, "sketch.store")
+
+    def stored(key, params, batch, mask=None, start=None) -> Sketch:
+        whole = sketch(key, params, batch, mask, start)
+        return whole._replace(basis=whole.basis.astype(store))
+
+    return stored
+
+
+def _flags(matrix: Curvature, pairs: Eigenpairs, mask) -> dict[str, jax.Array]:
+    """{name in `FLAGS`: [] bool}."""
+    flags = {name: getattr(pairs, name) for name in ("not_finite", "asymmetric", "indefinite")}
+    flags["indefinite"] |= matrix.indefinite
+    flags["empty"] = jnp.zeros([], bool) if mask is None else ~jnp.any(mask)
+    flags["rank_deficient"] = jnp.any(pairs.eigenvalues == 0) & ~flags["empty"] & ~flags["not_finite"]
+    return flags
+
+
+def _sound(report: Report, trace_is_estimated) -> Report:
+    """The report with finite numbers; a trace that is not finite raises its flag, unless nobody has estimated it."""
+    flags = report.flags
+    if trace_is_estimated:
+        flags = flags | {"not_finite": flags["not_finite"] | ~jnp.isfinite(report.trace)}
+    trace, error = (jnp.where(jnp.isfinite(x), x, 0) for x in (report.trace, report.trace_error))
+    return report._replace(
+        converged=report.converged & ~flags["not_finite"], trace=trace, trace_error=error, flags=flags
     )
 
 
-def choose(
-    *,
-    examples: int,
-    outputs: int,
-    size: int,
-    products: int,
-    flops: float,
-    itemsize: int,
-    memory: float,
-    is_head: bool,
-) -> tuple[str, str]:
-    """The rule of `auto`: (solver, jacobian), by the floating-point operations of each and the memory of the rows.
-
-    1. The last layer alone is seen in closed form.
-    2. Rows [N K, P] that do not fit in the memory allowed: block Lanczos on matrix-free products.
-    3. At most 256 rows or parameters: the exact pairs, one small decomposition.
-    4. Otherwise the cheapest of, with f the operations of one forward pass over all N examples:
-         matrix-free Lanczos   4 f B + 6 P B^2                      B products, and keeping their columns orthogonal
-         Lanczos on the rows   2 f K + 4 N K P B + 6 P B^2          K pullbacks, then B products
-         exact                 2 f K + 2 n^2 max(N K, P) + 25 n^3   with n = min(N K, P): a Gram matrix and its
-                                                                    eigenvectors, at a third of a product's speed
-       K being `loss_rank` where that is set.
-
-    Args:
-      examples, outputs, size: N, K, P.
-      products: B, that Lanczos may take.
-      flops: f.
-      itemsize: bytes of an entry.
-      memory: GiB that the rows may take.
-      is_head: whether the parameters are those of the last layer, with its inputs at hand.
-    """
-    if is_head:
-        return "lanczos", "head"
-    rows = examples * outputs
-    if rows * size * itemsize > memory * 2**30:
-        return "lanczos", "matrix_free"
-    narrow, wide = sorted((rows, size))
-    if narrow <= 256:
-        return "exact", "rows"
-    work = {
-        ("lanczos", "matrix_free"): 4 * flops * products + 6 * size * products**2,
-        ("lanczos", "rows"): 2 * flops * outputs + 4 * rows * size * products + 6 * size * products**2,
-        ("exact", "rows"): 2 * flops * outputs + 2 * narrow**2 * wide + 25 * narrow**3,
-    }
-    return min(work, key=work.get)
-
-
-def trace_left(key, matrix: curvature.Curvature, pairs: eigen.Eigenpairs, probes: int):
+def trace_left(key, matrix: Curvature, pairs: Eigenpairs, probes: int):
     """tr((I - U U^T) H (I - U U^T)), the curvature that the pairs miss, and the standard deviation of its estimate.
 
     Exact where the trace is known. Else by Hutchinson's method on what is left, w = z - U U^T z with random signs z:
@@ -241,9 +181,9 @@ def trace_left(key, matrix: curvature.Curvature, pairs: eigen.Eigenpairs, probes
     inside = pairs.vectors.T @ signs
     left = signs - pairs.vectors @ inside
     image = matrix.product(signs) - pairs.images @ inside
-    each = jnp.sum(left * image, axis=0)
-    error = jnp.std(each) / jnp.sqrt(max(probes - 1, 1))
-    return jnp.maximum(jnp.mean(each), 0), error
+    estimates = jnp.sum(left * image, axis=0)  # [probes]
+    error = jnp.std(estimates) / jnp.sqrt(max(probes - 1, 1))
+    return jnp.maximum(jnp.mean(estimates), 0), error
 
 
 def enough(sketch: Sketch, energy) -> jax.Array:
@@ -273,11 +213,18 @@ def smallest(eigenvalues: jax.Array) -> jax.Array:
 
 def truncate(sketch: Sketch, keep: jax.Array) -> Sketch:
     """Zeroes the pairs with keep [R] false: shapes stay, and a pair that is zero need not be sent."""
-    zero = lambda x, mask: jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+    def zero(values, mask):
+        return jnp.where(mask, values, jnp.zeros((), values.dtype))
+
     return sketch._replace(eigenvalues=zero(sketch.eigenvalues, keep), basis=zero(sketch.basis, keep[None]))
 
 
-def make_diagonal(outputs: Callable, loss: Callable, *, micro_batch: int = 0) -> Callable:
-    """Builds `diagonal(key, params, batch, mask=None) -> Diagonal` of the Gauss-Newton matrix; see `curvature`."""
-    diagonal = curvature.make_diagonal(outputs, loss, micro_batch=micro_batch)
-    return lambda key, params, batch, mask=None: Diagonal(diagonal(params, batch, mask))
+def make_diagonal(outputs: Outputs, loss: Loss, *, micro_batch: int = 0) -> Callable[..., Diagonal]:
+    """Builds `diagonal(key, params, batch, mask=None) -> Diagonal` of the Gauss-Newton matrix; see `products`."""
+    diagonal = products.make_ggn_diagonal(outputs, loss, micro_batch=micro_batch)
+
+    def keyed(key, params, batch, mask=None) -> Diagonal:
+        return Diagonal(diagonal(params, batch, mask))
+
+    return keyed

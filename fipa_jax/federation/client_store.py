@@ -6,13 +6,13 @@ import jax
 import numpy as np
 
 
-class Memories:
-    """The memories of the clients seen so far, on the host; all others have the blank one.
+class HostStore:
+    """The stores of the clients seen so far, on the host; all others have the blank one.
 
     It grows with the clients seen, not with the population.
 
     Args:
-      blank: pytree of arrays, the memory of a client that was never seen.
+      blank: pytree of arrays, the store of a client that was never seen.
     """
 
     def __init__(self, blank: Any):
@@ -25,7 +25,7 @@ class Memories:
         return len(self._row_of)
 
     def rows(self, ids) -> Any:
-        """The memories of the clients `ids` [C], stacked [C, ...]: NumPy arrays of their own."""
+        """The stores of the clients `ids` [C], stacked [C, ...]: NumPy arrays of their own."""
         found = self._blanks(len(ids))
         seen = [(place, self._row_of[id_]) for place, id_ in enumerate(np.asarray(ids).tolist()) if id_ in self._row_of]
         if seen:
@@ -35,14 +35,14 @@ class Memories:
         return found
 
     def put(self, ids, rows) -> None:
-        """Keeps `rows` [C, ...] as the memories of the clients `ids` [C]."""
+        """Keeps `rows` [C, ...] as the stores of the clients `ids` [C]."""
         places = [self._row_of.setdefault(id_, len(self._row_of)) for id_ in np.asarray(ids).tolist()]
         self._reserve(len(self._row_of))
         for stacked, new in zip(jax.tree.leaves(self._rows), jax.tree.leaves(rows), strict=True):
             stacked[places] = np.asarray(new)
 
     def snapshot(self) -> dict:
-        """{"ids": [S], "rows": copies of their memories [S, ...]} of the clients seen."""
+        """{"ids": [S], "rows": copies of their stores [S, ...]} of the clients seen."""
         number = len(self)
         return {
             "ids": np.fromiter(self._row_of, np.int64, number),

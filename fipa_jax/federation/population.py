@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fipa_jax.client.examples import Client, present, take
+from fipa_jax.federation.channel import Order
 
 BLOCK = 10_000  # examples moved to the device at a time, where all are evaluated
 SPARSE = 50  # a cohort of less than 1/SPARSE of the clients is drawn without a permutation of them all
@@ -20,6 +21,7 @@ class Cohort(NamedTuple):
     ids: jax.Array  # [C] int32, distinct
     clients: Client  # [C, N] and [C], indices into `data`
     data: dict  # {field: [M, ...]}
+    orders: Order = Order()  # [C, ...], what happens to them in this round
 
 
 def sample_cohort(key: jax.Array, num_clients: int, cohort: int) -> jax.Array:

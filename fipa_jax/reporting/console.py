@@ -14,8 +14,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from fipa_jax import trees
-from fipa_jax.aggregate import filters as forms
-from fipa_jax.aggregate import uploads
+from fipa_jax.aggregate.filters import FALLBACKS
+from fipa_jax.aggregate.screening import REASONS
 from fipa_jax.curvature import sketch
 from fipa_jax.data import partition
 from fipa_jax.reporting import plots
@@ -26,8 +26,8 @@ SHOWN = 1000  # clients that are drawn, and whose classes are counted
 # Fields of `info` that mark clients, besides those left out, and what a warning says of them.
 NOTED = {
     "absent": "take no part: nothing of them arrived, or they have no examples",
-    "stale": "take no part: their answers have moved by more than aggregator.max_drift since they began",
-    "capped": "eigenvalues scaled down, their sum being above aggregator.trace_cap times the median client's",
+    "stale": "take no part: their answers have moved by more than aggregator.late.max_drift since they began",
+    "capped": "eigenvalues scaled down, their sum being above aggregator.limits.trace_cap times the median client's",
 }
 CELL = 11  # characters of a figure in the table of methods
 
@@ -69,7 +69,7 @@ def warn(name: str, k: int, info: dict, times: Counter) -> None:
         if clients.any():
             _warn_of(words, f"{where}clients {info['ids'][clients].tolist()}: ", times)
     if info.get("fallback"):
-        fallback = forms.FALLBACKS[info["fallback"]]
+        fallback = FALLBACKS[info["fallback"]]
         _warn_of(f"the step was not finite or exploded: {fallback} is taken instead", where, times)
     if info.get("skipped"):
         _warn_of("skipped: too few clients are left, or the parameters would not be finite", where, times)
@@ -79,7 +79,7 @@ def _marked(info: dict) -> dict:
     """{what a warning says: [C] bool, the clients of whom it says so}."""
     # An aggregator of a user's own may give no reasons.
     reasons = info.get("reasons") or {"by the rule": info["rejected"]}
-    marked = {f"left out: {uploads.REASONS.get(reason, reason)}": clients for reason, clients in reasons.items()}
+    marked = {f"left out: {REASONS.get(reason, reason)}": clients for reason, clients in reasons.items()}
     marked |= {words: info[field] for field, words in NOTED.items() if field in info}
     # A rank beyond the curvature's own is no fault: its surplus pairs are not even sent.
     flags = {flag: clients for flag, clients in info.get("flags", {}).items() if flag != "rank_deficient"}

@@ -1,72 +1,69 @@
-"""How does a phase's config become a plan of its rounds? Names become functions, fields become their arguments."""
+"""How does a phase's config become the parts of its rounds? Names become functions, fields become their arguments."""
 
 import inspect
-import os
 from collections.abc import Callable, Mapping
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fipa_jax import trees
-from fipa_jax.aggregate import past_rounds as past
-from fipa_jax.aggregate import rules as aggregate
-from fipa_jax.aggregate import server_optimizers as server
-from fipa_jax.client import first_order as client_lib
-from fipa_jax.client import second_order, terms
-from fipa_jax.client.local_work import Hyper
-from fipa_jax.config import methods as compared
-from fipa_jax.curvature import sketch
-from fipa_jax.federation import faults
-from fipa_jax.federation import round as rounds
+from fipa_jax.aggregate import server_optimizers
+from fipa_jax.aggregate.fisher_informed import AGGREGATORS
+from fipa_jax.aggregate.late_updates import LateUpdates
+from fipa_jax.aggregate.limits import Limits
+from fipa_jax.aggregate.past_rounds import PastRounds, rank_of
+from fipa_jax.aggregate.rules import Aggregator
+from fipa_jax.client import first_order, second_order, terms
+from fipa_jax.client.local_work import Hyper, LocalSolver, adaptive_steps, with_initial_loss
+from fipa_jax.config.methods import method
+from fipa_jax.curvature import sketch, sketcher
+from fipa_jax.federation.channel import FAULTS, Channel, ChannelRates, FaultRates, chain, faulty, late
 from fipa_jax.federation.parallel import make_mesh
-from fipa_jax.tasks.task import Problem, Task
+from fipa_jax.federation.parts import Parts, Rates
+from fipa_jax.lookup import lookup
+from fipa_jax.tasks.task import Task
 
 MANY = 2**31 - 1  # clients, where it is not known yet how many there are
+LOCAL_SOLVERS = first_order.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS
+# Fields of a phase that `make_rates` takes, so that they are traced. What a rule's state holds is traced too, see
+# `Aggregator.hyper`.
+TRACED = (
+    *("local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr", "late.share"),
+    *(f"faults.{name}" for name in FaultRates._fields),
+)
 
 
-def make_plan(config: ConfigDict, settings: ConfigDict, task: Task, num_clients: int) -> rounds.Plan:
-    """A phase's static choices, from the run's config and the phase's own.
+def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients: int) -> Parts:
+    """The parts of a phase's rounds, from the run's config and the phase's own.
+
+    Args:
+      config: all fields.
+      settings: the phase's.
+      task: what is learned.
+      num_clients: T.
 
     Raises:
       ValueError: a name is not known, or choices do not fit together; names the config field.
     """
-    term = find(terms.TERMS, "term.name", settings.term.name)()
-    solvers = client_lib.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS
-    solver = find(solvers, "local.optimizer", settings.local.optimizer)
-    rule = find(aggregate.AGGREGATORS, "aggregator.name", settings.aggregator.name)
-    remembered = past.rank_of(settings.aggregator.memory, settings.aggregator.memory_rank, settings.sketch.rank)
-    given = {**settings.aggregator, "num_clients": num_clients, "memory_rank": remembered}
-    aggregator = rule(**fields_for(rule, given))
-    optimizer = server.make(settings.server.optimizer, settings.server.momentum)
-    sketched, cohort = aggregator.curvature == "sketch", config.cohort or num_clients
-    matched, natural = _matched(settings, aggregator), solver is second_order.natural_gradient
-    _check_fit(settings, aggregator, term, everyone=cohort == num_clients)
-    _check_faults(settings, cohort)
-    local_fields = fields_for(solver, settings.local)
-    if matched and "tries" in local_fields:
-        local_fields["tries"] = 0
-    augment = task.augment if settings.local.views else Task._field_defaults["augment"]
-    makers = {"none": None, "sketch": sketch.make_sketch, "diagonal": sketch.make_diagonal}
-    make = makers[aggregator.curvature]
-    return rounds.Plan(
+    cohort = config.cohort or num_clients
+    term = lookup(terms.TERMS, settings.term.name, "config.term.name")()
+    aggregator = aggregator_of(settings, num_clients)
+    check_fit(settings, aggregator, term, cohort, num_clients)
+    natural = settings.local.optimizer == "natural_gradient"
+    by_sketch = aggregator.needs.curvature == "sketch" and (natural or settings.local.adaptive.scale > 0)
+    return Parts(
         task=task,
-        local=solver(task.loss, augment, term=term, **local_fields),
+        local=local_of(settings, aggregator, term, task),
         term=term,
-        sketch=None if make is None else sketch_of(make, task.loss, settings.sketch),
+        sketcher=sketcher_of(settings.sketch, aggregator, task),
         aggregator=aggregator,
-        server=optimizer,
+        server=server_optimizers.make(settings.server.optimizer, settings.server.momentum),
         num_clients=num_clients,
         cohort=cohort,
         trainable=settings.trainable,
+        channel=channel_of(settings),
+        announce=aggregator.announce if _matched(settings, aggregator) else Parts._field_defaults["announce"],
+        sketch_first=by_sketch,
         sketch_examples=settings.sketch.examples,
-        gradient_scale=settings.sketch.gradient_scale if sketched else 0.0,
-        step_scale=settings.local.step_scale if sketched else 0.0,
-        max_steps=settings.local.max_steps,
-        sketch_first=sketched and (natural or settings.local.step_scale > 0),
-        matched=matched,
-        faults=_has_faults(settings),
-        late=settings.late.most if settings.late.share else 0,
         least_clients=settings.least_clients,
         chunk=1 if config.chunk < 0 else config.chunk,  # until it is measured
         mesh=make_mesh(config.devices),
@@ -77,75 +74,167 @@ def check(config: ConfigDict) -> None:
     """Checks the names in all phases, and what fits together whatever the data: before they are loaded.
 
     Raises:
-      ValueError: see `make_plan`.
+      ValueError: see `make_parts`.
     """
     blank, phases = Task(init=None, outputs=None, loss=None, metrics=None), {}
     if config.warmup.rounds:
         phases["the warm-up"] = config.warmup
     if config.fipa.rounds:
-        phases |= {f"the rule {spec!r}": compared.rule(config, spec) for spec in config.compare}
+        phases |= {f"the method {spec!r}": method(config, spec) for spec in config.compare}
     for name, settings in phases.items():
         try:
-            plan = make_plan(config, settings, blank, num_clients=config.cohort or MANY)
-            if plan.sketch is not None:
-                plan.sketch(None, None)
+            make_parts(config, settings, blank, num_clients=config.cohort or MANY)
         except ValueError as error:
             raise ValueError(f"{error} (in {name})") from None
 
 
-def _check_fit(settings: ConfigDict, aggregator: aggregate.Aggregator, term: terms.Term, everyone: bool) -> None:
-    """Refuses choices of which one would undo the other; `everyone`: whether all clients take part in every round."""
-    plain = settings.server.optimizer == "sgd" and term.correct is terms.none().correct
-    if aggregator.wants_loss and not (everyone and plain):
+def aggregator_of(settings: ConfigDict, num_clients: int) -> Aggregator:
+    """The aggregation rule that `aggregator` names, with its groups of fields as the records that factories take."""
+    fields = settings.aggregator
+    past = PastRounds(**fields.past, num_clients=num_clients)
+    groups = {
+        "past": past._replace(rank=rank_of(past, settings.sketch.rank)),
+        "limits": Limits(**fields.limits),
+        "late": LateUpdates(**fields.late),
+    }
+    make = lookup(AGGREGATORS, fields.name, "config.aggregator.name")
+    return make(**fields_for(make, {**fields, **groups}))
+
+
+def local_of(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, task: Task) -> LocalSolver:
+    """The clients' local solver, wrapped by what the phase asks for."""
+    make = lookup(LOCAL_SOLVERS, settings.local.optimizer, "config.local.optimizer")
+    fields = fields_for(make, {**settings.local, **settings.local.gauss_newton})
+    if _matched(settings, aggregator) and "tries" in fields:
+        fields["tries"] = 0
+    augment = task.augment if settings.local.views else Task._field_defaults["augment"]
+    local = make(task.loss, augment, term=term, **fields)
+    if aggregator.needs.curvature == "sketch" and settings.local.adaptive.scale:
+        local = adaptive_steps(local, settings.local.adaptive.scale, settings.local.adaptive.max_steps)
+    return with_initial_loss(local, task.loss) if aggregator.needs.loss else local
+
+
+def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task) -> sketcher.Sketcher | None:
+    """What the clients say of their curvature, as the rule needs it; None if it needs nothing."""
+    if aggregator.needs.curvature == "none":
+        return None
+    if aggregator.needs.curvature == "diagonal":
+        fields = fields_for(sketch.make_diagonal, settings)
+        return sketcher.plain(lambda outputs, features: sketch.make_diagonal(outputs, task.loss, **fields))
+    fields = fields_for(sketch.make_sketch, settings)
+    if settings.energy and not settings.probes:
+        raise ValueError("sketch.energy: needs the trace, and sketch.probes = 0 leaves it unknown; set it to 2 or more")
+
+    def make(outputs, features):
+        of_client = sketch.make_sketch(outputs, task.loss, features=features, **fields)
+        of_client = sketch.stored_as(of_client, settings.store) if settings.store else of_client
+        return sketch.keeping_energy(of_client, settings.energy) if settings.energy else of_client
+
+    make(None, None)  # so that what is wrong with its fields shows now
+    plain = sketcher.plain(make)
+    if not settings.gradient_scale:
+        return plain
+    return sketcher.with_rank_by_gradient(plain, task.loss, settings.gradient_scale)
+
+
+def channel_of(settings: ConfigDict) -> Channel:
+    """What lies between server and clients."""
+    channels = [late(settings.late.most)] if settings.late.share else []
+    channels += [faulty()] if _has_faults(settings) else []
+    return chain(*channels) if channels else Channel()
+
+
+def make_rates(settings: ConfigDict, dtype: str) -> Rates:
+    """A phase's traced hyper-parameters, from its config."""
+
+    def array(value):
+        return jnp.asarray(value, dtype)
+
+    local = Hyper(array(settings.local.lr), array(settings.local.damping), array(settings.term.mu))
+    faults = FaultRates(**{name: array(value) for name, value in settings.faults.items()})
+    channel = ChannelRates(
+        late=array(settings.late.share) if settings.late.share else None,
+        faults=faults if _has_faults(settings) else None,
+    )
+    return Rates(local, array(settings.local.lr_decay), array(settings.server.lr), channel)
+
+
+def fields_for(factory: Callable, fields: Mapping) -> dict:
+    """Those of the config's fields that a factory takes: it asks for a field by naming a parameter after it."""
+    return {name: value for name, value in fields.items() if name in inspect.signature(factory).parameters}
+
+
+def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, cohort: int, num_clients: int) -> None:
+    """Refuses choices of which one would undo the other, with a ValueError that names the config field."""
+    if aggregator.needs.loss:
+        _check_trust(settings, term, everyone=cohort == num_clients)
+    if settings.local.optimizer == "natural_gradient":
+        _check_natural(settings, aggregator)
+    if aggregator.needs.curvature == "sketch":
+        # Local work that follows the sketches is else left aside, so that rules without them can be compared.
+        _check_own_damping(settings, aggregator)
+        _check_matched(settings)
+        _check_adaptive(settings)
+    _check_faults(settings, cohort)
+
+
+def _check_trust(settings: ConfigDict, term: terms.Term, everyone: bool) -> None:
+    if not (everyone and settings.server.optimizer == "sgd" and term.correct is terms.none().correct):
         raise ValueError(
             "config.fipa.aggregator.trust: needs the losses of all clients in every round, server.optimizer = 'sgd' "
             "and a term that leaves the server's step as it is; set config.cohort = 0, or trust to False"
         )
-    if aggregator.wants_loss and settings.late.share:
+    if settings.late.share:
         raise ValueError("config.fipa.aggregator.trust: needs clients that are not late; set late.share = 0")
-    if aggregator.wants_loss and settings.server.lr != 1:
+    if settings.server.lr != 1:
         raise ValueError(f"config.fipa.aggregator.trust: needs server.lr = 1, got {settings.server.lr}")
-    local, rule, matched = settings.local, settings.aggregator, _matched(settings, aggregator)
-    natural = local.optimizer == "natural_gradient"
-    if natural and (aggregator.curvature != "sketch" or aggregator.at != "broadcast"):
+
+
+def _check_natural(settings: ConfigDict, aggregator: Aggregator) -> None:
+    if aggregator.needs.curvature != "sketch" or aggregator.needs.at != "broadcast":
         raise ValueError(
             "config.fipa.local.optimizer: 'natural_gradient' is a step by the client's sketch, of which the rule "
             f"{settings.aggregator.name!r} knows none; set aggregator.name = 'fipa', or another optimizer"
         )
-    if natural and not (rule.damping if matched else local.damping) > 0:
-        field = "aggregator.damping" if matched else "local.damping"
-        raise ValueError(f"config.fipa.{field}: 'natural_gradient' divides by it, it needs more than 0")
-    if matched and rule.form == "pinv":
-        raise ValueError("config.fipa.local.matched: 'pinv' has no damping to match; set aggregator.form = 'damped'")
-    if aggregator.curvature != "sketch":
-        return  # local work that follows the sketches is left aside, so that rules without them can be compared
-    one_step = natural or (local.optimizer == "gauss_newton" and (local.steps or local.epochs) == 1)
-    if aggregator.wants_damping and not (local.optimizer == "sgd" or one_step):
+    group = "aggregator" if _matched(settings, aggregator) else "local"
+    if not settings[group].damping > 0:
+        raise ValueError(f"config.fipa.{group}.damping: 'natural_gradient' divides by it, it needs more than 0")
+
+
+def _check_own_damping(settings: ConfigDict, aggregator: Aggregator) -> None:
+    local = settings.local
+    steps = local.steps or local.epochs
+    one_step = local.optimizer == "natural_gradient" or (local.optimizer == "gauss_newton" and steps == 1)
+    if aggregator.needs.damping and not (local.optimizer == "sgd" or one_step):
         raise ValueError(
             "config.fipa.aggregator.own_damping: needs local.optimizer = 'sgd', whose damping is 1 / (lr steps), or "
-            f"one 'gauss_newton' step, got {local.optimizer!r} with {local.steps or local.epochs}; set it to False"
+            f"one 'gauss_newton' step, got {local.optimizer!r} with {steps}; set it to False"
         )
-    if matched and local.optimizer not in ("gauss_newton", "natural_gradient"):
+
+
+def _check_matched(settings: ConfigDict) -> None:
+    if not settings.local.matched:
+        return
+    if settings.aggregator.form == "pinv":
+        raise ValueError("config.fipa.local.matched: 'pinv' has no damping to match; set aggregator.form = 'damped'")
+    if settings.local.optimizer not in ("gauss_newton", "natural_gradient"):
         raise ValueError(
             "config.fipa.local.matched: needs local.optimizer = 'gauss_newton' or 'natural_gradient'; set it to False"
         )
-    if matched and rule.relative:
+    if settings.aggregator.relative:
         raise ValueError("config.fipa.local.matched: needs an absolute damping; set aggregator.relative to False")
-    if local.step_scale and local.optimizer not in client_lib.LOCAL_SOLVERS:
-        raise ValueError(
-            f"config.fipa.local.step_scale: {local.optimizer!r} takes its own number of steps; set it to 0"
-        )
 
 
-def _matched(settings: ConfigDict, aggregator: aggregate.Aggregator) -> bool:
-    """Whether the clients' second-order steps take the rule's damping; they cannot where it is another's."""
-    return settings.local.matched and aggregator.curvature == "sketch"
+def _check_adaptive(settings: ConfigDict) -> None:
+    optimizer = settings.local.optimizer
+    if settings.local.adaptive.scale and optimizer not in first_order.LOCAL_SOLVERS:
+        raise ValueError(f"config.fipa.local.adaptive.scale: {optimizer!r} takes its own number of steps; set it to 0")
 
 
 def _check_faults(settings: ConfigDict, cohort: int) -> None:
     """Refuses faults that cannot happen, and a minimum of clients that no round reaches."""
     optimizer = settings.local.optimizer
-    if settings.faults.straggle and (optimizer not in client_lib.LOCAL_SOLVERS or settings.local.steps == 1):
+    if settings.faults.straggle and (optimizer not in first_order.LOCAL_SOLVERS or settings.local.steps == 1):
         raise ValueError(
             f"config.fipa.faults.straggle: needs a first-order solver that takes several steps, got local.optimizer "
             f"= {optimizer!r} with local.steps = {settings.local.steps}; set it to 0"
@@ -157,84 +246,10 @@ def _check_faults(settings: ConfigDict, cohort: int) -> None:
         )
 
 
-def sketch_of(make: Callable, loss: Callable, settings: ConfigDict) -> Callable:
-    """(outputs, features) -> a client's sketch, or diagonal, with the config's fields."""
-    fields = fields_for(make, settings)
-    if "features" not in inspect.signature(make).parameters:
-        return lambda outputs, features: make(outputs, loss, **fields)
-    return lambda outputs, features: make(outputs, loss, features=features, **fields)
-
-
-def fields_for(factory: Callable, fields: Mapping) -> dict:
-    """Those of the config's fields that a factory takes: it asks for a field by naming a parameter after it."""
-    return {name: value for name, value in fields.items() if name in inspect.signature(factory).parameters}
-
-
-def make_rates(settings: ConfigDict, dtype: str) -> rounds.Rates:
-    """A phase's traced hyper-parameters, from its config."""
-    array = lambda value: jnp.asarray(value, dtype)
-    hyper = Hyper(array(settings.local.lr), array(settings.local.damping), array(settings.term.mu))
-    wrong = faults.Rates(**{name: array(value) for name, value in settings.faults.items()})
-    lr_decay, server_lr = array(settings.local.lr_decay), array(settings.server.lr)
-    late = array(settings.late.share) if settings.late.share else ()
-    return rounds.Rates(hyper, lr_decay, server_lr, wrong if _has_faults(settings) else (), late)
+def _matched(settings: ConfigDict, aggregator: Aggregator) -> bool:
+    """Whether the clients' second-order steps take the rule's damping; they cannot where it is another's."""
+    return settings.local.matched and aggregator.needs.curvature == "sketch"
 
 
 def _has_faults(settings: ConfigDict) -> bool:
-    return any(settings.faults[kind] for kind in faults.KINDS)
-
-
-def memories_on_host(config: ConfigDict, plan: rounds.Plan, params) -> bool:
-    """Whether what clients keep between rounds lives on the host, by `config.client_memory`; see `_on_host`."""
-    blank = jax.eval_shape(plan.term.init, trees.select(params, plan.trainable))
-    return _on_host(config, "client_memory", plan.num_clients * trees.nbytes(blank))
-
-
-def examples_on_host(config: ConfigDict, problem: Problem) -> bool:
-    """Whether the clients and their examples live on the host, by `config.examples_on`; see `_on_host`."""
-    widest = max(map(len, problem.clients))
-    return _on_host(config, "examples_on", trees.nbytes(problem.train) + 4 * len(problem.clients) * widest)
-
-
-def _on_host(config: ConfigDict, field: str, size: int) -> bool:
-    """Whether what takes `size` bytes lives on the host: as the field says, or where it fills a quarter of a device.
-
-    Raises:
-      ValueError: it does, but many rounds are to run in one call.
-    """
-    on_host = config[field] == "host" or (config[field] == "auto" and 4 * size > device_bytes())
-    if on_host and config.rounds_per_call > 1:
-        raise ValueError(f"config.rounds_per_call: above 1 it needs config.{field} = 'device'")
-    return on_host
-
-
-def check_room(plan: rounds.Plan, params) -> None:
-    """Refuses a rule whose state, such as the memory of past rounds, finds no room on the device.
-
-    Raises:
-      ValueError: twice its bytes, before and after a round, are more than the device has.
-    """
-    size = trees.nbytes(jax.eval_shape(plan.aggregator.init, trees.select(params, plan.trainable)))
-    if 2 * size > device_bytes():
-        raise ValueError(
-            f"config.fipa.aggregator.memory: the rule would keep {size / 2**30:.3g} GiB between rounds, and hold them "
-            f"twice within one; the device has {device_bytes() / 2**30:.3g} GiB. Lower aggregator.memory_rank or "
-            "memory_length, take aggregator.memory = 'prior', or let trainable name fewer parameters"
-        )
-
-
-def device_bytes() -> int:
-    """The memory of a device, where a CPU's is the host's."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or host_bytes()
-
-
-def host_bytes() -> int:
-    """The machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def find(table_: dict, field: str, name: str):
-    """The entry of a table; the error for a name that is not in it lists those that are."""
-    if name not in table_:
-        raise ValueError(f"config.{field}: unknown {name!r}; known: {', '.join(sorted(table_))}")
-    return table_[name]
+    return any(settings.faults[kind] for kind in FAULTS)

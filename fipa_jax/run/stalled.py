@@ -1,6 +1,6 @@
 """When does a run make no progress any more?"""
 
-from fipa_jax.aggregate import uploads
+from fipa_jax.aggregate.screening import REASONS
 from fipa_jax.reporting.console import NOTED
 
 
@@ -22,7 +22,7 @@ def check_progress(name: str, row: dict, skipped: int, most: int) -> None:
     """
     if not 0 < most <= skipped:
         return
-    counts = {words: row.get(f"rejected_{reason}") for reason, words in uploads.REASONS.items()}
+    counts = {words: row.get(f"rejected_{reason}") for reason, words in REASONS.items()}
     counts[NOTED["absent"]] = row.get("clients_absent")
     why = "; ".join(f"{count} clients: {words}" for words, count in counts.items() if count)
     raise Stalled(

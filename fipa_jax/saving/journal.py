@@ -12,7 +12,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from fipa_jax import trees
-from fipa_jax.federation import round as rounds
+from fipa_jax.federation import state as state_lib
+from fipa_jax.federation.state import State
 from fipa_jax.files import write
 from fipa_jax.reporting import metrics
 from fipa_jax.saving.checkpoints import Checkpoints, Saved
@@ -65,7 +66,7 @@ class Journal:
             self.start = params = jax.tree.map(jnp.asarray, _fitting(trees.fitted, leaves, params))
         return params
 
-    def resumed(self, phase: str, state: rounds.State, mesh) -> tuple[rounds.State, dict]:
+    def resumed(self, phase: str, state: State, mesh) -> tuple[State, dict]:
         """(the state where this phase goes on, what was noted of it), or the blank state of its start as it came.
 
         Raises:
@@ -80,7 +81,7 @@ class Journal:
                 f"{int(state.round)}; set config.first_round and config.warmup.rounds to what they were"
             )
         self.saved = saved._replace(leaves={})  # it may be large
-        return _fitting(rounds.restored, state, saved.leaves, mesh), saved.note
+        return _fitting(state_lib.restored, state, saved.leaves, mesh), saved.note
 
     def write(self, row: dict) -> None:
         """Writes a round's row."""
@@ -92,7 +93,7 @@ class Journal:
         """Whether this process, alone, has been asked to stop."""
         return bool(self._signals.asked) and jax.process_count() == 1
 
-    def keep(self, phase: str, state: rounds.State, row: dict, note: dict, ended: bool) -> None:
+    def keep(self, phase: str, state: State, row: dict, note: dict, ended: bool) -> None:
         """Saves the state where it is due: at the phase's end, after some time, or as the run is asked to stop.
 
         Args:
@@ -130,13 +131,13 @@ class Journal:
                 write(self._workdir / f"{name}.json", f"{json.dumps(content, indent=2)}\n".encode())
             self._described = True
 
-    def _save(self, phase: str, state: rounds.State, row: dict, note: dict, ended: bool):
+    def _save(self, phase: str, state: State, row: dict, note: dict, ended: bool):
         """Starts to write a checkpoint, once the last one is on the disk; the rows so far are there before it."""
         self._checkpoints.wait()
         score = score_of(row)
         note = note | {"phase": phase, "round": row["round"], "score": score, "origin": self._origin}
         note["metrics_bytes"] = self._writer.sync()
-        tree = rounds.snapshot(state)._asdict() | {"start": self.start}
+        tree = state_lib.snapshot(state)._asdict() | {"start": self.start}
         self._checkpoints.save(self._rows, tree, note, self._names_of(phase, score, ended))
         self._saved_at = time.monotonic()
 
@@ -163,7 +164,7 @@ class Rows(list):
 
     write = list.append
 
-    def resumed(self, phase: str, state: rounds.State, mesh) -> tuple[rounds.State, dict]:
+    def resumed(self, phase: str, state: State, mesh) -> tuple[State, dict]:
         """The state as it came: there is nothing to go on from."""
         return state, {}
 

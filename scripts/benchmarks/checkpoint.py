@@ -1,4 +1,4 @@
-"""What does a checkpoint after every round cost? `benchmark.py checkpoint --config=configs/cifar10.py --rules fipa`.
+"""What does a checkpoint after every round cost? `benchmark.py checkpoint --config=configs/cifar10.py --methods fipa`.
 
 The same rounds, kept and not kept, in turns: seconds a round, until the last checkpoint is on the disk, and CPU seconds
 of all threads; ratios are medians over turns.
@@ -14,13 +14,13 @@ from benchmarks import profile, timing
 
 
 def run(options: list[str]) -> dict:
-    """Prints and returns a line for each rule."""
+    """Prints and returns a line for each method."""
     parser = argparse.ArgumentParser(
         prog="benchmark.py checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default=str(profile.DEFAULT), help="a config file, FILE or FILE:VARIANT")
     parser.add_argument("--set", nargs="*", default=[], help="of its fields: PATH=VALUE, as data.dir=DIR")
-    parser.add_argument("--rules", nargs="+", default=["fipa"], help="as in config.compare")
+    parser.add_argument("--methods", nargs="+", default=["fipa"], help="as in config.compare")
     parser.add_argument("--rounds", type=int, default=5, help="in each turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     args = parser.parse_args(options)
@@ -28,8 +28,8 @@ def run(options: list[str]) -> dict:
     import jax
 
     rows = []
-    for rule in args.rules:
-        args.rule = rule
+    for method in args.methods:
+        args.method = method
         config = profile.configured(args)
         with jax.enable_x64(config.precision == "float64"):
             rows.append(measure(config, args))
@@ -44,11 +44,11 @@ def measure(config, args) -> dict:
     from fipa_jax.saving import journal, resume
 
     config.checkpoint.seconds = 0.0
-    built, settings = experiment.build(config), compared.rule(config, args.rule)
+    built, settings = experiment.build(config), compared.method(config, args.method)
     settings.rounds = args.rounds
 
     def run(rows):
-        loop.run_phase(built, settings, args.rule, built.params, 0, rows)
+        loop.run_phase(built, settings, args.method, built.params, 0, rows)
 
     def kept():
         with (
@@ -73,7 +73,7 @@ def measure(config, args) -> dict:
     middle = lambda found: statistics.median(found) / args.rounds
     ratio = lambda found: statistics.median(b / a for a, b in zip(found["plain"], found["kept"], strict=True))
     return {
-        "rule": args.rule,
+        "method": args.method,
         "s a round": middle(walls["plain"]),
         "kept s": middle(walls["kept"]),
         "ratio": ratio(walls),

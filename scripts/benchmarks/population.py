@@ -35,8 +35,8 @@ def run(options: list[str]) -> dict:
 def measure(args, term: str, clients: int) -> dict:
     """A line of the table: medians over the rounds after the first two, in which programs are compiled."""
     spec = {"clients": clients, "cohort": args.cohort, "examples": args.examples, "pool": args.pool}
-    spec |= {"model": args.model, "rule": "fedavg", "rounds": args.rounds, "batch": args.examples, "epochs": 1}
-    fields = {"examples_on": "host", "client_memory": "host", "fipa.term.name": term}
+    spec |= {"model": args.model, "method": "fedavg", "rounds": args.rounds, "batch": args.examples, "epochs": 1}
+    fields = {"examples_on": "host", "client_store": "host", "fipa.term.name": term}
     found = whole_run.finish(whole_run.start(fields=fields, **spec))
     later = found["stages"][2:-1] or found["stages"]  # the last one is evaluated
     median = lambda stage: statistics.median(row[f"seconds_{stage}"] for row in later)

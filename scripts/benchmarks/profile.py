@@ -1,4 +1,4 @@
-"""Where does a config's round spend its time and memory? `benchmark.py profile --config=configs/sine.py --rule=fipa`.
+"""Where does a config's round spend its time and memory? `benchmark.py profile --config=configs/sine.py --method=fipa`.
 
 Seconds are medians over rounds, each stage waited for. Operations are those of matrix products and convolutions: of
 local training by its steps, of a sketch by the products it took, of the merge and an evaluation by their programs; "-"
@@ -28,7 +28,7 @@ def run(options: list[str]) -> dict:
     )
     parser.add_argument("--config", default=str(DEFAULT), help="a config file, FILE or FILE:VARIANT")
     parser.add_argument("--set", nargs="*", default=[], help="of its fields: PATH=VALUE, as data.dir=DIR")
-    parser.add_argument("--rule", default="fipa", help="as in config.compare")
+    parser.add_argument("--method", default="fipa", help="as in config.compare")
     parser.add_argument("--rounds", type=int, default=5, help="after the first, in which programs are compiled")
     parser.add_argument("--trace", default="", help="a folder for the profiler's trace")
     args = parser.parse_args(options)
@@ -38,7 +38,7 @@ def run(options: list[str]) -> dict:
     config = configured(args)
     with jax.enable_x64(config.precision == "float64"):
         rows, sent = measure(config, args)
-    print(f"a round of {args.rule} by {args.config}, {sent} sent, on {jax.devices()[0]}")
+    print(f"a round of {args.method} by {args.config}, {sent} sent, on {jax.devices()[0]}")
     timing.table(rows)
     return {"setting": vars(args), "rows": rows}
 
@@ -47,7 +47,7 @@ def configured(args):
     """The config, with a round's stages apart and a figure of the test set in every round."""
     file, _, variant = args.config.partition(":")
     config = runpy.run_path(file)["get_config"](*([variant] if variant else []))
-    config.compare, config.warmup.rounds, config.fipa.rounds = (args.rule,), 0, 1 + args.rounds
+    config.compare, config.warmup.rounds, config.fipa.rounds = (args.method,), 0, 1 + args.rounds
     config.rounds_per_call, config.stage_seconds, config.eval.every, config.eval.clients_every = 1, True, 1, 0
     for given in args.set:
         path, _, value = given.partition("=")
@@ -67,13 +67,13 @@ def measure(config, args) -> tuple[list[dict], str]:
     from fipa_jax.run import parts as phase
     from fipa_jax.saving.journal import Rows
 
-    built, settings = experiment.build(config), compared.rule(config, args.rule)
+    built, settings = experiment.build(config), compared.method(config, args.method)
     rows = Rows()
     first, last = settings.copy_and_resolve_references(), settings.copy_and_resolve_references()
     first.rounds, last.rounds = args.rounds, 1
-    params = loop.run_phase(built, first, args.rule, built.params, 0, rows)
+    params = loop.run_phase(built, first, args.method, built.params, 0, rows)
     with jax.profiler.trace(args.trace) if args.trace else contextlib.nullcontext():
-        loop.run_phase(built, last, args.rule, params, args.rounds, rows)
+        loop.run_phase(built, last, args.method, params, args.rounds, rows)
 
     stages = rounds.make_stages(loop.plan_of(built, settings))
     state = stages.init(params)

@@ -10,26 +10,26 @@ import tempfile
 from benchmarks import timing, whole_run
 
 MODELS = ("sine", "cnn_23k", "resnet18")
-RULES = ("fedavg", "fipa")
+METHODS = ("fedavg", "fipa")
 
 
 def run(options: list[str]) -> dict:
-    """Prints and returns the seconds of each model and rule."""
+    """Prints and returns the seconds of each model and method."""
     parser = argparse.ArgumentParser(
         prog="benchmark.py startup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="sine, or networks of fipa_jax.models")
-    parser.add_argument("--rules", nargs="+", default=list(RULES))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     args = parser.parse_args(options)
-    rows = [measure(model, rule) for model in args.models for rule in args.rules]
+    rows = [measure(model, method) for model in args.models for method in args.methods]
     timing.table(rows)
     return {"setting": vars(args), "rows": rows}
 
 
-def measure(model: str, rule: str) -> dict:
+def measure(model: str, method: str) -> dict:
     """A line of the table: FIPA with a ResNet is of its last layer, on two clients with ten examples each."""
-    spec = {"model": model, "rule": rule, "clients": 2, "cohort": 2, "examples": 10, "rounds": 1, "epochs": 1}
-    fields = {"fipa.trainable": "^head/", "fipa.sketch.rank": 10} if "resnet" in model and rule == "fipa" else {}
+    spec = {"model": model, "method": method, "clients": 2, "cohort": 2, "examples": 10, "rounds": 1, "epochs": 1}
+    fields = {"fipa.trainable": "^head/", "fipa.sketch.rank": 10} if "resnet" in model and method == "fipa" else {}
     with tempfile.TemporaryDirectory() as folder:
         cache = {"JAX_COMPILATION_CACHE_DIR": folder}
         cold, warm = (
@@ -37,7 +37,7 @@ def measure(model: str, rule: str) -> dict:
         )
     return {
         "model": model,
-        "rule": rule,
+        "method": method,
         "cold s": cold["first"],
         "cached s": warm["first"],
         "cold user s": cold["user"],

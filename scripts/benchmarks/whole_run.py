@@ -39,7 +39,7 @@ def problem_and_config(spec: dict):
     """The problem (None for the config's own) and the config of a spec.
 
     Its fields: `model`, `sine` or a network of `fipa_jax.models` on random images; `clients` T, `examples` of each,
-    `pool` of images among which they are drawn (0 for their sum); `cohort`, `rule`, `rounds`, `batch`, `epochs`; the
+    `pool` of images among which they are drawn (0 for their sum); `cohort`, `method`, `rounds`, `batch`, `epochs`; the
     fields of the config in `fields`, by their paths.
     """
     import numpy as np
@@ -54,13 +54,13 @@ def problem_and_config(spec: dict):
 
     config = config_lib.default()
     config.task.num_clients, config.cohort = spec["clients"], spec["cohort"]
-    config.fipa.rounds, config.compare = spec["rounds"], (spec["rule"],)
+    config.fipa.rounds, config.compare = spec["rounds"], (spec["method"],)
     config.eval.every = spec["rounds"]
     config.eval.clients_every, config.eval.batch_size = 0, 50
     if spec["model"] == "sine":
         recipes.levenberg_marquardt(config)
         config.fipa.local.batch_size, config.task.examples_per_client = 0, spec["examples"]
-        config.compare = (spec["rule"],)
+        config.compare = (spec["method"],)
     else:
         config.model.name, config.model.head_width = spec["model"], 64 if "resnet" in spec["model"] else 0
         recipes.whole_model(config)
@@ -104,7 +104,7 @@ def measure(spec: dict) -> dict:
 
     with jax.enable_x64(config.precision == "float64"):
         built = experiment.build(config, problem)
-        settings = compared.rule(config, config.compare[0])
+        settings = compared.method(config, config.compare[0])
         params = loop.run_phase(built, settings, "run", built.params, 0, rows)
         digest = hashlib.sha256(jax.device_get(trees.ravel(params)).tobytes()).hexdigest()
     stages = [{name: value for name, value in row.items() if name.startswith("seconds_")} for row in rows]

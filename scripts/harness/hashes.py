@@ -18,7 +18,7 @@ SAME = {
     "2 devices": ("--config.devices=2",),
     "4 devices": ("--config.devices=4",),
     "examples on the host": ("--config.examples_on=host",),
-    "clients' memories on the host": ("--config.client_memory=host",),
+    "the client store on the host": ("--config.client_store=host",),
     "the host running ahead": ("--config.stage_seconds=False", "--config.eval.every=5"),
 }
 NEAR = {"chunks of 2": ("--config.chunk=2",), "5 rounds a call": ("--config.rounds_per_call=5",)}
@@ -31,7 +31,7 @@ def add_options(parser) -> None:
 
 
 def run(args) -> dict:
-    """{run: the beginning of its hash, and how far its rules' models are from those of the first run}."""
+    """{run: the beginning of its hash, and how far its methods' models are from those of the first run}."""
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     hashes, vectors = {}, {}
     with tempfile.TemporaryDirectory() as folder:

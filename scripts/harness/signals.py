@@ -44,7 +44,7 @@ def run(args) -> dict:
             victim.finish()
             for name, value in victim.differs(whole).items():
                 count[name] += value
-        insist = Victim(Path(folder) / "twice", 10**6, SELDOM, "--config.fipa.local.tries=0")
+        insist = Victim(Path(folder) / "twice", 10**6, SELDOM, "--config.fipa.local.gauss_newton.tries=0")
         at_once = [insisted(insist) for _ in range(3)]
     return count | {
         "rounds lost": sum(lost),

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-RULES = (
+METHODS = (
     "fipa",  # whose damping follows the clients' losses
     "fedavg:term.name=scaffold:server.optimizer=adam:server.lr=0.01:local.optimizer=adam:local.lr_decay=0.99",
     "fipa:aggregator.trust=false:local.matched=false:local.optimizer=sgd:local.lr=0.1:server.optimizer=momentum",
@@ -20,7 +20,7 @@ class Victim:
 
     Args:
       workdir: of the run.
-      rounds: of the warm-up and of each rule.
+      rounds: of the warm-up and of each method.
       *flags: of the script besides.
     """
 
@@ -37,7 +37,7 @@ class Victim:
             "--config.checkpoint.seconds=0",
             f"--config.warmup.rounds={self.rounds}",
             f"--config.fipa.rounds={self.rounds}",
-            f"--config.compare={RULES}",
+            f"--config.compare={METHODS}",
             *self.flags,
         ]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

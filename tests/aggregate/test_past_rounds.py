@@ -205,12 +205,12 @@ def test_the_bound_in_curvature_norm_shortens_the_step_and_does_not_turn_it(x64)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory": "targts"}, "aggregator.memory: unknown 'targts'; known: none, prior, targets, latest"),
-        ({"memory": "prior", "memory_rank": 0}, "aggregator.memory: needs memory_rank"),
+        ({"memory": "targts"}, "aggregator.past.kind: unknown 'targts'; known: none, prior, targets, latest"),
+        ({"memory": "prior", "memory_rank": 0}, "aggregator.past: needs a rank"),
         ({"memory": "prior", "trust": True}, "aggregator.trust: needs all clients"),
-        ({"memory": "prior", "memory_decay": 1.0}, "aggregator.memory_decay: needs"),
-        ({"memory": "latest"}, "aggregator.memory: 'latest' needs the number of all clients"),
-        ({"memory": "latest", "num_clients": 3, "memory_decay": 1.1}, "aggregator.memory_decay: needs"),
+        ({"memory": "prior", "memory_decay": 1.0}, "aggregator.past.decay: needs"),
+        ({"memory": "latest"}, "aggregator.past.kind: 'latest' needs the number of all clients"),
+        ({"memory": "latest", "num_clients": 3, "memory_decay": 1.1}, "aggregator.past.decay: needs"),
         ({"own_damping": True}, "aggregator.own_damping: needs"),
     ],
 )

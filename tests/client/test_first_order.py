@@ -205,13 +205,13 @@ _scaffold = functools.cache(terms.scaffold)
 
 def test_scaffold_corrects_the_gradient_and_remembers_its_mean(x64):
     draw = np.random.default_rng(3)
-    memory, shared = (jax.tree.map(lambda p: jnp.asarray(draw.normal(size=p.shape)), make_params()) for _ in range(2))
-    options = {"memory": memory, "shared": shared, "term": _scaffold(), "batch_size": 0, "epochs": 4}
+    store, shared = (jax.tree.map(lambda p: jnp.asarray(draw.normal(size=p.shape)), make_params()) for _ in range(2))
+    options = {"store": store, "shared": shared, "term": _scaffold(), "batch_size": 0, "epochs": 4}
     result = solve(make_client(5), make_hyper(mu=1.0), **options)
-    correct = lambda gradient, params: jax.tree.map(lambda g, i, c: g - i + c, gradient, memory, shared)
+    correct = lambda gradient, params: jax.tree.map(lambda g, i, c: g - i + c, gradient, store, shared)
     delta, mean_gradient = _loop(optax.sgd(0.1), 5, 4, correct)
     chex.assert_trees_all_close(result.delta, delta, rtol=1e-9, atol=1e-12)
-    chex.assert_trees_all_close(result.memory, mean_gradient, rtol=1e-9, atol=1e-12)
+    chex.assert_trees_all_close(result.store, mean_gradient, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -229,5 +229,5 @@ def test_an_empty_client_does_not_move(x64, options):
 
 
 def test_wrong_choices_name_the_field():
-    with pytest.raises(ValueError, match=r"local\.optimizer: unknown optimizer 'adm'; known: adam, momentum, .*yogi"):
+    with pytest.raises(ValueError, match=r"local\.optimizer: unknown 'adm'; known: adam, momentum, .*yogi"):
         client_lib.first_order(squared, KEEP, optimizer="adm")

@@ -150,13 +150,13 @@ def test_scaffold_remembers_the_mean_gradient_on_the_way_of_lbfgs(x64):
     draw = np.random.default_rng(3)
     own, mean = ({"value": jnp.asarray(draw.normal(size=make_params()["w"].shape))} for _ in range(2))
     count, slope = 8, np.asarray(mean["value"] - own["value"])
-    result = _solve_linear(count, steps=20, term=_scaffold(), memory=own, shared=mean)
+    result = _solve_linear(count, steps=20, term=_scaffold(), store=own, shared=mean)
     delta = np.asarray(result.delta["value"])
     np.testing.assert_allclose(delta, _minimum(count, slope=slope), rtol=1e-6, atol=1e-7)
     x, y = (np.asarray(make_data()[name]) for name in ("x", "y"))
     middle = x.T @ (x @ (np.asarray(make_params()["w"]) + delta / 2) - y) / count + slope
     along = delta * np.vdot(delta, middle) / np.vdot(delta, delta)
-    np.testing.assert_allclose(result.memory["value"], along - slope, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(result.store["value"], along - slope, rtol=1e-6, atol=1e-7)
 
 
 @each_solver
@@ -178,7 +178,7 @@ def test_an_empty_client_does_not_move(x64, options):
 
 def test_an_empty_client_does_not_move_along_its_term(x64):
     """SCAFFOLD's has no minimum of its own."""
-    result = _solve_linear(0, term=_scaffold(), memory={"value": jnp.ones((3, 3))}, shared={"value": jnp.zeros((3, 3))})
+    result = _solve_linear(0, term=_scaffold(), store={"value": jnp.ones((3, 3))}, shared={"value": jnp.zeros((3, 3))})
     np.testing.assert_array_equal(result.delta["value"], 0)
 
 
@@ -225,7 +225,7 @@ def test_wrong_choices_name_the_field():
     with pytest.raises(ValueError, match=r"gauss_newton.*term\.name = 'none'"):
         second_order.gauss_newton(squared, KEEP, term=terms.prox())
     second_order.gauss_newton(squared, KEEP, term=terms.TERMS["none"]())
-    with pytest.raises(ValueError, match=r"local\.system: unknown 'dense'; known: auto, cg, gram"):
+    with pytest.raises(ValueError, match=r"local\.gauss_newton\.system: unknown 'dense'; known: auto, cg, gram"):
         second_order.gauss_newton(squared, KEEP, system="dense")
     for name in ("gauss_newton", "lbfgs"):
         solver = second_order.LOCAL_SOLVERS[name]

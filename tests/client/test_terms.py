@@ -86,7 +86,7 @@ def test_moon_equals_numpy(x64):
     mask = np.array([True, True, False, True, True])
     features = models.Features((), None, jnp.asarray(z["now"]))
     local = _local(
-        features=features, outputs=outputs, anchor="there", memory="past", mask=jnp.asarray(mask), mu=2.0, batch={}
+        features=features, outputs=outputs, anchor="there", store="past", mask=jnp.asarray(mask), mu=2.0, batch={}
     )
     cosine = lambda a, b: np.sum(a * b, 1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     wanted = _contrast(cosine(z["now"], z["there"]), [cosine(z["now"], z["past"])], 0.5)[mask].mean()
@@ -101,7 +101,7 @@ def test_logit_adjustment_is_the_loss_of_shifted_logits(x64):
         batch={"label": jnp.asarray(label)},
         mask=jnp.asarray(mask),
         mu=0.7,
-        own=lambda field: jnp.asarray({"label": own}[field]),
+        examples_of=lambda field: jnp.asarray({"label": own}[field]),
         present=jnp.asarray(present),
     )
     prior = (np.bincount(own[present], minlength=3) + 1) / (present.sum() + 3)

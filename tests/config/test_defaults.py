@@ -52,7 +52,7 @@ def test_every_config_is_valid(path):
 
 
 @pytest.mark.parametrize(("name", "variant"), [("cifar10", "debug"), ("tiny_imagenet", "cpu")])
-def test_an_image_config_goes_through_a_round_of_every_rule(name, variant, tmp_path):
+def test_an_image_config_goes_through_a_round_of_every_method(name, variant, tmp_path):
     """By shapes alone, on the real data."""
     if not (SHARED / name).exists():
         pytest.skip(f"no {name} under {SHARED}")
@@ -76,26 +76,26 @@ def test_a_value_of_another_type_is_refused():
         config_lib.default().fipa.rounds = "many"
 
 
-def test_a_rule_changes_the_fipa_phase_alone():
+def test_a_method_changes_the_fipa_phase_alone():
     config = config_lib.default()
     before = config.to_json()
-    rule = compared.rule(config, "fedavg:server.lr=0.3:local.epochs=2:aggregator.relative=false:trainable=Dense_1/")
-    assert rule.aggregator.name == "mean"
-    assert (rule.server.lr, rule.local.epochs, rule.aggregator.relative) == (0.3, 2, False)
-    assert rule.trainable == "Dense_1/"
+    method = compared.method(config, "fedavg:server.lr=0.3:local.epochs=2:aggregator.relative=false:trainable=Dense_1/")
+    assert method.aggregator.name == "mean"
+    assert (method.server.lr, method.local.epochs, method.aggregator.relative) == (0.3, 2, False)
+    assert method.trainable == "Dense_1/"
     assert config.to_json() == before
-    assert compared.rule(config, "fipa").to_json() == config.fipa.to_json()
+    assert compared.method(config, "fipa").to_json() == config.fipa.to_json()
 
 
-@pytest.mark.parametrize("name", compared.RULES)
-def test_every_rule_applies_to_the_defaults(name):
-    assert compared.rule(config_lib.default(), name).rounds == config_lib.default().fipa.rounds
+@pytest.mark.parametrize("name", compared.METHODS)
+def test_every_method_applies_to_the_defaults(name):
+    assert compared.method(config_lib.default(), name).rounds == config_lib.default().fipa.rounds
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("fedavgg", "unknown rule 'fedavgg'; known: centralised, fedasync, fedavg, fedbuff, fipa"),
+        ("fedavgg", "unknown 'fedavgg'; known: centralised, fedasync, fedavg, fedbuff, fipa"),
         ("fipa:server.lr", "needs NAME:field=value"),
         ("fipa:server.lrr=1", "no field 'lrr'.*did you mean 'lr'"),
         ("fipa:serverr.lr=1", "no field 'serverr'.*did you mean 'server'"),
@@ -107,9 +107,9 @@ def test_every_rule_applies_to_the_defaults(name):
         ("fipa:aggregator.relative=maybe", "'aggregator.relative': needs True or False, got 'maybe'"),
     ],
 )
-def test_a_mistake_in_a_compared_rule(spec, message):
+def test_a_mistake_in_a_compared_method(spec, message):
     with pytest.raises(ValueError, match=message) as caught:
-        compared.rule(config_lib.default(), spec)
+        compared.method(config_lib.default(), spec)
     assert "config.compare" in str(caught.value)
 
 
@@ -138,8 +138,8 @@ def test_a_mistake_in_a_compared_rule(spec, message):
         ("warmup.local.epochs", 0),
         ("fipa.local.lr", -0.1),
         ("fipa.local.batch_size", -1),
-        ("fipa.local.tries", -1),
-        ("fipa.local.cg_steps", 0),
+        ("fipa.local.gauss_newton.tries", -1),
+        ("fipa.local.gauss_newton.cg_steps", 0),
         ("fipa.sketch.rank", 0),
         ("fipa.sketch.power_steps", -1),
         ("fipa.sketch.oversample", -1),
@@ -149,18 +149,17 @@ def test_a_mistake_in_a_compared_rule(spec, message):
         ("fipa.sketch.energy", 1.5),
         ("fipa.sketch.energy", -0.1),
         ("fipa.sketch.gradient_scale", -1.0),
-        ("fipa.sketch.memory", -1.0),
-        ("fipa.sketch.memory", float("nan")),
+        ("fipa.sketch.gradient_scale", float("nan")),
         ("fipa.sketch.examples", -1),
         ("fipa.aggregator.damping", -1.0),
-        ("fipa.aggregator.max_step", -1.0),
-        ("fipa.aggregator.trace_cap", -1.0),
-        ("fipa.aggregator.memory_decay", 1.1),
-        ("fipa.aggregator.memory_rank", 0),
-        ("fipa.aggregator.memory_length", 0),
-        ("fipa.aggregator.max_divergence", -1.0),
-        ("fipa.aggregator.max_drift", -1.0),
-        ("fipa.aggregator.staleness", -1.0),
+        ("fipa.aggregator.limits.max_step", -1.0),
+        ("fipa.aggregator.limits.trace_cap", -1.0),
+        ("fipa.aggregator.past.decay", 1.1),
+        ("fipa.aggregator.past.rank", 0),
+        ("fipa.aggregator.past.length", 0),
+        ("fipa.aggregator.limits.max_divergence", -1.0),
+        ("fipa.aggregator.late.max_drift", -1.0),
+        ("fipa.aggregator.late.staleness", -1.0),
         ("fipa.late.share", 1.5),
         ("fipa.late.most", 0),
         ("fipa.least_clients", -1),
@@ -175,7 +174,7 @@ def test_a_mistake_names_its_field(field, value):
         experiment.build(tiny(**{field.replace(".", "__"): value}))
 
 
-def test_a_mistake_in_a_compared_rule_names_field_and_rule():
+def test_a_mistake_in_a_compared_method_names_field_and_method():
     with pytest.raises(ValueError, match=r"config\.fipa\.local\.lr.*'fipa:local.lr=-1'"):
         experiment.build(tiny(compare=("fedavg", "fipa:local.lr=-1")))
 
@@ -192,7 +191,7 @@ def test_a_mistake_in_a_compared_rule_names_field_and_rule():
         ("fipa.aggregator.form", "damped, pinv, tikhonov"),
         ("fipa.aggregator.weighting", "examples, uniform"),
         ("fipa.aggregator.merge", "auto, gram, qr, tsqr"),
-        ("fipa.aggregator.memory", "none, prior, targets"),
+        ("fipa.aggregator.past.kind", "none, prior, targets"),
         ("fipa.sketch.solver", "auto, head, lanczos, rows, subspace"),
         ("fipa.sketch.jacobian", "head, matrix_free, rows"),
         ("fipa.sketch.store", "bfloat16"),
@@ -207,7 +206,7 @@ def test_an_unknown_name_lists_the_known_ones(field, known):
 
 
 def test_a_place_that_is_not_known_is_named():
-    """Of a rule that is compared, and takes the field."""
+    """Of a method whose rule takes the field."""
     with pytest.raises(ValueError, match=r"aggregator\.at: unknown 'home'; known: broadcast, local"):
         experiment.build(tiny(compare=("fisher_diagonal:aggregator.at=home",)))
 
@@ -227,7 +226,10 @@ def test_an_unknown_split_lists_the_known_ones():
         ({"fipa__sketch__energy": 0.9, "fipa__sketch__probes": 0}, "sketch.energy: needs the trace"),
         ({"fipa__trainable": "Conv"}, "trainable: no parameter path matches 'Conv'; the paths are: Dense_0/bias"),
         ({"fipa__local__optimizer": "gauss_newton", "fipa__term__name": "prox"}, "gauss_newton.*takes no term"),
-        ({"fipa__local__optimizer": "gauss_newton", "fipa__local__system": "x"}, r"local\.system: unknown 'x'; known"),
+        (
+            {"fipa__local__optimizer": "gauss_newton", "fipa__local__gauss_newton__system": "x"},
+            r"local\.gauss_newton\.system: unknown 'x'; known",
+        ),
         ({"fipa__local__optimizer": "lbfgs", "fipa__local__clip_norm": 1.0}, "lbfgs.*takes no local.weight_decay"),
         ({"compare": ("fedavg:local.optimizer=natural_gradient",)}, "natural_gradient.*a step by the client's sketch"),
         (

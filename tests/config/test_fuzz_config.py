@@ -1,4 +1,4 @@
-"""Whatever stands on the command line or in a compared rule: a config with values of the right kinds, or one line."""
+"""Whatever stands on the command line or in a compared method: a config with values of the right kinds, or one line."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,7 @@ def leaves(config, prefix=""):
 
 FIELDS = leaves(DEFAULT)
 GROUPS = sorted({path.rpartition(".")[0] for path in FIELDS} - {""})
-NAMES = sorted({*compared.RULES} | {value for value in FIELDS.values() if isinstance(value, str) and value})
+NAMES = sorted({*compared.METHODS} | {value for value in FIELDS.values() if isinstance(value, str) and value})
 
 texts = st.text(max_size=8)
 numbers = st.one_of(st.integers(), st.integers(-2, 3), st.floats(), st.sampled_from([2**31, 10**400, 1e39, 1e-400]))
@@ -53,12 +53,12 @@ paths = st.one_of(
     st.builds(lambda path, end: f"{path}.{end}", st.sampled_from(sorted(FIELDS)), texts),
     texts,
 )
-rule_paths = st.one_of(st.sampled_from(sorted(leaves(DEFAULT.fipa))), paths)
+method_paths = st.one_of(st.sampled_from(sorted(leaves(DEFAULT.fipa))), paths)
 specs = st.one_of(
     st.builds(
         lambda name, changes: ":".join([name, *(f"{path}={value}" for path, value in changes)]),
-        st.one_of(st.sampled_from(sorted(compared.RULES)), texts),
-        st.lists(st.tuples(rule_paths, values), max_size=3),
+        st.one_of(st.sampled_from(sorted(compared.METHODS)), texts),
+        st.lists(st.tuples(method_paths, values), max_size=3),
     ),
     st.text(),
 )
@@ -100,9 +100,9 @@ def test_a_command_line_gives_a_config_or_one_line(given_arguments):
 
 @PROFILE
 @given(specs)
-def test_a_rule_gives_a_phase_or_one_line(spec):
+def test_a_method_gives_a_phase_or_one_line(spec):
     try:
-        phase = compared.rule(DEFAULT, spec)
+        phase = compared.method(DEFAULT, spec)
     except ValueError as error:
         check_line(error)
         assert "config.compare" in str(error)

@@ -66,7 +66,7 @@ def test_names_are_looked_up_before_data_are_loaded(mistake):
     config = parse(mistakes.flags(mistake, Path()))
     with pytest.raises(ValueError) as caught:
         phase.check(config)
-    assert not mistakes.unsaid(mistake, str(caught.value)) and "(in the rule 'fipa')" in str(caught.value)
+    assert not mistakes.unsaid(mistake, str(caught.value)) and "(in the method 'fipa')" in str(caught.value)
 
 
 @pytest.mark.parametrize("mistake", STARTED)

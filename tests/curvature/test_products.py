@@ -196,7 +196,7 @@ def _every_way(model):
         seen = lambda found: (found.product(jnp.eye(int(places.sum()))), found.trace)
         return lambda batch, mask: seen(ggn(chosen, batch, mask))
 
-    diagonal = curvature.make_diagonal(model, loss, micro_batch=3)
+    diagonal = curvature.make_ggn_diagonal(model, loss, micro_batch=3)
     return {way: matrix(way) for way in curvature.JACOBIANS} | {"diagonal": lambda *one: diagonal(params, *one)}
 
 
@@ -287,7 +287,7 @@ def test_a_confident_softmax_is_not_taken_for_indefinite():
 def test_diagonal_is_that_of_the_dense_matrix(x64, name):
     outputs, loss, hessian = LOSSES[name]
     params, batch = _problem()
-    diagonal = jax.jit(curvature.make_diagonal(outputs, loss, micro_batch=3))
+    diagonal = jax.jit(curvature.make_ggn_diagonal(outputs, loss, micro_batch=3))
     found = diagonal(params, batch, jnp.asarray(MASK))
     np.testing.assert_allclose(found, np.diag(_dense(outputs, hessian, MASK)), rtol=1e-10, atol=1e-13)
     np.testing.assert_array_equal(diagonal(params, batch, jnp.zeros(NUM_EXAMPLES, bool)), 0)

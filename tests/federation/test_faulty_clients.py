@@ -265,7 +265,7 @@ def test_skipped_rounds_tell_whether_a_run_goes_on():
         ("fipa:faults.drop=-1", r"config\.fipa\.faults\.drop"),
         ("fipa:faults.drop=nan", r"config\.fipa\.faults\.drop"),
         ("fipa:faults.dorp=0.1", "did you mean 'drop'"),
-        ("fipa:aggregator.explosion=-1", r"config\.fipa\.aggregator\.explosion"),
+        ("fipa:aggregator.limits.explosion=-1", r"config\.fipa\.aggregator\.limits\.explosion"),
         ("fipa:max_skips=-1", r"config\.fipa\.max_skips"),
         ("fipa:least_clients=4", r"config\.fipa\.least_clients: 4 is above the number of clients in a round, 3"),
         ("fedavg:faults.straggle=0.1:local.optimizer=gauss_newton", "faults.straggle: needs a first-order solver"),

@@ -69,7 +69,7 @@ def test_a_run_from_the_host_is_the_run_on_the_device(tmp_path, term):
     """To the bit, and with it what is said of every client; SCAFFOLD's memories come from the host as well."""
     rows = {}
     for place in ("device", "host"):
-        config = tiny(cohort=2, examples_on=place, client_memory=place, compare=("fipa",), precision="float64")
+        config = tiny(cohort=2, examples_on=place, client_store=place, compare=("fipa",), precision="float64")
         config.task.num_clients, config.fipa.rounds, config.fipa.term.name = 5, 3, term
         experiment.run(config, tmp_path / place)
         rows[place] = metrics.read(tmp_path / place / "metrics.jsonl")

@@ -283,7 +283,7 @@ def test_curvature_is_seen_where_the_rule_wants_it(x64, at, chunk):
     state, _, results, found = _first_sketches(options, problem)
     moved = trees.replace(state.params, results.delta)
     own = jax.tree.map(lambda leaf, delta: leaf[None] + delta * (at == "local"), state.params, moved)
-    diagonal = curvature.make_diagonal(lambda params, batch: _network(params, batch)[0], _half_squared)
+    diagonal = curvature.make_ggn_diagonal(lambda params, batch: _network(params, batch)[0], _half_squared)
     batch = jax.tree.map(lambda field: field[clients.indices], data)
     wanted = jax.jit(jax.vmap(diagonal))(own, batch, jnp.arange(NUM_EXAMPLES)[None] < clients.num_examples[:, None])
     np.testing.assert_allclose(found.values, wanted, rtol=1e-10, atol=1e-14)

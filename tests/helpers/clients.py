@@ -56,6 +56,6 @@ def _compiled(solver=client_lib.first_order, loss=squared, outputs=network, term
     return jax.jit(functools.partial(solve, outputs))
 
 
-def solve(client, hyper, params=None, data=None, seed=0, memory=(), shared=(), **options):
+def solve(client, hyper, params=None, data=None, seed=0, store=(), shared=(), **options):
     params, data = params or make_params(), data or make_data()
-    return _compiled(**options)(params, data, client, jax.random.key(seed), hyper, memory, shared)
+    return _compiled(**options)(params, data, client, jax.random.key(seed), hyper, store, shared)

@@ -196,11 +196,11 @@ def test_rules_share_a_program_only_where_their_numbers_are_traced(tmp_path, mon
         return mean._replace(apply=apply)
 
     monkeypatch.setitem(aggregate.AGGREGATORS, "scaled", scaled)
-    config = tiny(compare=("fipa:aggregator.name=scaled:aggregator.max_step=0", "fipa:aggregator.name=scaled"))
+    config = tiny(compare=("fipa:aggregator.name=scaled:aggregator.limits.max_step=0", "fipa:aggregator.name=scaled"))
     still, moved = experiment.run(config, tmp_path)["runs"].values()
     assert still["final"] != moved["final"]
 
-    fipa = experiment.build(tiny(compare=("fipa", "fipa:aggregator.damping=0.5", "fipa:aggregator.max_step=1")))
+    fipa = experiment.build(tiny(compare=("fipa", "fipa:aggregator.damping=0.5", "fipa:aggregator.limits.max_step=1")))
     assert len(fipa.compiled) == 1
 
 

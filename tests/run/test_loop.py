@@ -28,7 +28,7 @@ def tiny(**fields):
 
 
 def _phase(config, monkeypatch, rule):
-    """(rows, how often a round had been traced at each of them) of a compared rule, and the parameters."""
+    """(rows, how often a round had been traced at each of them) of a compared method, and the parameters."""
     with jax.enable_x64(True):
         built = experiment.build(config)
         traces, compose = [0], rounds.compose
@@ -47,7 +47,7 @@ def _phase(config, monkeypatch, rule):
                 self.append((row, traces[0]))
 
         monkeypatch.setattr(rounds, "compose", counted)
-        settings, written = compared.rule(config, rule), Counting()
+        settings, written = compared.method(config, rule), Counting()
         params = loop.run_phase(built, settings, rule, built.params, config.first_round, written)
         again = loop.run_phase(built, settings, rule, built.params, config.first_round, Rows())
         monkeypatch.undo()
@@ -116,18 +116,18 @@ def test_figures_are_due_by_the_rounds_number_and_in_the_last(every):
 
 def test_memories_on_the_host_and_many_rounds_in_a_call_do_not_go_together():
     """Which is said before anything runs."""
-    with jax.enable_x64(True), pytest.raises(ValueError, match=r"config\.rounds_per_call.*client_memory = 'device'"):
-        experiment.build(tiny(rounds_per_call=2, client_memory="host"))
+    with jax.enable_x64(True), pytest.raises(ValueError, match=r"config\.rounds_per_call.*client_store = 'device'"):
+        experiment.build(tiny(rounds_per_call=2, client_store="host"))
 
 
 def test_a_memory_without_room_is_refused_before_the_first_round(monkeypatch):
-    config = tiny(compare=("fipa:aggregator.memory=prior",))
+    config = tiny(compare=("fipa:aggregator.past.kind=prior",))
     with jax.enable_x64(True):
         experiment.build(config)
     monkeypatch.setattr(phase, "host_bytes", lambda: 1000)
     with (
         jax.enable_x64(True),
-        pytest.raises(ValueError, match=r"aggregator\.memory: the rule would keep .* GiB .*memory_rank"),
+        pytest.raises(ValueError, match=r"aggregator\.past: the rule would keep .* GiB .*past\.rank"),
     ):
         experiment.build(config)
 

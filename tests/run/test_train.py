@@ -12,7 +12,7 @@ import pytest
 from fipa_jax.reporting import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-RULES = ("fipa", "fedavg:server.lr=0.5:trainable=Dense_1/")
+METHODS = ("fipa", "fedavg:server.lr=0.5:trainable=Dense_1/")
 TINY = (
     "--config.task.examples_per_client=8",
     "--config.model.widths=(3,)",
@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
     """The same run twice into one directory, by the default config and work directory, and what the second printed."""
     folder = tmp_path_factory.mktemp("train")
     for _ in range(2):
-        result = train(*TINY, "--config.warmup.rounds=1", f"--config.compare={RULES}", "--resume=no", folder=folder)
+        result = train(*TINY, "--config.warmup.rounds=1", f"--config.compare={METHODS}", "--resume=no", folder=folder)
         assert result.returncode == 0, result.stderr
     return folder / "runs/sine", folder / "runs/sine/previous-1", result
 
@@ -59,7 +59,7 @@ def test_what_was_compiled_once_comes_from_the_cache(runs):
 
 def test_a_row_for_every_round_of_every_run(runs):
     rows = metrics.read(runs[0] / "metrics.jsonl")
-    fipa, fedavg = RULES
+    fipa, fedavg = METHODS
     assert [(row["run"], row["round"]) for row in rows] == [
         ("warmup", 0), (fipa, 1), (fipa, 2), (fedavg, 1), (fedavg, 2),
     ]  # fmt: skip
@@ -77,26 +77,26 @@ def test_bytes_are_those_of_what_is_sent(runs):
     """
     rows = {row["run"]: row for row in metrics.read(runs[0] / "metrics.jsonl")}
     report = 3 * 8 + 4 + 1 + 2 * 8 + 5
-    assert [rows[name]["bytes_down"] for name in ("warmup", *RULES)] == [2 * 8 * 10, 2 * 8 * 10, 2 * 8 * 4]
-    assert [rows[name]["bytes_up"] for name in ("warmup", *RULES)] == [160, 160 + 2 * (8 * 3 * (10 + 1) + report), 64]
+    assert [rows[name]["bytes_down"] for name in ("warmup", *METHODS)] == [2 * 8 * 10, 2 * 8 * 10, 2 * 8 * 4]
+    assert [rows[name]["bytes_up"] for name in ("warmup", *METHODS)] == [160, 160 + 2 * (8 * 3 * (10 + 1) + report), 64]
 
 
 def test_summary_names_every_rule_with_its_figures_and_config(runs):
     summary = json.loads((runs[0] / "summary.json").read_text())
     assert list(summary) == ["runs"]
-    assert list(summary["runs"]) == list(RULES)
+    assert list(summary["runs"]) == list(METHODS)
     rows = metrics.read(runs[0] / "metrics.jsonl")
     for name, result in summary["runs"].items():
         assert set(result) == {"final", "best", "config"}
         series = [row["test_mse"] for row in rows if row["run"] == name]
         assert (result["final"]["test_mse"], result["best"]["test_mse"]) == (series[-1], min(series))
         assert result["config"]["compare"] == [name]
-    assert summary["runs"][RULES[1]]["config"]["fipa"]["server"]["lr"] == 0.5
+    assert summary["runs"][METHODS[1]]["config"]["fipa"]["server"]["lr"] == 0.5
 
 
 def test_config_and_pictures_are_there(runs):
     config = json.loads((runs[0] / "config.json").read_text())
-    assert config["fipa"]["rounds"] == 2 and config["compare"] == list(RULES)
+    assert config["fipa"]["rounds"] == 2 and config["compare"] == list(METHODS)
     for name in ("curves.png", "split.png"):
         image = pytest.importorskip("PIL.Image").open(runs[0] / name)
         image.verify()
@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_figures_and_the_first_run_is_kept(runs):
 
 def test_what_the_user_sees(runs):
     result = runs[2]
-    for name in RULES:
+    for name in METHODS:
         assert name in result.stdout
     assert "test_mse" in result.stdout and "runs/sine" in result.stdout
     assert "moved to" in result.stderr, "a second run says where the first one's files went"

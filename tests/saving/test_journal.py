@@ -16,7 +16,7 @@ from fipa_jax.saving import checkpoints as checkpoint
 from fipa_jax.saving import journal, resume
 from fipa_jax.saving import signals as stopping
 
-RULES = ("fipa:term.name=scaffold:server.optimizer=adam:server.lr=0.01", "fedavg:local.lr_decay=0.9")
+METHODS = ("fipa:term.name=scaffold:server.optimizer=adam:server.lr=0.01", "fedavg:local.lr_decay=0.9")
 EVERY_ROUND = {"seconds": 0.0, "keep": 3}
 
 
@@ -25,7 +25,7 @@ class Killed(BaseException):
 
 
 def config_of(**fields):
-    config = tiny(**{"compare": RULES, "checkpoint": EVERY_ROUND} | fields)
+    config = tiny(**{"compare": METHODS, "checkpoint": EVERY_ROUND} | fields)
     config.task.num_clients, config.cohort = 3, 2
     config.warmup.rounds, config.fipa.rounds = 2, 3
     return config
@@ -102,11 +102,11 @@ def test_a_run_killed_again_and_again_is_the_run_in_one_go(monkeypatch, tmp_path
     [
         {"rounds_per_call": 2},
         {"stage_seconds": False},
-        {"client_memory": "host"},
+        {"client_store": "host"},
         {"examples_on": "host"},
         {"compare": ("fipa_memory:late.share=0.5:late.most=2",)},
-        {"compare": ("fipa:aggregator.memory=targets:aggregator.memory_length=2",), "rounds_per_call": 2},
-        {"compare": ("fipa:aggregator.memory=latest:aggregator.memory_rank=3",)},
+        {"compare": ("fipa:aggregator.past.kind=targets:aggregator.past.length=2",), "rounds_per_call": 2},
+        {"compare": ("fipa:aggregator.past.kind=latest:aggregator.past.rank=3",)},
     ],
     ids=str,
 )
@@ -203,7 +203,7 @@ def test_a_finished_run_is_told_again(tmp_path, whole, caplog):
     for _ in range(2):
         summary = experiment.run(config_of(), tmp_path)
     assert "is finished; --resume=no runs it anew" in caplog.text
-    assert left_by(tmp_path) == whole and list(summary["runs"]) == list(RULES)
+    assert left_by(tmp_path) == whole and list(summary["runs"]) == list(METHODS)
 
 
 def test_a_stopped_run_of_another_origin_is_refused_field_by_field(monkeypatch, tmp_path, caplog):
@@ -235,7 +235,7 @@ def test_a_stopped_run_of_another_origin_is_refused_field_by_field(monkeypatch, 
     rows, *_ = left_by(tmp_path)
     assert [(row["run"], row["round"]) for row in rows] == [
         *(("warmup", k) for k in (0, 1)),
-        *((rule, k) for rule in RULES for k in (2, 3, 4)),
+        *((method, k) for method in METHODS for k in (2, 3, 4)),
     ]
 
 
@@ -268,7 +268,7 @@ def test_the_best_round_and_the_warm_ups_end_are_kept(tmp_path):
     steps = {name: int(step.name) for name, step in checkpoint.named(tmp_path / "checkpoints").items()}
     rows = metrics.read(tmp_path / "metrics.jsonl")
     wanted = {"end of warmup": 2}
-    for name in ("warmup", *RULES):
+    for name in ("warmup", *METHODS):
         own = [(row["test_mse"], number) for number, row in enumerate(rows, 1) if row["run"] == name]
         wanted[f"best of {name}"] = min(own)[1]
     assert steps == wanted

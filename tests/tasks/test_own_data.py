@@ -120,7 +120,7 @@ def test_kmeans_finds_clusters_whatever_the_units(config):
 def test_a_run_on_own_arrays_learns(config, tmp_path):
     settings = config(_arrays(y=_arrays()["x"][:, :2]), split="kmeans")
     settings.fipa.local.optimizer, settings.fipa.local.steps, settings.fipa.rounds = "lbfgs", 2, 8
-    settings.compare = ("fipa", "fedavg:local.optimizer=gauss_newton:local.system=cg")
+    settings.compare = ("fipa", "fedavg:local.optimizer=gauss_newton:local.gauss_newton.system=cg")
     experiment.run(settings, tmp_path / "run")
     rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
     for name in settings.compare:

@@ -1,0 +1,108 @@
+"""How far may one round, or one client, move the parameters? Wrappers of a solver that bound the step and a client."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fipa_jax import trees
+from fipa_jax.aggregate import merged_curvature
+from fipa_jax.aggregate.filters import Solver
+from fipa_jax.curvature.sketch import Sketch
+
+
+class Limits(NamedTuple):
+    """The bounds; the group `aggregator.limits` of a config. 0 is no bound."""
+
+    max_step: float = 5.0  # on |step| / max_m |delta_m|, see `limited`
+    max_divergence: float = 0.0  # on step^T H step / 2, see `limited`
+    explosion: float = 100.0  # the ratio above which another step is taken, see `filters.pinv`
+    trace_cap: float = 1000.0  # on a client's trace over the clients' lower median, see `capped`
+
+
+def limited(inner: Solver, *, max_step: float = 5.0, max_divergence: float = 0.0) -> Solver:
+    """Shortens the step of a solver to two bounds; a step within both passes bit for bit.
+
+    Args:
+      max_step: on |step| / max_m |delta_m|, with `latest` also of absent clients, as seen from the present parameters:
+        nearly collinear clients can otherwise amplify noise. 0 for no bound.
+      max_divergence: on step^T H step / 2: to second order, for a likelihood, by how much the model's answers move in
+        Kullback-Leibler divergence, the mean over the clients' examples. 0 for no bound.
+    """
+
+    def solve(messages, hyper, state, now):
+        solution, hyper, state, info = inner.solve(messages, hyper, state, now)
+        full = solution.full
+        bound = jnp.where(hyper["limits.max_step"] > 0, hyper["limits.max_step"] * solution.longest, jnp.inf)
+        curve = jnp.minimum(merged_curvature.quadratic(solution.factor, full), jnp.finfo(full.dtype).max)
+        limit = jnp.where(hyper["limits.max_divergence"] > 0, 2 * hyper["limits.max_divergence"], jnp.inf)
+        factor = jnp.where(curve > limit, jnp.sqrt(trees.ratio(limit, curve)), 1)
+        step = _bounded(factor * full, bound)
+        factor = shortened(step, full)
+        return solution._replace(step=step, curve=curve), hyper, state, info | {"divergence": factor**2 * curve / 2}
+
+    bounds = {"limits.max_step": max_step, "limits.max_divergence": max_divergence}
+    return inner._replace(hyper=inner.hyper | bounds, solve=solve)
+
+
+def shortened(step: jax.Array, full: jax.Array) -> jax.Array:
+    """[], the length of a step over that of the one before its bounds."""
+    return trees.ratio(jnp.linalg.norm(step), jnp.linalg.norm(full))
+
+
+def _bounded(step: jax.Array, bound: jax.Array) -> jax.Array:
+    """Shortens the step to `bound`; a step of that length or less passes bit for bit."""
+    length = jnp.linalg.norm(step)
+    return jnp.where(length > bound, step * trees.ratio(bound, length), step)
+
+
+def capped(inner: Solver, *, trace_cap: float = 1000.0) -> Solver:
+    """Scales the clients' eigenvalues down so that no client's sum is above `trace_cap` times their lower median.
+
+    How far can one client j move the step? In the damped form, with s' the step without it at the same beta,
+    d = delta_j - s', A = sum_{m != j} w_m (H_m + beta I) and K = w_j (H_j + beta I):
+
+        (A + K) s = A s' + K delta_j, so that x = s - s' has (A + K) x = K d, and |x|_A <= |d|_A
+        |x|_A^2 + |x|_K^2 = x^T K d <= |x|_K |d|_K, so that |x|_A <= |d|_K / 2
+
+    The first holds whatever its eigenvalues are: a client without bounds decides alone in the directions that it names.
+    With the cap c and tau the lower median of the traces K <= kappa I, kappa = w_j (c tau + beta): the others' model of
+    their loss, |x|_A^2 / 2, rises by at most kappa |d|^2 / 8. `limited` says nothing of that; its max_step bounds |x|
+    by 2 max_step max_m |delta_m|, in any form and at any beta. Through A >= (1 - w_j) beta I the cap gives
+    |x| <= (kappa / ((1 - w_j) beta))^{1/2} |d| / 2, which is more unless beta is large. And where beta is relative the
+    cap keeps one client's eigenvalues from raising it above all that the others know.
+
+    Args:
+      trace_cap: c; 0 for no cap.
+    """
+
+    def solve(messages, hyper, state, now):
+        clients, *others = messages
+        relative = relative_traces(clients.sketch, clients.weights)
+        sketch, over = cap_traces(clients.sketch, relative, trace_cap)
+        solution, hyper, state, info = inner.solve([clients._replace(sketch=sketch), *others], hyper, state, now)
+        return solution, hyper, state, info | {"capped": over, "trace_ratio": jnp.max(relative)}
+
+    return inner._replace(solve=solve)
+
+
+def relative_traces(sketch: Sketch, weights: jax.Array) -> jax.Array:
+    """[C], the sums of the clients' eigenvalues [C, R] over their lower median; 0 for clients of weight 0.
+
+    While at most half of the clients are at fault, the median is no more than some sound client's. Where it is 0, as
+    half of the clients have no curvature, all are 0.
+    """
+    there = weights > 0
+    traces = jnp.where(there, jnp.sum(jnp.maximum(sketch.eigenvalues, 0), axis=1), 0)
+    middle = jnp.sort(jnp.where(there, traces, jnp.inf))[jnp.maximum(jnp.sum(there) - 1, 0) // 2]
+    known = (middle > 0) & jnp.isfinite(middle)
+    return trees.ratio(traces, jnp.where(known, middle, 0))
+
+
+def cap_traces(sketch: Sketch, relative: jax.Array, cap: float) -> tuple[Sketch, jax.Array]:
+    """(sketch, capped [C] bool): eigenvalues scaled down so that no relative trace [C] is above `cap`; 0 for no cap."""
+    if not cap:
+        return sketch, jnp.zeros(relative.shape, bool)
+    over = relative > cap
+    factor = jnp.where(over, trees.ratio(cap, relative), 1).astype(sketch.eigenvalues.dtype)
+    return sketch._replace(eigenvalues=sketch.eigenvalues * factor[:, None]), over

@@ -1,0 +1,160 @@
+"""Which uploads may take part? They are looked at once, before every rule; each reason to leave one out has a name.
+
+What is checked are faults, not attacks: a client that is broken shows itself here, one that lies within the bounds of
+what a sound client could send does not, and only the caps (`limits`) bound what it can do.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fipa_jax import trees
+from fipa_jax.aggregate.merged_curvature import over_row_blocks, row_block
+from fipa_jax.aggregate.uploads import Uploads, check_shapes
+from fipa_jax.curvature.sketch import Diagonal, Sketch
+
+# Why a client is left out, in words.
+REASONS = {
+    "update_not_finite": "its update is not finite, or so long that the norm overflows",
+    "sketch_not_finite": "its sketch is not finite",
+    "curvature_negative": "its curvature has negative values beyond rounding",
+    "basis_not_orthonormal": "the columns of its sketch's basis are not orthonormal",
+    "loss_not_finite": "its loss at the broadcast parameters is not finite",
+    "damping_invalid": "the damping of its own steps is negative or not finite",
+    "examples_invalid": "its number of examples is negative, not finite or too large to be one",
+}
+# A basis that was rounded to bfloat16 on its way is off by less than 0.01, a column that is sent twice by 1.
+ORTHONORMAL = 0.05  # bound on the entries of |U^T U v - v|, v random signs
+BLOCK = 2**20  # entries of the bases that are looked at together
+
+
+class Received(NamedTuple):
+    """A round's uploads after screening, as a rule gets them; fields are those of `Uploads`.
+
+    Who takes no part has the update 0, the way 0 and the damping 0, so that a sum over all clients is one over those
+    that do. Sketches are not zeroed, which would copy all of them: a rule reads those of `took_part` alone.
+    """
+
+    took_part: jax.Array  # [C] bool
+    num_examples: jax.Array  # [C], as sent
+    delta: Any  # parameter pytree [C, ...]
+    sketch: Sketch | Diagonal | None = None
+    loss: jax.Array | None = None  # [C], as sent
+    damping: jax.Array | None = None  # [C]
+    ids: jax.Array | None = None  # [C] int32
+    age: jax.Array | None = None  # [C] int32
+    moved: Any = None  # parameter pytree [C, ...]
+
+    @property
+    def deltas(self) -> jax.Array:
+        """[C, P], the updates as rows."""
+        return trees.ravel_stacked(self.delta)
+
+    def only(self, keep: jax.Array) -> "Received":
+        """The same with only those of `keep` [C] bool taking part."""
+        took_part = self.took_part & keep
+        zero = lambda tree: None if tree is None else trees.zero_unless(took_part, tree)
+        return self._replace(
+            took_part=took_part, delta=zero(self.delta), damping=zero(self.damping), moved=zero(self.moved)
+        )
+
+
+def receive(uploads: Uploads, params: Any) -> tuple[Received, dict]:
+    """Checks shapes, and leaves out the clients that must not take part: without examples, or at fault.
+
+    Args:
+      uploads: of C clients, see `Uploads`.
+      params: parameter pytree, whose tree and shapes the updates must have.
+
+    Returns:
+      (received, info with `rejected` [C] bool, those at fault, `reasons` {name in `REASONS`: [C] bool}, and `absent`
+      [C] bool, those with 0 examples, which is no fault).
+
+    Raises:
+      ValueError: shapes do not fit.
+
+    Example:
+      received, info = receive(Uploads(delta, num_examples), params)
+      step = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), received.delta)
+    """
+    check_shapes(uploads, params)
+    num_examples = jnp.asarray(uploads.num_examples)
+    present = num_examples != 0  # NaN is not 0
+    dtype = jnp.result_type(*jax.tree.leaves(params))
+    reasons = {name: present & fault for name, fault in _faults(uploads, num_examples, dtype).items()}
+    rejected = jnp.any(jnp.stack(list(reasons.values())), axis=0)
+    fields = uploads._asdict() | {"num_examples": num_examples}
+    received = Received(took_part=jnp.ones_like(present), **fields).only(present & ~rejected)
+    return received, {"rejected": rejected, "reasons": reasons, "absent": ~present}
+
+
+def _faults(uploads: Uploads, num_examples: jax.Array, dtype) -> dict[str, jax.Array]:
+    """{name in `REASONS`: [C] bool}, of present and absent clients alike."""
+    most = jnp.sqrt(jnp.finfo(dtype).max) / num_examples.size  # above it the sum could overflow, over rounds too
+    # The norm as well as the entries: it can overflow where no entry does, and the step would.
+    lengths = jax.vmap(optax.tree.norm)(uploads.delta)
+    faults = dict.fromkeys(REASONS, jnp.zeros(num_examples.shape, bool)) | {
+        "update_not_finite": ~jnp.isfinite(lengths),
+        "examples_invalid": ~((num_examples >= 0) & (num_examples <= most)),
+    }
+    faults |= _faults_of_curvature(uploads.sketch)
+    if uploads.loss is not None:
+        faults["loss_not_finite"] = ~jnp.isfinite(uploads.loss)
+    if uploads.damping is not None:
+        faults["damping_invalid"] = ~((uploads.damping >= 0) & jnp.isfinite(uploads.damping))
+    return faults
+
+
+def _faults_of_curvature(sketch: Sketch | Diagonal | None) -> dict[str, jax.Array]:
+    if isinstance(sketch, Diagonal):
+        return {
+            "sketch_not_finite": ~trees.is_finite(sketch.values),
+            "curvature_negative": _negative(sketch.values),
+        }
+    if not isinstance(sketch, Sketch):
+        return {}
+    finite, distance = orthonormality(sketch)
+    finite &= trees.is_finite(sketch.eigenvalues)
+    if sketch.report is not None:
+        finite &= ~sketch.report.flags["not_finite"]
+    return {
+        "sketch_not_finite": ~finite,
+        "curvature_negative": _negative(sketch.eigenvalues),
+        "basis_not_orthonormal": finite & ~(distance <= ORTHONORMAL),
+    }
+
+
+def _negative(values: jax.Array) -> jax.Array:
+    """[C] bool: values [C, n] below zero by more than rounding, beside the client's largest, can explain."""
+    tolerance = jnp.sqrt(jnp.finfo(values.dtype).eps)
+    return jnp.min(values, axis=1) < -tolerance * jnp.max(values, axis=1)
+
+
+def orthonormality(sketch: Sketch) -> tuple[jax.Array, jax.Array]:
+    """(finite [C] bool, distance [C]): whether the bases [C, P, R] are finite, and max_i |(U^T U - I) v|_i.
+
+    One probe v of random signs, on the pairs that are kept: a column of length 1 + a gives 2 a, one that is sent twice
+    gives 1, a sound basis its rounding. The bases are read once, block by block of rows: U^T U v = sum_b U_b^T U_b v.
+    """
+    clients, size, rank = sketch.basis.shape
+    dtype = jnp.promote_types(sketch.basis.dtype, jnp.float32)
+    signs = np.random.default_rng(0).choice([-1, 1], rank)  # the same in every round
+    kept = sketch.eigenvalues > 0
+    probe = jnp.where(kept, jnp.asarray(signs, dtype)[None], 0)
+    length = min(size, max(BLOCK // (clients * rank), 1))
+
+    def look(bases, start, carry):
+        finite, image = carry
+        begin, new = row_block(size, length, start)
+        part = jax.lax.dynamic_slice_in_dim(bases[0], begin, length, axis=1).astype(dtype)
+        rows = jnp.einsum("cbr,cr->cb", part, probe, precision="highest")
+        finite &= jnp.all(jnp.isfinite(rows), axis=1)  # not where an entry is not, also of a pair left out
+        rows = jnp.where(new[None], rows, 0)  # the last block repeats some
+        return finite, image + jnp.einsum("cbr,cb->cr", part, rows, precision="highest")
+
+    start = jnp.ones([clients], bool), jnp.zeros([clients, rank], dtype)
+    finite, image = over_row_blocks([sketch.basis], length, look, start)
+    return finite, jnp.max(jnp.where(kept, jnp.abs(image - probe), 0), axis=1)

@@ -1,0 +1,117 @@
+"""Which eigensolver, on which view of the curvature? As the user says, or the cheapest by their costs."""
+
+from typing import NamedTuple
+
+import jax
+from jax.flatten_util import ravel_pytree
+
+from fipa_jax.curvature import eigenpairs as eigen
+from fipa_jax.curvature.products import Features, Outputs, depends, forward_flops, is_last_layer
+from fipa_jax.lookup import lookup
+
+ROWS_GIB = 2.0  # memory that explicit rows may take, for `auto`
+
+# The solver's name for a user: (solver of `eigenpairs`, how the curvature is seen; None: as `jacobian` says).
+SOLVERS = {
+    "auto": (None, None),  # both by `choose`
+    "head": ("lanczos", "head"),
+    "lanczos": ("lanczos", None),
+    "rows": ("exact", "rows"),
+    "subspace": ("subspace", None),
+}
+
+
+class Search(NamedTuple):
+    """How eigenpairs are sought; see `eigenpairs`."""
+
+    solver: str  # a name in `SOLVERS`, or after `resolve` one in `eigenpairs.SOLVERS`
+    rank: int
+    oversample: int
+    power_steps: int
+    tolerance: float
+
+
+class View(NamedTuple):
+    """How the curvature is seen: the options of `products.make_ggn`."""
+
+    micro_batch: int
+    jacobian: str
+    features: Features | None
+    loss_rank: int
+
+
+def make_solver(search: Search) -> eigen.Solver:
+    """The solver of eigenpairs that a resolved search names."""
+    options = {
+        "exact": {},
+        "lanczos": {"power_steps": search.power_steps, "tolerance": search.tolerance},
+        "subspace": {"power_steps": search.power_steps},
+    }
+    return eigen.SOLVERS[search.solver](search.rank, oversample=search.oversample, **options[search.solver])
+
+
+def resolve(outputs: Outputs, params, batch, search: Search, view: View) -> tuple[Search, View]:
+    """The search and the view with the solver and the jacobian that they come to, by shapes alone.
+
+    Raises:
+      ValueError: the solver's name is not known.
+    """
+    solver, jacobian = lookup(SOLVERS, search.solver, "sketch.solver")
+    if search.solver == "auto":
+        solver, jacobian = _choose_for(outputs, params, batch, search, view)
+    return search._replace(solver=solver), view._replace(jacobian=jacobian or view.jacobian)
+
+
+def _choose_for(outputs, params, batch, search: Search, view: View) -> tuple[str, str]:
+    """`choose` by the sizes of a model and its data."""
+    out = jax.eval_shape(outputs, params, batch)
+    num_outputs = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(out))
+    phi = None if view.features is None else jax.eval_shape(view.features, params, batch)
+    return choose(
+        examples=jax.tree.leaves(batch)[0].shape[0],
+        outputs=min(view.loss_rank or num_outputs, num_outputs),
+        size=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        products=(search.power_steps + 1) * search.rank + search.oversample,
+        flops=forward_flops(outputs, params, batch),
+        itemsize=ravel_pytree(params)[0].dtype.itemsize,
+        # A layer below may have the last one's shapes, but the last one's inputs depend on it.
+        is_head=phi is not None and is_last_layer(params, out, phi) and not depends(view.features, params, batch),
+    )
+
+
+def choose(
+    *, examples: int, outputs: int, size: int, products: int, flops: float, itemsize: int, is_head: bool
+) -> tuple[str, str]:
+    """The rule of `auto`: (solver, jacobian), by the floating-point operations of each and the memory of the rows.
+
+    1. The last layer alone is seen in closed form.
+    2. Rows [N K, P] that take more than `ROWS_GIB`: block Lanczos on matrix-free products.
+    3. At most 256 rows or parameters: the exact pairs, one small decomposition.
+    4. Otherwise the cheapest of, with f the operations of one forward pass over all N examples:
+         matrix-free Lanczos   4 f B + 6 P B^2                      B products, and keeping their columns orthogonal
+         Lanczos on the rows   2 f K + 4 N K P B + 6 P B^2          K pullbacks, then B products
+         exact                 2 f K + 2 n^2 max(N K, P) + 25 n^3   with n = min(N K, P): a Gram matrix and its
+                                                                    eigenvectors, at a third of a product's speed
+       K being `loss_rank` where that is set.
+
+    Args:
+      examples, outputs, size: N, K, P.
+      products: B, that Lanczos may take.
+      flops: f.
+      itemsize: bytes of an entry.
+      is_head: whether the parameters are those of the last layer, with its inputs at hand.
+    """
+    if is_head:
+        return "lanczos", "head"
+    rows = examples * outputs
+    if rows * size * itemsize > ROWS_GIB * 2**30:
+        return "lanczos", "matrix_free"
+    narrow, wide = sorted((rows, size))
+    if narrow <= 256:
+        return "exact", "rows"
+    work = {
+        ("lanczos", "matrix_free"): 4 * flops * products + 6 * size * products**2,
+        ("lanczos", "rows"): 2 * flops * outputs + 4 * rows * size * products + 6 * size * products**2,
+        ("exact", "rows"): 2 * flops * outputs + 2 * narrow**2 * wide + 25 * narrow**3,
+    }
+    return min(work, key=work.get)

@@ -1,0 +1,100 @@
+"""What does the server do in a round? It takes what has arrived, makes a step of it, and keeps what the next needs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fipa_jax import trees
+from fipa_jax.aggregate.rules import step_of
+from fipa_jax.aggregate.screening import Received, receive
+from fipa_jax.aggregate.uploads import Uploads
+from fipa_jax.client.local_work import LocalResult
+from fipa_jax.client.terms import Served
+from fipa_jax.curvature.sketch import Diagonal, Sketch
+from fipa_jax.federation.parts import Parts, Rates
+from fipa_jax.federation.population import Cohort
+from fipa_jax.federation.state import State
+
+
+def serve(
+    parts: Parts,
+    state: State,
+    rates: Rates,
+    cohort: Cohort,
+    results: LocalResult,
+    sketches: Sketch | Diagonal | None,
+) -> tuple[State, dict]:
+    """What the server makes of a round: (the state after it, info). A real deployment calls this too.
+
+    Of the cohort it looks at ids, numbers of examples and orders, of the results at what clients send: `cohort.data`
+    may be empty.
+
+    Args:
+      parts: of the phase.
+      state: as `state.fetch` gives it for the cohort.
+      rates: of the phase.
+      cohort: who has taken part.
+      results: of the clients' training, stacked [C, ...].
+      sketches: stacked [C, ...], as the rule wants them.
+
+    Returns:
+      The state, with the cohort's stores, and info: of the channel, of the screening, of the rule (`aggregate.INFO`),
+      and `ids` [C], `local_loss` [], `sketch_pairs` [] (eigenpairs that were sent) and `skipped` [] bool: fewer than
+      `parts.least_clients` clients took part, or the new parameters would not be finite.
+    """
+    chosen = trees.select(state.params, parts.trainable)
+    sent = uploads_of(parts, cohort, results, sketches)
+    uploads, delivered = parts.channel.deliver(sent, chosen, state.history, cohort.orders, rates.channel)
+    received, screening = receive(uploads, chosen)
+    step, rule, info, received = step_of(parts.aggregator, received, state.aggregator, chosen, screening)
+    step, store, shared = remember(parts, state, rates, results, received, step)
+    chosen, server = move(parts, state, rates, chosen, step, received)
+    after = State(trees.replace(state.params, chosen), rule, server, store, shared, state.round, state.history)
+    # A step back needs nobody: the one before it may have cost all clients.
+    enough = (jnp.sum(received.took_part) >= parts.least_clients) | parts.aggregator.withdraws(rule)
+    skipped = ~enough | ~_all_finite(chosen)
+    after = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), state, after)
+    # After a skipped round too, or ages would not be rounds.
+    history = parts.channel.advance(state.history, trees.select(after.params, parts.trainable))
+    info |= delivered | {"ids": cohort.ids, "local_loss": jnp.mean(results.loss), "skipped": skipped}
+    if isinstance(sketches, Sketch):
+        info["sketch_pairs"] = jnp.sum(uploads.sketch.eigenvalues > 0)
+    return after._replace(history=history, round=state.round + 1), info
+
+
+def uploads_of(parts: Parts, cohort: Cohort, results: LocalResult, sketches: Sketch | Diagonal | None) -> Uploads:
+    """What the clients of a cohort send, stacked [C, ...]; only what the rule needs."""
+    needs = parts.aggregator.needs
+    loss, damping = results.before if needs.loss else None, results.damping if needs.damping else None
+    return Uploads(results.delta, cohort.clients.num_examples, sketches, loss, damping, cohort.ids)
+
+
+def remember(parts: Parts, state: State, rates: Rates, results: LocalResult, received: Received, step: Any):
+    """(the step as the term corrects it, the cohort's stores [C, ...], their mean over all T clients).
+
+    A client that takes no part keeps its old store, so that one bad upload does not poison the shared mean.
+    """
+    term = parts.term
+    latest = results.store if term.remember is None else jax.vmap(term.remember)(received.delta)
+    accepted = received.took_part & trees.is_finite((results.loss, latest))
+    change = trees.zero_unless(accepted, optax.tree.sub(latest, state.store))
+    store = optax.tree.add(state.store, change)
+    shared = jax.tree.map(lambda mean, d: mean + jnp.sum(d, axis=0) / parts.num_clients, state.shared, change)
+    even = trees.ratio(accepted.astype(float), jnp.sum(accepted))
+    before, after = (trees.weighted_sum(even, trees.zero_unless(accepted, rows)) for rows in (state.store, store))
+    return term.correct(Served(step, state.shared, shared, before, after, rates.local.mu)), store, shared
+
+
+def move(parts: Parts, state: State, rates: Rates, chosen: dict, step: Any, received: Received):
+    """(the trainable parameters after the server's optimiser, the optimiser's state)."""
+    rule = optax.with_extra_args_support(parts.server)
+    sent = {"deltas": received.delta, "present": received.took_part}
+    update, server = rule.update(optax.tree.scale(-1, step), state.server, chosen, **sent)
+    return jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update), server
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    """[] bool."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

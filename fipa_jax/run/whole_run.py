@@ -1,0 +1,152 @@
+"""A run from beginning to end: the warm-up, then every compared method from the model that it ends with.
+
+It leaves in the work directory: the models, metrics.jsonl, summary.json, curves.png, split.png, and what a `journal`
+keeps.
+"""
+
+import contextlib
+import io
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from fipa_jax import files
+from fipa_jax.config.checks import validate
+from fipa_jax.config.methods import method
+from fipa_jax.reporting import console, metrics, plots
+from fipa_jax.run import head_features, loop
+from fipa_jax.run.experiment import Experiment, build, pooled
+from fipa_jax.saving import provenance
+from fipa_jax.saving.journal import Journal
+from fipa_jax.saving.model_files import export
+from fipa_jax.saving.resume import open_at
+
+WARMUP = "warmup"  # the name of its rows
+
+
+def main(config: ConfigDict, workdir: Path, resume: str = "yes") -> None:
+    """Runs the config, or the rest of it, and prints the methods side by side; see `run`."""
+    if jax.process_index():  # the first process speaks and writes for all
+        logging.set_verbosity(logging.ERROR)
+        with tempfile.TemporaryDirectory() as unseen, contextlib.redirect_stdout(io.StringIO()):
+            run(config, Path(unseen), resume)
+        return
+    compilations = console.Compilations()
+    # What orbax has to say of a write that failed is raised as one error.
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+    summary = run(config, workdir, resume)
+    print(f"\n{console.table(summary)}\n\ncompiled {compilations}")
+    print(f"metrics, models and plots are in {workdir}")
+
+
+def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
+    """Runs warm-up and every compared method; returns what `summary.json` holds.
+
+    Jax's precision is set for the run alone, from `config.precision`.
+
+    Args:
+      config: all fields.
+      workdir: of the results; a run that was stopped in there goes on.
+      resume: `yes`, `no` or `anyway`, see `resume.open_at`.
+
+    Raises:
+      ValueError, FileNotFoundError, ImportError: before anything is written, see `experiment.build` and
+        `resume.open_at`.
+      OSError: the disk is full, or fails; what was saved before stays.
+      signals.Stopped: a signal asked for it; all is saved.
+      stalled.Stalled: the run makes no progress.
+    """
+    validate(config)
+    with jax.enable_x64(config.precision == "float64"):
+        experiment = build(config)
+        origin = {
+            "data": provenance.of_data(experiment.problem, experiment.params),
+            "code": provenance.of_code(),
+        }
+        try:
+            with open_at(Path(workdir), config, origin, resume) as journal:
+                console.draw_split(experiment.problem, workdir)
+                return run_phases(experiment, Path(workdir), journal)
+        except OSError as error:
+            if error.errno in files.FULL:
+                hint = "free some room, and the same command goes on from the last checkpoint"
+                raise OSError(error.errno, f"{error.strerror}; {hint}") from error
+            raise
+
+
+def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
+    """The warm-up, then each compared method from the model it ends with: {"runs": {NAME: {final, best, config}}}.
+
+    Model, summary and curves are written as soon as a phase is done: an error in a later one does not cost them. Phases
+    that were done before the run was stopped are passed over.
+    """
+    config = experiment.config
+    console.describe(config, experiment.problem, experiment.params)
+    phases, seen_by_head = configs_of(config), {}
+    names, start = list(phases), journal.started_from(experiment.params)
+    going_on = journal.saved.note["phase"] if journal.saved else names[0]
+    if going_on not in names:
+        raise ValueError(f"--resume: the run was stopped in {going_on!r}, which config.compare has no more")
+    for name in names[names.index(going_on) :]:
+        warmup = name == WARMUP
+        settings = phases[name].warmup if warmup else phases[name].fipa
+        first = config.first_round + (0 if warmup else config.warmup.rounds)
+        view = view_of(experiment, settings, start, seen_by_head, warmup)
+        params = loop.run_phase(view, settings, name, start, first, journal)
+        summary = finish(experiment, phases, name, params, workdir)
+        if warmup:
+            start = journal.start = params
+    return summary
+
+
+def configs_of(config: ConfigDict) -> dict[str, ConfigDict]:
+    """{name of a phase: the config as it runs}: the warm-up, and each compared method as the FIPA phase."""
+    phases = {WARMUP: config} if config.warmup.rounds else {}
+    for spec in config.compare if config.fipa.rounds else ():
+        phases[spec] = config.copy_and_resolve_references()
+        phases[spec].fipa, phases[spec].compare = method(config, spec), (spec,)
+    return phases
+
+
+def view_of(experiment: Experiment, settings: ConfigDict, params: Any, seen_by_head: dict, warmup: bool) -> Experiment:
+    """The experiment as a phase sees it: whole, by its head alone, or with all examples in one client's hands.
+
+    Args:
+      params: the phase's first.
+      seen_by_head: what the head sees, the same for all methods; filled as it is needed.
+    """
+    if settings.cache_body:
+        key = warmup, settings.cache_views
+        if key not in seen_by_head:
+            seen_by_head[key] = head_features.cached(experiment, params, settings.cache_views)
+        experiment = seen_by_head[key]
+    return pooled(experiment) if settings.pooled else experiment
+
+
+def finish(experiment: Experiment, phases: dict[str, ConfigDict], name: str, params: Any, workdir: Path) -> dict:
+    """Writes what a phase leaves, its model, its pictures and the summary of all phases so far; returns the summary."""
+    file = re.sub(r"[^\w.-]", "_", name.replace("=", "-"))
+    export(workdir / f"{file}.msgpack", params)
+    console.draw_prediction(experiment.problem, params, workdir / f"{file}.png")
+    rows = metrics.read(workdir / "metrics.jsonl")
+    figures = dict.fromkeys(figure for row in rows for figure in row if figure.startswith("test_"))
+    plots.curves(rows, list(figures), workdir / "curves.png")
+    summary = summary_of(phases, rows)
+    files.write(workdir / "summary.json", f"{json.dumps(metrics.jsonable(summary), indent=2)}\n".encode())
+    return summary
+
+
+def summary_of(phases: dict[str, ConfigDict], rows: list[dict]) -> dict:
+    """{"runs": {NAME: {final, best, config}}} of the phases that have rows; the warm-up only where it is alone."""
+    runs = {}
+    for name, config in phases.items():
+        of_phase = [row for row in rows if row["run"] == name]
+        if of_phase and (name != WARMUP or len(phases) == 1):
+            runs[name] = metrics.summarise(of_phase) | {"config": json.loads(config.to_json_best_effort())}
+    return {"runs": runs}

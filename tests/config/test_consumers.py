@@ -1,0 +1,112 @@
+"""Every field of the config has a consumer: each group names who takes its fields, and is held to it."""
+
+import ast
+import importlib
+import inspect
+
+import pytest
+from ml_collections import ConfigDict
+
+from fipa_jax.config import defaults, fields
+
+# Group -> who takes its fields, inside fipa_jax, as the docstrings and comments of `config.defaults` have it. A
+# callable takes the fields that its parameters are named after; a module those that it reads by name.
+CONSUMERS = {
+    "": ("run.experiment", "run.loop", "run.parts"),
+    "checkpoint": ("saving.resume", "saving.journal"),
+    "task": ("tasks.task", "tasks.regression", "tasks.own_data", "tasks.pde"),
+    "data": ("tasks.images",),
+    "partition": ("data.partition.partition",),
+    "model": ("models.networks",),
+    "eval": ("run.loop", "reporting.metrics.make_evaluate"),
+    "fipa": ("run.experiment", "run.loop", "run.parts"),
+    "fipa.local": (
+        "client.first_order.first_order",
+        "client.second_order.gauss_newton",
+        "client.second_order.lbfgs",
+        "client.second_order.natural_gradient",
+        "client.local_work.Hyper",
+    ),
+    "fipa.local.adaptive": ("client.local_work.steps_for",),
+    "fipa.local.gauss_newton": ("client.second_order.gauss_newton",),
+    "fipa.term": ("client.local_work.Hyper",),
+    "fipa.sketch": ("curvature.sketch.make_sketch", "curvature.sketch.make_diagonal"),
+    "fipa.aggregator": ("aggregate.rules.mean", "aggregate.rules.fipa", "aggregate.rules.diagonal"),
+    "fipa.aggregator.past": ("aggregate.past_rounds.make",),
+    "fipa.aggregator.limits": ("aggregate.rules.fipa",),
+    "fipa.aggregator.late": ("aggregate.rules.fipa", "aggregate.rules.mean", "aggregate.rules.diagonal"),
+    "fipa.server": ("aggregate.server_optimizers.make",),
+    "fipa.late": ("federation.late.draw",),
+    "fipa.faults": ("federation.faults.Rates",),
+}
+# Fields that no consumer's parameter is named after -> what becomes of them.
+BY_THE_RUN = {
+    "fipa.local.lr_decay": "times the learning rate, in every round: federation.round.Rates",
+    "fipa.local.views": "which examples the solver sees: run.parts",
+    "fipa.local.matched": "whose damping the solver takes: run.parts",
+    "fipa.local.adaptive.max_steps": "`most` of steps_for",
+    "fipa.term.name": "an entry of client.terms.TERMS",
+    "fipa.sketch.gradient_scale": "by the round, which knows the gradients: federation.round",
+    "fipa.sketch.examples": "by the round, which draws them: federation.round",
+    "fipa.aggregator.name": "an entry of aggregate.rules.AGGREGATORS",
+    "fipa.server.optimizer": "`name` of server_optimizers.make",
+    "fipa.server.lr": "`server_lr` of federation.round.Rates",
+}
+
+
+def groups(config, path=""):
+    """{path: group} of a config and of all groups in it; the warm-up, of the same fields as `fipa`, is left out."""
+    inner = {f"{path}.{name}".strip("."): group for name, group in config.items() if isinstance(group, ConfigDict)}
+    return {path: config} | {
+        key: group for below, group in inner.items() if below != "warmup" for key, group in groups(group, below).items()
+    }
+
+
+GROUPS = groups(defaults.default())
+
+
+def resolve(dotted):
+    """The module, or what is in one, that a dotted name inside fipa_jax stands for."""
+    try:
+        return importlib.import_module(f"fipa_jax.{dotted}")
+    except ModuleNotFoundError:
+        module, _, name = dotted.rpartition(".")
+        return getattr(importlib.import_module(f"fipa_jax.{module}"), name)
+
+
+def taken_by(dotted):
+    """The names of fields that a consumer takes."""
+    consumer = resolve(dotted)
+    if not inspect.ismodule(consumer):
+        return set(inspect.signature(consumer).parameters)
+    nodes = list(ast.walk(ast.parse(inspect.getsource(consumer))))
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return texts | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
+def test_every_group_has_its_line():
+    assert set(CONSUMERS) == set(GROUPS)
+
+
+@pytest.mark.parametrize("group", CONSUMERS)
+def test_every_field_of_a_group_is_taken_by_a_consumer(group):
+    taken = set().union(*map(taken_by, CONSUMERS[group]))
+    own = {name: f"{group}.{name}" for name, value in GROUPS[group].items() if not isinstance(value, ConfigDict)}
+    assert not {path for name, path in own.items() if name not in taken} - set(BY_THE_RUN)
+    assert not set(own.values()) & {path for path in BY_THE_RUN if path.rpartition(".")[2] in taken}, "taken after all"
+
+
+@pytest.mark.parametrize("group", CONSUMERS)
+def test_every_consumer_takes_a_field(group):
+    for consumer in CONSUMERS[group]:
+        assert taken_by(consumer) & set(GROUPS[group]), f"{consumer} takes nothing of {group}"
+
+
+def test_fields_that_the_run_reads_are_fields():
+    for path in BY_THE_RUN:
+        fields.find(defaults.default(), path)
+
+
+@pytest.mark.parametrize("group", CONSUMERS)
+def test_the_defaults_name_the_consumers(group):
+    assert not [name for name in CONSUMERS[group] if name not in inspect.getsource(defaults)]
