@@ -83,7 +83,7 @@ def sketch_errors(tiny: bool) -> dict:
         return jnp.tanh(batch["x"] @ params["w1"]) @ params["w2"]
 
     errors = {}
-    for solver in ("subspace", "lanczos", "rows"):
+    for solver in ("subspace", "lanczos", "rows"):  # the first two stop before they have converged
         steps = {"power_steps": 10} if solver == "subspace" else {}
         sketch = curvature.make_sketch(outputs, images.loss, rank=rank, solver=solver, **steps)
         pairs = jax.device_get(jax.jit(sketch)(jax.random.key(0), params, batch))
