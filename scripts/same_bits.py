@@ -173,10 +173,10 @@ def run(args, case: Case) -> dict:
         if ended.returncode:
             return {"error": ended.stderr[-3000:]}
         rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        models = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(workdir.glob("*.msgpack"))}
+        models = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(workdir.glob("*.msgpack"))]
         digests = [sys.executable, "-c", DIGESTS, str(workdir / "checkpoints")]
         state = subprocess.run(digests, env=environment, capture_output=True, text=True, check=True).stdout.split()
-    return {"rows": [figures(row) for row in rows], "models": models, "state": state}
+    return {"rows": [figures(row) for row in rows], "models": sorted(models), "state": state}
 
 
 def by_old_names(field: str, old: dict[str, str]) -> str:
@@ -187,8 +187,8 @@ def by_old_names(field: str, old: dict[str, str]) -> str:
 
 
 def figures(row: dict) -> dict:
-    """A row without what the machine decides."""
-    kept = {name: value for name, value in row.items() if not name.startswith(("seconds", "bytes"))}
+    """A row without what the machine decides, and without the method's name, which holds names of fields."""
+    kept = {name: value for name, value in row.items() if not name.startswith(("seconds", "bytes")) and name != "run"}
     return {RENAMED_FIGURES.get(name, name): value for name, value in kept.items()}
 
 
@@ -212,7 +212,7 @@ def difference(first: dict, second: dict) -> str:
     for a, b in zip(first["rows"], second["rows"], strict=True):
         names = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
         if names:
-            return f"round {b['round']} of {b['run']}: {', '.join(names[:5])}"
+            return f"round {b['round']}: {', '.join(names[:5])}"
     if first["models"] != second["models"]:
         return "models"
     return "" if first["state"] == second["state"] else "the last state"

@@ -12,14 +12,14 @@ from fipa_jax.config import defaults, fields
 # Group -> who takes its fields, inside fipa_jax, as the docstrings and comments of `config.defaults` have it. A
 # callable takes the fields that its parameters are named after; a module those that it reads by name.
 CONSUMERS = {
-    "": ("run.experiment", "run.loop", "run.parts"),
+    "": ("run.experiment", "run.loop", "run.parts", "run.whole_run"),
     "checkpoint": ("saving.resume", "saving.journal"),
     "task": ("tasks.task", "tasks.regression", "tasks.own_data", "tasks.pde"),
     "data": ("tasks.images",),
     "partition": ("data.partition.partition",),
     "model": ("models.networks",),
     "eval": ("run.loop", "reporting.metrics.make_evaluate"),
-    "fipa": ("run.experiment", "run.loop", "run.parts"),
+    "fipa": ("run.experiment", "run.loop", "run.parts", "run.whole_run"),
     "fipa.local": (
         "client.first_order.first_order",
         "client.second_order.gauss_newton",
@@ -27,30 +27,33 @@ CONSUMERS = {
         "client.second_order.natural_gradient",
         "client.local_work.Hyper",
     ),
-    "fipa.local.adaptive": ("client.local_work.steps_for",),
+    "fipa.local.adaptive": ("client.local_work.adaptive_steps",),
     "fipa.local.gauss_newton": ("client.second_order.gauss_newton",),
     "fipa.term": ("client.local_work.Hyper",),
     "fipa.sketch": ("curvature.sketch.make_sketch", "curvature.sketch.make_diagonal"),
-    "fipa.aggregator": ("aggregate.rules.mean", "aggregate.rules.fipa", "aggregate.rules.diagonal"),
-    "fipa.aggregator.past": ("aggregate.past_rounds.make",),
-    "fipa.aggregator.limits": ("aggregate.rules.fipa",),
-    "fipa.aggregator.late": ("aggregate.rules.fipa", "aggregate.rules.mean", "aggregate.rules.diagonal"),
+    "fipa.aggregator": ("aggregate.rules.mean", "aggregate.fisher_informed.fipa", "aggregate.rules.diagonal"),
+    "fipa.aggregator.past": ("aggregate.past_rounds.PastRounds",),
+    "fipa.aggregator.limits": ("aggregate.limits.Limits",),
+    "fipa.aggregator.late": ("aggregate.late_updates.LateUpdates",),
     "fipa.server": ("aggregate.server_optimizers.make",),
-    "fipa.late": ("federation.late.draw",),
-    "fipa.faults": ("federation.faults.Rates",),
+    "fipa.late": ("federation.channel.late",),
+    "fipa.faults": ("federation.channel.FaultRates",),
 }
 # Fields that no consumer's parameter is named after -> what becomes of them.
 BY_THE_RUN = {
-    "fipa.local.lr_decay": "times the learning rate, in every round: federation.round.Rates",
+    "fipa.local.lr_decay": "times the learning rate, in every round: federation.parts.Rates",
     "fipa.local.views": "which examples the solver sees: run.parts",
     "fipa.local.matched": "whose damping the solver takes: run.parts",
-    "fipa.local.adaptive.max_steps": "`most` of steps_for",
+    "fipa.local.adaptive.max_steps": "`most` of adaptive_steps",
     "fipa.term.name": "an entry of client.terms.TERMS",
-    "fipa.sketch.gradient_scale": "by the round, which knows the gradients: federation.round",
+    "fipa.sketch.gradient_scale": "`scale` of sketcher.with_rank_by_gradient",
     "fipa.sketch.examples": "by the round, which draws them: federation.round",
-    "fipa.aggregator.name": "an entry of aggregate.rules.AGGREGATORS",
+    "fipa.sketch.energy": "`share` of sketch.keeping_energy",
+    "fipa.sketch.store": "`dtype` of sketch.stored_as",
+    "fipa.late.share": "by the channel's rates: federation.channel.ChannelRates",
+    "fipa.aggregator.name": "an entry of aggregate.fisher_informed.AGGREGATORS",
     "fipa.server.optimizer": "`name` of server_optimizers.make",
-    "fipa.server.lr": "`server_lr` of federation.round.Rates",
+    "fipa.server.lr": "`server_lr` of federation.parts.Rates",
 }
 
 
