@@ -1,5 +1,7 @@
 """Every rule against its dense form sum_m B_m delta_m, and the properties that all or some rules have."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from helpers.rules import (
     RULES,
     SIZE,
     Dense,
+    apply,
     apply_rule,
     as_vector,
     assert_close,
@@ -169,6 +172,6 @@ def test_uniform_weights_do_not_look_at_the_number_of_examples(x64, form):
     deltas, _, eigenvalues, basis = clients_of(SIZE)
     many, one = (uploads_of(deltas, np.array(counts), eigenvalues, basis) for counts in ([5, 0, 3, 70], [1, 0, 1, 1]))
     rule, params = aggregate.fipa(form, damping=1e-2, rcond=RCOND, weighting="uniform"), jax.tree.map(jnp.asarray, LIKE)
-    uniform = as_vector(jax.jit(rule.apply)(many, rule.init(params), params)[0])
+    uniform = as_vector(jax.jit(functools.partial(apply, rule))(many, rule.init(params), params)[0])
     assert_close(uniform, apply_rule(form, one)[0], 1e-12)
     assert np.linalg.norm(uniform - apply_rule(form, many)[0]) > 0.01 * np.linalg.norm(uniform)
