@@ -145,7 +145,9 @@ def test_a_step_that_led_to_nan_is_undone(x64, lost):
     step, _, answer, after, (_, info) = _two_rounds(theta, **changes)
     assert info["undone"] and np.flatnonzero(info["rejected"]).tolist() == (lost or [0])
     np.testing.assert_array_equal(answer, -step)
-    np.testing.assert_allclose([after.hyper["damping"], _last(after).growth, _last(after).predicted], [0.6, 4, 0], rtol=1e-12)
+    np.testing.assert_allclose(
+        [after.hyper["damping"], _last(after).growth, _last(after).predicted], [0.6, 4, 0], rtol=1e-12
+    )
 
 
 def test_a_client_that_never_has_sense_undoes_nothing(x64):
