@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax import aggregate
 from fipa_jax import config as config_lib
-from fipa_jax.aggregate import trust_region as trust
+from fipa_jax.aggregate.trust_region import follow, init, judge
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.federation.parts import Parts
 from fipa_jax.run import parts as phase
@@ -34,13 +34,13 @@ def _proposals(seed):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_it_is_nielsens_rule(x64, seed):
     """Nielsen 1999: mu and nu, gain by gain, one round late; and a step to take instead of the proposed one."""
-    judge, follow = jax.jit(trust.judge), jax.jit(trust.follow)
-    state, damping, clients = trust.init(SIZE, jnp.result_type(float)), jnp.asarray(0.5), jnp.int32(3)
+    judged, followed = jax.jit(judge), jax.jit(follow)
+    state, damping, clients = init(SIZE, jnp.result_type(float)), jnp.asarray(0.5), jnp.int32(3)
     mu, nu, before, used = 0.5, 2.0, None, 0.0  # of the last step
-    seen = set()
+    cases = set()
     for loss, step, predicted in _proposals(seed):
-        verdict = judge(state, loss, damping, clients)
-        taken, state = follow(state, verdict, loss, damping, step, predicted, clients)
+        verdict = judged(state, loss, damping, clients)
+        taken, state = followed(state, verdict, loss, damping, step, predicted, clients)
         in_use, damping = mu, verdict.damping
         if before is None:
             case, wanted, before = "not judged", step, (loss, step, predicted)
@@ -53,15 +53,15 @@ def test_it_is_nielsens_rule(x64, seed):
         used = in_use
         if before and before[2] == 0:
             before = None
-        seen.add(case)
+        cases.add(case)
         assert bool(verdict.accepted) == (case != "undone")
         np.testing.assert_array_equal(taken, wanted)
         np.testing.assert_allclose([damping, state.growth], [mu, nu], rtol=1e-12)
-    assert seen == {"not judged", "accepted", "undone"}
+    assert cases == {"not judged", "accepted", "undone"}
 
 
 def test_the_first_step_is_taken_at_its_word(x64):
-    verdict = trust.judge(trust.init(SIZE, float), jnp.asarray(jnp.nan), jnp.asarray(0.5), jnp.int32(1))
+    verdict = judge(init(SIZE, float), jnp.asarray(jnp.nan), jnp.asarray(0.5), jnp.int32(1))
     assert verdict.accepted and verdict.damping == 0.5 and verdict.growth == 2
 
 
@@ -69,12 +69,12 @@ def test_the_first_step_is_taken_at_its_word(x64):
 def test_damping_stays_where_it_can_come_back_from(gain, dtype):
     """Every step in vain, as at rounding level, or all as promised, as of a linear model: for ever."""
     with jax.enable_x64(dtype == "float64"):
-        state, damping = trust.init(1, dtype), jnp.asarray(1e-3, dtype)
-        judge = jax.jit(trust.judge)
+        state, damping = init(1, dtype), jnp.asarray(1e-3, dtype)
+        judged = jax.jit(judge)
         for _ in range(800):
             one = jnp.ones([], dtype)
             state = state._replace(loss=one, predicted=one)
-            verdict = judge(state, one - gain, damping, jnp.int32(1))
+            verdict = judged(state, one - gain, damping, jnp.int32(1))
             damping, state = verdict.damping, state._replace(growth=verdict.growth)
         assert 0 < damping < np.inf and state.growth < np.inf
         assert damping > 1e15 if gain == 0 else damping < 1e-30
