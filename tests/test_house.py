@@ -1,6 +1,7 @@
 """Who imports whom: the arrows of the layout, walked by `ast`, and what an import pulls in and sets."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,35 @@ def test_aggregate_pulls_in_nothing_heavy():
 def test_importing_the_package_loads_and_sets_nothing():
     code = "import os, sys; before = dict(os.environ); import fipa_jax; assert before == dict(os.environ);"
     assert not set(python(code + "print(*sys.modules)")) & {"jax", "numpy", "optax", "ml_collections"}
+
+
+def test_parts_of_the_package_come_when_they_are_asked_for():
+    """After `import fipa_jax` alone; a name that is none of them is an error as of any module."""
+    parts = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} | {"trees"}
+    listed = set(python("import fipa_jax; print(*dir(fipa_jax))"))
+    assert listed == parts | {"__version__"}
+    heavy = {"flax", "ml_collections", "tqdm", "orbax", "matplotlib"}
+    assert not set(python("import sys, fipa_jax; fipa_jax.aggregate.fipa; print(*sys.modules)")) & heavy
+    python(
+        "import fipa_jax\n"
+        "for name in dir(fipa_jax): getattr(fipa_jax, name)\n"
+        "assert not hasattr(fipa_jax, 'nonesuch')\n"
+        "from fipa_jax import files, tasks\n"
+    )
+
+
+def test_what_is_built_holds_all_modules_and_says_that_it_is_typed(tmp_path):
+    """What a wheel is packed from: all that setup.py puts into it."""
+    pytest.importorskip("setuptools")
+    source, built = tmp_path / "source", tmp_path / "built"
+    shutil.copytree(PACKAGE, source / "fipa_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "setup.py", "-q", "build", "-b", str(built)]
+    subprocess.run(command, cwd=source, capture_output=True, check=True, timeout=120)
+    files = {path.relative_to(built / "lib") for path in built.rglob("*") if path.is_file()}
+    wanted = {path.relative_to(ROOT) for path in PACKAGE.rglob("*.py")} | {Path("fipa_jax/py.typed")}
+    assert files == wanted
 
 
 def test_importing_a_module_leaves_jax_as_it_was():

@@ -55,7 +55,7 @@ def test_fields_named_in_the_readme_exist():
             inner = inner[name]
 
 
-def test_compared_rules_shown_in_the_readme_are_valid():
+def test_compared_methods_shown_in_the_readme_are_valid():
     config = config_lib.default()
     specs = re.search(r"--config\.compare=\((.*?)\)", README).group(1).replace("'", "").split(",")
     assert len(specs) > 2

@@ -118,12 +118,12 @@ def make_sketch(
 def keeping_energy(sketch: SketchFunction, share: float) -> SketchFunction:
     """The sketch function with as few pairs as reach this share of the trace; the others are zero.
 
-    The trace must be known: exactly, as from rows, or estimated by at least one probe (`make_sketch`).
+    All pairs stay where the trace is not known, as from products without probes (`make_sketch`).
     """
 
     def kept(key, params, batch, mask=None, start=None) -> Sketch:
         whole = sketch(key, params, batch, mask, start)
-        return truncate(whole, enough(whole, share))
+        return truncate(whole, enough(whole, share) | (whole.report.trace == 0))
 
     return kept
 

@@ -14,6 +14,12 @@ TaskOutputs = Callable[[Any, Any], tuple[Any, Any]]  # (params, batch) -> (out [
 SketchMaker = Callable[[Outputs, Features], SketchFunction]  # of the model's outputs and of its last layer's inputs
 
 
+# (outputs, params, key, batch [N, ...], mask [N]) -> what one client finds
+OfClient = Callable[[TaskOutputs, Any, jax.Array, Any, jax.Array], Any]
+# (what the clients find, stacked [C, ...]; the round's number [], from 0) -> Sketch or Diagonal [C, ...]
+OfCohort = Callable[[Any, jax.Array], Sketch | Diagonal]
+
+
 def _as_they_are(messages, round):
     return messages
 
@@ -21,9 +27,8 @@ def _as_they_are(messages, round):
 class Sketcher(NamedTuple):
     """How clients are sketched: each by itself, and then what only the cohort together can decide."""
 
-    of_client: Callable  # (TaskOutputs, params, key, batch [N, ...], mask [N]) -> what one client finds
-    # (what the clients find, stacked [C, ...]; round [], counted from 0) -> Sketch or Diagonal [C, ...]
-    of_cohort: Callable[[Any, jax.Array], Sketch | Diagonal] = _as_they_are
+    of_client: OfClient
+    of_cohort: OfCohort = _as_they_are
     sends_gradient: bool = False  # whether the clients send their gradients [P] too
 
 

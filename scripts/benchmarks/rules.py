@@ -192,18 +192,20 @@ def training_flops(args, task, own, chosen, outputs, features) -> float:
 
 def how_seen(options, own, chosen, outputs, features) -> tuple[str, str]:
     """(solver, jacobian) that a sketch comes to."""
-    from fipa_jax.curvature.sketch import make_sketch
-    from fipa_jax.curvature.solver_choice import Search, View, resolve
+    from fipa_jax.curvature import sketch, solver_choice
 
-    defaults = {name: field.default for name, field in inspect.signature(make_sketch).parameters.items()}
-    fields = defaults | options | {"features": features}
-    asked = (kind(**{name: fields[name] for name in kind._fields}) for kind in (Search, View))
-    search, view = resolve(outputs, chosen, own, *asked)
+    bound = inspect.signature(sketch.make_sketch).bind(outputs, None, features=features, **options)
+    bound.apply_defaults()
+    search, view = (
+        kind(**{name: bound.arguments[name] for name in kind._fields})
+        for kind in (solver_choice.Search, solver_choice.View)
+    )
+    search, view = solver_choice.resolve(outputs, chosen, own, search, view)
     return search.solver, view.jacobian
 
 
 def sketch_flops(seen, products: float, own, chosen, outputs, features, loss_rank: int = 0) -> float:
-    """Floating-point operations of one client's sketch, of its examples `own`; counts as in `solver_choice.choose`."""
+    """Floating-point operations of a client's sketch of its examples `own`, by the counts of `solver_choice.choose`."""
     import jax
 
     from fipa_jax import trees

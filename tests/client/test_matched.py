@@ -74,9 +74,14 @@ def test_a_rank_costs_no_more_than_the_eigenvalues_it_leaves_out(x64):
 def test_the_server_undoes_natural_gradients_at_any_rank(x64, rank, store):
     """The step is -(H + beta I)^{-1} g with the sketches' H, however much of the curvature they leave out or round."""
     beta, lr = 0.2, 0.7
+
+    def make(outputs, features):
+        exact = sketch.make_sketch(outputs, TASK.loss, rank=rank, solver="rows")
+        return sketch.stored_as(exact, store) if store else exact
+
     plan = centralised.plan()._replace(
         local=second_order.natural_gradient(TASK.loss, TASK.augment),
-        sketch=lambda outputs, features: sketch.make_sketch(outputs, TASK.loss, rank=rank, solver="rows", store=store),
+        sketch=make,
         aggregator=aggregate.fipa(relative=False, damping=beta, max_step=0.0),
         sketch_first=True,
     )

@@ -331,9 +331,7 @@ def test_what_a_killed_preparation_left_is_not_loaded(official, tmp_path):
 
 
 def test_an_unknown_data_set_lists_the_known():
-    with pytest.raises(
-        ValueError, match="no recipe for the data set 'cifar1'; known: cifar10, cifar100, fashion_mnist"
-    ):
+    with pytest.raises(ValueError, match="data set to prepare: unknown 'cifar1'; known: cifar10, cifar100, fashion"):
         datasets.prepare("cifar1")
 
 

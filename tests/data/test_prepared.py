@@ -84,7 +84,7 @@ def test_the_second_load_reads_the_cache(prepared, tmp_path, decodings):
     # Slices that differ in their brackets alone are not mistaken for one another.
     head, tail = (data.load("toy", s, str(prepared), str(tmp_path)) for s in ("train[:50%]", "train[50%:]"))
     assert same(first, {field: np.concatenate([head[field], tail[field]]) for field in first})
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_the_default_cache_follows_the_environment(prepared, tmp_path, monkeypatch):
