@@ -24,7 +24,7 @@ def test_snippet_runs(number, tmp_path, monkeypatch):
     """Each snippet alone, as a module of its own; the tables that it adds to are restored."""
     monkeypatch.chdir(tmp_path)
     for table in (tasks.TASKS, terms.TERMS, aggregate.AGGREGATORS, pde.EQUATIONS):
-        for name in ("logistic", "ridge", "clipped_median", "heat"):
+        for name in ("logistic", "ridge", "median", "heat"):
             monkeypatch.setitem(table, name, None)
             monkeypatch.delitem(table, name)
     module = types.ModuleType(f"readme_snippet_{number}")

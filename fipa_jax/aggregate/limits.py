@@ -28,7 +28,12 @@ def limited(inner: Solver, *, max_step: float = 5.0, max_divergence: float = 0.0
         nearly collinear clients can otherwise amplify noise. 0 for no bound.
       max_divergence: on step^T H step / 2: to second order, for a likelihood, by how much the model's answers move in
         Kullback-Leibler divergence, the mean over the clients' examples. 0 for no bound.
+
+    Raises:
+      ValueError: the inner solver takes steps back, which must not be shortened.
     """
+    if inner.needs.loss:
+        raise ValueError("aggregator.limits: must be inside of the trust region: trust_region(limited(...))")
 
     def solve(messages, hyper, state, now):
         solution, hyper, state, info = inner.solve(messages, hyper, state, now)
