@@ -112,7 +112,7 @@ def test_logit_adjustment_is_the_loss_of_shifted_logits(x64):
     np.testing.assert_allclose(terms.logit_adjustment().penalty(local), wanted, rtol=1e-10)
 
 
-FAULTY = faulty()
+FAULTY, NOTHING = faulty(), Channel()
 # A quadratic problem for each client: examples x, targets y, a model linear in its parameters.
 DATA = {
     "x": _draw(3, NUM_CLIENTS * NUM_EXAMPLES, WIDTH),
@@ -127,7 +127,7 @@ LINEAR = tasks.Task(
 
 
 @functools.cache
-def _parts(term, aggregator="mean", optimizer="sgd", cohort=NUM_CLIENTS, steps=60, channel=Channel()):
+def _parts(term, aggregator="mean", optimizer="sgd", cohort=NUM_CLIENTS, steps=60, channel=NOTHING):
     return Parts(
         task=LINEAR,
         local=client_lib.first_order(LINEAR.loss, LINEAR.augment, batch_size=0, steps=steps, term=term),
@@ -185,7 +185,7 @@ def test_dyn_reaches_the_pooled_optimum_where_averaging_does_not(x64):
 @pytest.mark.parametrize("name", ["mifa", "varp"])
 def test_a_store_of_updates_by_hand(x64, name, trouble):
     injected, server_lr = trouble in FAULTS, 0.7
-    parts = _parts(terms.TERMS[name](), cohort=2, steps=3, channel=FAULTY if injected else Channel())
+    parts = _parts(terms.TERMS[name](), cohort=2, steps=3, channel=FAULTY if injected else NOTHING)
     counts = [NUM_EXAMPLES, NUM_EXAMPLES, 0 if trouble == "absent" else NUM_EXAMPLES, NUM_EXAMPLES]
     wrong = FaultRates(*(jnp.asarray(0.4 * (kind == trouble)) for kind in FaultRates._fields)) if injected else None
     rates, states = _run(parts, 8, server_lr=server_lr, counts=counts, wrong=wrong)

@@ -12,11 +12,11 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 
 from fipa_jax import aggregate, tasks, trees
+from fipa_jax.aggregate.limits import Limits
 from fipa_jax.client import first_order as client_lib
 from fipa_jax.client import second_order, terms
 from fipa_jax.client.examples import Client, subsample
 from fipa_jax.client.local_work import Hyper
-from fipa_jax.aggregate.limits import Limits
 from fipa_jax.curvature import products as curvature
 from fipa_jax.curvature import sketch
 from fipa_jax.curvature.sketcher import plain, with_rank_by_gradient
@@ -24,7 +24,7 @@ from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
 from fipa_jax.federation import state as state_lib
 from fipa_jax.federation.parts import Parts, Rates
-from fipa_jax.federation.population import Cohort, Resident
+from fipa_jax.federation.population import Resident
 from fipa_jax.run.programs import jitted
 
 CLIENTS, NUM_EXAMPLES, WIDTH, HIDDEN, NUM_OUTPUTS = 5, 6, 3, 4, 2
@@ -318,7 +318,9 @@ def test_auto_takes_any_task(x64):
     chex.assert_trees_all_close(state.params, by_rows.params, rtol=1e-2, atol=1e-3)
     assert 0.99 < info["captured"] <= 1 + 1e-12 and info["sketches_unconverged"] == 0
     parts = _parts(LINEAR, solver="auto")
-    jax.eval_shape(functools.partial(rounds.whole_round, parts), _first(parts), _rates(), *_problem(), jax.random.key(ROOT))
+    jax.eval_shape(
+        functools.partial(rounds.whole_round, parts), _first(parts), _rates(), *_problem(), jax.random.key(ROOT)
+    )
 
 
 def _exact(task, rank):
