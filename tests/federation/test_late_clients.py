@@ -1,4 +1,4 @@
-"""Late clients: their ages, the parameters that they start from, and what the rules make of them."""
+"""Late clients: their ages, the parameters that they start from, and whole rounds of the published rules."""
 
 import functools
 
@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from helpers.clients import INDICES, NUM_EXAMPLES, make_data, make_hyper, make_params, network, squared
-from helpers.rules import LIKE, SIZE, Dense, as_tree, as_vector, assert_close, clients_of, uploads_of
 
 from fipa_jax import aggregate, tasks
 from fipa_jax.aggregate.late_updates import LateUpdates
@@ -122,79 +121,6 @@ def test_without_late_clients_nothing_changes(x64):
     assert all(not info["stale"].any() and info["drift"] == 0 for info in infos)
 
 
-def _late(seed=0):
-    """(uploads of late clients, their dense matrices, ages, moved [C, P])."""
-    draw = np.random.default_rng(seed)
-    cohort, ages = clients_of(2, seed), np.array([0, 2, 0, 5])
-    moved = draw.normal(size=(4, SIZE)) * (ages > 0)[:, None]
-    uploads = uploads_of(*cohort)._replace(age=jnp.asarray(ages), moved=as_tree(moved))
-    return uploads, cohort, ages, moved
-
-
-@functools.cache
-def _rule(transport=True):
-    """(the rule, its step of (uploads, state, params), with who is left out)."""
-    rule = aggregate.fipa(damping=0.3, relative=False, late=LateUpdates(transport=transport))
-
-    def apply(uploads, state, params):
-        received, screening = aggregate.receive(uploads, params)
-        step, _, info, _ = aggregate.step_of(rule, received, state, params, screening)
-        return step, info
-
-    return rule, jax.jit(apply)
-
-
-def _step(uploads, transport=True, max_drift=0.0, max_step=0.0):
-    rule, apply = _rule(transport)
-    like = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), LIKE)
-    state = rule.init(like)
-    bounds = {"late.max_drift": jnp.asarray(max_drift), "limits.max_step": jnp.asarray(max_step)}
-    step, info = apply(uploads, state._replace(hyper=state.hyper | bounds), like)
-    return as_vector(step), jax.tree.map(np.asarray, info)
-
-
-@pytest.mark.parametrize("transport", [True, False])
-def test_a_late_target_is_seen_from_the_present_parameters(x64, transport):
-    uploads, (deltas, counts, values, basis), ages, moved = _late()
-    dense = Dense(deltas, counts * (1 + ages) ** -0.5, values, basis)
-    left = deltas - moved if transport else deltas
-    pull = np.einsum("c,cpq,cq->p", dense.weights, dense.each, left)
-    assert_close(_step(uploads, transport=transport)[0], dense.solve(0.3)(pull + 0.3 * dense.mean))
-
-
-def test_a_client_that_has_drifted_too_far_takes_no_part(x64):
-    uploads, (deltas, counts, values, basis), _, moved = _late(seed=1)
-    drifts = np.einsum("cp,cpq,cq->c", moved, Dense(deltas, counts, values, basis).each, moved) / 2
-    assert 0 < drifts[1] != drifts[3] > 0
-    bound = (drifts[1] + drifts[3]) / 2
-    step, info = _step(uploads, max_drift=bound)
-    np.testing.assert_allclose(info["drift"], drifts[drifts <= bound].max(), rtol=1e-9)
-    np.testing.assert_array_equal(info["stale"], drifts > bound)
-    assert not info["rejected"].any()
-    fresh = uploads._replace(num_examples=jnp.where(jnp.asarray(drifts > bound), 0, uploads.num_examples))
-    assert_close(step, _step(fresh)[0])
-    # Nor do the bounds count its update.
-    long = uploads._replace(
-        delta=jax.tree.map(lambda x: jnp.where(_rows(drifts > bound, x), 1e3 * x, x), uploads.delta)
-    )
-    short = {"max_step": 0.1, "max_drift": bound}
-    assert_close(_step(long, **short)[0], _step(fresh, max_step=0.1)[0])
-
-
-def _rows(which, leaf):
-    return jnp.asarray(which).reshape(-1, *[1] * (leaf.ndim - 1))
-
-
-def test_a_client_at_its_optimum_pulls_the_model_back(x64):
-    """Its update is zero, but the parameters have moved: the bounds count the way from the present ones."""
-    uploads, cohort, _, moved = _late()
-    still = uploads._replace(delta=jax.tree.map(jnp.zeros_like, uploads.delta), age=jnp.full(4, 2))
-    step, info = _step(still, max_step=5.0)
-    assert info["fallback"] == 0 and np.linalg.norm(step) > 0.01
-    dense = Dense(*cohort)
-    assert_close(step, dense.solve(0.3)(-np.einsum("c,cpq,cq->p", dense.weights, dense.each, moved)))
-
-
 def test_a_round_of_stale_clients_alone_is_skipped_and_ages_go_on(x64):
     """The history is of rounds, skipped ones too: what they leave are the parameters as they were."""
     rule = aggregate.fipa(late=LateUpdates(max_drift=1e-12), limits=Limits(max_step=0.0))
@@ -205,19 +131,3 @@ def test_a_round_of_stale_clients_alone_is_skipped_and_ages_go_on(x64):
         np.testing.assert_array_equal(info["stale"], moved)
         assert info["skipped"] == all(moved)
     assert any(info["skipped"] for info in infos) and not all(info["skipped"] for info in infos)
-
-
-def test_quadratic_losses_do_not_age(x64):
-    """With its target transported a client may be as late as it likes: the step is that of the present parameters."""
-    draw = np.random.default_rng(5)
-    roots, best = draw.normal(size=(4, SIZE, SIZE)), draw.normal(size=(4, SIZE))
-    each, theta = np.einsum("mpq,mrq->mpr", roots, roots), draw.normal(size=SIZE)
-    values, basis = (x[..., ::-1] for x in np.linalg.eigh(each))
-    regular = each + 0.3 * np.eye(SIZE)
-    delta_at = lambda at: -np.linalg.solve(regular, np.einsum("mpq,mq->mp", each, at - best)[..., None])[..., 0]
-    began, counts = theta + draw.normal(size=(4, SIZE)), np.full(4, 7)
-    now = uploads_of(delta_at(np.tile(theta, (4, 1))), counts, values, basis)
-    old = uploads_of(delta_at(began), counts, values, basis)
-    old = old._replace(age=jnp.full(4, 3), moved=as_tree(theta - began))
-    assert_close(_step(old)[0], _step(now)[0])
-    assert np.linalg.norm(_step(old, transport=False)[0] - _step(now)[0]) > 0.1 * np.linalg.norm(_step(now)[0])

@@ -11,7 +11,7 @@ from helpers.runs import tiny
 
 from fipa_jax.reporting import console as report
 from fipa_jax.reporting import metrics
-from fipa_jax.run import experiment, loop
+from fipa_jax.run import loop, whole_run
 from fipa_jax.saving import checkpoints as checkpoint
 from fipa_jax.saving import journal, resume
 from fipa_jax.saving import signals as stopping
@@ -43,7 +43,7 @@ def left_by(workdir):
 def quick():
     """Without pictures, and with every program from the cache: most of a tiny run is compiling and drawing."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((experiment.plots, "curves"), (report, "draw_split"), (report, "draw_prediction")):
+        for module, name in ((whole_run.plots, "curves"), (report, "draw_split"), (report, "draw_prediction")):
             patch.setattr(module, name, lambda *_: None)
         before = jax.config.jax_persistent_cache_min_compile_time_secs
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -55,7 +55,7 @@ def quick():
 def whole(tmp_path_factory):
     """What a run leaves that nobody stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    experiment.run(config_of(), folder)
+    whole_run.run(config_of(), folder)
     return left_by(folder)
 
 
@@ -80,7 +80,7 @@ def run_until(monkeypatch, folder, rows, config=None, after=False):
         patch.setattr(journal.Journal, "write", counting)
         patch.setattr(journal.Journal, "keep", dying)
         try:
-            experiment.run(config or config_of(), folder)
+            whole_run.run(config or config_of(), folder)
         except Killed:
             return False
     return True
@@ -88,7 +88,7 @@ def run_until(monkeypatch, folder, rows, config=None, after=False):
 
 @pytest.mark.parametrize("after", [False, True])
 def test_a_run_killed_again_and_again_is_the_run_in_one_go(monkeypatch, tmp_path, whole, after):
-    """Rows, models and summary, to the bit: phases, memories and states of the server, of rules and of schedules."""
+    """Rows, models and summary, to the bit: phases, stores and states of the server, of rules and of schedules."""
     for _ in range(20):
         if run_until(monkeypatch, tmp_path, 2, after=after):
             break
@@ -124,7 +124,7 @@ def test_rows_after_the_checkpoint_are_written_once(monkeypatch, tmp_path, whole
     run_until(monkeypatch, tmp_path, 3)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"run": "fipa", "rou')
-    experiment.run(config_of(), tmp_path)
+    whole_run.run(config_of(), tmp_path)
     assert left_by(tmp_path) == whole
 
 
@@ -132,7 +132,7 @@ def test_a_step_ahead_of_its_rows_is_passed_over(monkeypatch, tmp_path, whole, c
     run_until(monkeypatch, tmp_path, 4, after=True)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]))
-    experiment.run(config_of(), tmp_path)
+    whole_run.run(config_of(), tmp_path)
     assert "follows on" in caplog.text
     assert left_by(tmp_path) == whole
 
@@ -145,7 +145,7 @@ def test_a_damaged_step_is_passed_over(monkeypatch, tmp_path, whole, caplog):
     content = bytearray(target.read_bytes())
     content[50] ^= 4
     target.write_bytes(content)
-    experiment.run(config_of(), tmp_path)
+    whole_run.run(config_of(), tmp_path)
     assert "checkpoints/4 is damaged" in caplog.text and (tmp_path / "broken/4").is_dir()
     assert left_by(tmp_path) == whole
 
@@ -162,9 +162,9 @@ def test_a_refused_run_leaves_no_trace(monkeypatch, tmp_path, whole):
         other = config_of()
         other.update_from_flattened_dict(change)
         with pytest.raises(ValueError, match=words):
-            experiment.run(other, tmp_path, resume="anyway")
+            whole_run.run(other, tmp_path, resume="anyway")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    experiment.run(config_of(), tmp_path)
+    whole_run.run(config_of(), tmp_path)
     assert left_by(tmp_path) == whole
 
 
@@ -174,30 +174,30 @@ def test_two_runs_do_not_share_a_work_directory(monkeypatch, tmp_path):
     def meanwhile(*given):
         for how in resume.RESUMES:
             with pytest.raises(ValueError, match="a run is under way in"):
-                experiment.run(config_of(), tmp_path, resume=how)
+                whole_run.run(config_of(), tmp_path, resume=how)
         return run_phase(*given)
 
     monkeypatch.setattr(loop, "run_phase", meanwhile)
     config = config_of(compare=("fedavg",))
     config.warmup.rounds = 0
-    experiment.run(config, tmp_path)
+    whole_run.run(config, tmp_path)
     assert len(metrics.read(tmp_path / "metrics.jsonl")) == 3 and not (tmp_path / "lock").exists()
 
 
 def test_a_finished_run_goes_on_with_more_rounds(tmp_path, caplog):
     config = config_of(compare=("fedavg",))
-    experiment.run(config, tmp_path / "parts")
+    whole_run.run(config, tmp_path / "parts")
     config.fipa.rounds = 5
     caplog.clear()
-    experiment.run(config, tmp_path / "parts", resume="anyway")
+    whole_run.run(config, tmp_path / "parts", resume="anyway")
     assert "going on after round 4 of fedavg" in caplog.text
-    experiment.run(config, tmp_path / "whole")
+    whole_run.run(config, tmp_path / "whole")
     assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
 
 
 def test_a_finished_run_is_told_again(tmp_path, whole, caplog):
     for _ in range(2):
-        summary = experiment.run(config_of(), tmp_path)
+        summary = whole_run.run(config_of(), tmp_path)
     assert "is finished; --resume=no runs it anew" in caplog.text
     assert left_by(tmp_path) == whole and list(summary["runs"]) == list(METHODS)
 
@@ -207,9 +207,9 @@ def test_a_stopped_run_of_another_origin_is_refused_field_by_field(monkeypatch, 
     before = sorted(tmp_path.rglob("*"))
     other = config_of(devices=2)
     other.fipa.local.lr, other.task.examples_per_client = 0.2, 9
-    monkeypatch.setattr(experiment.origin, "of_code", lambda: {"source": "0123", "jax": "9.9"})
+    monkeypatch.setattr(whole_run.provenance, "of_code", lambda: {"source": "0123", "jax": "9.9"})
     with pytest.raises(ValueError, match="holds an unfinished run of another origin") as raised:
-        experiment.run(other, tmp_path)
+        whole_run.run(other, tmp_path)
     said = str(raised.value)
     for words in (
         "config.fipa.local.lr: 0.1 there, 0.2 here",
@@ -226,7 +226,7 @@ def test_a_stopped_run_of_another_origin_is_refused_field_by_field(monkeypatch, 
     monkeypatch.undo()
     other = config_of()
     other.fipa.local.lr = 0.2
-    experiment.run(other, tmp_path, resume="anyway")
+    whole_run.run(other, tmp_path, resume="anyway")
     assert "going on with a run of another origin:\n  config.fipa.local.lr: 0.1 there, 0.2 here" in caplog.text
     rows, *_ = left_by(tmp_path)
     assert [(row["run"], row["round"]) for row in rows] == [
@@ -240,9 +240,9 @@ def test_a_run_is_moved_aside_where_it_cannot_go_on_or_is_told_to(monkeypatch, t
     run_until(monkeypatch, tmp_path, 99)
     assert left_by(tmp_path) == whole and len(metrics.read(tmp_path / "previous-1/metrics.jsonl")) == 1
     other = config_of(seed=1)
-    experiment.run(other, tmp_path)  # that run is finished
+    whole_run.run(other, tmp_path)  # that run is finished
     assert left_by(tmp_path / "previous-2") == whole
-    experiment.run(other, tmp_path, resume="no")
+    whole_run.run(other, tmp_path, resume="no")
     assert left_by(tmp_path / "previous-3") == left_by(tmp_path)
 
 
@@ -253,14 +253,14 @@ def test_damage_to_all_steps_is_an_error(monkeypatch, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     for _ in range(2):
         with pytest.raises(ValueError, match="no checkpoint can be used"):
-            experiment.run(config_of(), tmp_path)
+            whole_run.run(config_of(), tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_best_round_and_the_warm_ups_end_are_kept(tmp_path):
     config = config_of()
     config.fipa.rounds, config.checkpoint.keep = 6, 1
-    experiment.run(config, tmp_path)
+    whole_run.run(config, tmp_path)
     steps = {name: int(step.name) for name, step in checkpoint.named(tmp_path / "checkpoints").items()}
     rows = metrics.read(tmp_path / "metrics.jsonl")
     wanted = {"end of warmup": 2}
@@ -275,12 +275,19 @@ def test_calls_end_with_rounds_that_are_evaluated(tmp_path, fields):
     """So that they may be the best."""
     config = config_of(compare=("fedavg",), **fields)
     config.warmup.rounds, config.fipa.rounds, config.eval.every = 0, 6, 2
-    experiment.run(config, tmp_path)
+    whole_run.run(config, tmp_path)
     rows = metrics.read(tmp_path / "metrics.jsonl")
     evaluated = [(row["test_mse"], number) for number, row in enumerate(rows, 1) if "test_mse" in row]
     assert int(checkpoint.named(tmp_path / "checkpoints")["best of fedavg"].name) == min(evaluated)[1]
-    assert [loop.count_to(k, 5, 3) for k in range(6)] == [4, 3, 5, 4, 3, 5]
-    assert [loop.count_to(k, 2, 10) for k in (0, 1, 9, 10)] == [1, 2, 2, 1]
+    many = tiny(rounds_per_call=5)
+    many.eval.every = 3
+    assert [loop.count_to(many, k) for k in range(6)] == [4, 3, 5, 4, 3, 5]
+    many.rounds_per_call, many.eval.every = 2, 10
+    assert [loop.count_to(many, k) for k in (0, 1, 9, 10)] == [1, 2, 2, 1]
+    unwatched = tiny(stage_seconds=False)
+    unwatched.eval.every = 3
+    assert [loop.count_to(unwatched, k) for k in range(4)] == [1, 3, 2, 1]
+    assert loop.count_to(tiny(), 1) == 1
 
 
 @pytest.mark.parametrize(
@@ -312,11 +319,11 @@ def test_a_signal_ends_the_run_after_its_round_and_nothing_is_lost(monkeypatch, 
 
     monkeypatch.setattr(loop, "due", signalling)
     with pytest.raises(stopping.Stopped, match=r"stopped by SIG.* after round 3 of fipa") as raised:
-        experiment.run(config, tmp_path)
+        whole_run.run(config, tmp_path)
     assert raised.value.number == number and seen[-1] == 3
     monkeypatch.undo()
     assert len(metrics.read(tmp_path / "metrics.jsonl")) == 4
-    experiment.run(config, tmp_path)
+    whole_run.run(config, tmp_path)
     if not fields:
         assert left_by(tmp_path)[:2] == whole[:2]
     assert len(metrics.read(tmp_path / "metrics.jsonl")) == 8

@@ -8,7 +8,7 @@ import pytest
 from fipa_jax import config as config_lib
 from fipa_jax import tasks
 from fipa_jax.reporting import metrics
-from fipa_jax.run import experiment
+from fipa_jax.run import whole_run
 from fipa_jax.tasks import own_data
 
 NUM_EXAMPLES, WIDTH = 40, 3
@@ -121,7 +121,7 @@ def test_a_run_on_own_arrays_learns(config, tmp_path):
     settings = config(_arrays(y=_arrays()["x"][:, :2]), split="kmeans")
     settings.fipa.local.optimizer, settings.fipa.local.steps, settings.fipa.rounds = "lbfgs", 2, 8
     settings.compare = ("fipa", "fedavg:local.optimizer=gauss_newton:local.gauss_newton.system=cg")
-    experiment.run(settings, tmp_path / "run")
+    whole_run.run(settings, tmp_path / "run")
     rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
     for name in settings.compare:
         losses = [row["test_mse"] for row in rows if row["run"] == name]

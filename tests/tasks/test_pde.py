@@ -11,7 +11,7 @@ from fipa_jax import config as config_lib
 from fipa_jax import tasks
 from fipa_jax.config import recipes
 from fipa_jax.reporting import metrics
-from fipa_jax.run import experiment
+from fipa_jax.run import whole_run
 from fipa_jax.tasks import pde
 
 
@@ -211,7 +211,7 @@ def test_an_equation_of_ones_own_learns(tmp_path, monkeypatch, precision):
         evaluated = metrics.make_evaluate(task, 99)(start, problem.test)
         before = float(metrics.overall(evaluated, "test", task.figures)["test_relative_l2"])
     np.testing.assert_array_equal([problem.train["boundary"][own].sum() for own in problem.clients], [4, 0, 0])
-    experiment.run(config, tmp_path)
+    whole_run.run(config, tmp_path)
     first, last = metrics.read(tmp_path / "metrics.jsonl")
     assert first["damping"] == pytest.approx(0.1) and not last["undone"]
     assert last["test_relative_l2"] < 0.7 * before
