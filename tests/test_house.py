@@ -23,7 +23,17 @@ FLOORS = (
 )
 LIGHT = {"jax", "optax", "numpy"}  # what the packages for other people's loops may need
 FOR_IMPORTERS = ("trees", "lookup", "files", "curvature", "aggregate", "client", "federation")
-HEAVY = {"flax", "tensorflow_datasets", "tensorflow", "matplotlib", "ml_collections", "tqdm", "absl.app", "orbax", "PIL"}
+HEAVY = {
+    "flax",
+    "tensorflow_datasets",
+    "tensorflow",
+    "matplotlib",
+    "ml_collections",
+    "tqdm",
+    "absl.app",
+    "orbax",
+    "PIL",
+}
 
 
 def name_of(path):

@@ -56,7 +56,9 @@ def test_a_cohort_has_its_own_examples_and_no_others(people, ids):
 
 
 def test_figures_of_all_clients_do_not_depend_on_the_place(people, monkeypatch):
-    monkeypatch.setattr("fipa_jax.federation.population.BLOCK", 5)  # sixteen examples: four blocks, the last one shorter
+    monkeypatch.setattr(
+        "fipa_jax.federation.population.BLOCK", 5
+    )  # sixteen examples: four blocks, the last one shorter
     evaluate = jax.jit(lambda params, data: {"loss": params * jnp.sum(data["x"], axis=1)})
     per_client = [each.means(each.values(evaluate, 2.0)) for each in people]
     chex.assert_trees_all_close(*per_client, rtol=1e-6)

@@ -95,9 +95,7 @@ def test_a_client_left_out_is_counted_and_named_with_its_reason(reason, caplog):
     blank = {name: np.zeros(3, bool) for name in REASONS}
     info = _info() | {"rejected": there, "reasons": blank | {reason: there}, "absent": ~there, "capped": ~there}
     row = report.figures(info)
-    assert {name: row[f"rejected_{name}"] for name in REASONS} == {
-        n: 2 * (n == reason) for n in REASONS
-    }
+    assert {name: row[f"rejected_{name}"] for name in REASONS} == {n: 2 * (n == reason) for n in REASONS}
     assert row["clients_rejected"] == 2 and row["clients_absent"] == row["clients_capped"] == 1
     assert not {"reasons", "absent", "capped"} & set(row)
     report.warn("fipa", 4, info, Counter())
