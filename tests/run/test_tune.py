@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import pytest
 from helpers.runs import tiny
 
-from fipa_jax.federation import parts as parts_lib
 from fipa_jax.reporting import metrics
 from fipa_jax.run import experiment, tune, whole_run
 from fipa_jax.run.parts import make_rates
