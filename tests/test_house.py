@@ -1,6 +1,7 @@
-"""Who imports whom: the arrows of the layout, walked by `ast`, and what an import pulls in and sets."""
+"""Who imports whom: the floors of the layout, walked by `ast`, and what an import pulls in and sets."""
 
 import ast
+import graphlib
 import shutil
 import subprocess
 import sys
@@ -11,85 +12,39 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fipa_jax"
 
-# module -> the modules of the package that it may import: curvature -> eigen -> sketch -> merge -> forms -> past, and
-# uploads, -> aggregate, beside trees; simulate -> client, and with curvature -> second_order; these meet in rounds;
-# partition, data, models -> tasks; all sides meet in experiment alone, but for what a person sees of them, in report.
-ARROWS = {
-    "__init__": set(),
-    "trees": set(),
-    "curvature": set(),
-    "eigen": {"curvature"},
-    "sketch": {"curvature", "eigen"},
-    "merge": {"sketch"},
-    "trust": set(),
-    "uploads": {"trees", "sketch"},
-    "forms": {"merge", "sketch", "trees"},
-    "past": {"forms", "sketch", "trees", "uploads"},
-    "aggregate": {"trees", "sketch", "forms", "past", "trust", "uploads"},
-    "faults": {"sketch"},
-    "late": set(),
-    "simulate": set(),
-    "memory": set(),
-    "population": {"simulate"},
-    "terms": {"simulate", "trees"},
-    "client": {"simulate", "sketch", "terms", "trees"},
-    "second_order": {"client", "curvature", "simulate", "terms", "trees"},
-    "server": {"trees"},
-    "rounds": {
-        "trees", "curvature", "sketch", "aggregate", "client", "faults", "late", "memory", "simulate", "terms",
-        "uploads",
-    },
-    "partition": set(),
-    "sums": set(),
-    "data": {"config", "sums"},
-    "datasets": {"data"},
-    "models": set(),
-    "tasks": set(),
-    "tasks.regression": {"tasks", "models"},
-    "tasks.own_data": {"tasks", "tasks.regression", "models", "partition"},
-    "tasks.pde": {"tasks", "models"},
-    "tasks.images": {"tasks", "models", "data", "partition"},
-    "fields": set(),
-    "compared": {"fields"},
-    "config": {"compared", "fields"},
-    "command_line": {"config", "fields"},
-    "recipes": {"config"},
-    "checkpoint": {"sums", "trees"},
-    "stopping": set(),
-    "origin": {"__init__", "partition", "trees"},
-    "journal": {"checkpoint", "metrics", "rounds", "stopping", "trees"},
-    "resume": {"checkpoint", "journal", "origin", "stopping"},
-    "plots": set(),
-    "metrics": set(),
-    "report": {"forms", "partition", "plots", "sketch", "stopping", "tasks", "trees", "uploads"},
-    "phase": {
-        "aggregate", "client", "compared", "faults", "past", "rounds", "second_order", "server", "sketch", "tasks",
-        "terms", "trees",
-    },
-    "cache": {"metrics", "tasks", "trees"},
-    "tune": {"rounds"},
-    "loop": {
-        "config", "faults", "journal", "tune", "metrics", "phase", "population", "simulate", "report", "rounds",
-        "sketch", "trees",
-    },
-    "experiment": {
-        "cache", "checkpoint", "compared", "config", "journal", "loop", "metrics", "origin", "partition", "phase",
-        "plots", "population", "report", "resume", "rounds", "simulate", "tasks",
-    },
-}  # fmt: skip
-LIGHT = {"jax", "optax", "numpy", "chex"}  # what the modules for other people's loops may need
-FOR_IMPORTERS = (
-    "trees", "curvature", "eigen", "sketch", "merge", "trust", "uploads", "aggregate", "simulate", "client",
-    "second_order", "faults", "memory", "population", "rounds",
-)  # fmt: skip
+# From the ground up: a module imports from the floors below its own, and on its own from its own package alone.
+FLOORS = (
+    {"trees", "lookup", "files"},
+    {"curvature", "config", "models"},
+    {"aggregate", "client", "data"},
+    {"federation", "tasks"},
+    {"reporting"},
+    {"saving"},
+    {"run"},
+)
+LIGHT = {"jax", "optax", "numpy"}  # what the packages for other people's loops may need
+FOR_IMPORTERS = ("trees", "lookup", "files", "curvature", "aggregate", "client", "federation")
+HEAVY = {
+    "flax",
+    "tensorflow_datasets",
+    "tensorflow",
+    "matplotlib",
+    "ml_collections",
+    "tqdm",
+    "absl.app",
+    "orbax",
+    "PIL",
+}
 
 
 def name_of(path):
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1]) if parts[-1] == "__init__" and len(parts) > 1 else ".".join(parts)
+    """The dotted name of a module, `fipa_jax` for the package's own `__init__`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+IN_PACKAGES = {name: path for name, path in MODULES.items() if name != "fipa_jax"}
 
 
 def imports(path):
@@ -97,36 +52,69 @@ def imports(path):
     ours, others = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             whole = [f"{node.module}.{alias.name}" for alias in node.names]
-            found = [name if name.removeprefix("fipa_jax.") in MODULES else node.module for name in whole]
+            names = [name if name in MODULES else node.module for name in whole]
         else:
             continue
-        for name in found:
-            if name.split(".")[0] == "fipa_jax":
-                ours.add(name.removeprefix("fipa_jax.") if name != "fipa_jax" else "__init__")
-            else:
-                others.add(name.split(".")[0])
-    return ours, others
+        for name in names:
+            (ours if name.split(".")[0] == "fipa_jax" else others).add(name)
+    return ours, {name.split(".")[0] for name in others}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_what_the_layout_allows(module):
-    assert module in ARROWS, f"{module} is new: give it its arrows here"
-    ours, _ = imports(MODULES[module])
-    assert ours <= ARROWS[module], f"{module} must not import {sorted(ours - ARROWS[module])}"
+def part_of(module):
+    """The package, or the single module, in which a module of `fipa_jax` lies."""
+    return module.split(".")[1]
 
 
-@pytest.mark.parametrize("module", FOR_IMPORTERS)
+def floor_of(part):
+    return next((number for number, floor in enumerate(FLOORS) if part in floor), None)
+
+
+def test_every_part_of_the_package_has_its_floor():
+    parts = sorted({part_of(module) for module in IN_PACKAGES})
+    assert parts == sorted(part for floor in FLOORS for part in floor)
+
+
+@pytest.mark.parametrize("module", IN_PACKAGES)
+def test_a_module_imports_from_the_floors_below_and_from_its_own_package(module):
+    ours, _ = imports(IN_PACKAGES[module])
+    own = part_of(module)
+    for name in ours - {"fipa_jax"}:  # the version
+        other = part_of(name)
+        assert other == own or floor_of(other) < floor_of(own), f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize("module", IN_PACKAGES)
+def test_inside_the_package_concrete_modules_are_imported(module):
+    """An `__init__` is for those outside: through one inside, each of its modules would depend on all of them."""
+    ours, _ = imports(IN_PACKAGES[module])
+    through = [name for name in ours - {"fipa_jax"} if MODULES[name].name == "__init__.py"]
+    assert not through, f"{module} imports the package {through}, not a module of it"
+
+
+def test_no_imports_go_in_a_circle():
+    arrows = {module: imports(path)[0] for module, path in MODULES.items() if path.name != "__init__.py"}
+    graphlib.TopologicalSorter(arrows).prepare()
+
+
+@pytest.mark.parametrize("module", [module for module in IN_PACKAGES if part_of(module) in FOR_IMPORTERS])
 def test_the_mathematics_needs_jax_optax_and_numpy_alone(module):
     _, others = imports(MODULES[module])
     assert others <= LIGHT | set(sys.stdlib_module_names)
 
 
 def test_numpy_is_enough_for_the_splits():
-    assert imports(MODULES["partition"])[1] <= {"numpy"} | set(sys.stdlib_module_names)
+    assert imports(MODULES["fipa_jax.data.partition"])[1] <= {"numpy"} | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("module", [module for module in IN_PACKAGES if part_of(module) == "config"])
+def test_the_config_needs_no_jax(module):
+    """So that `prepare_process` can set what jax reads as it starts."""
+    ours, others = imports(MODULES[module])
+    assert "jax" not in others and {part_of(name) for name in ours} <= {"config", "lookup", "files"}
 
 
 def test_scripts_and_configs_import_the_package_only():
@@ -141,13 +129,6 @@ def python(code):
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
-
-
-def test_aggregate_pulls_in_nothing_heavy():
-    heavy = {"flax", "tensorflow_datasets", "tensorflow", "matplotlib", "ml_collections", "tqdm", "absl.app", "PIL"}
-    loaded = set(python("import sys, fipa_jax.aggregate; print(*sys.modules)"))
-    assert not loaded & heavy
-    assert "jax" in loaded
 
 
 def test_importing_the_package_loads_and_sets_nothing():
@@ -184,12 +165,16 @@ def test_what_is_built_holds_all_modules_and_says_that_it_is_typed(tmp_path):
     assert files == wanted
 
 
-def test_importing_a_module_leaves_jax_as_it_was():
-    """No environment variable, no precision, no backend: that is the caller's."""
+def test_importing_modules_pulls_in_nothing_heavy_and_leaves_jax_as_it_was():
+    """No environment variable, no precision, no backend: that is the caller's. Those for other people's loops first."""
+    loops = [module for module in MODULES if part_of(module + ".") in FOR_IMPORTERS]
+    assert {"fipa_jax.aggregate", "fipa_jax.curvature", "fipa_jax.federation.round"} <= set(loops)
     python(
-        "import os; before = dict(os.environ)\n"
+        "import importlib, os, sys; before = dict(os.environ)\n"
         "import jax; settings = dict(jax.config.values)\n"
-        "import fipa_jax.aggregate, fipa_jax.rounds, fipa_jax.config\n"
+        f"for module in {loops}: importlib.import_module(module)\n"
+        f"assert not set(sys.modules) & {HEAVY}, set(sys.modules) & {HEAVY}\n"
+        f"for module in {list(MODULES)}: importlib.import_module(module)\n"
         "assert before == dict(os.environ) and settings == dict(jax.config.values)\n"
         "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()\n"
     )

@@ -11,7 +11,7 @@ from fipa_jax import aggregate, tasks
 from fipa_jax import config as config_lib
 from fipa_jax.client import terms
 from fipa_jax.config import methods as compared
-from fipa_jax.run import experiment
+from fipa_jax.run import whole_run
 from fipa_jax.tasks import pde
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def test_snippet_runs(number, tmp_path, monkeypatch):
     if hasattr(module, "get_config"):
         config = module.get_config()
         config.fipa.rounds, config.compare = 1, ("fipa",)
-        experiment.run(config, tmp_path / "run")
+        whole_run.run(config, tmp_path / "run")
 
 
 def test_there_is_a_snippet_for_the_loop_and_for_every_swappable_type():

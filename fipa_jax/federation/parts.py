@@ -17,13 +17,12 @@ from fipa_jax.federation.channel import Channel, ChannelRates
 from fipa_jax.federation.client_store import HostStore
 from fipa_jax.federation.parallel import replicate
 from fipa_jax.federation.state import State
-from fipa_jax.tasks.task import Task
 
 
 class Parts(NamedTuple):
     """What a phase's rounds are made of; static."""
 
-    task: Task
+    task: Any  # a `tasks.task.Task`; of it a round needs `outputs`
     local: LocalSolver
     term: Term
     sketcher: Sketcher | None  # None where the rule needs no curvature

@@ -140,7 +140,7 @@ def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task) -> ske
 def channel_of(settings: ConfigDict) -> Channel:
     """What lies between server and clients."""
     channels = [late(settings.late.most)] if settings.late.share else []
-    channels += [faulty()] if _has_faults(settings) else []
+    channels += [faulty()] if has_faults(settings) else []
     return chain(*channels) if channels else Channel()
 
 
@@ -154,7 +154,7 @@ def make_rates(settings: ConfigDict, dtype: str) -> Rates:
     faults = FaultRates(**{name: array(value) for name, value in settings.faults.items()})
     channel = ChannelRates(
         late=array(settings.late.share) if settings.late.share else None,
-        faults=faults if _has_faults(settings) else None,
+        faults=faults if has_faults(settings) else None,
     )
     return Rates(local, array(settings.local.lr_decay), array(settings.server.lr), channel)
 
@@ -251,5 +251,6 @@ def _matched(settings: ConfigDict, aggregator: Aggregator) -> bool:
     return settings.local.matched and aggregator.needs.curvature == "sketch"
 
 
-def _has_faults(settings: ConfigDict) -> bool:
+def has_faults(settings: ConfigDict) -> bool:
+    """Whether a fault can happen in this phase."""
     return any(settings.faults[kind] for kind in FAULTS)

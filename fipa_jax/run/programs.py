@@ -13,7 +13,7 @@ from fipa_jax.federation import round as round_lib
 from fipa_jax.federation import server
 from fipa_jax.federation.parts import Parts
 from fipa_jax.federation.state import State
-from fipa_jax.run.parts import TRACED
+from fipa_jax.run.parts import TRACED, has_faults
 
 STEERING = ("rounds", "max_skips")  # fields of a phase that steer the loop alone
 
@@ -66,7 +66,7 @@ def key_of(settings: ConfigDict, parts: Parts) -> str:
             group = group[parent]
         group.pop(last, None)
     # Whether a number is there at all is not traced.
-    does = {"late": settings.late.share > 0, "faults": any(value for value in settings.faults.values())}
+    does = {"late": settings.late.share > 0, "faults": has_faults(settings)}
     return json.dumps(static | {"chunk": parts.chunk, "channel": does}, sort_keys=True)
 
 

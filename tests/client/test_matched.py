@@ -1,5 +1,7 @@
 """With the server's damping in the clients' steps a round is the centralised step; and steps that adapt to sketches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,18 @@ from helpers.centralised import COUNTS, TASK, dense, levenberg_marquardt, start
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import aggregate, tasks
+from fipa_jax.aggregate.limits import Limits
 from fipa_jax.client import first_order as client
 from fipa_jax.client import second_order
-from fipa_jax.client.local_work import steps_for
+from fipa_jax.client.local_work import adaptive_steps, steps_for
 from fipa_jax.curvature import sketch
 from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.curvature.sketcher import plain
+from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
+from fipa_jax.federation.parts import Parts
 from fipa_jax.federation.population import Cohort
+from fipa_jax.federation.server import serve
 
 
 @pytest.mark.parametrize(("damping", "num_rounds"), [(1.0, 8), (1e-3, 14)])
@@ -30,8 +37,16 @@ def test_rounds_are_the_centralised_levenberg_marquardt_method(x64, damping, num
     assert dense(found[-1])[-1][0] < 0.9 * dense(found[0])[-1][0]
 
 
-RULE = aggregate.fipa(relative=False, max_step=0.0)
-STEP = jax.jit(lambda *given: RULE.apply(*given)[0])
+UNBOUNDED = Limits(max_step=0.0)
+RULE = aggregate.fipa(relative=False, limits=UNBOUNDED)
+
+
+@jax.jit
+def _by_rule(uploads, damping, like):
+    received, screening = aggregate.receive(uploads, like)
+    state = RULE.init(like)
+    state = state._replace(hyper=state.hyper | {"damping": damping})
+    return aggregate.step_of(RULE, received, state, like, screening)[0]
 
 
 def _step(theta, damping, rank, of_clients):
@@ -51,8 +66,7 @@ def _step(theta, damping, rank, of_clients):
     like = TASK.init(None)
     delta = jax.vmap(ravel_pytree(like)[1])(jnp.asarray(deltas))
     uploads = aggregate.Uploads(delta, jnp.asarray(COUNTS), Sketch(cut, jnp.asarray(basis), None))
-    state = RULE.init(like)._replace(damping=jnp.asarray(damping, float))
-    found = np.asarray(ravel_pytree(STEP(uploads, state, like))[0])
+    found = np.asarray(ravel_pytree(_by_rule(uploads, jnp.asarray(damping, float), like))[0])
     left = np.maximum(eigenvalues[:, rank], 0)
     distances = np.linalg.norm(wanted - deltas, axis=1)
     return found, wanted, COUNTS / COUNTS.sum() @ (left * distances) / damping
@@ -76,22 +90,23 @@ def test_the_server_undoes_natural_gradients_at_any_rank(x64, rank, store):
     beta, lr = 0.2, 0.7
 
     def make(outputs, features):
-        exact = sketch.make_sketch(outputs, TASK.loss, rank=rank, solver="rows")
-        return sketch.stored_as(exact, store) if store else exact
+        of_client = sketch.make_sketch(outputs, TASK.loss, rank=rank, solver="rows")
+        return sketch.stored_as(of_client, store) if store else of_client
 
-    plan = centralised.plan()._replace(
+    parts = centralised.parts()._replace(
         local=second_order.natural_gradient(TASK.loss, TASK.augment),
-        sketch=make,
-        aggregator=aggregate.fipa(relative=False, damping=beta, max_step=0.0),
+        sketcher=plain(make),
+        aggregator=aggregate.fipa(relative=False, damping=beta, limits=UNBOUNDED),
         sketch_first=True,
     )
-    stages, (data, clients) = rounds.make_stages(plan), centralised.problem()
-    state, cohort = stages.init(TASK.init(None)), Cohort(jnp.arange(len(COUNTS)), clients, data)
+    data, clients = centralised.problem()
+    state, cohort = parts_lib.init(parts, TASK.init(None)), Cohort(jnp.arange(len(COUNTS)), clients, data)
+    work = rounds.by_clients(parts, functools.partial(rounds.train, parts), functools.partial(rounds.sketch, parts))
 
     @jax.jit
     def one(state):
-        results, sketches = rounds.work(stages, state, centralised.rates(lr), cohort, jax.random.key(0))
-        after, _ = stages.aggregate(state, centralised.rates(lr), cohort, results, sketches)
+        results, sketches = work(state, centralised.rates(lr), cohort, jax.random.key(0))
+        after, _ = serve(parts, state, centralised.rates(lr), cohort, results, sketches)
         return results, sketches, after.params
 
     results, sketches, after = jax.device_get(one(state))
@@ -150,17 +165,20 @@ def test_clients_take_as_many_steps_as_their_sketches_say(x64):
     data["x"] = data["x"].at[12:, 0].mul(0.6)  # the last client's weakest direction is weaker
     clients = clients._replace(num_examples=jnp.asarray(counts))
     local = client.first_order(linear.loss, linear.augment, batch_size=0, epochs=1)
-    plan = centralised.plan()._replace(
-        task=linear, local=local, matched=False, sketch_first=True, step_scale=scale, max_steps=most
+    parts = centralised.parts()._replace(
+        task=linear,
+        local=adaptive_steps(local, scale, most),
+        sketcher=centralised.sketcher(rank=2),
+        aggregator=aggregate.fipa(),
+        announce=Parts._field_defaults["announce"],
+        sketch_first=True,
     )
-    make = lambda outputs, features: sketch.make_sketch(outputs, TASK.loss, rank=2, solver="rows")
-    plan = plan._replace(aggregator=aggregate.fipa(), sketch=make)
-    stages = rounds.make_stages(plan)
-    stages = stages._replace(train=jax.jit(stages.train), sketch=jax.jit(stages.sketch))
-    state, cohort = stages.init(linear.init(None)), Cohort(jnp.arange(3), clients, data)
+    train, find = (jax.jit(functools.partial(stage, parts)) for stage in (rounds.train, rounds.sketch))
+    state, cohort = parts_lib.init(parts, linear.init(None)), Cohort(jnp.arange(3), clients, data)
     order = []
     clock = lambda stage, result: order.append(stage) or result
-    results, _ = rounds.work(stages, state, centralised.rates(lr), cohort, jax.random.key(0), clock)
+    work = rounds.by_clients(parts, train, find, clock)
+    results, _ = work(state, centralised.rates(lr), cohort, jax.random.key(0))
     assert order == ["sketch", "train"]
     theta, taken = np.array([1.0, -2.0]), []
     for m in (0, 2):

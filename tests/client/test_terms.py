@@ -16,8 +16,10 @@ from fipa_jax.client import first_order as client_lib
 from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
 from fipa_jax.client.local_work import Hyper
-from fipa_jax.federation import faults
+from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
+from fipa_jax.federation.channel import FAULTS, Channel, ChannelRates, FaultRates, faulty
+from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.models import networks as models
 
 NUM_CLIENTS, NUM_EXAMPLES, WIDTH = 4, 6, 3
@@ -110,6 +112,7 @@ def test_logit_adjustment_is_the_loss_of_shifted_logits(x64):
     np.testing.assert_allclose(terms.logit_adjustment().penalty(local), wanted, rtol=1e-10)
 
 
+FAULTY, NOTHING = faulty(), Channel()
 # A quadratic problem for each client: examples x, targets y, a model linear in its parameters.
 DATA = {
     "x": _draw(3, NUM_CLIENTS * NUM_EXAMPLES, WIDTH),
@@ -124,34 +127,41 @@ LINEAR = tasks.Task(
 
 
 @functools.cache
-def _stages(term, aggregator="mean", optimizer="sgd", cohort=NUM_CLIENTS, steps=60, faulty=False):
-    return rounds.make_stages(
-        rounds.Plan(
-            task=LINEAR,
-            local=client_lib.first_order(LINEAR.loss, LINEAR.augment, batch_size=0, steps=steps, term=term),
-            term=term,
-            sketch=None,
-            aggregator=aggregate.AGGREGATORS[aggregator](),
-            server=server.make(optimizer, 0.9),
-            num_clients=NUM_CLIENTS,
-            cohort=cohort,
-            trainable=".*",
-            faults=faulty,
-        )
+def _parts(term, aggregator="mean", optimizer="sgd", cohort=NUM_CLIENTS, steps=60, channel=NOTHING):
+    return Parts(
+        task=LINEAR,
+        local=client_lib.first_order(LINEAR.loss, LINEAR.augment, batch_size=0, steps=steps, term=term),
+        term=term,
+        sketcher=None,
+        aggregator=aggregate.AGGREGATORS[aggregator](),
+        server=server.make(optimizer, 0.9),
+        num_clients=NUM_CLIENTS,
+        cohort=cohort,
+        channel=channel,
     )
 
 
-def _run(stages, number, mu=0.0, lr=0.2, server_lr=1.0, counts=(NUM_EXAMPLES,) * NUM_CLIENTS, wrong=()):
+@functools.cache
+def _round(parts):
+    return jax.jit(functools.partial(rounds.whole_round, parts))
+
+
+def _run(parts, number, mu=0.0, lr=0.2, server_lr=1.0, counts=(NUM_EXAMPLES,) * NUM_CLIENTS, wrong=None):
+    """(the rates, the states before each round and after the last); `wrong` are the rates of faults."""
     array = jnp.asarray
-    rates = rounds.Rates(Hyper(array(lr), array(0.0), array(mu)), array(1.0), array(server_lr), wrong)
+    hyper = Hyper(array(lr), array(0.0), array(mu))
+    rates = Rates(hyper, array(1.0), array(server_lr), ChannelRates(faults=wrong))
     owned = jnp.arange(NUM_CLIENTS * NUM_EXAMPLES).reshape(NUM_CLIENTS, NUM_EXAMPLES)
     clients = Client(owned, jnp.asarray(counts))
     data = jax.tree.map(jnp.asarray, DATA)
-    step = jax.jit(rounds.compose(stages))
-    states = [stages.init(LINEAR.init(None))]
+    states = [parts_lib.init(parts, LINEAR.init(None))]
     for _ in range(number):
-        states.append(step(states[-1], rates, data, clients, jax.random.key(0))[0])
-    return states
+        states.append(_round(parts)(states[-1], rates, data, clients, jax.random.key(0))[0])
+    return rates, states
+
+
+def _states(*args, **options):
+    return _run(*args, **options)[1]
 
 
 OPTIMUM = np.linalg.lstsq(DATA["x"], DATA["label"], rcond=None)[0]
@@ -159,29 +169,30 @@ OPTIMUM = np.linalg.lstsq(DATA["x"], DATA["label"], rcond=None)[0]
 
 def test_dyn_reaches_the_pooled_optimum_where_averaging_does_not(x64):
     term = terms.dyn()
-    final = _run(_stages(term), 200, mu=0.5)[-1]
-    plain = _run(_stages(terms.none()), 200)[-1]
+    final = _states(_parts(term), 200, mu=0.5)[-1]
+    plain = _states(_parts(terms.none()), 200)[-1]
     error = lambda state: np.linalg.norm(state.params["w"] - OPTIMUM)
     assert error(plain) > 1e-2, "averaging is as good: the clients do not differ"
     assert error(final) < 1e-5
-    # At the fixed point every client's memory is its gradient, and they cancel.
+    # At the fixed point what every client keeps is its gradient, and they cancel.
     x, y = (DATA[name].reshape(NUM_CLIENTS, NUM_EXAMPLES, -1) for name in ("x", "label"))
     gradients = np.stack([a.T @ (a @ OPTIMUM[:, None] - b) / NUM_EXAMPLES for a, b in zip(x, y, strict=True)])[..., 0]
-    np.testing.assert_allclose(final.memory["w"], gradients, atol=1e-4)
+    np.testing.assert_allclose(final.store["w"], gradients, atol=1e-4)
     np.testing.assert_allclose(final.shared["w"], 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("trouble", ["none", "absent", "nan", "flip"])
 @pytest.mark.parametrize("name", ["mifa", "varp"])
-def test_a_memory_of_updates_by_hand(x64, name, trouble):
-    stages, server_lr = _stages(terms.TERMS[name](), cohort=2, steps=3, faulty=trouble in faults.KINDS), 0.7
+def test_a_store_of_updates_by_hand(x64, name, trouble):
+    injected, server_lr = trouble in FAULTS, 0.7
+    parts = _parts(terms.TERMS[name](), cohort=2, steps=3, channel=FAULTY if injected else NOTHING)
     counts = [NUM_EXAMPLES, NUM_EXAMPLES, 0 if trouble == "absent" else NUM_EXAMPLES, NUM_EXAMPLES]
-    wrong = faults.Rates(*(jnp.asarray(0.4 * (kind == trouble)) for kind in faults.Rates._fields))
-    states = _run(stages, 8, server_lr=server_lr, counts=counts, wrong=wrong if trouble in faults.KINDS else ())
+    wrong = FaultRates(*(jnp.asarray(0.4 * (kind == trouble)) for kind in FaultRates._fields)) if injected else None
+    rates, states = _run(parts, 8, server_lr=server_lr, counts=counts, wrong=wrong)
     latest = {}
     for k, (state, after) in enumerate(itertools.pairwise(states)):
-        ids = np.asarray(stages.draw(jnp.int32(k), jax.random.key(0))).tolist()
-        rows = lambda state: np.asarray(state.memory["update"]["w"] if name == "mifa" else state.memory["w"])
+        ids = np.asarray(rounds.draw(parts, jnp.int32(k), rates, jax.random.key(0))[0]).tolist()
+        rows = lambda state: np.asarray(state.store["update"]["w"] if name == "mifa" else state.store["w"])
         own = {m: rows(after)[m] for m in ids if np.any(rows(after)[m] != rows(state)[m])}
         if not own:
             assert trouble != "none"
@@ -195,34 +206,34 @@ def test_a_memory_of_updates_by_hand(x64, name, trouble):
             wanted = np.mean(list(latest.values()), axis=0)
         np.testing.assert_allclose((after.params["w"] - state.params["w"]) / server_lr, wanted, rtol=1e-9, atol=1e-12)
     # What is remembered is what was sent: FedAvg on the same clients takes the same first step.
-    plain = _stages(terms.none(), cohort=2, steps=3, faulty=trouble in faults.KINDS)
-    first = _run(plain, 1, server_lr=server_lr, counts=counts, wrong=wrong if trouble in faults.KINDS else ())[-1]
+    plain = parts._replace(term=terms.none(), local=_parts(terms.none(), steps=3).local)
+    first = _states(plain, 1, server_lr=server_lr, counts=counts, wrong=wrong)[-1]
     np.testing.assert_allclose(states[1].params["w"], first.params["w"], rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["mifa", "varp"])
-def test_a_memory_of_updates_makes_up_for_absent_clients(x64, name):
-    everyone = _run(_stages(terms.none(), steps=5), 400)[-1].params["w"]
-    with_memory = _run(_stages(terms.TERMS[name](), cohort=2, steps=5), 400, server_lr=0.3)
-    plain = _run(_stages(terms.none(), cohort=2, steps=5), 400, server_lr=0.3)
+def test_a_store_of_updates_makes_up_for_absent_clients(x64, name):
+    everyone = _states(_parts(terms.none(), steps=5), 400)[-1].params["w"]
+    with_store = _states(_parts(terms.TERMS[name](), cohort=2, steps=5), 400, server_lr=0.3)
+    plain = _states(_parts(terms.none(), cohort=2, steps=5), 400, server_lr=0.3)
     error = lambda states: max(np.linalg.norm(state.params["w"] - everyone) for state in states[-20:])
-    assert error(with_memory) < 1e-6 < 1e-2 < error(plain)
-    all_of_them = _run(_stages(terms.TERMS[name](), steps=5), 400)[-1].params["w"]
+    assert error(with_store) < 1e-6 < 1e-2 < error(plain)
+    all_of_them = _states(_parts(terms.TERMS[name](), steps=5), 400)[-1].params["w"]
     np.testing.assert_allclose(all_of_them, everyone, rtol=1e-9)
 
 
 @pytest.mark.parametrize("cohort", [NUM_CLIENTS, 2])
 @pytest.mark.parametrize("name", ["scaffold", "dyn", "mifa", "varp"])
-def test_shared_is_the_mean_of_all_memories(x64, name, cohort):
-    states = _run(_stages(terms.TERMS[name](), cohort=cohort), 5, mu=0.5)
+def test_shared_is_the_mean_of_all_stores(x64, name, cohort):
+    states = _states(_parts(terms.TERMS[name](), cohort=cohort), 5, mu=0.5)
     for state in states:
-        chex.assert_trees_all_close(state.shared, jax.tree.map(lambda x: x.mean(0), state.memory), atol=1e-12)
-    chex.assert_trees_all_equal(states[0].memory, optax.tree.zeros_like(states[0].memory))
-    assert optax.tree.norm(states[-1].memory) > 0
+        chex.assert_trees_all_close(state.shared, jax.tree.map(lambda x: x.mean(0), state.store), atol=1e-12)
+    chex.assert_trees_all_equal(states[0].store, optax.tree.zeros_like(states[0].store))
+    assert optax.tree.norm(states[-1].store) > 0
 
 
 def test_scaffold_reaches_the_pooled_optimum(x64):
-    final = _run(_stages(terms.scaffold(), steps=10), 300)[-1]
+    final = _states(_parts(terms.scaffold(), steps=10), 300)[-1]
     np.testing.assert_allclose(final.params["w"], OPTIMUM, atol=1e-5)
 
 
@@ -261,7 +272,7 @@ def test_acg_is_a_lookahead_with_momentum(x64):
 @pytest.mark.parametrize("optimizer", sorted(server.OPTIMIZERS))
 def test_every_server_optimiser_learns(x64, optimizer):
     lr = {"adam": 0.1, "yogi": 0.1, "momentum": 0.2, "acg": 0.2}.get(optimizer, 1.0)
-    states = _run(_stages(terms.none(), optimizer=optimizer, steps=5), 40, server_lr=lr)
+    states = _states(_parts(terms.none(), optimizer=optimizer, steps=5), 40, server_lr=lr)
     loss = lambda state: np.mean((DATA["x"] @ np.asarray(state.params["w"]) - DATA["label"]) ** 2)
     best = np.mean((DATA["x"] @ OPTIMUM - DATA["label"]) ** 2)
     assert loss(states[-1]) - best < 0.2 * (loss(states[0]) - best)

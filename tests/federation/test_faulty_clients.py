@@ -12,54 +12,59 @@ from helpers import runs
 from helpers.clients import NUM_EXAMPLES, make_client, make_data, make_hyper, make_params, network, solve, squared
 
 from fipa_jax import aggregate, tasks
+from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.client import first_order as client
 from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
 from fipa_jax.curvature import sketch
 from fipa_jax.curvature.sketch import Diagonal, Sketch
-from fipa_jax.federation import faults
+from fipa_jax.curvature.sketcher import plain
+from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
+from fipa_jax.federation.channel import FAULTS, Channel, ChannelRates, FaultRates, draw_faults, faulty, spoil
+from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.reporting import metrics
-from fipa_jax.run import experiment, loop
+from fipa_jax.run import experiment, whole_run
+from fipa_jax.run.parts import TRACED
 from fipa_jax.run.stalled import Stalled, check_progress
 
 CLIENTS = 3
-NONE = dict.fromkeys(faults.KINDS, 0.0) | {"scale_by": 1e6}
+NONE = dict.fromkeys(FAULTS, 0.0) | {"scale_by": 1e6}
 TASK = tasks.Task(lambda key: make_params(), network, squared, lambda out, batch: {"mse": squared(out, batch)})
 
 
 def _rates(**rates):
-    return faults.Rates(**{name: jnp.asarray(value) for name, value in (NONE | rates).items()})
+    return FaultRates(**{name: jnp.asarray(value) for name, value in (NONE | rates).items()})
 
 
 def _drawn(round=0, ids=range(4000), **rates):
-    return jax.jit(faults.draw)(jax.random.fold_in(jax.random.key(0), round), _rates(**rates), jnp.array(ids))
+    """({fault: [C]}, the share of the steps [C])."""
+    return jax.jit(draw_faults)(jax.random.fold_in(jax.random.key(0), round), _rates(**rates), jnp.array(ids))
 
 
 def test_faults_come_at_their_rates_and_apart_from_each_other():
-    drawn = _drawn(**dict.fromkeys(faults.KINDS, 0.3))
-    found = np.stack([drawn.kinds[kind] for kind in faults.KINDS])
+    drawn, part = jax.device_get(_drawn(**dict.fromkeys(FAULTS, 0.3)))
+    found = np.stack([drawn[kind] for kind in FAULTS])
     expected = 0.3 * np.ones([5, 5]) * 0.3 + 0.21 * np.eye(5)
     np.testing.assert_allclose(found.astype(float) @ found.T / found.shape[1], expected, atol=0.03)
-    part = np.asarray(drawn.part)
-    slow = np.asarray(drawn.kinds["straggle"])
+    slow = drawn["straggle"]
     assert np.all(part[~slow] == 1) and 0 < part[slow].min() < 0.01 and part[slow].max() <= 1
-    for those in (slow, *(slow & np.asarray(drawn.kinds[kind]) for kind in ("drop", "nan", "flip", "scale"))):
+    for those in (slow, *(slow & drawn[kind] for kind in ("drop", "nan", "flip", "scale"))):
         np.testing.assert_allclose(np.quantile(part[those], [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.1)
 
 
 def test_a_clients_fault_is_its_own_and_the_rounds():
-    whole, part = _drawn(nan=0.3), _drawn(nan=0.3, ids=[70, 3])
-    assert part.kinds["nan"].tolist() == [bool(whole.kinds["nan"][i]) for i in (70, 3)]
-    assert np.any(np.asarray(whole.kinds["nan"]) != np.asarray(_drawn(round=1, nan=0.3).kinds["nan"]))
-    assert not any(kind.any() for kind in _drawn().kinds.values())
-    assert all(kind.all() for kind in _drawn(**dict.fromkeys(faults.KINDS, 1.0)).kinds.values())
+    whole, some = (np.asarray(_drawn(nan=0.3, **ids)[0]["nan"]) for ids in ({}, {"ids": [70, 3]}))
+    np.testing.assert_array_equal(some, whole[[70, 3]])
+    assert np.any(whole != np.asarray(_drawn(round=1, nan=0.3)[0]["nan"]))
+    assert not any(drawn.any() for drawn in _drawn()[0].values())
+    assert all(drawn.all() for drawn in _drawn(**dict.fromkeys(FAULTS, 1.0))[0].values())
 
 
 def test_the_keys_are_not_those_of_cohort_training_and_sketches():
-    part = _drawn(ids=range(3), straggle=1.0).part
+    part = _drawn(ids=range(3), straggle=1.0)[1]
     others = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 3)
-    assert not np.any(part == 1 - jax.vmap(lambda key: jax.random.uniform(key, [len(faults.KINDS) + 1])[-1])(others))
+    assert not np.any(part == 1 - jax.vmap(lambda key: jax.random.uniform(key, [len(FAULTS) + 1])[-1])(others))
 
 
 def test_an_upload_arrives_as_its_faults_say():
@@ -67,16 +72,17 @@ def test_an_upload_arrives_as_its_faults_say():
     kinds = {"drop": one(0), "nan": one(1), "flip": one(2), "scale": one(3), "straggle": one(3)}
     delta = {"w": jnp.arange(8.0).reshape(4, 2, 1), "b": jnp.ones([4], jnp.bfloat16)}
     sent = Sketch(jnp.ones([4, 2]), jnp.ones([4, 3, 2]))
-    given = faults.Faults(kinds, jnp.ones(4)), jnp.float32(10), delta
-    found, sketches, counts = faults.inject(*given, sent, jnp.array([5, 6, 7, 8]))
-    assert counts.tolist() == [0, 6, 7, 8]
-    np.testing.assert_array_equal(found["w"][..., 0], [[0, 1], [np.nan, np.nan], [-4, -5], [6, 7]])
-    np.testing.assert_array_equal(found["b"].astype(float), [1, np.nan, -1, 1])
-    np.testing.assert_array_equal(sketches.eigenvalues, [[1, 1], [1, 1], [1, 1], [10, 10]])
-    assert sketches.basis is sent.basis and found["b"].dtype == jnp.bfloat16
-    values = faults.inject(*given, Diagonal(jnp.ones([4, 3])), counts)[1].values
-    np.testing.assert_array_equal(values[:, 0], [1, 1, 1, 10])
-    assert faults.inject(*given, None, counts)[1] is None
+    uploads = Uploads(delta, jnp.array([5, 6, 7, 8]), sent, loss=jnp.arange(4.0))
+    arrived = spoil(uploads, kinds, jnp.float32(10))
+    assert arrived.num_examples.tolist() == [0, 6, 7, 8]
+    np.testing.assert_array_equal(arrived.delta["w"][..., 0], [[0, 1], [np.nan, np.nan], [-4, -5], [6, 7]])
+    np.testing.assert_array_equal(arrived.delta["b"].astype(float), [1, np.nan, -1, 1])
+    np.testing.assert_array_equal(arrived.sketch.eigenvalues, [[1, 1], [1, 1], [1, 1], [10, 10]])
+    assert arrived.sketch.basis is sent.basis and arrived.delta["b"].dtype == jnp.bfloat16
+    assert arrived.loss is uploads.loss
+    diagonal = spoil(uploads._replace(sketch=Diagonal(jnp.ones([4, 3]))), kinds, jnp.float32(10)).sketch
+    np.testing.assert_array_equal(diagonal.values[:, 0], [1, 1, 1, 10])
+    assert spoil(uploads._replace(sketch=None), kinds, jnp.float32(10)).sketch is None
 
 
 @pytest.mark.parametrize(("part", "steps"), [(1.0, 6), (0.5, 3), (0.4, 3), (1e-6, 1)])
@@ -89,54 +95,52 @@ def test_a_straggler_stops_after_its_part_of_the_steps(x64, part, steps):
     chex.assert_trees_all_equal(found, wanted)
 
 
-def _plan(rule=None, **fields):
+def _parts(rule=None, **fields):
     local = client.first_order(TASK.loss, TASK.augment, batch_size=3, epochs=2, term=terms.scaffold())
     rule = rule or aggregate.fipa()
-    make = {
-        "none": None,
-        "sketch": lambda outputs, features: sketch.make_sketch(outputs, TASK.loss, rank=2, solver="rows"),
-    }
-    fields = {"server": optax.trace(0.9), "trainable": ".*"} | fields
-    return rounds.Plan(
-        TASK, local, terms.scaffold(), make[rule.curvature], rule, num_clients=CLIENTS, cohort=CLIENTS, **fields
-    )
+    find = plain(lambda outputs, features: sketch.make_sketch(outputs, TASK.loss, rank=2, solver="rows"))
+    find = find if rule.needs.curvature == "sketch" else None
+    fields = {"server": optax.trace(0.9)} | fields
+    return Parts(TASK, local, terms.scaffold(), find, rule, num_clients=CLIENTS, cohort=CLIENTS, **fields)
 
 
 @functools.cache
-def _round(plan):
-    return jax.jit(rounds.compose(rounds.make_stages(plan)))
+def _round(parts):
+    return jax.jit(functools.partial(rounds.whole_round, parts))
 
 
-def _run(plan, num_rounds=2, server_lr=1.0, state=None, **rates):
+def _run(parts, num_rounds=2, server_lr=1.0, state=None, **rates):
     """(the state before the last round, that after it, its info)."""
     hyper, one = make_hyper(mu=1.0), jnp.ones([])
-    given = rounds.Rates(hyper, one, jnp.asarray(server_lr), _rates(**rates) if plan.faults else ())
+    of_channel = ChannelRates() if parts.channel is NOTHING else ChannelRates(faults=_rates(**rates))
+    given = Rates(hyper, one, jnp.asarray(server_lr), of_channel)
     indices = np.stack([np.roll(np.arange(NUM_EXAMPLES), m) for m in range(CLIENTS)])
     clients = Client(jnp.asarray(indices), jnp.array([8, 5, 6]))
-    state = state or rounds.make_stages(plan).init(make_params())
+    state = state or parts_lib.init(parts, make_params())
     for _ in range(num_rounds):
         before = state
-        state, info = _round(plan)(state, given, make_data(), clients, jax.random.key(3))
+        state, info = _round(parts)(state, given, make_data(), clients, jax.random.key(3))
     return before, state, jax.device_get(info)
 
 
-PLAN = _plan(least_clients=2)
-FAULTY = PLAN._replace(faults=True)
+NOTHING = Channel()
+PLAIN = _parts(least_clients=2, channel=NOTHING)
+FAULTY = PLAIN._replace(channel=faulty())
 
 
 def test_faults_that_do_not_happen_change_nothing(x64):
-    _, wanted, info = _run(PLAN)
+    _, wanted, info = _run(PLAIN)
     _, found, same = _run(FAULTY)
     chex.assert_trees_all_equal(found, wanted)
     drawn = same.pop("faults")
     chex.assert_trees_all_equal(same, info)
-    assert set(drawn) == set(faults.KINDS) and not any(kind.any() for kind in drawn.values())
+    assert set(drawn) == set(FAULTS) and not any(kind.any() for kind in drawn.values())
 
 
 def _round_with(lost, kind):
     """(state before, state after, info) of the first round in which so many clients are lost to a kind of fault."""
     for first in range(30):
-        state = rounds.make_stages(PLAN).init(make_params(), first)
+        state = parts_lib.init(PLAIN, make_params(), first)
         before, after, info = _run(FAULTY, 1, state=state, **{kind: 0.4})
         if info["faults"][kind].sum() == lost:
             return before, after, info
@@ -144,10 +148,10 @@ def _round_with(lost, kind):
 
 
 @pytest.mark.parametrize(("kind", "field"), [("drop", "absent"), ("nan", "rejected")])
-def test_a_client_that_is_lost_keeps_its_memory(x64, kind, field):
+def test_a_client_that_is_lost_keeps_its_store(x64, kind, field):
     before, after, info = _round_with(1, kind)
     np.testing.assert_array_equal(info[field], info["faults"][kind])
-    changed = np.array([np.any(after.memory["w"][m] != before.memory["w"][m]) for m in range(CLIENTS)])
+    changed = np.array([np.any(after.store["w"][m] != before.store["w"][m]) for m in range(CLIENTS)])
     np.testing.assert_array_equal(changed, ~info[field])
     assert not info["skipped"]
 
@@ -171,12 +175,14 @@ def test_a_skipped_round_changes_the_round_number_alone(x64, why):
 def test_a_step_back_needs_nobody(x64, undone):
     """What a rule with trust does where its last step has cost all clients."""
 
-    def apply(uploads, state, params):
-        step = jax.tree.map(lambda leaf: -jnp.ones_like(leaf), params)
-        return step, state, {"rejected": jnp.ones(CLIENTS, bool), "undone": jnp.asarray(undone)}
+    def apply(received, state, params):
+        return jax.tree.map(lambda leaf: -jnp.ones_like(leaf), params), state, {}
 
-    plan = _plan(aggregate.Aggregator(lambda params: (), apply), server=optax.identity())
-    before, after, info = _run(plan, 1)
+    def admit(received, state):
+        return received.only(jnp.zeros(CLIENTS, bool)), {}
+
+    rule = aggregate.Aggregator(lambda params: (), apply, admit=admit, withdraws=lambda state: jnp.asarray(undone))
+    before, after, info = _run(_parts(rule, server=optax.identity(), channel=NOTHING), 1)
     assert info["skipped"] == (not undone)
     assert np.all(np.asarray(after.params["b"] != before.params["b"]) == undone)
 
@@ -189,7 +195,7 @@ def tiny(**fields):
     return config
 
 
-OFTEN = ":".join(f"faults.{kind}=0.15" for kind in faults.KINDS)
+OFTEN = ":".join(f"faults.{kind}=0.15" for kind in FAULTS)
 
 
 def _rows(workdir):
@@ -201,7 +207,7 @@ def test_every_rule_goes_on_under_all_faults_and_counts_them(tmp_path):
     """The same rounds for the same seed, others for another; side by side with a rule that has no faults."""
     faulty = ("fedavg:term.name=scaffold", "fipa:server.optimizer=exp", "fisher_diagonal")
     config = tiny(compare=(*(f"{rule}:{OFTEN}" for rule in faulty), "fedavg"))
-    experiment.run(config, tmp_path / "all")
+    whole_run.run(config, tmp_path / "all")
     rows = _rows(tmp_path / "all")
     assert len(rows) == 8 * len(config.compare)
     for row in rows:
@@ -212,16 +218,16 @@ def test_every_rule_goes_on_under_all_faults_and_counts_them(tmp_path):
         assert row["clients_absent"] == row["faults_drop"]
         assert row["clients_rejected"] == row["rejected_update_not_finite"] <= row["faults_nan"]
         assert row["skipped"] == (row["clients_absent"] + row["clients_rejected"] == 3)
-    for kind in faults.KINDS:
+    for kind in FAULTS:
         assert sum(row.get(f"faults_{kind}", 0) for row in rows) > 0
     assert sum(row.get("clients_capped", 0) for row in rows) > 0
 
     config.compare = config.compare[:1]
-    experiment.run(config, tmp_path / "again")
+    whole_run.run(config, tmp_path / "again")
     assert _rows(tmp_path / "again") == rows[:8]
     config.seed = 1
-    experiment.run(config, tmp_path / "other")
-    drawn = lambda rows: [[row[f"faults_{kind}"] for kind in faults.KINDS] for row in rows]
+    whole_run.run(config, tmp_path / "other")
+    drawn = lambda rows: [[row[f"faults_{kind}"] for kind in FAULTS] for row in rows]
     assert drawn(_rows(tmp_path / "other")) != drawn(rows[:8])
 
 
@@ -234,9 +240,9 @@ def test_rates_are_traced_and_whether_there_are_any_is_not():
 
 def test_many_rounds_in_a_call_have_the_same_faults(tmp_path):
     for per_call in (1, 5):
-        experiment.run(tiny(compare=(f"fedavg:{OFTEN}",), rounds_per_call=per_call), tmp_path / str(per_call))
+        whole_run.run(tiny(compare=(f"fedavg:{OFTEN}",), rounds_per_call=per_call), tmp_path / str(per_call))
     one, five = _rows(tmp_path / "1"), _rows(tmp_path / "5")
-    for name in ("skipped", "clients_absent", "clients_rejected", *(f"faults_{k}" for k in faults.KINDS)):
+    for name in ("skipped", "clients_absent", "clients_rejected", *(f"faults_{k}" for k in FAULTS)):
         assert [row[name] for row in one] == [row[name] for row in five]
 
 
@@ -244,7 +250,7 @@ def test_many_rounds_in_a_call_have_the_same_faults(tmp_path):
 def test_rounds_that_are_skipped_again_and_again_end_the_run(tmp_path, per_call):
     config = tiny(compare=("fedavg:faults.nan=1:max_skips=3",), rounds_per_call=per_call)
     with pytest.raises(Stalled, match=r"3 rounds in a row were skipped, the last one round 2\..*3 clients: "):
-        experiment.run(config, tmp_path)
+        whole_run.run(config, tmp_path)
     rows = _rows(tmp_path)
     assert [row["skipped"] for row in rows] == [True] * 3
     assert len({row["test_mse"] for row in rows}) == 1
@@ -279,5 +285,5 @@ def test_what_cannot_be_injected_is_said_before_the_first_round(rule, message):
 
 def test_every_rate_is_a_field_and_traced():
     fields = runs.tiny().fipa.faults
-    assert set(fields) == set(faults.Rates._fields)
-    assert {f"faults.{name}" for name in fields} <= set(loop.TRACED)
+    assert set(fields) == set(FaultRates._fields)
+    assert {f"faults.{name}" for name in fields} <= set(TRACED)

@@ -1,4 +1,4 @@
-"""Late clients: their ages, the parameters that they start from, and what the rules make of them."""
+"""Late clients: their ages, the parameters that they start from, and whole rounds of the published rules."""
 
 import functools
 
@@ -9,22 +9,29 @@ import numpy as np
 import optax
 import pytest
 from helpers.clients import INDICES, NUM_EXAMPLES, make_data, make_hyper, make_params, network, squared
-from helpers.rules import LIKE, SIZE, Dense, as_tree, as_vector, assert_close, clients_of, uploads_of
 
 from fipa_jax import aggregate, tasks
+from fipa_jax.aggregate.late_updates import LateUpdates
+from fipa_jax.aggregate.limits import Limits
+from fipa_jax.aggregate.past_rounds import PastRounds
 from fipa_jax.client import first_order as client
 from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
 from fipa_jax.curvature import sketch
-from fipa_jax.federation import late
+from fipa_jax.curvature.sketcher import plain
+from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
+from fipa_jax.federation.channel import Channel, ChannelRates, at_age, draw_ages, late
+from fipa_jax.federation.parts import Parts, Rates
+from fipa_jax.federation.population import Cohort
+from fipa_jax.federation.server import serve
 
 MOST, T = 3, 4
 TASK = tasks.Task(lambda key: make_params(), network, squared, lambda out, batch: {"mse": squared(out, batch)})
 
 
 def test_ages_come_at_their_rate_and_uniformly():
-    draw = jax.jit(lambda share, most, ids: late.draw(jax.random.key(1), share, most, ids))
+    draw = jax.jit(lambda share, most, ids: draw_ages(jax.random.key(1), share, most, ids))
     ages = np.asarray(draw(0.5, MOST, jnp.arange(6000)))
     counts = np.bincount(ages, minlength=MOST + 1) / ages.size
     np.testing.assert_allclose(counts, [0.5, 1 / 6, 1 / 6, 1 / 6], atol=0.025)
@@ -36,55 +43,61 @@ def test_ages_come_at_their_rate_and_uniformly():
 
 
 def test_a_history_knows_what_was():
-    history = late.start({"a": jnp.zeros(2)}, 3)
+    channel = late(3)
+    history = channel.init({"a": jnp.zeros(2)})
     for k in (1.0, 2.0):
-        history = late.push(history, {"a": jnp.full(2, k)})
-    found = [float(late.then(history, jnp.int32(age))["a"][0]) for age in range(3)]
-    assert found == [2, 1, 0]
+        history = channel.advance(history, {"a": jnp.full(2, k)})
+    found = [float(at_age(history, jnp.int32(age))["a"][0]) for age in range(4)]
+    assert found == [2, 1, 0, 0]
 
 
-def _plan(rule, **fields):
+SKETCHER = plain(lambda outputs, features: sketch.make_sketch(outputs, TASK.loss, rank=3, solver="rows"))
+
+
+LATE = late(MOST)
+
+
+def _parts(rule, channel=LATE):
     local = client.first_order(TASK.loss, TASK.augment, batch_size=0, steps=2)
-    make = lambda outputs, features: sketch.make_sketch(outputs, TASK.loss, rank=3, solver="rows")
-    make = make if rule.curvature == "sketch" else None
-    server = optax.identity()
-    return rounds.Plan(TASK, local, terms.none(), make, rule, server, num_clients=T, cohort=T, trainable=".*", **fields)
+    sketcher = SKETCHER if rule.needs.curvature == "sketch" else None
+    return Parts(TASK, local, terms.none(), sketcher, rule, optax.identity(), num_clients=T, cohort=T, channel=channel)
 
 
-def _run(plan, num_rounds=6, share=0.6, lr=0.3):
-    """(the parameters before each round and at the end, the clients' results of each round, the infos)."""
-    stages, root = rounds.make_stages(plan), jax.random.key(2)
-    rates = rounds.Rates(make_hyper(lr=lr), jnp.ones([]), jnp.ones([]), late=jnp.asarray(share))
+def _run(parts, num_rounds=6, share=0.6, lr=0.3):
+    """(the parameters before each round and at the end, of each round the results, the ages and the info)."""
+    root = jax.random.key(2)
+    rates = Rates(make_hyper(lr=lr), jnp.ones([]), jnp.ones([]), ChannelRates(late=jnp.asarray(share)))
     own = np.stack([np.roll(INDICES, 2 * m) for m in range(T)])
     people = Client(jnp.asarray(own), jnp.array([NUM_EXAMPLES, 5, 3, 6]))
-    state, data, found, sent, infos = stages.init(make_params()), make_data(), [], [], []
+    state, data, params, rows = parts_lib.init(parts, make_params()), make_data(), [], []
+    work = rounds.by_clients(parts, functools.partial(rounds.train, parts), functools.partial(rounds.sketch, parts))
 
     @jax.jit
     def one(state):
-        cohort = rounds.Cohort(jnp.arange(T), people, data)
-        results, sketches = rounds.work(stages, state, rates, cohort, root)
-        after, info = stages.aggregate(state, rates, cohort, results, sketches)
-        return after, results, info
+        ids, orders = rounds.draw(parts, state.round, rates, root)
+        cohort = Cohort(ids, people, data, orders)
+        results, sketches = work(state, rates, cohort, root)
+        after, info = serve(parts, state, rates, cohort, results, sketches)
+        return after, (results, orders.age, info)
 
     for _ in range(num_rounds):
-        found.append(state.params)
-        state, results, info = one(state)
-        sent.append(jax.device_get(results))
-        infos.append(jax.device_get(info))
-    return [*found, state.params], sent, infos
+        params.append(state.params)
+        state, row = one(state)
+        rows.append(jax.device_get(row))
+    return [*params, state.params], *zip(*rows, strict=True)
 
 
 @pytest.mark.parametrize("mix", [False, True], ids=["fedbuff", "fedasync"])
 def test_rounds_are_the_published_rules(x64, mix):
-    found, sent, infos = _run(_plan(aggregate.mean(mix=mix), late=MOST))
-    ages = np.stack([results.age for results in sent])
+    found, sent, ages, infos = _run(_parts(aggregate.mean(late=LateUpdates(mix=mix))))
+    ages = np.stack(ages)
     assert ages[0].max() > 0 and len(np.unique(ages)) > 2
     assert [info["age_most"] for info in infos] == ages.max(axis=1).tolist() and ages.max() <= MOST
     weights = np.array([NUM_EXAMPLES, 5, 3, 6]) / (NUM_EXAMPLES + 14)
     alone = jax.jit(lambda params, which: _locally(params, which))
     for k, results in enumerate(sent):
         step = jax.tree.map(jnp.zeros_like, found[0])
-        for m, age in enumerate(results.age):
+        for m, age in enumerate(ages[k]):
             began = found[max(k - age, 0)]
             delta = alone(began, m)
             chex.assert_trees_all_close(delta, jax.tree.map(lambda leaf, m=m: leaf[m], results.delta), rtol=1e-9)
@@ -101,100 +114,20 @@ def _locally(params, which):
 
 
 def test_without_late_clients_nothing_changes(x64):
-    rule = aggregate.fipa(memory="prior", memory_rank=3)
-    never, plain = _run(_plan(rule, late=MOST), num_rounds=3, share=0.0), _run(_plan(rule), num_rounds=3)
-    chex.assert_trees_all_close(never[0], plain[0], rtol=1e-9, atol=1e-12)
-    assert all(not info["stale"].any() and info["drift"] == 0 for info in never[2])
-
-
-def _late(seed=0):
-    """(uploads of late clients, their dense matrices, ages, moved [C, P])."""
-    draw = np.random.default_rng(seed)
-    cohort, ages = clients_of(2, seed), np.array([0, 2, 0, 5])
-    moved = draw.normal(size=(4, SIZE)) * (ages > 0)[:, None]
-    uploads = uploads_of(*cohort)._replace(age=jnp.asarray(ages), moved=as_tree(moved))
-    return uploads, cohort, ages, moved
-
-
-@functools.cache
-def _rule(**options):
-    rule = aggregate.fipa(damping=0.3, relative=False, **options)
-    return rule, jax.jit(rule.apply)
-
-
-def _step(uploads, **options):
-    bounds = {name: jnp.asarray(options.pop(name, 0.0)) for name in ("max_drift", "max_step")}
-    rule, apply = _rule(**options)
-    like = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), LIKE)
-    step, _, info = apply(uploads, rule.init(like)._replace(**bounds), like)
-    return as_vector(step), jax.tree.map(np.asarray, info)
-
-
-@pytest.mark.parametrize("transport", [True, False])
-def test_a_late_target_is_seen_from_the_present_parameters(x64, transport):
-    uploads, (deltas, counts, values, basis), ages, moved = _late()
-    dense = Dense(deltas, counts * (1 + ages) ** -0.5, values, basis)
-    left = deltas - moved if transport else deltas
-    pull = np.einsum("c,cpq,cq->p", dense.weights, dense.each, left)
-    assert_close(_step(uploads, transport=transport)[0], dense.solve(0.3)(pull + 0.3 * dense.mean))
-
-
-def test_a_client_that_has_drifted_too_far_takes_no_part(x64):
-    uploads, (deltas, counts, values, basis), _, moved = _late(seed=1)
-    drifts = np.einsum("cp,cpq,cq->c", moved, Dense(deltas, counts, values, basis).each, moved) / 2
-    assert 0 < drifts[1] != drifts[3] > 0
-    bound = (drifts[1] + drifts[3]) / 2
-    step, info = _step(uploads, max_drift=bound)
-    np.testing.assert_allclose(info["drift"], drifts[drifts <= bound].max(), rtol=1e-9)
-    np.testing.assert_array_equal(info["stale"], drifts > bound)
-    assert not info["rejected"].any()
-    fresh = uploads._replace(num_examples=jnp.where(jnp.asarray(drifts > bound), 0, uploads.num_examples))
-    assert_close(step, _step(fresh)[0])
-    # Nor do the bounds count its update.
-    long = uploads._replace(
-        delta=jax.tree.map(lambda x: jnp.where(_rows(drifts > bound, x), 1e3 * x, x), uploads.delta)
-    )
-    short = {"max_step": 0.1, "max_drift": bound}
-    assert_close(_step(long, **short)[0], _step(fresh, max_step=0.1)[0])
-
-
-def _rows(which, leaf):
-    return jnp.asarray(which).reshape(-1, *[1] * (leaf.ndim - 1))
-
-
-def test_a_client_at_its_optimum_pulls_the_model_back(x64):
-    """Its update is zero, but the parameters have moved: the bounds count the way from the present ones."""
-    uploads, cohort, _, moved = _late()
-    still = uploads._replace(delta=jax.tree.map(jnp.zeros_like, uploads.delta), age=jnp.full(4, 2))
-    step, info = _step(still, max_step=5.0)
-    assert info["fallback"] == 0 and np.linalg.norm(step) > 0.01
-    dense = Dense(*cohort)
-    assert_close(step, dense.solve(0.3)(-np.einsum("c,cpq,cq->p", dense.weights, dense.each, moved)))
+    rule = aggregate.fipa(past=PastRounds("prior", rank=3))
+    never, *_, infos = _run(_parts(rule), num_rounds=3, share=0.0)
+    without, *_ = _run(_parts(rule, Channel()), num_rounds=3)
+    chex.assert_trees_all_close(never, without, rtol=1e-9, atol=1e-12)
+    assert all(not info["stale"].any() and info["drift"] == 0 for info in infos)
 
 
 def test_a_round_of_stale_clients_alone_is_skipped_and_ages_go_on(x64):
     """The history is of rounds, skipped ones too: what they leave are the parameters as they were."""
-    plan = _plan(aggregate.fipa(max_drift=1e-12, max_step=0.0), late=MOST)
-    found, sent, infos = _run(plan, share=1.0)
-    for k, (results, info) in enumerate(zip(sent, infos, strict=True)):
-        began = [found[max(k - age, 0)] for age in results.age]
+    rule = aggregate.fipa(late=LateUpdates(max_drift=1e-12), limits=Limits(max_step=0.0))
+    found, _, ages, infos = _run(_parts(rule), share=1.0)
+    for k, (age_of, info) in enumerate(zip(ages, infos, strict=True)):
+        began = [found[max(k - age, 0)] for age in age_of]
         moved = [any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (x, found[k])), strict=True)) for x in began]
         np.testing.assert_array_equal(info["stale"], moved)
         assert info["skipped"] == all(moved)
     assert any(info["skipped"] for info in infos) and not all(info["skipped"] for info in infos)
-
-
-def test_quadratic_losses_do_not_age(x64):
-    """With its target transported a client may be as late as it likes: the step is that of the present parameters."""
-    draw = np.random.default_rng(5)
-    roots, best = draw.normal(size=(4, SIZE, SIZE)), draw.normal(size=(4, SIZE))
-    each, theta = np.einsum("mpq,mrq->mpr", roots, roots), draw.normal(size=SIZE)
-    values, basis = (x[..., ::-1] for x in np.linalg.eigh(each))
-    regular = each + 0.3 * np.eye(SIZE)
-    delta_at = lambda at: -np.linalg.solve(regular, np.einsum("mpq,mq->mp", each, at - best)[..., None])[..., 0]
-    began, counts = theta + draw.normal(size=(4, SIZE)), np.full(4, 7)
-    now = uploads_of(delta_at(np.tile(theta, (4, 1))), counts, values, basis)
-    old = uploads_of(delta_at(began), counts, values, basis)
-    old = old._replace(age=jnp.full(4, 3), moved=as_tree(theta - began))
-    assert_close(_step(old)[0], _step(now)[0])
-    assert np.linalg.norm(_step(old, transport=False)[0] - _step(now)[0]) > 0.1 * np.linalg.norm(_step(now)[0])

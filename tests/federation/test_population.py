@@ -11,10 +11,10 @@ from helpers.runs import tiny
 
 from fipa_jax.client.examples import Client, gather, present
 from fipa_jax.data.partition import Ragged, pad
-from fipa_jax.federation.client_store import Memories
+from fipa_jax.federation.client_store import HostStore
 from fipa_jax.federation.population import SPARSE, Ahead, OnHost, Resident, sample_cohort
 from fipa_jax.reporting import metrics
-from fipa_jax.run import experiment
+from fipa_jax.run import experiment, whole_run
 
 SIZES = np.array([3, 1, 5, 2, 4, 1])
 FIRST = np.concatenate([[0], np.cumsum(SIZES)])
@@ -56,7 +56,9 @@ def test_a_cohort_has_its_own_examples_and_no_others(people, ids):
 
 
 def test_figures_of_all_clients_do_not_depend_on_the_place(people, monkeypatch):
-    monkeypatch.setattr("fipa_jax.population.BLOCK", 5)  # sixteen examples: four blocks, the last one shorter
+    monkeypatch.setattr(
+        "fipa_jax.federation.population.BLOCK", 5
+    )  # sixteen examples: four blocks, the last one shorter
     evaluate = jax.jit(lambda params, data: {"loss": params * jnp.sum(data["x"], axis=1)})
     per_client = [each.means(each.values(evaluate, 2.0)) for each in people]
     chex.assert_trees_all_close(*per_client, rtol=1e-6)
@@ -66,12 +68,12 @@ def test_figures_of_all_clients_do_not_depend_on_the_place(people, monkeypatch):
 
 @pytest.mark.parametrize("term", ["none", "scaffold"])
 def test_a_run_from_the_host_is_the_run_on_the_device(tmp_path, term):
-    """To the bit, and with it what is said of every client; SCAFFOLD's memories come from the host as well."""
+    """To the bit, and with it what is said of every client; SCAFFOLD's stores come from the host as well."""
     rows = {}
     for place in ("device", "host"):
         config = tiny(cohort=2, examples_on=place, client_store=place, compare=("fipa",), precision="float64")
         config.task.num_clients, config.fipa.rounds, config.fipa.term.name = 5, 3, term
-        experiment.run(config, tmp_path / place)
+        whole_run.run(config, tmp_path / place)
         rows[place] = metrics.read(tmp_path / place / "metrics.jsonl")
         for row in rows[place]:
             for name in [name for name in row if name.startswith("seconds_")]:
@@ -97,19 +99,19 @@ def test_what_does_not_work_from_the_host_is_said_before_the_run(fields, message
         experiment.build(tiny(**({"examples_on": "host"} | fields)))
 
 
-def test_memories_are_those_last_put_and_blank_before():
+def test_stores_are_those_last_put_and_blank_before():
     blank = {"control": jnp.full([2], 7.0), "steps": jnp.zeros([], int)}
-    memories = Memories(blank)
+    stores = HostStore(blank)
     for ids in ([4, 10**6], [10**6, 3], [8, 9], [4, 3]):
-        before = memories.rows(ids)
-        memories.put(ids, jax.tree.map(lambda leaf: leaf + np.reshape(ids, [-1] + [1] * (leaf.ndim - 1)), before))
-    found = memories.rows([3, 4, 8, 10**6, 5])
+        before = stores.rows(ids)
+        stores.put(ids, jax.tree.map(lambda leaf: leaf + np.reshape(ids, [-1] + [1] * (leaf.ndim - 1)), before))
+    found = stores.rows([3, 4, 8, 10**6, 5])
     np.testing.assert_array_equal(found["steps"], [6, 8, 8, 2 * 10**6, 0])
     np.testing.assert_array_equal(found["control"], np.repeat(7.0 + found["steps"][:, None], 2, axis=1))
-    assert len(memories) == 5
+    assert len(stores) == 5
     found["control"][:] = 0
-    assert memories.rows([3])["control"].all(), "the rows are the caller's own"
-    nothing = Memories(())
+    assert stores.rows([3])["control"].all(), "the rows are the caller's own"
+    nothing = HostStore(())
     nothing.put([1, 2], ())
     assert nothing.rows([1, 7]) == ()
 

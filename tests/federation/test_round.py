@@ -12,14 +12,20 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 
 from fipa_jax import aggregate, tasks, trees
+from fipa_jax.aggregate.limits import Limits
 from fipa_jax.client import first_order as client_lib
 from fipa_jax.client import second_order, terms
 from fipa_jax.client.examples import Client, subsample
 from fipa_jax.client.local_work import Hyper
 from fipa_jax.curvature import products as curvature
 from fipa_jax.curvature import sketch
+from fipa_jax.curvature.sketcher import plain, with_rank_by_gradient
+from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
+from fipa_jax.federation import state as state_lib
+from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.federation.population import Resident
+from fipa_jax.run.programs import jitted
 
 CLIENTS, NUM_EXAMPLES, WIDTH, HIDDEN, NUM_OUTPUTS = 5, 6, 3, 4, 2
 COUNTS = np.array([6, 2, 5, 1, 4])
@@ -62,56 +68,58 @@ def _problem(num_examples=NUM_EXAMPLES, counts=COUNTS):
 
 def _rates(lr=0.1, damping=0.0, mu=1.0, lr_decay=1.0, server_lr=1.0):
     array = lambda value: jnp.asarray(value, jnp.result_type(float))
-    return rounds.Rates(Hyper(array(lr), array(damping), array(mu)), array(lr_decay), array(server_lr))
+    return Rates(Hyper(array(lr), array(damping), array(mu)), array(lr_decay), array(server_lr))
 
 
-def _plan(
-    task=NETWORK,
-    *,
-    rank=3,
-    rule=None,
-    term=None,
-    local=None,
-    cohort=CLIENTS,
-    trainable=".*",
-    solver="rows",
-    **options,
-):
-    term = term or terms.none()
-    rule = rule or (aggregate.fipa() if rank else aggregate.mean())
+def _sketcher(task, curvature, rank=3, solver="rows"):
+    """What the rule wants to know of the curvature; None if nothing."""
     makers = {
-        "none": None,
         "sketch": lambda outputs, features: sketch.make_sketch(
             outputs, task.loss, rank=rank, features=features, solver=solver
         ),
         "diagonal": lambda outputs, features: sketch.make_diagonal(outputs, task.loss),
     }
+    return None if curvature == "none" else plain(makers[curvature])
+
+
+def _parts(task=NETWORK, *, rank=3, rule=None, term=None, local=None, cohort=CLIENTS, solver="rows", **fields):
+    term = term or terms.none()
+    rule = rule or (aggregate.fipa() if rank else aggregate.mean())
     first_order = client_lib.first_order(task.loss, task.augment, batch_size=2, epochs=2, term=term)
-    return rounds.Plan(
+    return Parts(
         task=task,
         local=local or first_order,
         term=term,
-        sketch=makers[rule.curvature],
+        sketcher=_sketcher(task, rule.needs.curvature, rank, solver),
         aggregator=rule,
-        server=options.pop("server", optax.identity()),
         num_clients=CLIENTS,
         cohort=cohort,
-        trainable=trainable,
-        **options,
+        **{"server": optax.identity()} | fields,
     )
 
 
-def _run(plan, num_rounds, rates=None, problem=None, state=None, step=None):
+def _first(parts, round=0, seed=0):
+    """The state before a round."""
+    return parts_lib.init(parts, parts.task.init(jax.random.key(seed)), round)
+
+
+@functools.cache
+def _round(parts):
+    return jax.jit(functools.partial(rounds.whole_round, parts))
+
+
+def _run(parts, num_rounds, rates=None, problem=None, state=None, step=None):
     """(state, [info of each round])."""
     data, clients = problem or _problem()
-    stages = rounds.make_stages(plan)
-    step = step or jax.jit(rounds.compose(stages))
-    state = state or stages.init(plan.task.init(jax.random.key(0)))
-    infos = []
+    step, state, infos = step or _round(parts), state or _first(parts), []
     for _ in range(num_rounds):
         state, info = step(state, rates or _rates(), data, clients, jax.random.key(ROOT))
         infos.append(jax.device_get(info))
     return state, infos
+
+
+# Momentum on the server, controls of the clients, half of them a round: everything that a state can hold.
+FULL = _parts(term=terms.scaffold(), cohort=3, server=optax.trace(0.9))
 
 
 def _mesh(devices):
@@ -121,35 +129,33 @@ def _mesh(devices):
 @functools.cache
 def _two_rounds(chunk, devices):
     """The parameters; the state's places must be a fixed point of the round, or it would compile more than once."""
-    plan = _plan(chunk=chunk, mesh=_mesh(devices) if devices else None)
-    stages = rounds.make_stages(plan)
-    first = stages.init(plan.task.init(jax.random.key(0)))
-    state, _ = _run(plan, 2, state=first)
+    parts = _parts(chunk=chunk, mesh=_mesh(devices) if devices else None)
+    first = _first(parts)
+    state, _ = _run(parts, 2, state=first)
     for before, after in zip(jax.tree.leaves(first), jax.tree.leaves(state), strict=True):
         assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
     return jax.device_get(state.params)
 
 
-def test_memories_on_the_host_do_not_change_a_run(x64):
+def test_stores_on_the_host_do_not_change_a_run(x64):
     """Stage by stage as a run does it: of all clients' controls the device sees those of the cohort alone."""
-    plan = _plan(term=terms.scaffold(), cohort=3, server=optax.trace(0.9))
-    wanted, _ = _run(plan, 3)
-    stages = rounds.make_stages(plan)
-    draw, train, sketch, aggregate_ = map(jax.jit, stages[1:-1])
+    wanted, _ = _run(FULL, 3)
+    stages, rates = jitted(FULL), _rates()
     people, root = Resident(*_problem()), jax.random.key(ROOT)
-    state, drawn = stages.init(plan.task.init(jax.random.key(0)), on_host=True), set()
+    state, drawn = parts_lib.init(FULL, NETWORK.init(jax.random.key(0)), on_host=True), set()
     for _ in range(3):
-        cohort = people.cohort(draw(state.round, root))
-        seen = rounds.fetch(state, cohort.ids)
-        assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(seen.memory))
-        results = train(seen, _rates(), cohort, root)
-        sketches = sketch(seen, _rates(), cohort, results, root)
-        seen, _ = aggregate_(seen, _rates(), cohort, results, sketches)
-        state = rounds.keep(state, seen, cohort.ids)
-        drawn |= set(cohort.ids.tolist())
-        assert len(state.memory) == len(drawn)
-    state = state._replace(memory=state.memory.rows(np.arange(CLIENTS)))
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(state.memory))
+        ids, orders = stages.draw(state.round, rates, root)
+        cohort = people.cohort(ids)._replace(orders=orders)
+        seen = state_lib.fetch(state, ids)
+        assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(seen.store))
+        results = stages.train(seen, rates, cohort, root)
+        sketches = stages.sketch(seen, rates, cohort, results, root)
+        seen, _ = stages.serve(seen, rates, cohort, results, sketches)
+        state = state_lib.keep(state, seen, ids)
+        drawn |= set(ids.tolist())
+        assert len(state.store) == len(drawn)
+    state = state._replace(store=state.store.rows(np.arange(CLIENTS)))
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(state.store))
     chex.assert_trees_all_close(jax.device_get(state), jax.device_get(wanted), rtol=1e-9, atol=1e-12)
 
 
@@ -166,11 +172,12 @@ def test_devices_do_not_change_a_bit_of_a_run(x64, devices):
 
 def test_a_round_compiles_once_and_a_resume_is_exact(x64):
     """Momentum on the server, controls of the clients, half of them a round: everything that a state can hold."""
-    plan = _plan(term=terms.scaffold(), cohort=3, server=optax.trace(0.9))
-    stages = rounds.make_stages(plan)
     chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(rounds.compose(stages), 1))
-    run = functools.partial(_run, plan, step=step)
+
+    def once(*args):
+        return rounds.whole_round(FULL, *args)
+
+    run = functools.partial(_run, FULL, step=jax.jit(chex.assert_max_traces(once, 1)))
     straight, infos = run(4)
     stopped, _ = run(2)
     restored = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), stopped)
@@ -186,14 +193,13 @@ def test_a_round_compiles_once_and_a_resume_is_exact(x64):
     ids = [tuple(info["ids"]) for info in infos]
     assert all(len(set(cohort)) == 3 and set(cohort) <= set(range(CLIENTS)) for cohort in ids)
     assert len(set(ids)) > 1, "all rounds have the same cohort"
-    later = stages.init(plan.task.init(jax.random.key(9)), 2)
-    assert [tuple(info["ids"]) for info in run(2, state=later)[1]] == ids[2:]
+    assert [tuple(info["ids"]) for info in run(2, state=_first(FULL, 2, seed=9))[1]] == ids[2:]
 
     # SCAFFOLD: the server's control stays the mean of all clients' own, and those that were never drawn hold zero.
     chex.assert_trees_all_close(
-        straight.shared, jax.tree.map(lambda m: m.mean(axis=0), straight.memory), rtol=1e-10, atol=1e-13
+        straight.shared, jax.tree.map(lambda m: m.mean(axis=0), straight.store), rtol=1e-10, atol=1e-13
     )
-    norms = np.linalg.norm(jax.vmap(lambda m: ravel_pytree(m)[0])(straight.memory), axis=1)
+    norms = np.linalg.norm(jax.vmap(lambda m: ravel_pytree(m)[0])(straight.store), axis=1)
     np.testing.assert_array_equal(norms > 0, np.isin(np.arange(CLIENTS), np.concatenate(ids)))
 
 
@@ -202,50 +208,44 @@ def test_controls_of_clients_without_work_or_sense_are_kept(x64):
     counts = np.array([6, 0, 5, 1, 4])
     data, clients = _problem(counts=counts)
     broken = data | {"x": data["x"].at[clients.indices[3, 0]].set(jnp.nan)}
-    plan = _plan(term=terms.scaffold())
-    step = jax.jit(rounds.compose(rounds.make_stages(plan)))
-    state, infos = _run(plan, 2, problem=(broken, clients), step=step)
+    parts = _parts(term=terms.scaffold())
+    state, infos = _run(parts, 2, problem=(broken, clients))
     chex.assert_tree_all_finite(state)
     np.testing.assert_array_equal(infos[-1]["rejected"], np.arange(CLIENTS) == 3)
     chex.assert_trees_all_equal(
-        jax.tree.map(lambda m: m[jnp.array([1, 3])] != 0, state.memory),
-        jax.tree.map(lambda m: jnp.zeros([2, *m.shape[1:]], bool), state.memory),
+        jax.tree.map(lambda m: m[jnp.array([1, 3])] != 0, state.store),
+        jax.tree.map(lambda m: jnp.zeros([2, *m.shape[1:]], bool), state.store),
     )
     chex.assert_trees_all_close(
-        state.shared, jax.tree.map(lambda m: m.mean(axis=0), state.memory), rtol=1e-10, atol=1e-13
+        state.shared, jax.tree.map(lambda m: m.mean(axis=0), state.store), rtol=1e-10, atol=1e-13
     )
-    without, _ = _run(
-        plan, 2, problem=(data, clients._replace(num_examples=clients.num_examples.at[3].set(0))), step=step
-    )
+    without, _ = _run(parts, 2, problem=(data, clients._replace(num_examples=clients.num_examples.at[3].set(0))))
     chex.assert_trees_all_close(state, without, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("rank", [0, 3], ids=["mean", "fipa"])
 def test_only_trainable_leaves_move(x64, rank):
-    plan = _plan(rank=rank, trainable="^head/", local=None)
-    start = plan.task.init(jax.random.key(0))
-    state, _ = _run(plan, 2)
+    parts = _parts(rank=rank, trainable="^head/")
+    start = NETWORK.init(jax.random.key(0))
+    state, _ = _run(parts, 2)
     chex.assert_trees_all_equal(state.params["body"], start["body"])
     for name, leaf in state.params["head"].items():
         assert np.all(leaf != start["head"][name]), name
 
 
 def test_a_pattern_that_matches_nothing_is_an_error():
-    plan = _plan(trainable="haed")
     with pytest.raises(ValueError, match=r"trainable: no parameter path matches 'haed'.*body/b.*head/w"):
-        rounds.make_stages(plan).init(plan.task.init(jax.random.key(0)), CLIENTS)
+        _first(_parts(trainable="haed"))
 
 
 def test_rates_scale_what_they_name(x64):
     """One local step on all examples, FedAvg: the round is linear in both learning rates."""
     local = client_lib.first_order(NETWORK.loss, NETWORK.augment, batch_size=0, epochs=1)
-    plan = _plan(rank=0, local=local)
-    stages = rounds.make_stages(plan)
-    step = jax.jit(rounds.compose(stages))
-    start = plan.task.init(jax.random.key(0))
+    parts = _parts(rank=0, local=local)
+    start = NETWORK.init(jax.random.key(0))
 
     def moved(round, **rates):
-        state, _ = _run(plan, 1, rates=_rates(**rates), state=stages.init(start, round), step=step)
+        state, _ = _run(parts, 1, rates=_rates(**rates), state=_first(parts, round))
         return jax.tree.map(lambda a, b: a - b, state.params, start)
 
     data, clients = _problem()
@@ -257,30 +257,24 @@ def test_rates_scale_what_they_name(x64):
         chex.assert_trees_all_close(moved(round, lr_decay=decay, server_lr=server), wanted, rtol=1e-9, atol=1e-14)
 
 
-@functools.cache
-def _staged(*options):
-    """(plan, its stages compiled) of `_plan` with these pairs of options."""
-    plan = _plan(**dict(options))
-    stages = rounds.make_stages(plan)
-    return plan, rounds.Stages(stages.init, *map(jax.jit, stages[1:-1]), plan)
+FIPA = _parts()
+STAGES = functools.cache(jitted)
 
 
-def _first_sketches(options, problem):
+def _first_sketches(parts, problem):
     """(state, cohort, results, sketches) of the first round; the sketches with a clients axis."""
-    root = jax.random.key(ROOT)
-    plan, stages = _staged(*options)
-    state = stages.init(plan.task.init(jax.random.key(0)))
-    cohort = Resident(*problem).cohort(stages.draw(state.round, root))
-    results = _staged()[1].train(state, _rates(), cohort, root)  # the same for all of these plans
-    return state, cohort, results, stages.sketch(state, _rates(), cohort, results, root)
+    root, rates, stages = jax.random.key(ROOT), _rates(), STAGES(parts)
+    state = _first(parts)
+    cohort = Resident(*problem).cohort(stages.draw(state.round, rates, root)[0])
+    results = STAGES(FIPA).train(state, rates, cohort, root)  # the same for all of these parts
+    return state, cohort, results, stages.sketch(state, rates, cohort, results, root)
 
 
 @pytest.mark.parametrize(("at", "chunk"), [("broadcast", 1), ("local", 0)])
 def test_curvature_is_seen_where_the_rule_wants_it(x64, at, chunk):
     """At the broadcast parameters, or at each client's own after its training; in any chunks."""
     data, clients = problem = _problem()
-    options = ("rule", aggregate.diagonal(at=at)), ("chunk", chunk)
-    state, _, results, found = _first_sketches(options, problem)
+    state, _, results, found = _first_sketches(_parts(rule=aggregate.diagonal(at=at), chunk=chunk), problem)
     moved = trees.replace(state.params, results.delta)
     own = jax.tree.map(lambda leaf, delta: leaf[None] + delta * (at == "local"), state.params, moved)
     diagonal = curvature.make_ggn_diagonal(lambda params, batch: _network(params, batch)[0], _half_squared)
@@ -297,9 +291,11 @@ def test_the_rank_adapts_to_the_gradients(x64, broken):
     if broken:
         data = data | {"y": data["y"].at[clients.indices[2, 0]].set(jnp.nan)}
     scale, problem = 0.2, (data, clients)
-    state, cohort, results, whole = _first_sketches((), problem)
-    *_, cut = _first_sketches((("gradient_scale", scale),), problem)
-    _, info = _staged()[1].aggregate(state, _rates(), cohort, results, cut)
+    state, cohort, results, whole = _first_sketches(FIPA, problem)
+    by_gradient = with_rank_by_gradient(FIPA.sketcher, NETWORK.loss, scale)
+    *_, cut = _first_sketches(FIPA._replace(sketcher=by_gradient), problem)
+    start = jax.tree.map(jnp.copy, state)  # `serve` takes its place
+    _, info = STAGES(FIPA).serve(start, _rates(), cohort, results, cut)
     there = np.arange(CLIENTS) != 2 if broken else np.full(CLIENTS, True)
     np.testing.assert_array_equal(info["rejected"], ~there)
     gradient = curvature.make_gradient(lambda params, batch: _network(params, batch)[0], _half_squared)
@@ -316,29 +312,30 @@ def test_the_rank_adapts_to_the_gradients(x64, broken):
 
 def test_auto_takes_any_task(x64):
     """The last layer by its closed form, and by another way a network without features."""
-    plan = _plan(solver="auto", rank=8, trainable="^head/")
-    state, (info,) = _run(plan, 1)
-    by_rows, _ = _run(plan._replace(sketch=_plan(rank=8).sketch), 1)
+    parts = _parts(solver="auto", rank=8, trainable="^head/")
+    state, (info,) = _run(parts, 1)
+    by_rows, _ = _run(parts._replace(sketcher=_parts(rank=8).sketcher), 1)
     chex.assert_trees_all_close(state.params, by_rows.params, rtol=1e-2, atol=1e-3)
     assert 0.99 < info["captured"] <= 1 + 1e-12 and info["sketches_unconverged"] == 0
-    stages = rounds.make_stages(_plan(LINEAR, solver="auto"))
-    state = stages.init(LINEAR.init(jax.random.key(0)))
-    jax.eval_shape(rounds.compose(stages), state, _rates(), *_problem(), jax.random.key(ROOT))
+    parts = _parts(LINEAR, solver="auto")
+    jax.eval_shape(
+        functools.partial(rounds.whole_round, parts), _first(parts), _rates(), *_problem(), jax.random.key(ROOT)
+    )
 
 
 def _exact(task, rank):
     """FIPA's pinv with exact local Gauss-Newton solves and full-rank sketches."""
-    rule = aggregate.fipa("pinv", rcond=1e-10, max_step=1e9)
-    return _plan(task, rank=rank, rule=rule, local=second_order.gauss_newton(task.loss, task.augment, steps=1))
+    rule = aggregate.fipa("pinv", rcond=1e-10, limits=Limits(max_step=1e9))
+    return _parts(task, rank=rank, rule=rule, local=second_order.gauss_newton(task.loss, task.augment, steps=1))
 
 
 def test_exact_local_gauss_newton_gives_the_centralised_step(x64):
     """Two examples and two outputs a client: D = 20 < P = 26, hence the least-norm step of the pooled problem."""
     num_examples = 2
-    plan = _exact(NETWORK, rank=num_examples * NUM_OUTPUTS)
+    parts = _exact(NETWORK, rank=num_examples * NUM_OUTPUTS)
     data, _ = problem = _problem(num_examples, np.full(CLIENTS, num_examples))
-    start = plan.task.init(jax.random.key(0))
-    state, infos = _run(plan, 1, rates=_rates(lr=1.0, damping=0.0), problem=problem)
+    start = NETWORK.init(jax.random.key(0))
+    state, infos = _run(parts, 1, rates=_rates(lr=1.0, damping=0.0), problem=problem)
     flat, unravel = ravel_pytree(start)
     residual = jax.jit(lambda theta: (_network(unravel(theta), data)[0] - data["y"]).reshape(-1))
     jacobian, error = np.asarray(jax.jit(jax.jacobian(residual))(flat)), np.asarray(residual(flat))
@@ -354,8 +351,8 @@ def test_exact_local_gauss_newton_gives_the_centralised_step(x64):
 def test_least_squares_is_solved_in_one_round(x64):
     """Ragged clients, each with more examples than parameters; damping only so that its own system is regular."""
     problem = data, clients = _problem(12, np.array([12, 6, 9, 7, 10]))
-    plan, damping = _exact(LINEAR, rank=(WIDTH + 1) * NUM_OUTPUTS), 1e-9
-    state, infos = _run(plan, 1, rates=_rates(lr=1.0, damping=damping), problem=problem)
+    parts, damping = _exact(LINEAR, rank=(WIDTH + 1) * NUM_OUTPUTS), 1e-9
+    state, infos = _run(parts, 1, rates=_rates(lr=1.0, damping=damping), problem=problem)
     own = np.asarray(clients.indices)[np.arange(12)[None] < np.asarray(clients.num_examples)[:, None]]
     x, y = np.asarray(data["x"])[own], np.asarray(data["y"])[own]
     solution = np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=None)[0]

@@ -9,11 +9,15 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import aggregate, tasks
+from fipa_jax.aggregate.limits import Limits
 from fipa_jax.client import second_order, terms
 from fipa_jax.client.examples import Client
-from fipa_jax.client.local_work import Hyper
+from fipa_jax.client.local_work import Hyper, with_initial_loss
 from fipa_jax.curvature import sketch
-from fipa_jax.federation import round as rounds
+from fipa_jax.curvature.sketcher import plain
+from fipa_jax.federation import parts as parts_lib
+from fipa_jax.federation.parts import Parts, Rates
+from fipa_jax.federation.round import whole_round
 
 COUNTS = np.array([6, 3, 5])  # examples of the clients, padded to 6
 RANK = 6  # of the curvature of the largest client: one output for each example
@@ -47,23 +51,29 @@ def problem():
 
 def rates(lr=1.0):
     array = lambda value: jnp.asarray(value, float)
-    return rounds.Rates(Hyper(array(lr), array(123.0), array(0.0)), array(1.0), array(1.0))
+    return Rates(Hyper(array(lr), array(123.0), array(0.0)), array(1.0), array(1.0))
+
+
+def sketcher(rank=RANK):
+    """Exact sketches of this rank."""
+    return plain(lambda outputs, features: sketch.make_sketch(outputs, TASK.loss, rank=rank, solver="rows"))
 
 
 @functools.cache
-def plan(trust=True):
+def parts():
     """One Gauss-Newton step a round with the server's damping, which is to be put into the state; exact sketches."""
-    return rounds.Plan(
+    rule = aggregate.fipa(relative=False, limits=Limits(max_step=0.0), trust=True)
+    local = second_order.gauss_newton(TASK.loss, TASK.augment, steps=1, tries=0)
+    return Parts(
         task=TASK,
-        local=second_order.gauss_newton(TASK.loss, TASK.augment, steps=1, tries=0),
+        local=with_initial_loss(local, TASK.loss),
         term=terms.none(),
-        sketch=lambda outputs, features: sketch.make_sketch(outputs, TASK.loss, rank=RANK, solver="rows"),
-        aggregator=aggregate.fipa(relative=False, max_step=0.0, trust=trust),
+        sketcher=sketcher(),
+        aggregator=rule,
         server=optax.identity(),
         num_clients=len(COUNTS),
         cohort=len(COUNTS),
-        trainable=".*",
-        matched=True,
+        announce=rule.announce,
     )
 
 
@@ -74,16 +84,15 @@ def start():
 
 @functools.cache
 def _compiled():
-    stages = rounds.make_stages(plan())
-    return stages, jax.jit(rounds.compose(stages))
+    return jax.jit(functools.partial(whole_round, parts()))
 
 
 @functools.cache
 def run(damping, num_rounds):
     """([parameters before each round and after the last], [info of each round])."""
-    stages, step = _compiled()
-    state = stages.init(TASK.init(None))
-    state = state._replace(aggregator=state.aggregator._replace(damping=jnp.asarray(damping, float)))
+    step, state = _compiled(), parts_lib.init(parts(), TASK.init(None))
+    hyper = state.aggregator.hyper | {"damping": jnp.asarray(damping, float)}
+    state = state._replace(aggregator=state.aggregator._replace(hyper=hyper))
     visited, infos = [np.asarray(ravel_pytree(state.params)[0])], []
     for _ in range(num_rounds):
         state, info = step(state, rates(), *problem(), jax.random.key(0))

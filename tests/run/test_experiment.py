@@ -11,14 +11,16 @@ import pytest
 from helpers.runs import tiny
 
 from fipa_jax import aggregate, tasks
-from fipa_jax.aggregate import uploads
+from fipa_jax.aggregate.rules import Needs
+from fipa_jax.aggregate.screening import REASONS
 from fipa_jax.client import terms
 from fipa_jax.client.local_work import LocalResult
 from fipa_jax.curvature import sketch
-from fipa_jax.federation import round as rounds
+from fipa_jax.curvature.sketcher import Sketcher
+from fipa_jax.federation.state import State
 from fipa_jax.reporting import console as report
 from fipa_jax.reporting import metrics
-from fipa_jax.run import experiment, loop
+from fipa_jax.run import experiment, programs, whole_run
 from fipa_jax.saving.model_files import export, load
 
 
@@ -30,7 +32,7 @@ def figures(workdir):
 
 def test_the_number_of_devices_changes_nothing(tmp_path):
     for devices in (1, 2):
-        experiment.run(tiny(devices=devices), tmp_path / str(devices))
+        whole_run.run(tiny(devices=devices), tmp_path / str(devices))
     assert figures(tmp_path / "1") == figures(tmp_path / "2")
 
 
@@ -54,7 +56,7 @@ def test_a_client_of_nan_is_reported_and_every_rule_goes_on_without_it(tmp_path,
         "fisher_diagonal",
         "fipa:sketch.solver=rows:sketch.gradient_scale=0.1:sketch.store=bfloat16:trainable=Dense_1/",
     )
-    experiment.run(tiny(compare=rules), tmp_path)
+    whole_run.run(tiny(compare=rules), tmp_path)
     rows = {row["run"]: row for row in figures(tmp_path)}
     assert list(rows) == list(rules)
     for name, row in rows.items():
@@ -87,19 +89,17 @@ def test_a_flag_is_counted_in_the_row_and_warned_of_in_words(flag, caplog):
     assert (wanted in caplog.text) == (flag != "rank_deficient")
 
 
-@pytest.mark.parametrize("reason", uploads.REASONS)
+@pytest.mark.parametrize("reason", REASONS)
 def test_a_client_left_out_is_counted_and_named_with_its_reason(reason, caplog):
     there = np.array([False, True, True])
-    blank = {name: np.zeros(3, bool) for name in uploads.REASONS}
+    blank = {name: np.zeros(3, bool) for name in REASONS}
     info = _info() | {"rejected": there, "reasons": blank | {reason: there}, "absent": ~there, "capped": ~there}
     row = report.figures(info)
-    assert {name: row[f"rejected_{name}"] for name in uploads.REASONS} == {
-        n: 2 * (n == reason) for n in uploads.REASONS
-    }
+    assert {name: row[f"rejected_{name}"] for name in REASONS} == {n: 2 * (n == reason) for n in REASONS}
     assert row["clients_rejected"] == 2 and row["clients_absent"] == row["clients_capped"] == 1
     assert not {"reasons", "absent", "capped"} & set(row)
     report.warn("fipa", 4, info, Counter())
-    assert f"fipa, round 4: clients [8, 9]: left out: {uploads.REASONS[reason]}" in caplog.text
+    assert f"fipa, round 4: clients [8, 9]: left out: {REASONS[reason]}" in caplog.text
     assert "round 4: clients [7]: take no part" in caplog.text and "clients [7]: eigenvalues scaled" in caplog.text
     assert len(caplog.records) == 3
 
@@ -140,13 +140,14 @@ def test_bytes_count_the_pairs_that_are_kept_and_what_their_choice_takes():
     params = {"a": jnp.zeros([6]), "b": jnp.zeros([4])}
     delta = {name: jnp.zeros([clients, *leaf.shape]) for name, leaf in params.items()}
     results = LocalResult(delta, (), jnp.zeros(clients))
-    state = rounds.State(params, (), (), (), (), jnp.int32(0))
-    plan = types.SimpleNamespace(trainable=".*", cohort=clients, gradient_scale=0.0, term=terms.none())
+    state = State(params, (), (), (), (), jnp.int32(0))
+    rule, plain = aggregate.mean(), Sketcher(of_client=None)
+    parts = types.SimpleNamespace(trainable=".*", cohort=clients, term=terms.none(), aggregator=rule, sketcher=plain)
     model = clients * size * 4
 
     def up(sketches, **changes):
         kept = {"sketch_pairs": jnp.sum(sketches.eigenvalues > 0)} if isinstance(sketches, sketch.Sketch) else {}
-        traffic = loop.traffic_of(state, results, sketches, types.SimpleNamespace(**vars(plan) | changes))(kept)
+        traffic = programs.traffic_of(state, results, sketches, types.SimpleNamespace(**vars(parts) | changes))(kept)
         assert traffic["bytes_down"] == model
         return traffic["bytes_up"]
 
@@ -155,11 +156,13 @@ def test_bytes_count_the_pairs_that_are_kept_and_what_their_choice_takes():
     for dtype, bytes_each in ((jnp.float32, 4), (jnp.bfloat16, 2)):
         sent = sketch.Sketch(eigenvalues, jnp.zeros([clients, size, rank], dtype))
         assert up(sent) == model + 4 * (4 + size * bytes_each)
-        assert up(sent, gradient_scale=1.0) == 2 * model + 4 * (4 + size * bytes_each)
+        assert up(sent, sketcher=plain._replace(sends_gradient=True)) == 2 * model + 4 * (4 + size * bytes_each)
     small = sketch.Report(jnp.zeros([clients, rank]), *[jnp.zeros(clients, jnp.int32)] * 4, {})
     assert up(sketch.Sketch(0 * eigenvalues, sent.basis, small)) == model + clients * 4 * (rank + 4)
-    results = results._replace(before=jnp.zeros(clients))  # the losses that a rule asks for
-    assert up(None) == model + clients * 4
+    results = results._replace(before=jnp.zeros(clients), damping=jnp.zeros(clients))  # sent to a rule that asks
+    assert up(None) == model
+    for needs, numbers in ((Needs(loss=True), 1), (Needs(damping=True), 1), (Needs(loss=True, damping=True), 2)):
+        assert up(None, aggregator=rule._replace(needs=needs)) == model + numbers * clients * 4
 
 
 def test_bytes_kept_are_those_of_rule_optimiser_and_what_the_server_remembers_of_clients():
@@ -167,9 +170,9 @@ def test_bytes_kept_are_those_of_rule_optimiser_and_what_the_server_remembers_of
     results = LocalResult(jax.tree.map(lambda leaf: leaf[None], params), (), jnp.zeros(1))
 
     def kept(term, aggregator=(), server=()):
-        state = rounds.State(params, aggregator, server, (), term.init(params), jnp.int32(0))
-        fields = {"trainable": ".*", "cohort": 1, "num_clients": 7, "gradient_scale": 0.0, "term": term}
-        return loop.traffic_of(state, results, None, types.SimpleNamespace(**fields))({})["bytes_kept"]
+        state = State(params, aggregator, server, (), term.init(params), jnp.int32(0))
+        fields = {"trainable": ".*", "cohort": 1, "num_clients": 7, "term": term, "aggregator": aggregate.mean()}
+        return programs.traffic_of(state, results, None, types.SimpleNamespace(**fields))({})["bytes_kept"]
 
     assert kept(terms.none()) == kept(terms.scaffold()) == 0
     assert kept(terms.none(), jnp.zeros(5), jnp.zeros(3)) == 4 * (5 + 3)
@@ -179,25 +182,25 @@ def test_bytes_kept_are_those_of_rule_optimiser_and_what_the_server_remembers_of
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"--workdir: .* holds 'thesis\.tex'"):
-        experiment.run(tiny(), tmp_path)
+        whole_run.run(tiny(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_rules_share_a_program_only_where_their_numbers_are_traced(tmp_path, monkeypatch):
     """A rule that closes over a number is compiled for each of its values; FIPA keeps its numbers in its state."""
 
-    def scaled(max_step):
+    def scaled(limits):
         mean = aggregate.mean()
 
-        def apply(uploads, state, params):
-            step, state, info = mean.apply(uploads, state, params)
-            return {path: max_step * leaf for path, leaf in step.items()}, state, info
+        def apply(received, state, params):
+            step, state, info = mean.apply(received, state, params)
+            return {path: limits.max_step * leaf for path, leaf in step.items()}, state, info
 
         return mean._replace(apply=apply)
 
     monkeypatch.setitem(aggregate.AGGREGATORS, "scaled", scaled)
     config = tiny(compare=("fipa:aggregator.name=scaled:aggregator.limits.max_step=0", "fipa:aggregator.name=scaled"))
-    still, moved = experiment.run(config, tmp_path)["runs"].values()
+    still, moved = whole_run.run(config, tmp_path)["runs"].values()
     assert still["final"] != moved["final"]
 
     fipa = experiment.build(tiny(compare=("fipa", "fipa:aggregator.damping=0.5", "fipa:aggregator.limits.max_step=1")))
@@ -228,7 +231,7 @@ def test_a_phase_on_cached_features_is_the_same_phase(tmp_path):
     ]
     config = tiny(compare=tuple(specs), precision="float64")
     config.warmup.rounds = 1
-    runs = experiment.run(config, tmp_path)["runs"]
+    runs = whole_run.run(config, tmp_path)["runs"]
     plain, cached = (runs[spec]["final"] for spec in specs[:2])
     assert plain != runs["fedavg"]["final"]
     for name, value in plain.items():
@@ -257,7 +260,7 @@ def test_every_term_learns_under_every_rule(tmp_path):
     pairs = [f"{rule}:term.name={term}" for rule in rules for term in names]
     config = tiny(compare=tuple(pairs))
     config.fipa.rounds, config.fipa.term.mu, config.fipa.local.lr = 6, 0.1, 0.05
-    experiment.run(config, tmp_path)
+    whole_run.run(config, tmp_path)
     rows = metrics.read(tmp_path / "metrics.jsonl")
     for pair in pairs:
         losses = [row["test_mse"] for row in rows if row["run"] == pair]

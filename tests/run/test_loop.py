@@ -12,8 +12,7 @@ from fipa_jax import tasks
 from fipa_jax.config import methods as compared
 from fipa_jax.federation import round as rounds
 from fipa_jax.reporting import metrics
-from fipa_jax.run import experiment, loop
-from fipa_jax.run import parts as phase
+from fipa_jax.run import experiment, loop, places, whole_run
 from fipa_jax.saving.journal import Rows
 from fipa_jax.saving.model_files import load
 
@@ -31,22 +30,17 @@ def _phase(config, monkeypatch, rule):
     """(rows, how often a round had been traced at each of them) of a compared method, and the parameters."""
     with jax.enable_x64(True):
         built = experiment.build(config)
-        traces, compose = [0], rounds.compose
+        traces, whole_round = [0], rounds.whole_round
 
-        def counted(stages):
-            round_ = compose(stages)
-
-            def call(*given):
-                traces[0] += 1
-                return round_(*given)
-
-            return call
+        def counted(*given):
+            traces[0] += 1
+            return whole_round(*given)
 
         class Counting(Rows):
             def write(self, row):
                 self.append((row, traces[0]))
 
-        monkeypatch.setattr(rounds, "compose", counted)
+        monkeypatch.setattr(rounds, "whole_round", counted)
         settings, written = compared.method(config, rule), Counting()
         params = loop.run_phase(built, settings, rule, built.params, config.first_round, written)
         again = loop.run_phase(built, settings, rule, built.params, config.first_round, Rows())
@@ -63,7 +57,7 @@ def _phase(config, monkeypatch, rule):
     ],
 )
 def test_many_rounds_in_a_call_are_the_same_rounds(monkeypatch, rule):
-    """Rows, dues, bytes of ranks that adapt, controls or memories of a cohort, rates by the round; compiled once."""
+    """Rows, dues, bytes of ranks that adapt, controls or past rounds of a cohort, rates by the round; compiled once."""
     config = tiny(cohort=2, first_round=1)
     config.eval.every, config.eval.clients_every = 3, 2
     wanted, _, params = _phase(config, monkeypatch, rule)
@@ -114,17 +108,17 @@ def test_figures_are_due_by_the_rounds_number_and_in_the_last(every):
         np.testing.assert_array_equal(np.flatnonzero(found[1]), [0, 2, 4, 6, 7] if every else [])
 
 
-def test_memories_on_the_host_and_many_rounds_in_a_call_do_not_go_together():
+def test_stores_on_the_host_and_many_rounds_in_a_call_do_not_go_together():
     """Which is said before anything runs."""
     with jax.enable_x64(True), pytest.raises(ValueError, match=r"config\.rounds_per_call.*client_store = 'device'"):
         experiment.build(tiny(rounds_per_call=2, client_store="host"))
 
 
-def test_a_memory_without_room_is_refused_before_the_first_round(monkeypatch):
+def test_past_rounds_without_room_is_refused_before_the_first_round(monkeypatch):
     config = tiny(compare=("fipa:aggregator.past.kind=prior",))
     with jax.enable_x64(True):
         experiment.build(config)
-    monkeypatch.setattr(phase, "host_bytes", lambda: 1000)
+    monkeypatch.setattr(places, "host_bytes", lambda: 1000)
     with (
         jax.enable_x64(True),
         pytest.raises(ValueError, match=r"aggregator\.past: the rule would keep .* GiB .*past\.rank"),
@@ -147,7 +141,7 @@ def test_pooled_is_one_client_that_owns_everything(monkeypatch):
         wanted = experiment.build(config)
         chex.assert_trees_all_equal(pooled.population, wanted.population)
         assert pooled.population.num_examples.tolist() == [18]
-        assert loop.plan_of(pooled, config.fipa).cohort == loop.plan_of(wanted, config.fipa).cohort == 1
+        assert experiment.parts_of(pooled, config.fipa).cohort == experiment.parts_of(wanted, config.fipa).cohort == 1
 
 
 def test_a_centralised_rule_takes_the_step_of_all_examples_and_those_beside_it_do_not(tmp_path):
@@ -155,7 +149,7 @@ def test_a_centralised_rule_takes_the_step_of_all_examples_and_those_beside_it_d
     local = "local.optimizer=gauss_newton:local.lr=1:local.steps=1:local.damping=0.1"
     config = tiny(cohort=2, compare=(f"centralised:aggregator.name=mean:{local}", f"fedavg:{local}"))
     config.fipa.rounds = config.eval.clients_every = 1
-    experiment.run(config, tmp_path)
+    whole_run.run(config, tmp_path)
     pooled, split = metrics.read(tmp_path / "metrics.jsonl")
     assert pooled["bytes_down"] * 2 == split["bytes_down"]
     assert pooled["client_mse_std"] == 0 < split["client_mse_std"]

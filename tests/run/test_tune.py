@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import pytest
 from helpers.runs import tiny
 
-from fipa_jax.federation import round as rounds
 from fipa_jax.reporting import metrics
-from fipa_jax.run import experiment, loop, tune
-from fipa_jax.run import parts as phase
+from fipa_jax.run import experiment, tune, whole_run
+from fipa_jax.run.parts import make_rates
 
 
 @pytest.mark.parametrize(
@@ -34,14 +33,14 @@ def test_the_search_goes_as_far_as_it_pays(tmp_path, seconds, clients, best, tri
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "{broken", "\0"])
-def test_a_broken_memory_costs_a_measurement(tmp_path, text):
+def test_a_broken_file_costs_a_measurement(tmp_path, text):
     file = tmp_path / "chunks.json"
     file.write_text(text)
     assert tune.fastest_chunk(lambda chunk: chunk, 4, "key", file) == 1
     assert list(json.loads(file.read_text()).values()) == [1]
 
 
-def test_a_memory_that_cannot_be_written_is_no_error(tmp_path, caplog):
+def test_a_file_that_cannot_be_written_is_no_error(tmp_path, caplog):
     (tmp_path / "chunks.json").mkdir()
     assert tune.fastest_chunk(lambda chunk: 1 / chunk, 4, "key", tmp_path / "chunks.json") == 4
     assert "cannot be written" in caplog.text
@@ -50,16 +49,19 @@ def test_a_memory_that_cannot_be_written_is_no_error(tmp_path, caplog):
 def test_lack_of_memory_is_an_infinite_time_and_other_errors_are_errors(monkeypatch):
     config = tiny()
     run = experiment.build(config)
-    plan, rates = loop.plan_of(run, config.fipa), phase.make_rates(config.fipa, "float32")
-    measure = tune.seconds_of(plan, rates, run.params, run.population.cohort(jnp.arange(2)), run.root, repeats=1)
+    parts, rates = experiment.parts_of(run, config.fipa), make_rates(config.fipa, "float32")
+    measure = tune.seconds_of(parts, rates, run.params, run.population.cohort(jnp.arange(2)), run.root, repeats=1)
     assert 0 < measure(2) < 60
 
-    def fail(*args, text):
-        raise jax.errors.JaxRuntimeError(text)
+    def failing(text):
+        def work(*args):
+            raise jax.errors.JaxRuntimeError(text)
 
-    monkeypatch.setattr(rounds, "work", functools.partial(fail, text="RESOURCE_EXHAUSTED: 80 GiB"))
+        monkeypatch.setattr(tune, "by_clients", lambda *stages: work)
+
+    failing("RESOURCE_EXHAUSTED: 80 GiB")
     assert measure(2) == float("inf")
-    monkeypatch.setattr(rounds, "work", functools.partial(fail, text="INTERNAL: broken"))
+    failing("INTERNAL: broken")
     with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
         measure(2)
 
@@ -69,7 +71,7 @@ def test_a_run_measures_once_and_is_the_run_of_that_chunk(tmp_path, monkeypatch)
     monkeypatch.setattr(tune, "seconds_of", lambda *args: lambda chunk: 1.0 / chunk)
     losses = {}
     for chunk in (-1, 2):
-        experiment.run(tiny(chunk=chunk, compare=("fipa",)), tmp_path / f"run{chunk}")
+        whole_run.run(tiny(chunk=chunk, compare=("fipa",)), tmp_path / f"run{chunk}")
         rows = metrics.read(tmp_path / f"run{chunk}" / "metrics.jsonl")
         losses[chunk] = [row["test_mse"] for row in rows]
     assert losses[-1] == losses[2]

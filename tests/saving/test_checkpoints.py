@@ -18,7 +18,7 @@ from fipa_jax.saving.model_files import export, load
 TREE = {
     "params": {"Dense_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.full(3, -0.0)}},
     "server": {"count": np.int32(7), "half": np.ones(4, jnp.bfloat16), "mask": np.array([True, False])},
-    "memory": {"ids": np.zeros(0, np.int64), "rows": np.zeros((0, 2, 3), np.float32)},
+    "store": {"ids": np.zeros(0, np.int64), "rows": np.zeros((0, 2, 3), np.float32)},
 }
 
 

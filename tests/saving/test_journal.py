@@ -88,7 +88,7 @@ def run_until(monkeypatch, folder, rows, config=None, after=False):
 
 @pytest.mark.parametrize("after", [False, True])
 def test_a_run_killed_again_and_again_is_the_run_in_one_go(monkeypatch, tmp_path, whole, after):
-    """Rows, models and summary, to the bit: phases, memories and states of the server, of rules and of schedules."""
+    """Rows, models and summary, to the bit: phases, stores and states of the server, of rules and of schedules."""
     for _ in range(20):
         if run_until(monkeypatch, tmp_path, 2, after=after):
             break
@@ -283,10 +283,15 @@ def test_calls_end_with_rounds_that_are_evaluated(tmp_path, fields):
     rows = metrics.read(tmp_path / "metrics.jsonl")
     evaluated = [(row["test_mse"], number) for number, row in enumerate(rows, 1) if "test_mse" in row]
     assert int(checkpoint.named(tmp_path / "checkpoints")["best of fedavg"].name) == min(evaluated)[1]
-    calls = tiny(rounds_per_call=5, eval={"every": 3})
-    assert [loop.count_to(calls, k) for k in range(6)] == [4, 3, 5, 4, 3, 5]
-    calls = tiny(rounds_per_call=2, eval={"every": 10})
-    assert [loop.count_to(calls, k) for k in (0, 1, 9, 10)] == [1, 2, 2, 1]
+    many = tiny(rounds_per_call=5)
+    many.eval.every = 3
+    assert [loop.count_to(many, k) for k in range(6)] == [4, 3, 5, 4, 3, 5]
+    many.rounds_per_call, many.eval.every = 2, 10
+    assert [loop.count_to(many, k) for k in (0, 1, 9, 10)] == [1, 2, 2, 1]
+    unwatched = tiny(stage_seconds=False)
+    unwatched.eval.every = 3
+    assert [loop.count_to(unwatched, k) for k in range(4)] == [1, 3, 2, 1]
+    assert loop.count_to(tiny(), 1) == 1
 
 
 @pytest.mark.parametrize(
