@@ -14,9 +14,8 @@ from fipa_jax.client.local_work import Hyper, LocalSolver
 from fipa_jax.client.terms import Term
 from fipa_jax.curvature.sketcher import Sketcher
 from fipa_jax.federation.channel import Channel, ChannelRates
-from fipa_jax.federation.client_store import HostStore
 from fipa_jax.federation.parallel import replicate
-from fipa_jax.federation.state import State
+from fipa_jax.federation.state import HostStore, State
 
 
 class Parts(NamedTuple):

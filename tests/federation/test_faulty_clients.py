@@ -25,8 +25,8 @@ from fipa_jax.federation.channel import FAULTS, Channel, ChannelRates, FaultRate
 from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.reporting import metrics
 from fipa_jax.run import experiment, whole_run
+from fipa_jax.run.loop import Stalled, check_progress
 from fipa_jax.run.parts import TRACED
-from fipa_jax.run.stalled import Stalled, check_progress
 
 CLIENTS = 3
 NONE = dict.fromkeys(FAULTS, 0.0) | {"scale_by": 1e6}
