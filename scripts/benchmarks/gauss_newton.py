@@ -21,11 +21,11 @@ import numpy as np
 from benchmarks import timing
 from fipa_jax import trees
 from fipa_jax.config import recipes
-from fipa_jax.federation import round as rounds
+from fipa_jax.federation import parts as parts_lib
+from fipa_jax.federation.round import whole_round
 from fipa_jax.reporting import plots
 from fipa_jax.run import experiment as experiment_lib
-from fipa_jax.run import loop
-from fipa_jax.run import parts as phase
+from fipa_jax.run.parts import make_rates
 
 DEFAULT = Path(__file__).resolve().parents[2] / "configs" / "sine.py"
 
@@ -87,14 +87,14 @@ def trajectory(experiment, rank: int, K: int, substeps: int, horizon: float, *, 
     settings = experiment.config.fipa.copy_and_resolve_references()
     settings.sketch.rank = rank
     settings.local.steps, settings.local.lr = substeps, horizon / (K * substeps)
-    stages = rounds.make_stages(loop.plan_of(experiment, settings))
-    round_, rates = rounds.compose(stages), phase.make_rates(settings, experiment.config.precision)
+    parts = experiment_lib.parts_of(experiment, settings)
+    rates = make_rates(settings, experiment.config.precision)
 
     def body(state, _):
-        state, _ = round_(state, rates, *experiment.population, experiment.root)
+        state, _ = whole_round(parts, state, rates, *experiment.population, experiment.root)
         return state, trees.ravel(state.params)
 
-    start = stages.init(experiment.params)
+    start = parts_lib.init(parts, experiment.params)
     path = jax.jit(lambda state: jax.lax.scan(body, state, length=K)[1])(start)
     return np.asarray(jnp.concatenate([trees.ravel(experiment.params)[None], path]))
 

@@ -62,9 +62,11 @@ def measure(config, args) -> tuple[list[dict], str]:
     import jax
 
     from fipa_jax.config import methods as compared
-    from fipa_jax.federation import round as rounds
-    from fipa_jax.run import experiment, loop
-    from fipa_jax.run import parts as phase
+    from fipa_jax.federation import parts as parts_lib
+    from fipa_jax.federation.round import by_clients
+    from fipa_jax.federation.state import fetch
+    from fipa_jax.run import experiment, loop, programs
+    from fipa_jax.run.parts import make_rates
     from fipa_jax.saving.journal import Rows
 
     built, settings = experiment.build(config), compared.method(config, args.method)
@@ -75,21 +77,21 @@ def measure(config, args) -> tuple[list[dict], str]:
     with jax.profiler.trace(args.trace) if args.trace else contextlib.nullcontext():
         loop.run_phase(built, last, args.method, params, args.rounds, rows)
 
-    stages = rounds.make_stages(loop.plan_of(built, settings))
-    state = stages.init(params)
-    stages = loop.compiled(built, settings, stages, state)
-    cohort = built.population.cohort(stages.draw(state.round, built.root))
-    seen, rates = rounds.fetch(state, cohort.ids), phase.make_rates(settings, config.precision)
-    results, sketches = rounds.work(stages, seen, rates, cohort, built.root)
+    parts, rates = experiment.parts_of(built, settings), make_rates(settings, config.precision)
+    state = parts_lib.init(parts, params)
+    stages = programs.compiled(built.compiled, settings, parts)
+    ids, orders = stages.draw(state.round, rates, built.root)
+    cohort, seen = built.population.cohort(ids)._replace(orders=orders), fetch(state, ids)
+    results, sketches = by_clients(parts, stages.train, stages.sketch)(seen, rates, cohort, built.root)
     arguments = {
-        "train": (stages.train, seen, rates, cohort, built.root, sketches if stages.plan.sketch_first else None),
+        "train": (stages.train, seen, rates, cohort, built.root, sketches if parts.sketch_first else None),
         "sketch": (stages.sketch, seen, rates, cohort, results, built.root),
-        "aggregate": (stages.aggregate, seen, rates, cohort, results, sketches),
+        "aggregate": (stages.serve, seen, rates, cohort, results, sketches),
         "evaluate": (built.evaluate, params, built.held["test"]),
     }
     if sketches is None:
         del arguments["sketch"]
-    flops = operations(settings, stages.plan, state, cohort, sketches, arguments)
+    flops = operations(settings, parts, state, cohort, sketches, arguments)
     found = [line(stage, rows[1:], flops.get(stage), arguments.get(stage)) for stage in STAGES]
     total = sum(row["seconds"] for row in found)
     rate = lambda row: row["GFLOP"] / row["seconds"] if row["GFLOP"] and row["seconds"] else None
@@ -109,7 +111,7 @@ def line(stage: str, rows: list[dict], flops: float | None, arguments: tuple | N
     return found | {f"{part} MiB": size for part, size in sizes.items()}
 
 
-def operations(settings, plan, state, cohort, sketches, arguments: dict) -> dict:
+def operations(settings, parts, state, cohort, sketches, arguments: dict) -> dict:
     """{stage: floating-point operations of its matrix products and convolutions}."""
     import jax
     import jax.numpy as jnp
@@ -120,17 +122,17 @@ def operations(settings, plan, state, cohort, sketches, arguments: dict) -> dict
     from fipa_jax.curvature.sketch import Sketch
 
     own = gather(cohort.data, cohort.clients.indices[0])
-    restricted = chosen, outputs, _ = rules.restrict(plan.task, state.params, plan.trainable)
+    restricted = chosen, outputs, _ = rules.restrict(parts.task, state.params, parts.trainable)
     evaluate, *given = arguments["evaluate"]
     found = {"evaluate": curvature.forward_flops(evaluate, *given)}
     aggregate, *given = arguments["aggregate"]
     found["aggregate"] = curvature.forward_flops(aggregate, *given)
     local, counts = settings.local, np.asarray(cohort.clients.num_examples)
-    if local.optimizer in client.LOCAL_SOLVERS and not plan.step_scale:
+    if local.optimizer in client.LOCAL_SOLVERS and not settings.local.adaptive.scale:
         size = min(local.batch_size or own_size(own), own_size(own))
         steps = local.steps * np.ones_like(counts) if local.steps else local.epochs * -(-counts // size)
         batch = jax.tree.map(lambda field: field[:size], own)
-        gradient = jax.grad(lambda theta, batch: jnp.mean(plan.task.loss(outputs(theta, batch), batch)))
+        gradient = jax.grad(lambda theta, batch: jnp.mean(parts.task.loss(outputs(theta, batch), batch)))
         found["train"] = curvature.forward_flops(gradient, chosen, batch) * int(steps.sum())
     if isinstance(sketches, Sketch):
         mine = jax.tree.map(lambda field: field[: settings.sketch.examples or None], own)
