@@ -13,8 +13,8 @@ PyTorch is measured where it is installed. Images are random: nothing is downloa
 
 import argparse
 import json
+import runpy
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,21 +26,20 @@ config_lib.prepare_process()
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for configs
-
 from benchmarks import setting, timing  # noqa: E402
 from benchmarks.round import describe, problem  # noqa: E402
 
-from configs import tiny_imagenet  # noqa: E402
 from fipa_jax import aggregate, curvature, trees  # noqa: E402
 from fipa_jax.client.examples import Client  # noqa: E402
 from fipa_jax.client.first_order import first_order  # noqa: E402
+from fipa_jax.config import recipes  # noqa: E402
 from fipa_jax.federation.parallel import map_clients  # noqa: E402
 from fipa_jax.models import networks  # noqa: E402
 from fipa_jax.run import experiment, loop, whole_run  # noqa: E402
 from fipa_jax.saving.journal import Rows  # noqa: E402
 from fipa_jax.tasks import Problem, images  # noqa: E402
+
+CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "tiny_imagenet.py")
 
 
 def main():
@@ -194,7 +193,7 @@ def torch_rates(args, module, params) -> dict[str, float]:
 
 def fipa(tiny: bool) -> dict:
     """Median seconds of each stage of a round of `fipa_memory` on a whole CNN, ten clients."""
-    config = tiny_imagenet.recipes.images("cifar10", "cnn_6k" if tiny else "cnn_200k")
+    config = recipes.images("cifar10", "cnn_6k" if tiny else "cnn_200k")
     config.partition.num_clients, config.cohort = (4, 2) if tiny else (20, 10)
     config.warmup.rounds, config.fipa.rounds, config.compare = 0, 3 if tiny else 6, ("fipa_memory",)
     config.fipa.sketch.solver, config.fipa.sketch.rank = "auto", 5 if tiny else 50
@@ -206,7 +205,7 @@ def fipa(tiny: bool) -> dict:
 
 def run(tiny: bool) -> dict:
     """Median seconds of each stage of configs/tiny_imagenet.py, a few rounds of each phase, on random images."""
-    config = tiny_imagenet.get_config("debug" if tiny else "")
+    config = runpy.run_path(CONFIG)["get_config"]("debug" if tiny else "")
     config.partition.num_clients, config.cohort = (4, 2) if tiny else (100, 5)
     config.warmup.rounds, config.fipa.rounds, config.compare = 3, 4, config.compare[:2]
     config.eval.clients_every, config.eval.every, config.eval.batch_size = 0, 100, 20 if tiny else 500

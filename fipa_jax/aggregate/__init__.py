@@ -7,7 +7,7 @@ from fipa_jax.aggregate.limits import Limits, capped, limited
 from fipa_jax.aggregate.past_rounds import PastRounds, latest, prior, remembering, targets
 from fipa_jax.aggregate.rules import Aggregator, Needs, compare, diagonal, mean, step_of, weights_of
 from fipa_jax.aggregate.screening import REASONS, Received, receive
-from fipa_jax.aggregate.trust_region import trust_region
+from fipa_jax.aggregate.trust import trust_region
 from fipa_jax.aggregate.uploads import Uploads, collect
 
 __all__ = [

@@ -14,7 +14,7 @@ from fipa_jax.aggregate.limits import Limits, capped, limited
 from fipa_jax.aggregate.past_rounds import PastRounds, kind_of, remembering
 from fipa_jax.aggregate.rules import WEIGHTINGS, Aggregator, compare, diagonal, mean, step_of, weights_of
 from fipa_jax.aggregate.screening import Received, receive
-from fipa_jax.aggregate.trust_region import trust_region
+from fipa_jax.aggregate.trust import trust_region
 from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.lookup import lookup

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax import aggregate
 from fipa_jax import config as config_lib
-from fipa_jax.aggregate.trust_region import follow, init, judge
+from fipa_jax.aggregate.trust import follow, init, judge
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.federation.parts import Parts
 from fipa_jax.run import parts as phase
