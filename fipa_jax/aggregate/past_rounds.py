@@ -31,8 +31,8 @@ import jax.numpy as jnp
 
 from fipa_jax import trees
 from fipa_jax.aggregate import merged_curvature
-from fipa_jax.aggregate.filters import Messages, Now, Solution, Solver
 from fipa_jax.aggregate.late_updates import drift
+from fipa_jax.aggregate.solvers import Messages, Now, Solution, Solver
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.lookup import lookup
 from fipa_jax.trees import ratio

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from fipa_jax.aggregate import merged_curvature
-from fipa_jax.aggregate.filters import Solver
 from fipa_jax.aggregate.limits import shortened
+from fipa_jax.aggregate.solvers import Solver
 
 
 class Trust(NamedTuple):

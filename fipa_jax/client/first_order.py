@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
 from fipa_jax.client.examples import Client, gather
-from fipa_jax.client.local_work import Hyper, Improvement, LocalSolver, Work, mean_gradient, regularised, solver_of
+from fipa_jax.client.local_solver import Hyper, Improvement, LocalSolver, Work, mean_gradient, regularised, solver_of
 from fipa_jax.client.terms import Term, none
 from fipa_jax.curvature.products import Loss
 from fipa_jax.lookup import lookup

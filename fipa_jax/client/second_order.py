@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax.client.examples import present
 from fipa_jax.client.first_order import Augment
-from fipa_jax.client.local_work import (
+from fipa_jax.client.local_solver import (
     Improvement,
     LocalSolver,
     Work,

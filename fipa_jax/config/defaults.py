@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 def default() -> ConfigDict:
     """Every field there is, with its default."""
-    config = ConfigDict()  # the run: run.experiment, run.loop, run.parts, run.whole_run
+    config = ConfigDict()  # the run: run.experiment, run.loop, run.phase_parts, run.whole_run
     config.seed = 0  # of initialisation, cohorts, batches and sketches
     config.precision = "float32"  # or "float64"
     config.cohort = 0  # clients a round; 0 for all
@@ -110,7 +110,7 @@ def evaluation() -> ConfigDict:
 
 def phase(rounds: int, aggregator_name: str) -> ConfigDict:
     """One phase: who learns what, how, and how uploads become a step."""
-    group = ConfigDict()  # run.experiment, run.loop, run.parts, run.whole_run
+    group = ConfigDict()  # run.experiment, run.loop, run.phase_parts, run.whole_run
     group.rounds = rounds
     group.trainable = ".*"  # regular expression over parameter paths, e.g. "^head/" for one layer
     group.pooled = False  # one client holds all examples: the ceiling that a federated run is measured against
@@ -129,7 +129,7 @@ def phase(rounds: int, aggregator_name: str) -> ConfigDict:
 
 
 def local() -> ConfigDict:
-    """A client's training: the solver that `optimizer` names, and client.local_work.Hyper for what is traced."""
+    """A client's training: the solver that `optimizer` names, and client.local_solver.Hyper for what is traced."""
     return ConfigDict(
         {
             # client.first_order.first_order, client.second_order.gauss_newton, client.second_order.lbfgs,
@@ -147,7 +147,7 @@ def local() -> ConfigDict:
             "steps": 0,  # instead of epochs, where positive
             "damping": 1e-4,  # of the gauss_newton or natural_gradient step
             "matched": False,  # of these two: under FIPA their damping is the server's, the step untested
-            "adaptive": {  # client.local_work.adaptive_steps
+            "adaptive": {  # client.local_solver.adaptive_steps
                 "scale": 0.0,  # c of the published rule for the steps, by the sketch; 0 for none; published: 0.01
                 "max_steps": 200,  # that this rule may ask for
             },
@@ -161,7 +161,7 @@ def local() -> ConfigDict:
 
 
 def term() -> ConfigDict:
-    """What is added to a client's objective: client.terms.TERMS, and `mu` in client.local_work.Hyper."""
+    """What is added to a client's objective: client.terms.TERMS, and `mu` in client.local_solver.Hyper."""
     group = ConfigDict()
     # none, prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1), mifa, varp
     group.name = "none"
@@ -189,7 +189,7 @@ def sketch() -> ConfigDict:
 
 
 def aggregator(name: str) -> ConfigDict:
-    """How uploads become one step: the rule of aggregate.fisher_informed.AGGREGATORS that `name` names."""
+    """How uploads become one step: the rule of aggregate.rules.AGGREGATORS that `name` names."""
     return ConfigDict(
         {
             # aggregate.rules.mean, aggregate.fisher_informed.fipa, aggregate.rules.diagonal

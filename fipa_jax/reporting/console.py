@@ -14,8 +14,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from fipa_jax import trees
-from fipa_jax.aggregate.filters import FALLBACKS
 from fipa_jax.aggregate.screening import REASONS
+from fipa_jax.aggregate.solvers import FALLBACKS
 from fipa_jax.curvature import sketch
 from fipa_jax.data import partition
 from fipa_jax.reporting import plots

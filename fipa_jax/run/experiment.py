@@ -22,7 +22,7 @@ from fipa_jax.federation.round import by_clients
 from fipa_jax.federation.state import fetch
 from fipa_jax.reporting import metrics, plots
 from fipa_jax.run import head_features, programs
-from fipa_jax.run import parts as run_parts
+from fipa_jax.run import phase_parts as run_parts
 from fipa_jax.saving.model_files import load
 from fipa_jax.tasks import task as tasks
 from fipa_jax.tasks.task import Problem

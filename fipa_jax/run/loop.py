@@ -23,7 +23,7 @@ from fipa_jax.reporting import console, metrics
 from fipa_jax.reporting.console import NOTED
 from fipa_jax.run import programs
 from fipa_jax.run.experiment import Experiment, parts_of
-from fipa_jax.run.parts import make_rates
+from fipa_jax.run.phase_parts import make_rates
 from fipa_jax.run.programs import tuned_chunk
 from fipa_jax.saving.journal import Journal
 

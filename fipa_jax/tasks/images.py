@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fipa_jax.data import loading as data
 from fipa_jax.data import partition
-from fipa_jax.data import prepared as data
 from fipa_jax.models import networks as models
 from fipa_jax.tasks.task import Problem, Task
 

@@ -103,7 +103,7 @@ def parts_of(args, task, trainable: str, options: dict | None, rule):
 
     from fipa_jax.client import first_order as client
     from fipa_jax.client import terms
-    from fipa_jax.curvature import sketch, sketcher
+    from fipa_jax.curvature import sketch
     from fipa_jax.federation.parts import Parts
 
     def make(outputs, features):
@@ -113,7 +113,7 @@ def parts_of(args, task, trainable: str, options: dict | None, rule):
         task=task,
         local=client.first_order(task.loss, task.augment, batch_size=args.batch, micro_batch=-1, epochs=args.epochs),
         term=terms.none(),
-        sketcher=None if options is None else sketcher.plain(make),
+        sketcher=None if options is None else sketch.plain(make),
         aggregator=rule,
         server=optax.identity(),
         num_clients=args.clients,

@@ -28,7 +28,7 @@ from helpers.rules import (
 from fipa_jax import aggregate
 from fipa_jax import config as config_lib
 from fipa_jax.aggregate import INFO, LateUpdates, Limits, PastRounds, capped, limited, remembering, trust_region
-from fipa_jax.aggregate.filters import damped, pinv, tikhonov
+from fipa_jax.aggregate.solvers import damped, pinv, tikhonov
 from fipa_jax.curvature.sketch import FLAGS, Report
 
 DECAY = {"decay": 0.8}

@@ -16,7 +16,7 @@ from fipa_jax import config as config_lib
 from fipa_jax.aggregate.trust import follow, init, judge
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.federation.parts import Parts
-from fipa_jax.run import parts as phase
+from fipa_jax.run import phase_parts as phase
 
 SIZE = 4
 

@@ -13,11 +13,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from fipa_jax.config import command_line
+from fipa_jax.data import loading as data
 from fipa_jax.data import own_arrays, partition
-from fipa_jax.data import prepared as data
 from fipa_jax.files import digest_of_file
 from fipa_jax.run import experiment
-from fipa_jax.run import parts as phase
+from fipa_jax.run import phase_parts as phase
 from fipa_jax.saving.model_files import load
 
 ROOT = Path(__file__).resolve().parents[2]

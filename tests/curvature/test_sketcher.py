@@ -9,7 +9,7 @@ import pytest
 
 from fipa_jax import curvature
 from fipa_jax.curvature import sketch
-from fipa_jax.curvature.sketcher import plain, with_rank_by_gradient
+from fipa_jax.curvature.sketch import plain, with_rank_by_gradient
 
 CLIENTS, EXAMPLES, WIDTH, RANK = 3, 5, 4, 4
 COUNTS = np.array([5, 3, 4])

@@ -10,7 +10,7 @@ from helpers.runs import tiny
 
 from fipa_jax.reporting import metrics
 from fipa_jax.run import experiment, programs, whole_run
-from fipa_jax.run.parts import make_rates
+from fipa_jax.run.phase_parts import make_rates
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from helpers import toy
 
-from fipa_jax.data import preparation as datasets
-from fipa_jax.data import prepared as data
+from fipa_jax.data import loading as data
+from fipa_jax.data import sources as datasets
 from fipa_jax.files import SUMS
 
 

@@ -1,4 +1,4 @@
-"""How are data sets prepared without TensorFlow? From official archives to the form that `data.load` reads.
+"""How are data sets prepared without TensorFlow? From official archives to the form that `loading` reads.
 
 Archives are compared with their known checksums and read where they lie: nothing is unpacked to disk and nothing is
 unpickled. The examples keep their archive's own order, by which published lists of indices count.
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fipa_jax.data import prepared as data
+from fipa_jax.data import loading as data
 from fipa_jax.files import digest_of_file, replacing
 from fipa_jax.lookup import lookup
 

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from helpers import archives
 
-from fipa_jax.data import preparation as datasets
-from fipa_jax.data import prepared as data
+from fipa_jax.data import loading as data
+from fipa_jax.data import sources as datasets
 
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")

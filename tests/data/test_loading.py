@@ -17,7 +17,7 @@ import pytest
 from helpers import toy
 from helpers.toy import NUM_CLASSES, SIDE, SPLITS, pixels
 
-from fipa_jax.data import prepared as data
+from fipa_jax.data import loading as data
 from fipa_jax.tasks import images
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "../shared/data"

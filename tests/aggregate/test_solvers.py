@@ -7,7 +7,7 @@ from helpers.pasts import BETA, run
 from helpers.rules import CLIENTS, SIZE, Dense, apply_rule, assert_close, clients_of, each_form, uploads_of
 
 from fipa_jax import aggregate
-from fipa_jax.aggregate import filters
+from fipa_jax.aggregate import solvers
 
 
 def test_pinv_counts_the_directions_above_its_cut_off(x64):
@@ -39,7 +39,7 @@ def test_a_step_that_explodes_falls_back_to_the_damped_form(x64, form):
     assert before["fallback"] == 0 and np.linalg.norm(free) > 200 * longest
     step, info = apply_rule(form, uploads_of(*fields), **options | {"limits.explosion": 200.0})
     dense = Dense(*fields)
-    beta = filters.CAREFUL * dense.largest
+    beta = solvers.CAREFUL * dense.largest
     assert info["fallback"] == 1
     assert_close(step, dense.solve(beta)(dense.pull + beta * dense.mean), 1e-8)
     np.testing.assert_array_equal(info["spectrum"], before["spectrum"])

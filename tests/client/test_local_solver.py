@@ -19,7 +19,7 @@ from helpers.clients import (
 )
 
 from fipa_jax.client import first_order, second_order
-from fipa_jax.client.local_work import adaptive_steps, steps_for, with_initial_loss
+from fipa_jax.client.local_solver import adaptive_steps, steps_for, with_initial_loss
 from fipa_jax.curvature.sketch import Sketch
 
 SOLVERS = {
