@@ -47,10 +47,15 @@ class Aggregator(NamedTuple):
     """A rule as pure functions; only the first two are needed.
 
     Example:
-      A rule of one's own, safe from a client that sends NaN, whose update arrives as 0:
+      A rule of one's own, the median of each parameter's updates. It is safe from a client that sends NaN, which the
+      screening has left out:
 
         def apply(received, state, params):
-            return jax.tree.map(lambda leaf: jnp.median(leaf, axis=0), received.delta), state, {}
+            def of_leaf(leaf):  # [C, ...]
+                present = received.took_part.reshape(-1, *[1] * (leaf.ndim - 1))
+                return jnp.nanmedian(jnp.where(present, leaf, jnp.nan), axis=0)
+
+            return jax.tree.map(of_leaf, received.delta), state, {}
 
         rule = Aggregator(lambda params: (), apply)
     """

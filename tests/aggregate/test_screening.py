@@ -62,7 +62,11 @@ def _clipped_mean(received):
 
 
 def _median(received):
-    return jax.tree.map(lambda leaf: jnp.median(leaf, axis=0), received.delta)
+    def of_leaf(leaf):
+        present = received.took_part.reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.nanmedian(jnp.where(present, leaf, jnp.nan), axis=0)
+
+    return jax.tree.map(of_leaf, received.delta)
 
 
 @functools.cache
