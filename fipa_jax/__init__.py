@@ -3,8 +3,8 @@
 Implements FIPA, Fisher-Informed Parameterwise Aggregation (arXiv 2601.13608), as pure functions. A part of the package
 is imported when it is first asked for (PEP 562), and nothing before: `fipa_jax.aggregate` needs no `import` of its own.
 
-Public are the names that a part lists in its `__all__`; in a part without one, those of its modules that have no leading
-underscore; and the fields of the config.
+Public are the names that a part lists in its `__all__`; in a part without one, those of its modules that have no
+leading underscore; and the fields of the config.
 
 Example:
   import fipa_jax
