@@ -71,7 +71,7 @@ def _median(received):
 
 @functools.cache
 def _own_rule(average):
-    """A person's own rule, which looks at nothing but the updates, compiled."""
+    """A person's own rule, which knows nothing of faults, compiled."""
 
     def apply_own(received, state, params):
         return average(received), state, {}
@@ -91,6 +91,8 @@ def test_a_rule_of_ones_own_never_sees_a_faulty_client(x64, average, fault):
     assert np.linalg.norm(as_vector(wanted)) > 0.1
     np.testing.assert_array_equal(as_vector(step), as_vector(wanted))
     np.testing.assert_array_equal(info["rejected"], np.arange(CLIENTS) == BAD)
+    if average is _median:
+        np.testing.assert_array_equal(as_vector(step), np.median(np.delete(clients_of(2)[0], BAD, axis=0), axis=0))
 
 
 def test_who_takes_no_part_arrives_as_zero(x64):
