@@ -3,7 +3,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = next(line for line in (HERE / "fipa_jax/__init__.py").read_text().splitlines() if "__version__" in line)
+SOURCE = (HERE / "fipa_jax/__init__.py").read_text()
+VERSION = next(line for line in SOURCE.splitlines() if line.startswith("__version__ = "))
 TFDS = ["tensorflow-datasets>=4.9.9", "array_record>=0.8", "importlib_resources>=6", "pillow>=10"]
 PLOTS = ["matplotlib>=3.8"]
 
@@ -16,6 +17,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fipa_jax", "fipa_jax.*"]),
+    package_dir={"": "."},  # an editable install is then a plain path, which type checkers follow
+    package_data={"fipa_jax": ["py.typed"]},
     install_requires=[
         "absl-py>=2",
         "chex>=0.1.90",

@@ -1,37 +1,76 @@
-"""Are files as they were written? Their SHA-256 stand beside them, in the format of the command `sha256sum`."""
+"""Files that are on the disk whole or not at all, their SHA-256 sums, and whether there is room for more.
 
+Everything that must survive a crash is written by `write` or `replacing`. The sums of a folder's files stand in a file
+beside them, in the format of the command `sha256sum`, so that `sha256sum -c SHA256SUMS` checks them without this code.
+"""
+
+import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-NAME = "SHA256SUMS"  # of the file in their folder
+SUMS = "SHA256SUMS"  # the file with the sums of all others in its folder
+PARTIAL = ".partial"  # how the names of temporary files end
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, or quota, says
 PROBE = 2**26  # bytes; file systems that cannot reserve them write them
 
 
-def digest(path: Path) -> str:
-    """The SHA-256 of a file's content."""
+def digest_of_file(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def of(folder: Path) -> bytes:
-    """What the file `NAME` says of all the others in the folder and below."""
+def sums_of(folder: Path) -> bytes:
+    """The content of the file `SUMS` for a folder: a line for every other file in it, and below."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return "".join(f"{digest(folder / name)}  {name}\n" for name in names if name != NAME).encode()
+    return "".join(f"{digest_of_file(folder / name)}  {name}\n" for name in names if name != SUMS).encode()
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file that is either there whole or not at all."""
+    """Writes a file that is on the disk whole or not at all, and replaces one that was there; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The path of a temporary file, which takes the place of `path` when the block ends.
+
+    A reader finds the old file or the new one, never a part of it, and after a crash of the machine too: the file is on
+    the disk before it is renamed. Each writer has a temporary file of its own, so that the last one wins. Where the
+    block fails, its temporary file is removed; a process that is killed leaves it for `remove_partial`.
+
+    Example:
+      with replacing(folder / "image.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, image)
+
+    Args:
+      path: of the file; its folder is there.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes the temporary files that killed processes have left in a folder which nobody else writes to now."""
+    for path in folder.glob(f"*{PARTIAL}"):
+        path.unlink()
 
 
 def check_room(folder: Path, size: int) -> None:
@@ -40,7 +79,7 @@ def check_room(folder: Path, size: int) -> None:
     Raises:
       OSError: there is not.
     """
-    probe = folder / "room.partial"
+    probe = _temporary(folder / "room")
     try:
         if shutil.disk_usage(folder).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -55,3 +94,18 @@ def check_room(folder: Path, size: int) -> None:
         ) from None
     finally:
         probe.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside a file's that no other writer has; not longer than file systems allow, whatever the file's."""
+    return path.with_name(f"{path.name[:64]}.{secrets.token_hex(4)}{PARTIAL}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk, on systems that can: the files themselves are there by now."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -32,8 +32,11 @@ def nbytes(tree) -> int:
 
 def weighted_sum(weights: jax.Array, stacked):
     """sum_m weights[m] tree_m, for weights [C] and a stacked tree."""
-    dot = lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, axes=1, precision="highest")
-    return jax.tree.map(dot, stacked)
+
+    def summed(leaf):
+        return jnp.tensordot(weights.astype(leaf.dtype), leaf, axes=1, precision="highest")
+
+    return jax.tree.map(summed, stacked)
 
 
 def is_finite(stacked) -> jax.Array:
@@ -49,8 +52,11 @@ def is_finite(stacked) -> jax.Array:
 
 def zero_unless(keep: jax.Array, stacked):
     """Sets the clients' trees with keep[m] false to zero; a NaN there does not survive, as it would a product."""
-    expand = lambda leaf: keep.reshape(keep.shape + (1,) * (leaf.ndim - 1))
-    return jax.tree.map(lambda leaf: jnp.where(expand(leaf), leaf, jnp.zeros((), leaf.dtype)), stacked)
+
+    def kept(leaf):
+        return jnp.where(keep.reshape(keep.shape + (1,) * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype))
+
+    return jax.tree.map(kept, stacked)
 
 
 def paths(tree) -> dict:
@@ -71,10 +77,10 @@ def select(params, pattern: str) -> dict:
     Raises:
       ValueError: no path matches.
     """
-    found = paths(params)
-    chosen = {path: leaf for path, leaf in found.items() if re.search(pattern, path)}
+    leaves = paths(params)
+    chosen = {path: leaf for path, leaf in leaves.items() if re.search(pattern, path)}
     if not chosen:
-        raise ValueError(f"trainable: no parameter path matches {pattern!r}; the paths are: {', '.join(found)}")
+        raise ValueError(f"trainable: no parameter path matches {pattern!r}; the paths are: {', '.join(leaves)}")
     return chosen
 
 
@@ -96,13 +102,18 @@ def fitted(leaves: dict, like):
     Raises:
       ValueError: their paths, types or shapes are not those of `like`; says where.
     """
-    describe = lambda leaves: {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
-    found, wanted = describe(leaves), describe(paths(like))
-    if found != wanted:
-        differ = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
-        each = (f"{path}: {found.get(path, 'absent')}, needed {wanted.get(path, 'none')}" for path in differ)
-        raise ValueError("; ".join(each))
+    got, needed = _forms(leaves), _forms(paths(like))
+    differ = sorted(path for path in {*got, *needed} if got.get(path) != needed.get(path))
+    if differ:
+        raise ValueError(
+            "; ".join(f"{path}: {got.get(path, 'absent')}, needed {needed.get(path, 'none')}" for path in differ)
+        )
     return replace(like, leaves)
+
+
+def _forms(leaves: dict) -> dict[str, str]:
+    """{path: type and shape} of {path: array}."""
+    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
 
 
 def replace(params, chosen: dict):

@@ -9,7 +9,7 @@ import sys
 
 from absl import logging
 
-from fipa_jax.data import preparation as datasets
+from fipa_jax.data import sources as datasets
 
 
 def main():

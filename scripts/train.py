@@ -63,7 +63,7 @@ def join():
 
 def main(_):
     from fipa_jax.run import whole_run
-    from fipa_jax.run.stalled import Stalled
+    from fipa_jax.run.loop import Stalled
     from fipa_jax.saving.signals import Stopped
 
     join()

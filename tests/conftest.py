@@ -13,6 +13,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # shared with the processes t
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 config.prepare_process(devices=4)
 
+import gc  # noqa: E402
 import hashlib  # noqa: E402
 import warnings  # noqa: E402
 
@@ -23,6 +24,14 @@ from helpers import archives  # noqa: E402
 from fipa_jax.data import preparation as datasets  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def caches():
+    """Lets go of a module's compiled programs: those of hundreds of tests would fill gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

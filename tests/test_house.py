@@ -1,12 +1,15 @@
-"""Who imports whom: the floors of the layout, walked by `ast`, and what an import pulls in and sets."""
+"""The house, walked by `ast`: who imports whom, what an import pulls in and sets, how long and branched things are."""
 
 import ast
 import graphlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fipa_jax import aggregate
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fipa_jax"
@@ -135,6 +138,35 @@ def test_importing_the_package_loads_and_sets_nothing():
     assert not set(python(code + "print(*sys.modules)")) & {"jax", "numpy", "optax", "ml_collections"}
 
 
+def test_parts_of_the_package_come_when_they_are_asked_for():
+    """After `import fipa_jax` alone; a name that is none of them is an error as of any module."""
+    parts = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} | {"trees"}
+    listed = set(python("import fipa_jax; print(*dir(fipa_jax))"))
+    assert listed == parts | {"__version__"}
+    heavy = {"flax", "ml_collections", "tqdm", "orbax", "matplotlib"}
+    assert not set(python("import sys, fipa_jax; fipa_jax.aggregate.fipa; print(*sys.modules)")) & heavy
+    python(
+        "import fipa_jax\n"
+        "for name in dir(fipa_jax): getattr(fipa_jax, name)\n"
+        "assert not hasattr(fipa_jax, 'nonesuch')\n"
+        "from fipa_jax import files, tasks\n"
+    )
+
+
+def test_what_is_built_holds_all_modules_and_says_that_it_is_typed(tmp_path):
+    """What a wheel is packed from: all that setup.py puts into it."""
+    pytest.importorskip("setuptools")
+    source, built = tmp_path / "source", tmp_path / "built"
+    shutil.copytree(PACKAGE, source / "fipa_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "setup.py", "-q", "build", "-b", str(built)]
+    subprocess.run(command, cwd=source, capture_output=True, check=True, timeout=120)
+    files = {path.relative_to(built / "lib") for path in built.rglob("*") if path.is_file()}
+    wanted = {path.relative_to(ROOT) for path in PACKAGE.rglob("*.py")} | {Path("fipa_jax/py.typed")}
+    assert files == wanted
+
+
 def test_importing_modules_pulls_in_nothing_heavy_and_leaves_jax_as_it_was():
     """No environment variable, no precision, no backend: that is the caller's. Those for other people's loops first."""
     loops = [module for module in MODULES if part_of(module + ".") in FOR_IMPORTERS]
@@ -168,3 +200,84 @@ def test_preparing_the_process_keeps_what_the_user_has_set():
     )
     kept = ["--xla_cpu_enable_concurrency_optimized_scheduler=true", "--xla_force_host_platform_device_count=2"]
     assert python(code) == [*kept, "3", "1"]
+
+
+# The shape of the code, by its syntax trees: what keeps it readable is measured, not hoped for.
+FILES = sorted(PACKAGE.rglob("*.py"))
+BRANCHES = ast.If | ast.For | ast.While | ast.IfExp | ast.ExceptHandler
+LONGEST_FUNCTION, LONGEST_FILE, MOST_PARAMETERS, MOST_OF_A_FACADE = 60, 400, 8, 12
+LAMBDAS = 12  # in 1000 lines
+MOST_MODULES = 65  # that define something
+FLAX = ("conv",)  # its parameters are those that flax gives a convolution
+
+
+def functions():
+    """(where, node) of every function of the package."""
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{file.relative_to(PACKAGE)}:{node.lineno} {node.name}", node
+
+
+def code_lines(node) -> int:
+    """A function's lines without its docstring."""
+    text = node.body[0] if ast.get_docstring(node) else None
+    return node.end_lineno - node.lineno + 1 - (text.end_lineno - text.lineno + 1 if text else 0)
+
+
+def branches(node) -> int:
+    return sum(isinstance(inner, BRANCHES) for inner in ast.walk(node))
+
+
+def test_functions_are_short():
+    long = [f"{where}: {code_lines(node)} lines" for where, node in functions() if code_lines(node) > LONGEST_FUNCTION]
+    assert not long
+
+
+def test_functions_take_few_parameters():
+    """At most eight; a public factory at most twelve, all beyond two by keyword alone."""
+    many = []
+    for where, node in functions():
+        plain, keyword = len(node.args.posonlyargs + node.args.args), len(node.args.kwonlyargs)
+        public = not node.name.startswith("_") and plain <= 2 and plain + keyword <= MOST_OF_A_FACADE
+        if plain + keyword > MOST_PARAMETERS and not public and node.name not in FLAX:
+            many.append(f"{where}: {plain} by place, {keyword} by keyword")
+    assert not many
+
+
+def test_functions_branch_little():
+    """95 of 100 have at most four branches, and none more than ten."""
+    counts = {where: branches(node) for where, node in functions()}
+    assert sorted(counts.values())[int(0.95 * len(counts))] <= 4
+    assert not {where: count for where, count in counts.items() if count > 10}
+
+
+def test_lambdas_are_few():
+    lambdas = lines = 0
+    for file in FILES:
+        lambdas += sum(isinstance(node, ast.Lambda) for node in ast.walk(ast.parse(file.read_text())))
+        lines += len(file.read_text().splitlines())
+    assert 1000 * lambdas / lines <= LAMBDAS
+
+
+def test_files_are_short_and_not_too_many():
+    long = {str(file): lines for file in FILES if (lines := len(file.read_text().splitlines())) > LONGEST_FILE}
+    assert not long
+    defining = [file for file in FILES if file.name != "__init__.py"]
+    assert len(defining) <= MOST_MODULES
+
+
+def test_every_public_thing_has_a_docstring():
+    bare = []
+    for file in FILES:
+        tree = ast.parse(file.read_text())
+        public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+        bare += [f"{file.name} {n.name}" for n in public if not ast.get_docstring(n)]
+        bare += [] if ast.get_docstring(tree) else [file.name]
+    assert not bare
+
+
+def test_no_aggregate_module_hides_a_function():
+    """A module of a public function's name would be what `fipa_jax.aggregate.NAME` finds."""
+    modules = {file.stem for file in (PACKAGE / "aggregate").glob("*.py")}
+    assert not modules & set(aggregate.__all__)

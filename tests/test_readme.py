@@ -24,7 +24,7 @@ def test_snippet_runs(number, tmp_path, monkeypatch):
     """Each snippet alone, as a module of its own; the tables that it adds to are restored."""
     monkeypatch.chdir(tmp_path)
     for table in (tasks.TASKS, terms.TERMS, aggregate.AGGREGATORS, pde.EQUATIONS):
-        for name in ("logistic", "ridge", "clipped_median", "heat"):
+        for name in ("logistic", "ridge", "median", "heat"):
             monkeypatch.setitem(table, name, None)
             monkeypatch.delitem(table, name)
     module = types.ModuleType(f"readme_snippet_{number}")
@@ -55,7 +55,7 @@ def test_fields_named_in_the_readme_exist():
             inner = inner[name]
 
 
-def test_compared_rules_shown_in_the_readme_are_valid():
+def test_compared_methods_shown_in_the_readme_are_valid():
     config = config_lib.default()
     specs = re.search(r"--config\.compare=\((.*?)\)", README).group(1).replace("'", "").split(",")
     assert len(specs) > 2

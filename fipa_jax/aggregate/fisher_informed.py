@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
-from fipa_jax.aggregate import filters
-from fipa_jax.aggregate.filters import Messages, Now, Solution, Solver
+from fipa_jax.aggregate import solvers
+from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, compare, step_of, weights_of
 from fipa_jax.aggregate.late_updates import LateUpdates, without_drifted
 from fipa_jax.aggregate.limits import Limits, capped, limited
 from fipa_jax.aggregate.past_rounds import PastRounds, kind_of, remembering
-from fipa_jax.aggregate.rules import WEIGHTINGS, Aggregator, compare, diagonal, mean, step_of, weights_of
 from fipa_jax.aggregate.screening import Received, receive
-from fipa_jax.aggregate.trust_region import trust_region
+from fipa_jax.aggregate.solvers import Messages, Now, Solution, Solver
+from fipa_jax.aggregate.trust import trust_region
 from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.lookup import lookup
@@ -27,7 +27,7 @@ INFO = {
     "damping": "[], beta, where the trust region adapts it",
     "divergence": "[], step^T H step / 2",
     "effective_rank": "[], sum of lam / (lam + beta): the directions in which curvature decides",
-    "fallback": "[] int32, what was taken instead of a failing step, a place in `filters.FALLBACKS`",
+    "fallback": "[] int32, what was taken instead of a failing step, a place in `solvers.FALLBACKS`",
     "fedavg_cosine": "[], cosine of the step and FedAvg's",
     "fedavg_norm_ratio": "[], the step's length over FedAvg's",
     "flags": "{name in `sketch.FLAGS`: [C] bool}, by the clients' reports",
@@ -65,7 +65,7 @@ def from_solver(
       )
 
     Args:
-      solver: of `filters`, as it is or wrapped.
+      solver: of `solvers`, as it is or wrapped.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
       late: see `fipa`.
 
@@ -144,7 +144,7 @@ def fipa(
     This only composes: `from_solver(capped(remembering(limited(damped(...)), prior(...))))` and the like.
 
     Args:
-      form: `damped`, `tikhonov` or `pinv`, see `filters`.
+      form: `damped`, `tikhonov` or `pinv`, see `solvers`.
       damping: beta. Directions with eigenvalues below it are left to the mean (damped) or not moved (tikhonov).
       relative: whether beta counts in units of H's largest eigenvalue.
       rcond: for pinv, the cut-off of H's eigenvalues relative to the largest.
@@ -189,7 +189,7 @@ def fipa(
         raise ValueError("aggregator.own_damping: needs form = 'damped', relative = False and damping above 0")
     options = {"explosion": limits.explosion, "merge": merge}
     if form == "pinv":
-        solver = alone = filters.pinv(rcond, **options)
+        solver = alone = solvers.pinv(rcond, **options)
     else:
         options |= {"own_damping": True} if own_damping else {}
         solver = FORMS[form](damping, relative=relative, **options)
@@ -233,8 +233,7 @@ def fipa_step(delta, sketch: Sketch, num_examples: jax.Array, **options):
     return step, info
 
 
-FORMS = {"damped": filters.damped, "pinv": filters.pinv, "tikhonov": filters.tikhonov}
-AGGREGATORS = {"diagonal": diagonal, "fipa": fipa, "mean": mean}
+FORMS = {"damped": solvers.damped, "pinv": solvers.pinv, "tikhonov": solvers.tikhonov}
 
 
 def _check_needs(received: Received, solver: Solver) -> None:

@@ -1,4 +1,8 @@
-"""What is an update worth that comes late? It counts for less, is seen from the present parameters, or left out."""
+"""What is an update worth that comes late? It counts for less, or is left out where its answers have moved too far.
+
+Who is late, and from which parameters a client started, is the channel's: `federation.channel.late`. How a late target
+is seen from the present parameters is where targets are: `solvers.Messages.moved`.
+"""
 
 from typing import NamedTuple
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fipa_jax import trees
 from fipa_jax.aggregate import merged_curvature
-from fipa_jax.aggregate.filters import Solver
+from fipa_jax.aggregate.solvers import Solver
 from fipa_jax.curvature.sketch import Sketch
 
 
@@ -16,7 +16,7 @@ class Limits(NamedTuple):
 
     max_step: float = 5.0  # on |step| / max_m |delta_m|, see `limited`
     max_divergence: float = 0.0  # on step^T H step / 2, see `limited`
-    explosion: float = 100.0  # the ratio above which another step is taken, see `filters.pinv`
+    explosion: float = 100.0  # the ratio above which another step is taken, see `solvers.pinv`
     trace_cap: float = 1000.0  # on a client's trace over the clients' lower median, see `capped`
 
 
@@ -28,7 +28,12 @@ def limited(inner: Solver, *, max_step: float = 5.0, max_divergence: float = 0.0
         nearly collinear clients can otherwise amplify noise. 0 for no bound.
       max_divergence: on step^T H step / 2: to second order, for a likelihood, by how much the model's answers move in
         Kullback-Leibler divergence, the mean over the clients' examples. 0 for no bound.
+
+    Raises:
+      ValueError: the inner solver takes steps back, which must not be shortened.
     """
+    if inner.needs.loss:
+        raise ValueError("aggregator.limits: must be inside of the trust region: trust_region(limited(...))")
 
     def solve(messages, hyper, state, now):
         solution, hyper, state, info = inner.solve(messages, hyper, state, now)

@@ -2,6 +2,7 @@
 
     F = [sqrt(w_m) U_m diag(lam_m)^{1/2}]_m   [P, D], D = C R
 
+What each direction is multiplied by, such as the pseudo-inverse, is a filter of H's eigenvalues: see `solvers`.
 F itself is never held: `merge` passes over blocks of its rows, factorises F^T F = V diag(lam) V^T and projects the
 updates; `solve`, `quadratic` and `top` pass over them once more. Beside the uploads only one block is alive. Sketches
 of several ranks, such as the clients' and those of past rounds, stand side by side in F as `Part`s.

@@ -31,8 +31,8 @@ import jax.numpy as jnp
 
 from fipa_jax import trees
 from fipa_jax.aggregate import merged_curvature
-from fipa_jax.aggregate.filters import Messages, Now, Solution, Solver
 from fipa_jax.aggregate.late_updates import drift
+from fipa_jax.aggregate.solvers import Messages, Now, Solution, Solver
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.lookup import lookup
 from fipa_jax.trees import ratio
@@ -79,10 +79,13 @@ def remembering(inner: Solver, past: Kind, *, decay: float = 0.9) -> Solver:
       decay: by which the weight of a message falls with each round.
 
     Raises:
-      ValueError: the inner solver judges its steps by the clients' losses, for which all must take part.
+      ValueError: the inner solver judges its steps by the clients' losses, for which all must take part, or remembers
+        past rounds itself.
     """
     if inner.needs.loss:
         raise ValueError("aggregator.trust: needs all clients in every round, where aggregator.past adds nothing")
+    if "past.decay" in inner.hyper:
+        raise ValueError("aggregator.past: the solver remembers past rounds already; wrap it once")
 
     def init(theta):
         return past.init(theta), inner.init(theta)

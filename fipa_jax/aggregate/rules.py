@@ -1,101 +1,19 @@
-"""What is an aggregation rule? A sibling of an optax transform, (init, apply); and the two that average.
+"""Which aggregation rules are there? The two that average, and the table of all, FIPA among them.
 
-A rule returns a *step*, which is added to the parameters, so that a server optimiser composes with any rule.
+A rule of one's own is a factory like these, entered in `AGGREGATORS`; see `aggregator.Aggregator` for an example.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
+from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Needs, compare, sound, weights_of
+from fipa_jax.aggregate.fisher_informed import fipa
 from fipa_jax.aggregate.late_updates import LateUpdates, freshness
 from fipa_jax.aggregate.screening import Received
 from fipa_jax.curvature.sketch import Diagonal
 from fipa_jax.lookup import lookup
-
-State = Any  # what a rule's next round needs; a pytree of arrays
-Params = Any  # parameter pytree
-Info = dict  # {name: array}, what a person needs; nothing reads it back
-Apply = Callable[[Received, State, Params], tuple[Params, State, Info]]
-
-
-class Needs(NamedTuple):
-    """What the clients have to send beside their update and their number of examples."""
-
-    curvature: str = "none"  # none, sketch or diagonal
-    at: str = "broadcast"  # the parameters at which they see it: broadcast, or local, those after their training
-    loss: bool = False  # their loss at the broadcast parameters
-    damping: bool = False  # the damping of their own steps
-    ids: bool = False  # the server tells the rule who they are
-
-
-def _admit_all(received: Received, state: State) -> tuple[Received, Info]:
-    return received, {}
-
-
-def _announce_nothing(state: State) -> dict:
-    return {}
-
-
-def _never(state: State) -> bool:
-    return False
-
-
-class Aggregator(NamedTuple):
-    """A rule as pure functions; only the first two are needed.
-
-    Example:
-      A rule of one's own, safe from a client that sends NaN, whose update arrives as 0:
-
-        def apply(received, state, params):
-            return jax.tree.map(lambda leaf: jnp.median(leaf, axis=0), received.delta), state, {}
-
-        rule = Aggregator(lambda params: (), apply)
-    """
-
-    init: Callable[[Params], State]
-    apply: Apply  # (received, state, params) -> (step, state, info)
-    needs: Needs = Needs()
-    hyper: tuple[str, ...] = ()  # the fields of `config.PHASE.aggregator` that the state holds, so that they are traced
-    admit: Callable[[Received, State], tuple[Received, Info]] = _admit_all  # who must not take part in this rule
-    announce: Callable[[State], dict] = _announce_nothing  # {field of `Hyper`: value} that the clients are told
-    withdraws: Callable[[State], jax.Array | bool] = _never  # of the new state: is the step the last one, taken back?
-
-
-def step_of(rule: Aggregator, received: Received, state: State, params: Params, info: Info):
-    """(step, state, info, received) of a rule, after it has left out whom it must; `info` is that of the screening.
-
-    Args:
-      received: as `screening.receive` gives it.
-    """
-    received, refused = rule.admit(received, state)
-    step, state, told = rule.apply(received, state, params)
-    return step, state, info | refused | told, received
-
-
-# How the clients are weighted: name -> of each client [C], in proportion to which it counts.
-WEIGHTINGS = {"examples": lambda received: received.num_examples, "uniform": lambda received: received.took_part}
-
-
-def weights_of(received: Received, weighting: str, staleness: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """(weights [C], what they are shares of []): the examples or clients that take part, late ones for less.
-
-    Args:
-      weighting: `examples` (w_m = N_m / sum N) or `uniform`.
-      staleness: see `late_updates.freshness`.
-
-    Returns:
-      Weights that sum to one; if no client takes part all are 0.
-    """
-    dtype = jnp.result_type(*jax.tree.leaves(received.delta))
-    counts = lookup(WEIGHTINGS, weighting, "aggregator.weighting")(received)
-    counts = jnp.where(received.took_part, counts, 0).astype(dtype) * freshness(received, staleness, dtype)
-    total = jnp.sum(counts)
-    return trees.ratio(counts, total), total
 
 
 def mean(weighting: str = "examples", *, late: LateUpdates = LateUpdates()) -> Aggregator:
@@ -177,18 +95,4 @@ def diagonal(
     return Aggregator(init, apply, Needs("diagonal", at), hyper=("damping",))
 
 
-def sound(step: jax.Array, limit: jax.Array | float = jnp.inf) -> jax.Array:
-    """[] bool: the step [P] is finite, and no longer than the limit."""
-    length = jnp.linalg.norm(step)
-    return jnp.isfinite(length) & (length <= limit)
-
-
-def compare(step: Params, average: Params, received: Received) -> Info:
-    """The step beside the clients' updates and beside FedAvg's."""
-    norm, other = optax.tree.norm(step), optax.tree.norm(average)
-    longest = jnp.max(jnp.linalg.norm(received.deltas, axis=1))
-    return {
-        "step_ratio": trees.ratio(norm, longest),
-        "fedavg_cosine": trees.ratio(optax.tree.vdot(step, average), norm * other),
-        "fedavg_norm_ratio": trees.ratio(norm, other),
-    }
+AGGREGATORS = {"diagonal": diagonal, "fipa": fipa, "mean": mean}

@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
 from fipa_jax.client.examples import Client, gather
-from fipa_jax.client.local_work import Hyper, Improvement, LocalSolver, Work, mean_gradient, regularised, solver_of
+from fipa_jax.client.local_solver import Hyper, Improvement, LocalSolver, Work, mean_gradient, regularised, solver_of
 from fipa_jax.client.terms import Term, none
 from fipa_jax.curvature.products import Loss
 from fipa_jax.lookup import lookup
@@ -97,12 +97,12 @@ def first_order(
     return solver_of(improve, term)
 
 
-def _number_of_steps(client: Client, hyper: Hyper, own):
-    """[] int32: the steps that a client takes, `own` unless it is told otherwise.
+def _number_of_steps(client: Client, hyper: Hyper, default):
+    """[] int32: the steps that a client takes, the solver's own number by default, unless `hyper` says otherwise.
 
     An empty client takes no step at all; a client's trip count is its own, so small clients cost little.
     """
-    wanted = jnp.where(hyper.steps > 0, hyper.steps, own)
+    wanted = jnp.where(hyper.steps > 0, hyper.steps, default)
     if hyper.part is not None:
         wanted = jnp.ceil(hyper.part * wanted).astype(jnp.int32)
     return jnp.where(client.num_examples > 0, wanted, 0)

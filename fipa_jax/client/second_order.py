@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax.client.examples import present
 from fipa_jax.client.first_order import Augment
-from fipa_jax.client.local_work import (
+from fipa_jax.client.local_solver import (
     Improvement,
     LocalSolver,
     Work,
@@ -137,8 +137,11 @@ def _gram(predict, params, examples, mask, *, loss, cg_steps):
     gradient, hessian = curvature.loss_derivatives(loss, out, examples, weight)
     rows = curvature.jacobian_rows(predict, params, examples)  # [N, K, P]
     num_outputs, rows = rows.shape[1], rows.reshape(-1, rows.shape[2])
-    curve = jax.vmap(lambda tangent: ravel_pytree(hessian(tangent))[0], in_axes=-1, out_axes=-1)
-    system = curve((rows @ rows.T).reshape(*out.shape, -1))
+
+    def curve(tangent):
+        return ravel_pytree(hessian(tangent))[0]
+
+    system = jax.vmap(curve, in_axes=-1, out_axes=-1)((rows @ rows.T).reshape(*out.shape, -1))
     # A padded example's equation reads 0 = 0: with a one on the diagonal it can be solved.
     padding = jnp.repeat(~mask, num_outputs).astype(out.dtype)
 
@@ -236,8 +239,13 @@ def lbfgs(
             return s + 1, jnp.where(better, theta + update, theta), state, failures, total + losses(theta)[1]
 
         num_steps = jnp.where(work.client.num_examples > 0, steps, 0)
+
+        def going(carry):
+            s, _, _, failures, _ = carry
+            return (s < num_steps) & (failures < 2)
+
         start = (0, flat, forgotten, 0, jnp.zeros([], flat.dtype))
-        taken, theta, _, _, total = jax.lax.while_loop(lambda c: (c[0] < num_steps) & (c[3] < 2), step, start)
+        taken, theta, _, _, total = jax.lax.while_loop(going, step, start)
         change = theta - flat
         square, decrease = jnp.vdot(change, change), value_of(flat) - value_of(theta)
         # -delta / travelled is the mean gradient over the straight way, along that way; for short steps of gradient

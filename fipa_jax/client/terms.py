@@ -12,7 +12,7 @@ import optax
 
 from fipa_jax import trees
 from fipa_jax.client.examples import masked_mean
-from fipa_jax.curvature.sketcher import TaskOutputs
+from fipa_jax.curvature.sketch import TaskOutputs
 
 
 class Local(NamedTuple):

@@ -20,16 +20,6 @@ class Range(NamedTuple):
     noun: str = "number"  # for the error
     brackets: str = "[]"  # a round one leaves its end out
 
-    def __contains__(self, value) -> bool:
-        above = value > self.low if self.brackets[0] == "(" else value >= self.low
-        below = value < self.high if self.brackets[1] == ")" else value <= self.high
-        return above and below  # NaN is neither
-
-    def __str__(self) -> str:
-        if self.high == math.inf:
-            return f"at least {self.low}"
-        return f"a {self.noun} in {self.brackets[0]}{self.low}, {self.high}{self.brackets[1]}"
-
 
 POSITIVE, NOT_NEGATIVE = Range(1), Range(0)  # for whole numbers, for all
 PROBABILITY, MOMENTUM = Range(0, 1, "probability"), Range(0, 1, brackets="[)")
@@ -133,16 +123,35 @@ def validate(config: ConfigDict) -> None:
         lookup(dict.fromkeys(known), fields.value(config, path), f"config.{path}")
     _check_ranges("config", config, RUN)
     _check_images(config)
-    if not config.compare:
-        raise ValueError(f"config.compare: needs a tuple of methods such as ('fipa', 'fedavg'), got {config.compare!r}")
-    if len(set(config.compare)) != len(config.compare):
-        raise ValueError(f"config.compare: names a method twice: {config.compare}")
+    _check_compare(config)
     _check_phase("config.warmup", config.warmup)
     _check_ranges("config.fipa", config.fipa, {"rounds": NOT_NEGATIVE})
     for spec in config.compare:
         _check_method(config, spec)
     if config.warmup.rounds + config.fipa.rounds < 1:
         raise ValueError("config.warmup.rounds and config.fipa.rounds are both 0: nothing to run")
+
+
+def holds(numbers: Range, value: float) -> bool:
+    """Whether a value is in a range; NaN is in none."""
+    above = value > numbers.low if numbers.brackets[0] == "(" else value >= numbers.low
+    below = value < numbers.high if numbers.brackets[1] == ")" else value <= numbers.high
+    return above and below
+
+
+def _in_words(numbers):
+    """Which numbers a range holds."""
+    if numbers.high == math.inf:
+        return f"at least {numbers.low}"
+    return f"a {numbers.noun} in {numbers.brackets[0]}{numbers.low}, {numbers.high}{numbers.brackets[1]}"
+
+
+def _check_compare(config):
+    """Refuses a comparison of no methods, or of one twice: each has files of its name."""
+    if not config.compare:
+        raise ValueError(f"config.compare: needs a tuple of methods such as ('fipa', 'fedavg'), got {config.compare!r}")
+    if len(set(config.compare)) != len(config.compare):
+        raise ValueError(f"config.compare: names a method twice: {config.compare}")
 
 
 def _check_images(config):
@@ -187,5 +196,5 @@ def _check_ranges(name, group, ranges):
     for path, numbers in ranges.items():
         value = fields.value(group, path)
         for number in value if isinstance(value, tuple) else (value,):
-            if number not in numbers:
-                raise ValueError(f"{name}.{path}: needs {numbers}, got {number}")
+            if not holds(numbers, number):
+                raise ValueError(f"{name}.{path}: needs {_in_words(numbers)}, got {number}")

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 def default() -> ConfigDict:
     """Every field there is, with its default."""
-    config = ConfigDict()  # the run: run.experiment, run.loop, run.parts
+    config = ConfigDict()  # the run: run.experiment, run.loop, run.phase_parts, run.whole_run
     config.seed = 0  # of initialisation, cohorts, batches and sketches
     config.precision = "float32"  # or "float64"
     config.cohort = 0  # clients a round; 0 for all
@@ -110,7 +110,7 @@ def evaluation() -> ConfigDict:
 
 def phase(rounds: int, aggregator_name: str) -> ConfigDict:
     """One phase: who learns what, how, and how uploads become a step."""
-    group = ConfigDict()  # run.experiment, run.loop, run.parts
+    group = ConfigDict()  # run.experiment, run.loop, run.phase_parts, run.whole_run
     group.rounds = rounds
     group.trainable = ".*"  # regular expression over parameter paths, e.g. "^head/" for one layer
     group.pooled = False  # one client holds all examples: the ceiling that a federated run is measured against
@@ -129,7 +129,7 @@ def phase(rounds: int, aggregator_name: str) -> ConfigDict:
 
 
 def local() -> ConfigDict:
-    """A client's training: the solver that `optimizer` names, and client.local_work.Hyper for what is traced."""
+    """A client's training: the solver that `optimizer` names, and client.local_solver.Hyper for what is traced."""
     return ConfigDict(
         {
             # client.first_order.first_order, client.second_order.gauss_newton, client.second_order.lbfgs,
@@ -147,7 +147,7 @@ def local() -> ConfigDict:
             "steps": 0,  # instead of epochs, where positive
             "damping": 1e-4,  # of the gauss_newton or natural_gradient step
             "matched": False,  # of these two: under FIPA their damping is the server's, the step untested
-            "adaptive": {  # client.local_work.steps_for
+            "adaptive": {  # client.local_solver.adaptive_steps
                 "scale": 0.0,  # c of the published rule for the steps, by the sketch; 0 for none; published: 0.01
                 "max_steps": 200,  # that this rule may ask for
             },
@@ -161,7 +161,7 @@ def local() -> ConfigDict:
 
 
 def term() -> ConfigDict:
-    """What is added to a client's objective: client.terms.TERMS, and `mu` in client.local_work.Hyper."""
+    """What is added to a client's objective: client.terms.TERMS, and `mu` in client.local_solver.Hyper."""
     group = ConfigDict()
     # none, prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1), mifa, varp
     group.name = "none"
@@ -192,7 +192,7 @@ def aggregator(name: str) -> ConfigDict:
     """How uploads become one step: the rule of aggregate.rules.AGGREGATORS that `name` names."""
     return ConfigDict(
         {
-            # aggregate.rules.mean, aggregate.rules.fipa, aggregate.rules.diagonal
+            # aggregate.rules.mean, aggregate.fisher_informed.fipa, aggregate.rules.diagonal
             "name": name,  # mean, fipa, diagonal
             "weighting": "examples",  # or "uniform"
             "form": "damped",  # pinv, tikhonov, damped
@@ -203,19 +203,19 @@ def aggregator(name: str) -> ConfigDict:
             "own_damping": False,  # updates count as the clients' own damped steps, 1 / (lr steps); see aggregate
             "merge": "auto",  # of the sketches: auto, qr, tsqr, gram
             "at": "local",  # where the diagonal rule sees the curvature: local or broadcast parameters
-            "past": {  # aggregate.past_rounds.make
+            "past": {  # aggregate.past_rounds.PastRounds
                 "kind": "none",  # of past rounds' curvature: none, prior, targets, latest; for few clients of many
                 "decay": 0.9,  # by which the weight of what is remembered falls with each round
                 "rank": 250,  # R' of a message: R' P numbers for each of 1, `length` or all clients
                 "length": 8,  # cohorts that `targets` remembers
             },
-            "limits": {  # aggregate.rules.fipa
+            "limits": {  # aggregate.limits.Limits
                 "max_step": 5.0,  # bound on |step| / max |delta|; 0 for none
                 "max_divergence": 0.0,  # bound on step^T H step / 2, the move of the model's answers; 0 for none
                 "explosion": 100.0,  # the ratio above which the damped form, or the mean, is taken instead; 0 for none
                 "trace_cap": 1000.0,  # bound on a client's eigenvalues' sum over the clients' lower median; 0 for none
             },
-            "late": {  # aggregate.rules.fipa, aggregate.rules.mean, aggregate.rules.diagonal
+            "late": {  # aggregate.late_updates.LateUpdates
                 "staleness": 0.5,  # s, of late clients: their weight is (1 + age)^-s of another's
                 "transport": True,  # a late client's target stays where it was, seen from the present parameters
                 "max_drift": 0.0,  # bound on how far a late client's answers have moved since it began; 0 for none
@@ -226,7 +226,7 @@ def aggregator(name: str) -> ConfigDict:
 
 
 def server() -> ConfigDict:
-    """How the server goes along the step: aggregate.server_optimizers.make, and `lr` in federation.round.Rates."""
+    """How the server goes along the step: aggregate.server_optimizers.make, and `lr` in federation.parts.Rates."""
     group = ConfigDict()
     # sgd, momentum (FedAvgM), adam (FedAdam), yogi (FedYogi), acg (FedACG, with the term prox), exp (FedExP)
     group.optimizer = "sgd"
@@ -236,7 +236,7 @@ def server() -> ConfigDict:
 
 
 def late() -> ConfigDict:
-    """Which clients of a round began before it, on what the parameters were then: federation.late.draw."""
+    """Which clients of a round began before it, on what the parameters were then: federation.channel.late."""
     group = ConfigDict()
     group.share = 0.0  # so large a part of a round's clients
     group.most = 10  # up to so many rounds before
@@ -244,7 +244,7 @@ def late() -> ConfigDict:
 
 
 def faults() -> ConfigDict:
-    """Faults injected for studies, each with the probability that an upload has it: federation.faults.Rates."""
+    """Faults injected for studies, each with the probability that an upload has it: federation.channel.FaultRates."""
     group = ConfigDict()
     group.drop = 0.0  # it never arrives
     group.straggle = 0.0  # the client has done only a random part of its local steps

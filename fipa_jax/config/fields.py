@@ -98,9 +98,7 @@ def check(config, like: ConfigDict, group: str = "config") -> None:
     """
     if not isinstance(config, ConfigDict):
         raise ValueError(f"{group}: needs all fields of fipa_jax.config.default(), got {type(config).__name__}")
-    for name in config:
-        if words := renamed(f"{group}.{name}".removeprefix("config.")):
-            raise ValueError(f"{group}.{name}: {words}")
+    _check_renamed(config, group)
     for name, default in like.items():
         field = f"{group}.{name}"
         if name not in config:
@@ -109,6 +107,13 @@ def check(config, like: ConfigDict, group: str = "config") -> None:
             check(config[name], default, field)
         else:
             _check_value(field, config[name], default)
+
+
+def _check_renamed(config, group):
+    """Refuses fields of before, which only an unlocked config can hold."""
+    for name in config:
+        if words := renamed(f"{group}.{name}".removeprefix("config.")):
+            raise ValueError(f"{group}.{name}: {words}")
 
 
 def _check_value(field, value, like):

@@ -6,14 +6,17 @@ from fipa_jax.curvature.sketch import (
     Diagonal,
     Report,
     Sketch,
+    Sketcher,
     SketchFunction,
+    TaskOutputs,
     keeping_energy,
     make_diagonal,
     make_sketch,
+    plain,
     stored_as,
     truncate,
+    with_rank_by_gradient,
 )
-from fipa_jax.curvature.sketcher import Sketcher, TaskOutputs, plain, with_rank_by_gradient
 
 __all__ = [
     "Curvature",

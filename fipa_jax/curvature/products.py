@@ -8,6 +8,7 @@ the loss itself by automatic differentiation, so a new loss needs no formula her
 generalised Gauss-Newton matrix (GGN) and the Fisher matrix (arXiv 2601.13608, section 3).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,19 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from fipa_jax.curvature.micro_batches import first, fold, micro_batches, stack, weights_of
 from fipa_jax.lookup import lookup
 
 Outputs = Callable[[Any, Any], Any]  # (params, batch) -> out, a pytree of [B, ...], of each example by itself
 Loss = Callable[[Any, Any], jax.Array]  # (out, batch) -> [B], of each example
 Features = Callable[[Any, Any], jax.Array]  # (params, batch) -> [B, F], the inputs of the last layer
-
-
-class MicroBatches(NamedTuple):
-    """A client's examples, so many at a time; padding repeats the last one and weighs nothing."""
-
-    batch: Any  # leaves [n, B, ...]
-    weight: jax.Array  # [n, B], 1/N for the examples that are there
-    count: jax.Array  # [] int32, micro-batches up to the last example that is there: no loop looks at those behind
 
 
 class Curvature(NamedTuple):
@@ -78,7 +72,7 @@ def make_ggn(
     options = {"head": {"features": features}, "rows": {"loss_rank": loss_rank}}
 
     def ggn(params, batch, mask=None) -> Curvature:
-        micro = _micro_batches(params, batch, mask, micro_batch)
+        micro = micro_batches(params, batch, mask, micro_batch)
         return JACOBIANS[jacobian](outputs, loss, params, micro, **options.get(jacobian, {}))
 
     return ggn
@@ -152,16 +146,16 @@ def _linearise_each(outputs, params, batch):
 
     def linearise(example):
         single = jax.tree.map(lambda x: x[None], example)
-        return jax.vjp(lambda p: _first(outputs(p, single)), params)
+        return jax.vjp(lambda p: first(outputs(p, single)), params)
 
     out, pulls = jax.vmap(linearise)(batch)
-    _, unravel = ravel_pytree(_first(out))
+    _, unravel = ravel_pytree(first(out))
 
     def row(pull, cotangent):  # [K] -> [P]
         return ravel_pytree(pull(unravel(cotangent))[0])[0]
 
     def pull_back(cotangents):
-        return jnp.moveaxis(jax.lax.map(lambda c: jax.vmap(row)(pulls, c), cotangents), 0, 1)
+        return jnp.moveaxis(jax.lax.map(functools.partial(jax.vmap(row), pulls), cotangents), 0, 1)
 
     return out, pull_back
 
@@ -169,7 +163,7 @@ def _linearise_each(outputs, params, batch):
 def _roots(loss, out, batch, weight):
     """The columns [K, B, K] of (weight_n L_n)^{1/2} = V diag(mu)^{1/2}, the largest mu first; is an L_n indefinite?"""
     hessian = loss_derivatives(loss, out, batch, weight)[1]
-    _, unravel = ravel_pytree(_first(out))
+    _, unravel = ravel_pytree(first(out))
     examples, size = _ravel_each(out).shape
     units = jnp.broadcast_to(jnp.eye(size, dtype=weight.dtype)[:, None], [size, examples, size])
     columns = jax.vmap(lambda unit: _ravel_each(hessian(jax.vmap(unravel)(unit))))(units)
@@ -183,8 +177,12 @@ def _roots(loss, out, batch, weight):
 def _head(outputs, loss, params, micro, *, features):
     """H V for the last dense layer, out_n = W^T phi_n + b: J_n = phi_n^T kron I, so that no network is in the loop."""
     flat, unravel = ravel_pytree(params)
-    out, phi = stack(lambda batch, _: (outputs(params, batch), features(params, batch)), micro)  # [n, B, K], [n, B, F]
-    if not is_last_layer(params, *_first((out, phi))):
+
+    def seen_by_head(batch, weight):
+        return outputs(params, batch), features(params, batch)
+
+    out, phi = stack(seen_by_head, micro)  # [n, B, K], [n, B, F]
+    if not is_last_layer(params, *first((out, phi))):
         raise ValueError(
             "sketch.jacobian: head needs the trainable parameters to be the last layer's kernel [F, K] and at most its "
             f"bias [K], got {_shapes(params)} for features and outputs of shapes {_shapes((phi, out))}; set trainable "
@@ -260,7 +258,7 @@ def make_ggn_diagonal(outputs: Outputs, loss: Loss, *, micro_batch: int = 0) -> 
     """
 
     def diagonal(params, batch, mask=None):
-        micro = _micro_batches(params, batch, mask, micro_batch)
+        micro = micro_batches(params, batch, mask, micro_batch)
 
         def add(total, batch, weight):
             return total + jnp.sum(scaled_rows(outputs, loss, params, batch, weight)[0] ** 2, axis=0)
@@ -274,16 +272,26 @@ def make_gradient(outputs: Outputs, loss: Loss) -> Callable[..., jax.Array]:
     """Builds `gradient(params, batch, mask=None) -> [P]`, of the mean loss over the mask's examples."""
 
     def gradient(params, batch, mask=None):
-        weight = _weights(params, batch, mask)
-        return ravel_pytree(jax.grad(lambda p: jnp.sum(weight * loss(outputs(p, batch), batch)))(params))[0]
+        weight = weights_of(params, batch, mask)
+
+        def mean_loss(params):
+            return jnp.sum(weight * loss(outputs(params, batch), batch))
+
+        return ravel_pytree(jax.grad(mean_loss)(params))[0]
 
     return gradient
 
 
 def loss_derivatives(loss, out, batch, weight):
     """The weighted loss's derivatives in the outputs: its gradient [N, ...] and tangent -> weight_n L_n tangent_n."""
-    gradient = jax.grad(lambda o: jnp.sum(weight * loss(o, batch)))
-    return gradient(out), lambda tangent: jax.jvp(gradient, (out,), (tangent,))[1]
+
+    def weighted(out):
+        return jnp.sum(weight * loss(out, batch))
+
+    def hessian(tangent):
+        return jax.jvp(jax.grad(weighted), (out,), (tangent,))[1]
+
+    return jax.grad(weighted)(out), hessian
 
 
 def indefinite(eigenvalues: jax.Array) -> jax.Array:
@@ -292,7 +300,7 @@ def indefinite(eigenvalues: jax.Array) -> jax.Array:
     return jnp.min(eigenvalues, axis=-1) < -jnp.sqrt(jnp.finfo(eigenvalues.dtype).eps) * size
 
 
-def forward_flops(function: Callable, *args) -> float:
+def forward_flops(function: Callable[..., Any], *args) -> float:
     """The floating-point operations of a function's matrix products and convolutions.
 
     A loop whose length its program does not know counts once.
@@ -323,59 +331,6 @@ def _contracted(eqn) -> int:
     return kernel.size // kernel.shape[numbers.rhs_spec[0]]
 
 
-def _weights(params, batch, mask):
-    """[N], 1/N for the examples that are there; an empty client has H = 0."""
-    num_examples = jax.tree.leaves(batch)[0].shape[0]
-    mask = jnp.ones([num_examples], bool) if mask is None else mask
-    dtype = ravel_pytree(params)[0].dtype
-    return mask.astype(dtype) / jnp.maximum(jnp.sum(mask), 1).astype(dtype)
-
-
-def _micro_batches(params, batch, mask, size) -> MicroBatches:
-    """The batch [N, ...] cut into micro-batches of so many examples; 0 for one of all."""
-    weight = _weights(params, batch, mask)
-    size = size or weight.shape[0]
-
-    def split(x, mode):  # [N, ...] -> [n, size, ...]
-        padded = jnp.pad(x, [(0, -x.shape[0] % size)] + [(0, 0)] * (x.ndim - 1), mode=mode)
-        return padded.reshape(-1, size, *x.shape[1:])
-
-    weights = split(weight, "constant")
-    occupied = jnp.any(weights > 0, axis=1)
-    count = jnp.max(jnp.where(occupied, 1 + jnp.arange(occupied.shape[0], dtype=jnp.int32), 0))
-    # Never an input the network has not seen, not even as padding: its derivatives may not be finite.
-    return MicroBatches(jax.tree.map(lambda x: split(x, "edge"), batch), weights, count)
-
-
-def fold(add: Callable, total, micro: MicroBatches, *others):
-    """total <- add(total, batch, weight, *others) over the micro-batches that hold examples, one after another.
-
-    It has no reverse-mode derivative, as the number of steps is the data's.
-
-    Args:
-      others: what goes with each micro-batch, leaves [n, ...].
-    """
-
-    def body(i, total):
-        stacked = (micro.batch, micro.weight, *others)
-        return add(total, *jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked))
-
-    if micro.weight.shape[0] == 1:  # no loop: what does not change can be lifted out of a solver's own
-        return body(0, total)
-    return jax.lax.fori_loop(0, _most(micro.count), body, total)
-
-
-def stack(function: Callable, micro: MicroBatches):
-    """function(batch, weight) of the micro-batches that hold examples, leaves [n, ...]; zero for those behind them."""
-    shapes = jax.eval_shape(function, *_first((micro.batch, micro.weight)))
-    empty = jax.tree.map(lambda x: jnp.zeros([micro.weight.shape[0], *x.shape], x.dtype), shapes)
-
-    def put(stacked, batch, weight, i):
-        return jax.tree.map(lambda x, y: x.at[i].set(y), stacked, function(batch, weight))
-
-    return fold(put, empty, micro, jnp.arange(micro.weight.shape[0]))
-
-
 def _ravelled(tree) -> jax.Array:
     """[P], the tree's leaves one after another."""
     return ravel_pytree(tree)[0]
@@ -386,25 +341,6 @@ def _ravel_each(stacked) -> jax.Array:
     return jax.vmap(_ravelled)(stacked)
 
 
-def _first(stacked):
-    """Row 0 of every leaf."""
-    return jax.tree.map(lambda x: x[0], stacked)
-
-
 def _shapes(tree) -> list[list[int]]:
+    """The shape of each leaf."""
     return [list(leaf.shape) for leaf in jax.tree.leaves(tree)]
-
-
-@jax.custom_batching.custom_vmap
-def _most(count):
-    """The count itself; of clients side by side the largest one.
-
-    A loop whose length differs among them would select between the old and the new value of all that it carries, in
-    each step: of the rows of all micro-batches. The further steps add nothing, since their examples weigh nothing.
-    """
-    return count
-
-
-@_most.def_vmap
-def _most_of_all(axis_size, in_batched, count):
-    return jnp.max(count), False

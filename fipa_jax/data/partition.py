@@ -1,4 +1,4 @@
-"""Who owns which example? Splits of a labelled data set over clients, drawn or read from a file; NumPy only.
+"""Who owns which example: splits of a labelled data set over clients, drawn or read from a file; NumPy only.
 
 Two Dirichlet splits are in use and are not the same: `dirichlet` gives every client equally many examples and skews
 its classes, `dirichlet_by_class` spreads every class over the clients and leaves their sizes ragged.
@@ -7,10 +7,13 @@ its classes, `dirichlet_by_class` spreads every class over the clients and leave
 import ast
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+
+from fipa_jax.lookup import lookup
 
 # What reading a damaged archive raises; NotImplementedError, a RuntimeError, where a bit makes it another kind.
 BROKEN = (ValueError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
@@ -26,10 +29,10 @@ def partition(
     shards_per_client: int | None = None,
     file: str | None = None,
 ) -> list[np.ndarray]:
-    """Splits the examples over clients by the rule `name`, a key of `PARTITIONS`.
+    """Splits the examples over clients by the split `name`, a key of `PARTITIONS`.
 
     Args:
-      name: the rule.
+      name: of the split.
       labels: [N] integer classes.
       num_clients: T.
       seed: seed of the split; the same seed gives the same split.
@@ -52,24 +55,22 @@ def partition(
         raise ValueError(
             f"config.partition.num_clients: needs 1 to {len(labels)} clients, one example each, got {num_clients}"
         )
-    clients = PARTITIONS[name][0](np.random.default_rng(seed), labels, num_clients, **fields)
+    clients = PARTITIONS[name].draw(np.random.default_rng(seed), labels, num_clients, **fields)
     return [np.sort(client) for client in clients]
 
 
-def check(name: str, **given) -> dict:
-    """Of the given fields of config.partition those that the rule `name` reads; needs no data.
+def check(name: str, **values) -> dict:
+    """Of the fields of config.partition those that the split `name` reads, {field: value}; needs no data.
 
     Raises:
-      ValueError: the name is not known, or a field has no value that its rule can take.
+      ValueError: the name is not known, or a field has no value that its split can take.
     """
-    if name not in PARTITIONS:
-        raise ValueError(f"config.partition.name: unknown split {name!r}; known: {', '.join(sorted(PARTITIONS))}")
-    _, fields = PARTITIONS[name]
+    fields = lookup(PARTITIONS, name, "config.partition.name").fields
     for field in fields:
-        value, wanted = given[field], "the path of a split" if field == "file" else "a positive number"
+        value, wanted = values[field], "the path of a split" if field == "file" else "a positive number"
         if not value or not (field == "file" or value > 0):
             raise ValueError(f"config.partition.{field}: split {name!r} needs {wanted}, got {value!r}")
-    return {field: given[field] for field in fields}
+    return {field: values[field] for field in fields}
 
 
 def dirichlet(rng: np.random.Generator, labels: np.ndarray, num_clients: int, alpha: float) -> list[np.ndarray]:
@@ -150,10 +151,10 @@ def iid(rng: np.random.Generator, labels: np.ndarray, num_clients: int) -> list[
 def from_file(rng: np.random.Generator, labels: np.ndarray, num_clients: int, file: str) -> list[np.ndarray]:
     """Reads a published split: for each client the indices of its examples, in the data set's original order.
 
-    The records of the prepared data must be in that order too, as `datasets.prepare` writes them; TFDS's own builders
-    shuffle. Three forms are known, none of which is executed or unpickled: JSON, an object client -> list or a list of
-    lists; the same as a Python literal, `{0: [...], ...}`, in which FedRCL and FedACG publish theirs; `.npz` with an
-    array a client, named by its number, or `arr_` and its number. Examples may be left to nobody.
+    The records of the prepared data must be in that order too, as `preparation.prepare` writes them; TFDS's own
+    builders shuffle. Three forms are known, none of which is executed or unpickled: JSON, an object client -> list or a
+    list of lists; the same as a Python literal, `{0: [...], ...}`, in which FedRCL and FedACG publish theirs; `.npz`
+    with an array a client, named by its number, or `arr_` and its number. Examples may be left to nobody.
 
     For Tiny-ImageNet, FedACG's code counts in the order in which its authors' machine listed the folders of the
     classes: read here, clients have as many examples of as many classes as published, but of other classes.
@@ -162,25 +163,13 @@ def from_file(rng: np.random.Generator, labels: np.ndarray, num_clients: int, fi
       FileNotFoundError: there is no such file.
       ValueError: it is not of these forms, or what it holds is not a split of `labels` over `num_clients`.
     """
-    try:
-        if Path(file).suffix == ".npz":
-            with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-                found = {int(name.removeprefix("arr_")): arrays[name] for name in arrays.files}
-        else:
-            found = _literal(Path(file).read_text())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"config.partition.file: no split at {file}") from error
-    except (TypeError, SyntaxError, *BROKEN) as error:
-        raise ValueError(
-            f"config.partition.file: {file} is no list of indices for each client, in JSON, as a Python literal or in "
-            f".npz{why(error)}"
-        ) from error
-    if sorted(found) != list(range(num_clients)):
+    lists = _read_lists(file)
+    if sorted(lists) != list(range(num_clients)):
         raise ValueError(
             f"config.partition.num_clients: {num_clients} needs the clients 0 to {num_clients - 1} in {file}, which "
-            f"has {len(found)}: {_few(sorted(found))}"
+            f"has {len(lists)}: {_few(sorted(lists))}"
         )
-    clients = [_indices(found[client], client, len(labels), file) for client in range(num_clients)]
+    clients = [_indices(lists[client], client, len(labels), file) for client in range(num_clients)]
     indices, counts = np.unique(np.concatenate(clients), return_counts=True)
     if (counts > 1).any():
         raise ValueError(
@@ -189,27 +178,43 @@ def from_file(rng: np.random.Generator, labels: np.ndarray, num_clients: int, fi
     return clients
 
 
+def _read_lists(file: str) -> dict:
+    """{client: its list of indices, or array} of a published split, not checked yet."""
+    try:
+        if Path(file).suffix == ".npz":
+            with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+                return {int(name.removeprefix("arr_")): arrays[name] for name in arrays.files}
+        return _literal(Path(file).read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"config.partition.file: no split at {file}") from error
+    except (TypeError, SyntaxError, *BROKEN) as error:
+        raise ValueError(
+            f"config.partition.file: {file} is no list of indices for each client, in JSON, as a Python literal or in "
+            f".npz{why(error)}"
+        ) from error
+
+
 def why(error: Exception) -> str:
     """An error's text in brackets, unless it is NumPy's advice to unpickle what is not to be trusted."""
     return "" if "pickle" in str(error) else f" ({error})"
 
 
-def _literal(text):
-    """Parses a literal dict client -> list, or list of lists, to {client: list}; no client may be there twice."""
+def _literal(text: str) -> dict:
+    """{client: list} from the literal of a dictionary, or of a list of lists; no client may be there twice."""
     tree = ast.parse(text.strip(), mode="eval")
-    found = ast.literal_eval(tree)
-    if isinstance(found, list | tuple):
-        return dict(enumerate(found))
-    if not isinstance(found, dict) or not all(isinstance(client, int | str) for client in found):
+    value = ast.literal_eval(tree)
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if not isinstance(value, dict) or not all(isinstance(client, int | str) for client in value):
         raise ValueError("it should map each client's number to its list")
-    by_number = {int(client): indices for client, indices in found.items()}
+    by_number = {int(client): indices for client, indices in value.items()}
     if len(by_number) < len(tree.body.keys):
         raise ValueError("a client is there twice")
     return by_number
 
 
-def _indices(listed, client, num_examples, file):
-    """Checks one client's list; returns it as an array [N_m]."""
+def _indices(listed, client: int, num_examples: int, file: str) -> np.ndarray:
+    """One client's list as an array [N_m], once it is checked."""
     where = f"config.partition.file: client {client} of {file}"
     listed = listed.tolist() if isinstance(listed, np.ndarray) else listed
     if not isinstance(listed, list | tuple | set) or not listed:
@@ -225,17 +230,25 @@ def _indices(listed, client, num_examples, file):
     return np.array(list(listed), np.int64)
 
 
-def _few(values):
+def _few(values: list) -> str:
+    """The first of some values, for an error."""
     return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
-# Each rule with the fields of config.partition that it reads.
+class Split(NamedTuple):
+    """A way to split examples over clients."""
+
+    # (generator, labels [N], number of clients, **fields) -> for each client the indices of its examples
+    draw: Callable[..., list[np.ndarray]]
+    fields: tuple[str, ...] = ()  # of config.partition that it reads
+
+
 PARTITIONS = {
-    "dirichlet": (dirichlet, ("alpha",)),
-    "dirichlet_by_class": (dirichlet_by_class, ("alpha",)),
-    "shards": (shards, ("shards_per_client",)),
-    "iid": (iid, ()),
-    "file": (from_file, ("file",)),
+    "dirichlet": Split(dirichlet, ("alpha",)),
+    "dirichlet_by_class": Split(dirichlet_by_class, ("alpha",)),
+    "shards": Split(shards, ("shards_per_client",)),
+    "iid": Split(iid),
+    "file": Split(from_file, ("file",)),
 }
 
 

@@ -9,14 +9,13 @@ import optax
 from jax.sharding import Mesh
 
 from fipa_jax import trees
-from fipa_jax.aggregate.rules import Aggregator
-from fipa_jax.client.local_work import Hyper, LocalSolver
+from fipa_jax.aggregate.aggregator import Aggregator
+from fipa_jax.client.local_solver import Hyper, LocalSolver
 from fipa_jax.client.terms import Term
-from fipa_jax.curvature.sketcher import Sketcher
+from fipa_jax.curvature.sketch import Sketcher
 from fipa_jax.federation.channel import Channel, ChannelRates
-from fipa_jax.federation.client_store import HostStore
 from fipa_jax.federation.parallel import replicate
-from fipa_jax.federation.state import State
+from fipa_jax.federation.state import HostStore, State
 
 
 class Parts(NamedTuple):

@@ -14,7 +14,7 @@ import jax
 import optax
 
 from fipa_jax.client.examples import Client, gather, present, subsample, take
-from fipa_jax.client.local_work import LocalResult
+from fipa_jax.client.local_solver import LocalResult
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.federation.channel import Order
 from fipa_jax.federation.parallel import map_clients

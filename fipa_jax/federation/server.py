@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from fipa_jax import trees
-from fipa_jax.aggregate.rules import step_of
+from fipa_jax.aggregate.aggregator import step_of
 from fipa_jax.aggregate.screening import Received, receive
 from fipa_jax.aggregate.uploads import Uploads
-from fipa_jax.client.local_work import LocalResult
+from fipa_jax.client.local_solver import LocalResult
 from fipa_jax.client.terms import Served
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.federation.parts import Parts, Rates

@@ -11,9 +11,9 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")  # of images, kernels and results
 CACHE = 2**19  # bytes of patches that stay in a core's cache
 
 
-def conv(
-    lhs,
-    rhs,
+def conv(  # its nine parameters are those by which flax calls `conv_general_dilated`
+    lhs: jax.Array,
+    rhs: jax.Array,
     window_strides: Sequence[int],
     padding,
     lhs_dilation=None,
@@ -70,29 +70,45 @@ def _conv_by_matmul(lhs, rhs, strides, padding, precision):
     rows, columns = ((size + sum(pad) - k) // s + 1 for size, k, s, pad in sides)
     depth = rhs[..., 0].size
 
-    def some(lhs):
-        if any(side for pair in padding for side in pair):
-            lhs = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
-        reach = (rows - 1) * strides[0] + 1, (columns - 1) * strides[1] + 1
-        shifts = [
-            lhs[:, i : i + reach[0] : strides[0], j : j + reach[1] : strides[1]]
-            for i in range(kernel[0])
-            for j in range(kernel[1])
-        ]
+    def convolve(lhs):
+        """A block of the images."""
         # A plain matrix product: with the patches' four axes left apart, a training step takes 1.6 times as long.
-        patches = jnp.concatenate(shifts, axis=-1).reshape(-1, depth)
+        patches = _patches(lhs, kernel, strides, padding, (rows, columns)).reshape(-1, depth)
         products = jnp.matmul(patches, rhs.reshape(depth, -1), precision=precision)
         return products.reshape(lhs.shape[0], rows, columns, -1)
 
-    fit = max(CACHE // (rows * columns * depth * lhs.dtype.itemsize), 1)
-    if fit >= images:
-        return some(lhs)
-    divisor = next(number for number in range(fit, 0, -1) if images % number == 0)
-    size = divisor if 2 * divisor > fit else fit  # then a remainder comes behind
+    size = _block_size(images, rows * columns * depth * lhs.dtype.itemsize)
+    if size >= images:
+        return convolve(lhs)
     whole = images // size * size
-    products = lax.map(jax.checkpoint(some), lhs[:whole].reshape(-1, size, *lhs.shape[1:]))
+    products = lax.map(jax.checkpoint(convolve), lhs[:whole].reshape(-1, size, *lhs.shape[1:]))
     products = products.reshape(whole, *products.shape[2:])
-    return products if whole == images else jnp.concatenate([products, some(lhs[whole:])])
+    return products if whole == images else jnp.concatenate([products, convolve(lhs[whole:])])
+
+
+def _patches(lhs, kernel, strides, padding, places):
+    """[B, H', W', h w C], what the kernel of h x w pixels lies on at each of its H' x W' places."""
+    if any(side for pair in padding for side in pair):
+        lhs = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
+    reach = (places[0] - 1) * strides[0] + 1, (places[1] - 1) * strides[1] + 1
+    shifts = [
+        lhs[:, i : i + reach[0] : strides[0], j : j + reach[1] : strides[1]]
+        for i in range(kernel[0])
+        for j in range(kernel[1])
+    ]
+    return jnp.concatenate(shifts, axis=-1)
+
+
+def _block_size(images: int, nbytes: int) -> int:
+    """How many images go together so that their patches, `nbytes` an image, stay in a core's cache.
+
+    A divisor of their number, unless that would be less than half of what has room: then a remainder comes behind.
+    """
+    fit = max(CACHE // nbytes, 1)
+    if fit >= images:
+        return images
+    divisor = next(number for number in range(fit, 0, -1) if images % number == 0)
+    return divisor if 2 * divisor > fit else fit
 
 
 @jax.custom_jvp

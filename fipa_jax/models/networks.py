@@ -1,15 +1,18 @@
 """The networks, each giving its outputs and its features in one pass, and the convolution they share."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fipa_jax.lookup import lookup
 from fipa_jax.models.convolution import conv, max_pool
 
 ACTIVATIONS = {"gelu": nn.gelu, "relu": nn.relu, "sigmoid": nn.sigmoid, "silu": nn.silu, "tanh": nn.tanh}
+Maker = Callable[[Any, int], nn.Module]  # (config.model, K) -> the network
 
 
 class Features(NamedTuple):
@@ -97,8 +100,8 @@ class ResNet(nn.Module):
     def __call__(self, x):
         """Maps images [B, H, W, C] to outputs [B, K] and features; the levels are the stem's and each stage's."""
         _check_images(x, 1)
-        param_dtype, given = x.dtype, x.dtype
-        x = x.astype(self.dtype or given)
+        param_dtype = x.dtype
+        x = x.astype(self.dtype or param_dtype)
         x, before = _ConvNorm(self.widths[0], param_dtype=param_dtype, name="stem")(x, activate=True)
         levels = (before.mean((1, 2)),)
         for i, width in enumerate(self.widths):
@@ -107,7 +110,7 @@ class ResNet(nn.Module):
                 x, before = _Block(width, stride, param_dtype, name=f"stage{i + 1}_block{j + 1}")(x)
             levels += (before.mean((1, 2)),)
         # The head in full precision: it is cheap, and so are its sketches.
-        levels, body = jax.tree.map(lambda level: level.astype(given), (levels, x.mean((1, 2))))
+        levels, body = jax.tree.map(lambda level: level.astype(param_dtype), (levels, x.mean((1, 2))))
         last = body
         if self.hidden:
             last = nn.relu(nn.Dense(self.hidden, param_dtype=param_dtype, name="hidden")(body))
@@ -122,11 +125,15 @@ class ResNet(nn.Module):
 def apply_head(layers: Sequence[str], params, body):
     """The head alone: dense layers with ReLU between them, from the body's features [B, F] to (outputs, features)."""
     *hidden, final = layers
-    dense = lambda layer, x: x @ layer["kernel"] + (layer["bias"][None] if "bias" in layer else 0)
     last = body
     for name in hidden:
-        last = nn.relu(dense(params[name], last))
-    return dense(params[final], last), Features((), body, last)
+        last = nn.relu(_dense(params[name], last))
+    return _dense(params[final], last), Features((), body, last)
+
+
+def _dense(layer: dict, x: jax.Array) -> jax.Array:
+    """[B, F'], a dense layer's values for inputs [B, F], by its parameters."""
+    return x @ layer["kernel"] + (layer["bias"][None] if "bias" in layer else 0)
 
 
 class _ConvNorm(nn.Module):
@@ -165,7 +172,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        layer = lambda *args, name: _ConvNorm(self.width, *args, param_dtype=self.param_dtype, name=name)
+        layer = functools.partial(_ConvNorm, self.width, param_dtype=self.param_dtype)
         y, _ = layer(3, self.stride, name="conv1")(x, activate=True)
         y, _ = layer(3, 1, 0.0, name="conv2")(y, activate=False)
         if self.stride > 1 or x.shape[-1] != self.width:
@@ -173,20 +180,34 @@ class _Block(nn.Module):
         return nn.relu(x + y), x + y
 
 
+def _mlp(config_model, num_outputs: int) -> MLP:
+    """The network of `config.model.widths`."""
+    lookup(ACTIVATIONS, config_model.activation, "config.model.activation")
+    return MLP(tuple(config_model.widths), num_outputs, config_model.activation)
+
+
+def _cnn(channels: Sequence[int], hidden: int) -> Maker:
+    """Builds the maker of a CNN, which reads no further fields."""
+    return lambda config_model, num_outputs: CNN(channels, num_outputs, hidden)
+
+
+def _resnet(widths: Sequence[int], blocks: int) -> Maker:
+    """Builds the maker of a ResNet."""
+
+    def make(config_model, num_outputs):
+        return ResNet(widths, blocks, num_outputs, config_model.head_width, config_model.compute_dtype)
+
+    return make
+
+
 # The CNNs are named after their numbers of parameters with images 32x32x3 and ten outputs: 5,956, 23,711 and 197,984.
-MODELS = {
-    "mlp": lambda config, num_outputs: MLP(
-        tuple(config.widths), num_outputs, _known("activation", config.activation, ACTIVATIONS)
-    ),
-    "cnn_6k": lambda config, num_outputs: CNN((12, 8), num_outputs, hidden=16),
-    "cnn_23k": lambda config, num_outputs: CNN((29, 16), num_outputs, hidden=32),
-    "cnn_200k": lambda config, num_outputs: CNN((32, 40), num_outputs, hidden=128),
-    "resnet20": lambda config, num_outputs: ResNet(
-        (16, 32, 64), 3, num_outputs, config.head_width, config.compute_dtype
-    ),
-    "resnet18": lambda config, num_outputs: ResNet(
-        (64, 128, 256, 512), 2, num_outputs, config.head_width, config.compute_dtype
-    ),
+MODELS: dict[str, Maker] = {
+    "mlp": _mlp,
+    "cnn_6k": _cnn((12, 8), hidden=16),
+    "cnn_23k": _cnn((29, 16), hidden=32),
+    "cnn_200k": _cnn((32, 40), hidden=128),
+    "resnet20": _resnet((16, 32, 64), blocks=3),
+    "resnet18": _resnet((64, 128, 256, 512), blocks=2),
 }
 
 
@@ -199,26 +220,19 @@ def build(config_model, num_outputs: int) -> nn.Module:
       num_outputs: K.
 
     Returns:
-      A module that maps inputs [B, ...] to (outputs [B, K], features: tuple of [B, ...]).
+      A module that maps inputs [B, ...] to (outputs [B, K], `Features`).
 
     Raises:
       ValueError: the name of the model or of the activation is not known.
     """
-    return MODELS[_known("name", config_model.name, MODELS, "model")](config_model, num_outputs)
+    return lookup(MODELS, config_model.name, "config.model.name")(config_model, num_outputs)
 
 
-def _check_images(x, least):
+def _check_images(x: jax.Array, least: int) -> None:
     """Refuses what is no batch of images of `least` x `least` pixels or more."""
     if x.ndim != 4 or min(x.shape[1:3]) < least:
-        found = "x".join(map(str, x.shape[1:]))
+        shape = "x".join(map(str, x.shape[1:]))
         raise ValueError(
-            f"config.model.name: this model needs images of {least} x {least} pixels or more, got inputs {found}; take "
+            f"config.model.name: this model needs images of {least} x {least} pixels or more, got inputs {shape}; take "
             f"'mlp' for what is no image, and see config.data.side"
         )
-
-
-def _known(field, name, table, kind=None):
-    """Returns the name if the table has it, else raises ValueError."""
-    if name not in table:
-        raise ValueError(f"config.model.{field}: unknown {kind or field} {name!r}; known: {', '.join(sorted(table))}")
-    return name

@@ -1,4 +1,7 @@
-"""What does a person see of a run? Its description, its progress line, its warnings, its tables and its split."""
+"""What a person sees of a run: its description, progress line, warnings, tables and pictures.
+
+A round's `info` is for people alone, and ends here: in warnings and in the columns of the metrics file.
+"""
 
 import math
 from collections import Counter
@@ -11,16 +14,16 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from fipa_jax import trees
-from fipa_jax.aggregate.filters import FALLBACKS
 from fipa_jax.aggregate.screening import REASONS
+from fipa_jax.aggregate.solvers import FALLBACKS
 from fipa_jax.curvature import sketch
 from fipa_jax.data import partition
 from fipa_jax.reporting import plots
 from fipa_jax.tasks import task as tasks
 
-REPEATS = 10  # of a warning in one phase
+REPEATS = 10  # times that a kind of warning is written in one phase
 SHOWN = 1000  # clients that are drawn, and whose classes are counted
-# What is said of clients besides those left out: field of `info` -> words.
+# Fields of `info` that mark clients, besides those left out, and what a warning says of them.
 NOTED = {
     "absent": "take no part: nothing of them arrived, or they have no examples",
     "stale": "take no part: their answers have moved by more than aggregator.late.max_drift since they began",
@@ -50,38 +53,49 @@ class Compilations:
         return f"{self._programs} programs in {self._seconds:.1f} s{where}"
 
 
-def warn(name: str, k: int, info: dict, said: Counter) -> None:
-    """Says who was left out, capped or flagged and why, and what the round made of it: a fallback is never silent.
+def warn(name: str, k: int, info: dict, times: Counter) -> None:
+    """Warns of clients that were left out, capped or flagged, and of a round that fell back or was skipped.
 
-    Each kind is said `REPEATS` times at most, as `said` counts; all cases are in metrics.jsonl.
+    Each kind of warning is written `REPEATS` times at most; all cases are in metrics.jsonl.
+
+    Args:
+      name: of the phase.
+      k: number of the round.
+      info: of the round, on the host.
+      times: {kind of warning: how often it occurred in the phase}, which is counted on.
     """
-    # A rule of one's own may give no reasons.
-    reasons = info.get("reasons") or {"by the rule": info["rejected"]}
-    kinds = {f"left out: {REASONS.get(reason, reason)}": clients for reason, clients in reasons.items()}
-    kinds |= {words: info[field] for field, words in NOTED.items() if field in info}
-    # A rank beyond the curvature's own is no fault: its surplus pairs are not even sent.
-    kinds |= {
-        sketch.FLAGS[flag]: clients for flag, clients in info.get("flags", {}).items() if flag != "rank_deficient"
-    }
-    for words, clients in kinds.items():
+    where = f"{name}, round {k}: "
+    for words, clients in _marked(info).items():
         if clients.any():
-            _say(f"{name}, round {k}: clients {info['ids'][clients].tolist()}: ", words, said)
+            _warn_of(words, f"{where}clients {info['ids'][clients].tolist()}: ", times)
     if info.get("fallback"):
-        taken = FALLBACKS[info["fallback"]]
-        _say(f"{name}, round {k}: ", f"the step was not finite or exploded: {taken} is taken instead", said)
+        fallback = FALLBACKS[info["fallback"]]
+        _warn_of(f"the step was not finite or exploded: {fallback} is taken instead", where, times)
     if info.get("skipped"):
-        _say(f"{name}, round {k}: ", "skipped: too few clients are left, or the parameters would not be finite", said)
+        _warn_of("skipped: too few clients are left, or the parameters would not be finite", where, times)
 
 
-def _say(where: str, words: str, said: Counter) -> None:
-    said[words] += 1
-    if said[words] <= REPEATS:
-        last = " (said no more; all cases are in metrics.jsonl)" if said[words] == REPEATS else ""
+def _marked(info: dict) -> dict:
+    """{what a warning says: [C] bool, the clients of whom it says so}."""
+    # An aggregator of a user's own may give no reasons.
+    reasons = info.get("reasons") or {"by the rule": info["rejected"]}
+    marked = {f"left out: {REASONS.get(reason, reason)}": clients for reason, clients in reasons.items()}
+    marked |= {words: info[field] for field, words in NOTED.items() if field in info}
+    # A rank beyond the curvature's own is no fault: its surplus pairs are not even sent.
+    flags = {flag: clients for flag, clients in info.get("flags", {}).items() if flag != "rank_deficient"}
+    return marked | {sketch.FLAGS[flag]: clients for flag, clients in flags.items()}
+
+
+def _warn_of(words: str, where: str, times: Counter) -> None:
+    """Counts a kind of warning, and writes it unless it has been written often enough."""
+    times[words] += 1
+    if times[words] <= REPEATS:
+        last = " (said no more; all cases are in metrics.jsonl)" if times[words] == REPEATS else ""
         logging.warning("%s%s%s", where, words, last)
 
 
 def figures(info: dict) -> dict:
-    """The numbers of a round's `info` that go into its metrics row; of what is said of each client, the count."""
+    """The figures of a round's `info` for its metrics row: its numbers, and how many clients each mark is on."""
     groups = {"flags": "sketches", "reasons": "rejected", "faults": "faults"}
     counts = {"clients_rejected": info["rejected"]}
     counts |= {f"clients_{field}": info[field] for field in NOTED if field in info}
@@ -92,9 +106,9 @@ def figures(info: dict) -> dict:
 
 
 def progress(row: dict) -> str:
-    """The round's figures in one line."""
-    shown = {name: value for name, value in row.items() if name.startswith(("test_", "step_ratio"))}
-    return ", ".join(f"{name}={value:.3g}" for name, value in shown.items() if value is not None)
+    """The round's test figures in one line."""
+    values = {name: value for name, value in row.items() if name.startswith(("test_", "step_ratio"))}
+    return ", ".join(f"{name}={value:.3g}" for name, value in values.items() if value is not None)
 
 
 def table(summary: dict) -> str:
@@ -106,17 +120,21 @@ def table(summary: dict) -> str:
     above = "".join(f"  {name:>{column}}" for name, column in zip(names, columns, strict=True))
     heads = "".join(f"  {'final':>{column - CELL}}{'best':>{CELL}}" for column in columns)
     lines = [" " * width + above, f"{'method':<{width}}" + heads]
-    number = lambda value: f"{math.nan if value is None else value:.4g}"
     for run_name, result in runs.items():
-        pairs = [(number(result["final"][name]), number(result["best"][name])) for name in names]
+        pairs = [(_number(result["final"][name]), _number(result["best"][name])) for name in names]
         cells = [f"  {final:>{c - CELL}}{best:>{CELL}}" for (final, best), c in zip(pairs, columns, strict=True)]
         lines.append(f"{run_name:<{width}}" + "".join(cells))
     return "\n".join(lines)
 
 
+def _number(value: float | None) -> str:
+    """A figure in the table; nan where an evaluation gave no number."""
+    return f"{math.nan if value is None else value:.4g}"
+
+
 def describe(config: ConfigDict, problem: tasks.Problem, params) -> None:
     """Prints what is about to run: data, clients, parameters and which of them the FIPA phase trains."""
-    counts = [len(own) for own in problem.clients]
+    counts = [len(indices) for indices in problem.clients]
     sizes = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     platform = jax.devices()[0].platform
     print(f"{config.task.name}: {len(counts)} clients with {sizes} examples each, on {platform}")
@@ -129,22 +147,31 @@ def describe(config: ConfigDict, problem: tasks.Problem, params) -> None:
 
 
 def parameter_table(params, trainable: str) -> str:
-    """How many parameters each layer has, and how many of them a phase trains, `trainable` being its pattern."""
-    chosen, rows = trees.select(params, trainable), {}
+    """A table of how many parameters each layer has, and how many of them the FIPA phase trains.
+
+    Args:
+      params: of the model.
+      trainable: regular expression for the paths of those that are trained.
+    """
+    chosen, sizes, trained = trees.select(params, trainable), Counter(), Counter()
     for path, leaf in trees.paths(params).items():
-        row = rows.setdefault(path.partition("/")[0], [0, 0])
-        row[0] += leaf.size
-        row[1] += leaf.size * (path in chosen)
-    total, trained = (sum(column) for column in zip(*rows.values(), strict=True))
-    width = max(map(len, ["layer", *rows]))
-    line = lambda name, *cells: f"{name:<{width}}" + "".join(f"{cell:>14}" for cell in cells)
-    lines = [line("layer", "parameters", "share", "in FIPA phase")]
-    for name, (size, part) in rows.items():
-        lines.append(line(name, f"{size:,}", f"{size / total:.1%}", f"{part:,}" if part else "-"))
-    return "\n".join([*lines, line("all", f"{total:,}", "", f"{trained:,}") + f" ({trained / total:.1%})"])
+        layer = path.partition("/")[0]
+        sizes[layer] += leaf.size
+        trained[layer] += leaf.size * (path in chosen)
+    total, in_all, width = sizes.total(), trained.total(), max(map(len, ["layer", *sizes]))
+    lines = [_line(width, "layer", "parameters", "share", "in FIPA phase")]
+    for layer, size in sizes.items():
+        part = f"{trained[layer]:,}" if trained[layer] else "-"
+        lines.append(_line(width, layer, f"{size:,}", f"{size / total:.1%}", part))
+    return "\n".join([*lines, _line(width, "all", f"{total:,}", "", f"{in_all:,}") + f" ({in_all / total:.1%})"])
 
 
-def class_counts(problem: tasks.Problem):
+def _line(width: int, name: str, *cells: str) -> str:
+    """A line of the table of parameters, whose first column has `width` characters."""
+    return f"{name:<{width}}" + "".join(f"{cell:>14}" for cell in cells)
+
+
+def class_counts(problem: tasks.Problem) -> np.ndarray | None:
     """[T, K], how many examples of each class clients own, the first `SHOWN`; None for a task without classes."""
     if "label" not in problem.train:
         return None
@@ -172,6 +199,7 @@ def draw_prediction(problem: tasks.Problem, params, path: Path) -> None:
     truth = test.get("solution", test.get("y"))
     if truth is None or test["x"].ndim != 2 or test["x"].shape[1] > 2 or truth.size != len(test["x"]):
         return
-    found = np.asarray(jax.jit(problem.task.outputs)(params, test)[0]).reshape(-1)
+    model = np.asarray(jax.jit(problem.task.outputs)(params, test)[0]).reshape(-1)
     x = np.asarray(problem.train["x"])
-    plots.prediction(test["x"], np.asarray(truth).reshape(-1), found, [x[own] for own in shown(problem.clients)], path)
+    inputs = [x[indices] for indices in shown(problem.clients)]
+    plots.prediction(test["x"], np.asarray(truth).reshape(-1), model, inputs, path)

@@ -1,22 +1,32 @@
-"""How good is a model, overall and for each client? And the file that keeps it, one row a round."""
+"""How good a model is, overall and for each client, and the file that keeps it, one row a round."""
 
 import json
 import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fipa_jax.tasks.task import Figures, Task, as_they_are
 
-def make_evaluate(task, batch_size: int) -> Callable:
+# (params, {field: [N, ...]}) -> arrays with the examples' axis, [N, ...].
+OfExamples = Callable[[Any, dict], Any]
+
+
+def make_evaluate(task: Task, batch_size: int) -> OfExamples:
     """Builds `evaluate(params, data) -> {name: [N]}`: the task's metrics of every example, in batches; jit it."""
-    return over_examples(lambda params, batch: task.metrics(task.outputs(params, batch)[0], batch), batch_size)
+
+    def metrics(params, batch):
+        return task.metrics(task.outputs(params, batch)[0], batch)
+
+    return over_examples(metrics, batch_size)
 
 
-def over_examples(function: Callable, batch_size: int) -> Callable:
+def over_examples(function: OfExamples, batch_size: int) -> OfExamples:
     """Builds `run(params, data)`: function(params, batch), whose arrays have an example axis, of all, in batches."""
 
     def run(params, data: dict):
@@ -32,13 +42,13 @@ def over_examples(function: Callable, batch_size: int) -> Callable:
     return run
 
 
-def overall(values: dict, prefix: str, figures: Callable = lambda means: means) -> dict:
+def overall(values: dict, prefix: str, figures: Figures = as_they_are) -> dict:
     """{prefix_name: mean over examples} of {name: [N]}; of `confidence` and `accuracy`, the calibration error.
 
     Args:
       values: of the examples.
       prefix: of the names.
-      figures: what is reported of the means, `tasks.Task.figures`.
+      figures: what is reported of the means, `Task.figures`.
     """
     means = figures({name: jnp.mean(value) for name, value in values.items() if name != "confidence"})
     result = {f"{prefix}_{name}": value for name, value in means.items()}
@@ -60,21 +70,25 @@ def calibration_error(confidence: jax.Array, correct: jax.Array, bins: int = 15)
 
 
 def over_clients(means: dict, num_examples: jax.Array) -> dict:
-    """Mean, standard deviation and worst decile over clients of their own means {name: [T]}.
+    """Mean, standard deviation and worst decile over clients of their own means.
 
     The worst decile is the mean over the tenth of the clients (at least one) with the lowest accuracy, or the highest
-    value of any other figure (NaN is worst). Clients without examples, by `num_examples` [T], do not count.
+    value of any other figure (NaN is worst).
+
+    Args:
+      means: {name: [T]}, the mean over each client's examples.
+      num_examples: [T]; clients without examples do not count.
     """
-    there = num_examples > 0
-    number = jnp.maximum(jnp.sum(there), 1)
+    present = num_examples > 0  # [T]
+    number = jnp.maximum(jnp.sum(present), 1)
     result = {}
-    for name, own in means.items():
+    for name, values in means.items():
         if name == "confidence":  # of use for the calibration error alone
             continue
-        mean = jnp.sum(jnp.where(there, own, 0)) / number
-        spread = jnp.sqrt(jnp.sum(jnp.where(there, (own - mean) ** 2, 0)) / number)
-        badness = jnp.where(there, jnp.nan_to_num(-direction(f"client_{name}") * own, nan=jnp.inf), -jnp.inf)
-        worst = own[jnp.argsort(-badness)]
+        mean = jnp.sum(jnp.where(present, values, 0)) / number
+        spread = jnp.sqrt(jnp.sum(jnp.where(present, (values - mean) ** 2, 0)) / number)
+        badness = jnp.where(present, jnp.nan_to_num(-direction(f"client_{name}") * values, nan=jnp.inf), -jnp.inf)
+        worst = values[jnp.argsort(-badness)]
         decile = jnp.arange(worst.size) < jnp.maximum(number // 10, 1)
         result[f"client_{name}_mean"] = mean
         result[f"client_{name}_std"] = spread
@@ -139,12 +153,12 @@ def within(rows: list[dict], seconds: float) -> list[dict]:
 
 def series(rows: list[dict]) -> dict:
     """{(run, figure): its values, evaluation by evaluation}; None where an evaluation gave no number."""
-    found = {}
+    values = {}
     for row in rows:
         for name, value in row.items():
             if direction(name):
-                found.setdefault((row["run"], name), []).append(value)
-    return found
+                values.setdefault((row["run"], name), []).append(value)
+    return values
 
 
 def summarise(rows: list[dict]) -> dict:

@@ -1,5 +1,6 @@
-"""A config made real: the data where they belong, and the functions of a run; checked by shapes before it starts."""
+"""A config made real: the data where they find room, and the functions of a run; checked by shapes before it starts."""
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from fipa_jax import trees
 from fipa_jax.client.examples import Client
 from fipa_jax.config.checks import validate
 from fipa_jax.config.methods import method
@@ -19,10 +21,11 @@ from fipa_jax.federation.population import OnHost, Resident
 from fipa_jax.federation.round import by_clients
 from fipa_jax.federation.state import fetch
 from fipa_jax.reporting import metrics, plots
-from fipa_jax.run import head_features, places, programs
-from fipa_jax.run import parts as run_parts
+from fipa_jax.run import head_features, programs
+from fipa_jax.run import phase_parts as run_parts
 from fipa_jax.saving.model_files import load
 from fipa_jax.tasks import task as tasks
+from fipa_jax.tasks.task import Problem
 
 
 class Experiment(NamedTuple):
@@ -85,7 +88,7 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
 
 def _population(config: ConfigDict, problem: tasks.Problem, on_device: Callable) -> Resident | OnHost:
     """All clients and their examples, where they find room."""
-    if places.examples_on_host(config, problem):
+    if examples_on_host(config, problem):
         return OnHost(problem.train, problem.clients, config.cohort or len(problem.clients), on_device)
     return Resident(*on_device((problem.train, Client(*partition.pad(problem.clients)))))
 
@@ -133,8 +136,8 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     config, people, params, root = experiment.config, experiment.population, experiment.params, experiment.root
     rates = run_parts.make_rates(settings, config.precision)
     parts = parts_of(experiment, settings)
-    places.store_on_host(config, parts, params)
-    places.check_room(parts, params)
+    store_on_host(config, parts, params)
+    check_room(parts, params)
     state = parts_lib.init(parts, params, on_host=True)
     state = fetch(state, np.arange(parts.cohort))  # the cohort's stores alone
     stages = programs.compiled(experiment.compiled, settings, parts)
@@ -143,3 +146,52 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     work = by_clients(parts, stages.train.eval_shape, stages.sketch.eval_shape)
     results, sketches = work(state, rates, cohort, root)
     stages.serve.eval_shape(state, rates, cohort, results, sketches)
+
+
+def store_on_host(config: ConfigDict, parts: Parts, params: Any) -> bool:
+    """Whether what clients keep between rounds lives on the host, by `config.client_store`; see `_on_host`."""
+    blank = jax.eval_shape(parts.term.init, trees.select(params, parts.trainable))
+    return _on_host(config, "client_store", parts.num_clients * trees.nbytes(blank))
+
+
+def examples_on_host(config: ConfigDict, problem: Problem) -> bool:
+    """Whether the clients and their examples live on the host, by `config.examples_on`; see `_on_host`."""
+    widest = max(map(len, problem.clients))
+    return _on_host(config, "examples_on", trees.nbytes(problem.train) + 4 * len(problem.clients) * widest)
+
+
+def _on_host(config: ConfigDict, field: str, size: int) -> bool:
+    """Whether what takes `size` bytes lives on the host: as the field says, or where it fills a quarter of a device.
+
+    Raises:
+      ValueError: it does, but many rounds are to run in one call.
+    """
+    on_host = config[field] == "host" or (config[field] == "auto" and 4 * size > device_bytes())
+    if on_host and config.rounds_per_call > 1:
+        raise ValueError(f"config.rounds_per_call: above 1 it needs config.{field} = 'device'")
+    return on_host
+
+
+def check_room(parts: Parts, params: Any) -> None:
+    """Refuses a rule whose state, such as past rounds, finds no room on the device.
+
+    Raises:
+      ValueError: twice its bytes, before and after a round, are more than the device has.
+    """
+    size = trees.nbytes(jax.eval_shape(parts.aggregator.init, trees.select(params, parts.trainable)))
+    if 2 * size > device_bytes():
+        raise ValueError(
+            f"config.fipa.aggregator.past: the rule would keep {size / 2**30:.3g} GiB between rounds, and hold them "
+            f"twice within one; the device has {device_bytes() / 2**30:.3g} GiB. Lower aggregator.past.rank or "
+            "past.length, take aggregator.past.kind = 'prior', or let trainable name fewer parameters"
+        )
+
+
+def device_bytes() -> int:
+    """The bytes of a device's memory, where a CPU's is the host's."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or host_bytes()
+
+
+def host_bytes() -> int:
+    """The bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -11,6 +11,7 @@ from jax import lax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from fipa_jax.aggregate.screening import REASONS
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as round_lib
 from fipa_jax.federation import state as state_lib
@@ -19,11 +20,11 @@ from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.federation.population import Ahead, Cohort, OnHost
 from fipa_jax.federation.state import State
 from fipa_jax.reporting import console, metrics
-from fipa_jax.run import places, programs
+from fipa_jax.reporting.console import NOTED
+from fipa_jax.run import programs
 from fipa_jax.run.experiment import Experiment, parts_of
-from fipa_jax.run.parts import make_rates
-from fipa_jax.run.stalled import check_progress
-from fipa_jax.run.tune import tuned_chunk
+from fipa_jax.run.phase_parts import make_rates
+from fipa_jax.run.programs import tuned_chunk
 from fipa_jax.saving.journal import Journal
 
 Rows = list[tuple[dict, dict]]  # of each round (its row of the metrics file, its info)
@@ -92,7 +93,7 @@ def rounds_of(phase: Phase, name: str, advance: Advance, state: State, journal: 
 
 def start(experiment: Experiment, parts: Parts, params: Any, first: int) -> State:
     """The state before round `first`."""
-    state = parts_lib.init(parts, params, first, places.store_on_host(experiment.config, parts, params))
+    state = parts_lib.init(parts, params, first, experiment.store_on_host(experiment.config, parts, params))
     store = state.store
     # A round writes its state in the place of the last one, and these parameters are the next method's too.
     return jax.tree.map(jnp.copy, state._replace(store=()))._replace(store=store)
@@ -270,3 +271,31 @@ class Clock:
         now = time.perf_counter()
         self.seconds[f"seconds_{stage}"], self._last = round(now - self._last, 6), now
         return result
+
+
+class Stalled(Exception):
+    """The run makes no progress."""
+
+
+def check_progress(name: str, row: dict, skipped: int, most: int) -> None:
+    """Ends a phase of which so many rounds in a row were skipped; 0 for never.
+
+    Args:
+      name: of the phase.
+      row: of its last round.
+      skipped: rounds up to that one that were skipped in a row.
+      most: of them.
+
+    Raises:
+      Stalled: says what the last one lacked, and what to change.
+    """
+    if not 0 < most <= skipped:
+        return
+    counts = {words: row.get(f"rejected_{reason}") for reason, words in REASONS.items()}
+    counts[NOTED["absent"]] = row.get("clients_absent")
+    why = "; ".join(f"{count} clients: {words}" for words, count in counts.items() if count)
+    raise Stalled(
+        f"{name}: {skipped} rounds in a row were skipped, the last one round {row['round']}. In it: "
+        f"{why or 'the new parameters were not finite'}. Lower local.lr or server.lr, look at the clients' data, lower "
+        "least_clients, or raise max_skips (0: never stop)"
+    )

@@ -1,19 +1,34 @@
-"""What is compiled, and for whom? The stages of a round, once for all phases that differ in traced numbers alone."""
+"""What is compiled? The stages of a round, once for all phases that differ in traced numbers alone; with how many
+clients side by side, which is measured once for a phase on a machine, then remembered."""
 
+import hashlib
 import json
+import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from fipa_jax import trees
+from fipa_jax import files, trees
+from fipa_jax.client.examples import take
+from fipa_jax.config.process import user_cache
 from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as round_lib
 from fipa_jax.federation import server
-from fipa_jax.federation.parts import Parts
-from fipa_jax.federation.state import State
-from fipa_jax.run.parts import TRACED, has_faults
+from fipa_jax.federation.parallel import replicate
+from fipa_jax.federation.parts import Parts, Rates
+from fipa_jax.federation.population import Cohort
+from fipa_jax.federation.round import by_clients
+from fipa_jax.federation.state import State, fetch
+from fipa_jax.run.phase_parts import TRACED, has_faults
 
 STEERING = ("rounds", "max_skips")  # fields of a phase that steer the loop alone
 
@@ -97,3 +112,106 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
         return {"bytes_down": down, "bytes_up": up + pair * pairs, "bytes_kept": kept}
 
     return sent_in
+
+
+WORSE = 1.1  # so much slower than the best so far ends the search
+
+
+def tuned_chunk(experiment, settings: ConfigDict, parts: Parts, state: State, rates: Rates) -> int:
+    """The fastest chunk for a phase on this machine; all processes take the first one's.
+
+    Measured on one device with its share of a cohort: no process waits for another before all have searched.
+
+    Args:
+      experiment: `experiment.Experiment`.
+      settings: the phase's fields.
+      parts, state, rates: of the phase.
+    """
+    people, config = experiment.population, experiment.config
+    clients = -(-parts.cohort // (1 if parts.mesh is None else parts.mesh.size))
+    shapes = jax.tree.map(lambda leaf: str((leaf.shape, leaf.dtype)), (state.params, people.shapes(parts.cohort)))
+    fields = [group.to_json_best_effort() for group in (config.task, config.data, config.model)]
+    machine = jax.devices()[0].device_kind, os.cpu_count(), jax.__version__
+    depends = key_of(settings, parts), shapes, fields, clients, machine
+    ids, orders = jitted(parts).draw(state.round, rates, experiment.root)
+    cohort = people.cohort(ids)._replace(orders=orders)
+    first = np.arange(clients)
+    cohort = cohort._replace(
+        ids=cohort.ids[:clients], clients=take(cohort.clients, first), orders=take(cohort.orders, first)
+    )
+    params, rates, cohort = replicate(jax.device_get((state.params, rates, cohort)), None)
+    measure = seconds_of(parts._replace(mesh=None, cohort=clients), rates, params, cohort, jax.random.key(0))
+    chunk = fastest_chunk(measure, clients, repr(depends), user_cache() / "chunks.json")
+    return int(multihost_utils.broadcast_one_to_all(jnp.int32(chunk)))
+
+
+def fastest_chunk(measure: Callable[[int], float], clients: int, key: str, file: Path) -> int:
+    """The chunk of `parallel.map_clients`, of 1, 2, 4, ... and all clients, with which a round takes the least time.
+
+    The search ends where it gets slower, or where the device's memory does not do.
+
+    Args:
+      measure: chunk -> seconds.
+      clients: that one device runs in a round.
+      key: names all that the answer depends on.
+      file: where answers are kept, JSON; one that cannot be read or written costs a measurement.
+    """
+    name, known = hashlib.sha256(key.encode()).hexdigest(), _read(file)
+    if not isinstance(known.get(name), int):
+        seconds = {}
+        for chunk in [2**n for n in range(clients.bit_length()) if 2**n < clients] + [clients]:
+            seconds[chunk] = measure(chunk)
+            if seconds[chunk] > WORSE * min(seconds.values()):
+                break
+        known[name] = min(seconds, key=seconds.get)
+        logging.info("seconds of a round by chunk: %s", seconds)
+        _write(file, known)
+    return known[name]
+
+
+def seconds_of(
+    parts: Parts, rates: Rates, params: Any, cohort: Cohort, root: jax.Array, repeats: int = 3
+) -> Callable[[int], float]:
+    """Builds `measure(chunk)`: the least seconds of the clients' part of a round, infinite where memory is short.
+
+    Args:
+      parts, rates, params: of the phase.
+      cohort: of a round.
+      root: key.
+      repeats: of the round, after one in which it is compiled.
+    """
+
+    def measure(chunk: int) -> float:
+        own = parts._replace(chunk=chunk)
+        stages = jitted(own)
+        work = by_clients(own, stages.train, stages.sketch)
+        state = fetch(parts_lib.init(own, params, on_host=True), jax.device_get(cohort.ids))
+        seconds = []
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
+            try:
+                jax.block_until_ready(work(state, rates, cohort, root))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                return float("inf")
+            seconds.append(time.perf_counter() - start)
+        return min(seconds[1:])
+
+    return measure
+
+
+def _read(file: Path) -> dict:
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write(file: Path, known: dict) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write(file, f"{json.dumps(known, indent=2)}\n".encode())
+    except OSError as error:
+        logging.warning("the fastest chunk will be measured again: %s cannot be written (%s)", file, error)

@@ -60,7 +60,7 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
         `resume.open_at`.
       OSError: the disk is full, or fails; what was saved before stays.
       signals.Stopped: a signal asked for it; all is saved.
-      stalled.Stalled: the run makes no progress.
+      loop.Stalled: the run makes no progress.
     """
     validate(config)
     with jax.enable_x64(config.precision == "float64"):

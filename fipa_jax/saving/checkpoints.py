@@ -1,8 +1,8 @@
-"""What outlives a process? A model as one portable file, and a run's checkpoints, which tell when they were altered.
+"""A run's checkpoints, which show when they were altered.
 
 Checkpoints are orbax's: written beside the run's work, and there whole or not at all. Beyond that each is sealed by the
-SHA-256 of its files, and says that of its arrays: one that is not as it was written is set aside, and the one before it
-used. Nothing in here is unpickled.
+SHA-256 of its files, and notes that of its arrays: one that is not as it was written is set aside, and the one before
+it used. Nothing in here is unpickled.
 """
 
 import contextlib
@@ -19,13 +19,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from fipa_jax import files as sums
 from fipa_jax import trees
-from fipa_jax.files import FULL, check_room, write
+from fipa_jax.files import FULL, SUMS, check_room, sums_of, write
 
-SEAL = sums.NAME  # in each step's folder
+SEAL = SUMS  # in each step's folder, once it is finished
 REMOVED = ".removed"  # what a step's folder is called while it is removed
 SLACK = 2**20  # bytes that a step takes beside its arrays, at most
+
+
+Check = Callable[[dict], None]  # of a step's note; raises a ValueError where the step is of no use
 
 
 class Saved(NamedTuple):
@@ -80,7 +82,7 @@ class Checkpoints:
         filled = {path: leaf for path, leaf in leaves.items() if leaf.size}  # the only ones that orbax takes
         note = note | {"step": step, "sha256": digest(leaves), "empty": empty, "names": [*names]}
         args = ocp.args.Composite(arrays=ocp.args.StandardSave(filled), note=ocp.args.JsonSave(note))
-        with self._told(step):
+        with self._as_one_error(step):
             if not self._manager.save(step, args=args, force=True):
                 raise ValueError(f"step {self._manager.latest_step()} is there already")
         self._writing = self._thread.submit(self._finish, step, note)
@@ -114,20 +116,24 @@ class Checkpoints:
 
     def _finish(self, step: int, note: dict):
         """Seals the step once orbax has written it, and only then removes those that it makes superfluous."""
-        with self._told(step):
+        with self._as_one_error(step):
             self._manager.wait_until_finished()
-            write(self._folder / str(step) / SEAL, sums.of(self._folder / str(step)))
+            write(self._folder / str(step) / SEAL, sums_of(self._folder / str(step)))
             self._notes[step] = note
             kept = {*sorted(self._notes)[-self._keep :], *(named for named, _ in self.named().values())}
             for old in {*self._notes} - kept:
-                del self._notes[old]
-                aside = self._folder / f"{old}{REMOVED}"  # at once no step any more
-                (self._folder / str(old)).rename(aside)
-                shutil.rmtree(aside)
+                self._remove(old)
+
+    def _remove(self, step: int):
+        """Removes a step, which under its new name is none any more from the start."""
+        del self._notes[step]
+        removed = self._folder / f"{step}{REMOVED}"
+        (self._folder / str(step)).rename(removed)
+        shutil.rmtree(removed)
 
     @contextlib.contextmanager
-    def _told(self, step: int):
-        """Makes one error of those of all libraries below."""
+    def _as_one_error(self, step: int):
+        """Makes an OSError, that names the step, of whatever the libraries below raise."""
         try:
             yield
         except Exception as error:
@@ -136,12 +142,12 @@ class Checkpoints:
             raise OSError(number, f"checkpoint {step} could not be written to {self._folder}: {why}") from error
 
 
-def recover(folder: Path, check: Callable = lambda note: None) -> Saved | None:
+def recover(folder: Path, check: Check | None = None) -> Saved | None:
     """The last step that is as it was written; those after it, and all damaged ones, are set aside.
 
     Args:
       folder: of the checkpoints.
-      check: of a step's note; raises a ValueError where the step is of no use.
+      check: refuses a step by its note; None for no such check.
 
     Returns:
       None if no step was ever finished: the last one has no seal if it was being written when its process ended.
@@ -149,31 +155,48 @@ def recover(folder: Path, check: Callable = lambda note: None) -> Saved | None:
     Raises:
       ValueError: there are steps, but none is of any use; they stay where they are.
     """
-    folder, saved, broken = Path(folder).absolute(), None, {}
-    steps = _steps(folder)[::-1]
+    steps = _steps(Path(folder).absolute())[::-1]
     unfinished = steps.pop(0) if steps and not (steps[0] / SEAL).exists() else None
-    for step in steps:
-        try:
-            if saved:
-                _check_seal(step)
-                continue
-            found = read(step)
-            check(found.note)
-            saved = found
-        except (OSError, ValueError) as error:
-            broken[step] = error
+    saved, broken = _newest_whole(steps, check)
     if broken and not saved:
         raise ValueError(f"no checkpoint can be used: {'; '.join(map(str, broken.values()))}")
     if unfinished:
         broken[unfinished] = "it was never finished"
     for step, why in broken.items():
-        aside = folder.with_name("broken") / step.name
-        while aside.exists():
-            aside = aside.with_name(f"{aside.name}-again")
-        aside.parent.mkdir(exist_ok=True)
-        step.rename(aside)
-        logging.warning("%s is not used: %s; moved to %s", step, why, aside)
+        _set_aside(step, why)
     return saved
+
+
+def _newest_whole(steps: list[Path], check: Check | None) -> tuple[Saved | None, dict]:
+    """(the first of the steps that can be used, {step that is damaged or of no use: why}); of the rest no arrays."""
+    saved, broken = None, {}
+    for step in steps:
+        try:
+            if saved:
+                _check_seal(step)
+            else:
+                saved = _read_checked(step, check)
+        except (OSError, ValueError) as error:
+            broken[step] = error
+    return saved, broken
+
+
+def _read_checked(step: Path, check: Check | None) -> Saved:
+    """Reads a step; raises where it is damaged, or its note is refused."""
+    saved = read(step)
+    if check:
+        check(saved.note)
+    return saved
+
+
+def _set_aside(step: Path, why) -> None:
+    """Moves a step into the folder `broken` beside the checkpoints, and says so."""
+    aside = step.parent.with_name("broken") / step.name
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}-again")
+    aside.parent.mkdir(exist_ok=True)
+    step.rename(aside)
+    logging.warning("%s is not used: %s; moved to %s", step, why, aside)
 
 
 def read(folder: Path) -> Saved:
@@ -211,17 +234,17 @@ def digest(leaves: dict) -> str:
 
 def _steps(folder: Path) -> list[Path]:
     """The folders of the steps, in order; what is only being written or removed has other names."""
-    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name))
+    steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted(steps, key=lambda path: int(path.name))
 
 
 def _check_seal(folder: Path) -> None:
     """Raises a ValueError that names a file if a step's files are not as they were written."""
     if not (folder / SEAL).is_file():
         raise ValueError(f"{folder} is no checkpoint: it has no {SEAL}")
-    wanted, found = (folder / SEAL).read_bytes(), sums.of(folder)
-    if wanted != found:
-        differ = {*wanted.split(b"\n")} ^ {*found.split(b"\n")}
+    written, now = (folder / SEAL).read_bytes(), sums_of(folder)
+    if written != now:
+        differ = {*written.split(b"\n")} ^ {*now.split(b"\n")}
         names = {line.rpartition(b"  ")[2].decode(errors="replace") for line in differ} - {""} or {SEAL}
         raise ValueError(f"the checkpoint {folder} is damaged: {min(names)} is not as it was written")
 

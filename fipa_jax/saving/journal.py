@@ -1,7 +1,8 @@
-"""What does a run leave on the disk as it goes? A row for every round, and checkpoints to go on from."""
+"""What a run leaves on the disk as it goes: a row for every round, and checkpoints to go on from."""
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,8 +16,8 @@ from fipa_jax.federation import state as state_lib
 from fipa_jax.federation.state import State
 from fipa_jax.files import write
 from fipa_jax.reporting import metrics
-from fipa_jax.saving import signals as stopping
 from fipa_jax.saving.checkpoints import Checkpoints, Saved
+from fipa_jax.saving.signals import Signals, Stopped
 
 
 class Journal:
@@ -29,6 +30,10 @@ class Journal:
       saved: where the run goes on; None from the start.
       origin: {"config", "data", "code"}, which every checkpoint notes.
       signals: that may ask the run to stop.
+
+    Attributes:
+      saved: the same, without its arrays once they are in use.
+      start: parameters that all methods start from, if they are the warm-up's; else ().
     """
 
     def __init__(
@@ -38,14 +43,15 @@ class Journal:
         checkpoints: Checkpoints | None,
         saved: Saved | None,
         origin: dict,
-        signals: stopping.Signals,
+        signals: Signals,
     ):
-        self.saved, self.start = saved, ()  # the model that all methods start from, if it is the warm-up's
-        self._every, self._checkpoints, self._last = settings.seconds, checkpoints, time.monotonic()
-        self._rows, self._signals, self._origin = saved.step if saved else 0, signals, origin
+        self.saved, self.start = saved, ()
+        self._workdir, self._origin, self._signals = workdir, origin, signals
+        self._checkpoints, self._seconds, self._saved_at = checkpoints, settings.seconds, time.monotonic()
+        self._described = checkpoints is None
+        self._rows = saved.step if saved else 0
         size = saved.note["metrics_bytes"] if saved and checkpoints else 0
         self._writer = metrics.Writer(workdir / "metrics.jsonl", size)
-        self._workdir, self._described = workdir, checkpoints is None
         if saved is None:
             self._describe()
 
@@ -55,9 +61,9 @@ class Journal:
 
     def started_from(self, params):
         """The model that the methods start from where the run goes on after its warm-up, else `params`."""
-        own = trees.below(self.saved.leaves, "start") if self.saved else {}
-        if own:
-            self.start = params = jax.tree.map(jnp.asarray, _fitting(trees.fitted, own, params))
+        leaves = trees.below(self.saved.leaves, "start") if self.saved else {}
+        if leaves:
+            self.start = params = jax.tree.map(jnp.asarray, _fitting(trees.fitted, leaves, params))
         return params
 
     def resumed(self, phase: str, state: State, mesh) -> tuple[State, dict]:
@@ -99,19 +105,23 @@ class Journal:
 
         Raises:
           OSError: the checkpoint, or the one before it, cannot be written.
-          stopping.Stopped: the run was asked to stop; all is saved.
+          Stopped: the run was asked to stop; all is saved.
         """
-        stop = self._signals.asked
-        if jax.process_count() > 1:  # all stop after the same round
-            stop = int(multihost_utils.process_allgather(np.int32(stop)).max())
+        number = self._asked_of_any()
         if self._checkpoints is not None:
             self._checkpoints.check()
-            if ended or stop or time.monotonic() - self._last >= self._every:
+            if ended or number or time.monotonic() - self._saved_at >= self._seconds:
                 self._save(phase, state, row, note, ended)
-            if stop:
+        if number:
+            if self._checkpoints is not None:
                 self._checkpoints.wait()
-        if stop:
-            raise stopping.Stopped(stop, f"after round {row['round']} of {phase}; the same command goes on from there")
+            raise Stopped(number, f"after round {row['round']} of {phase}; the same command goes on from there")
+
+    def _asked_of_any(self) -> int:
+        """The number of a signal that asked any of the processes to stop, the same in all of them; 0 for none."""
+        if jax.process_count() == 1:
+            return self._signals.asked
+        return int(multihost_utils.process_allgather(np.int32(self._signals.asked)).max())
 
     def _describe(self):
         """Writes for people what every checkpoint notes; of a run that goes on, once it does."""
@@ -121,23 +131,28 @@ class Journal:
                 write(self._workdir / f"{name}.json", f"{json.dumps(content, indent=2)}\n".encode())
             self._described = True
 
-    def _save(self, phase, state, row, note, ended):
+    def _save(self, phase: str, state: State, row: dict, note: dict, ended: bool):
+        """Starts to write a checkpoint, once the last one is on the disk; the rows so far are there before it."""
         self._checkpoints.wait()
-        score, names = score_of(row), []
-        if ended and phase == "warmup":
-            names.append("end of warmup")
-        _, best = self._checkpoints.named().get(f"best of {phase}", (0, {"score": -np.inf}))
-        if score is not None and score > best["score"]:
-            names.append(f"best of {phase}")
+        score = score_of(row)
         note = note | {"phase": phase, "round": row["round"], "score": score, "origin": self._origin}
         note["metrics_bytes"] = self._writer.sync()
         tree = state_lib.snapshot(state)._asdict() | {"start": self.start}
-        self._checkpoints.save(self._rows, tree, note, names)
-        self._last = time.monotonic()
+        self._checkpoints.save(self._rows, tree, note, self._names_of(phase, score, ended))
+        self._saved_at = time.monotonic()
+
+    def _names_of(self, phase: str, score: float | None, ended: bool) -> list[str]:
+        """The names by which a checkpoint is kept, whatever comes after it."""
+        names = ["end of warmup"] if ended and phase == "warmup" else []
+        best = f"best of {phase}"
+        _, note = self._checkpoints.named().get(best, (0, {"score": -np.inf}))
+        if score is not None and score > note["score"]:
+            names.append(best)
+        return names
 
 
-def _fitting(function, *args):
-    """What a function makes of a checkpoint; its error says what that is about."""
+def _fitting(function: Callable, *args):
+    """What a function makes of a checkpoint's arrays; its error says that they are of another run."""
     try:
         return function(*args)
     except ValueError as error:
@@ -145,20 +160,20 @@ def _fitting(function, *args):
 
 
 class Rows(list):
-    """The rows of a phase on its own, as a journal that keeps nothing else."""
+    """A journal in memory, a list of the rows: for a phase on its own, which keeps and resumes nothing."""
 
     write = list.append
 
     def resumed(self, phase: str, state: State, mesh) -> tuple[State, dict]:
-        """It begins at the start."""
+        """The state as it came: there is nothing to go on from."""
         return state, {}
 
     def asked(self) -> bool:
-        """Never."""
+        """False: no signal is heard."""
         return False
 
     def keep(self, *_, ended: bool) -> None:
-        """Keeps nothing."""
+        """Saves nothing."""
 
 
 def score_of(row: dict) -> float | None:

@@ -1,4 +1,4 @@
-"""A model as one portable file."""
+"""A model as one portable file, written and read whole."""
 
 from pathlib import Path
 
@@ -26,8 +26,10 @@ def load(path: Path, like=None):
 
     Args:
       path: of the file, or of the step's folder.
-      like: parameters of the model they are for, or their shapes; None for NumPy arrays in nested
-        dictionaries.
+      like: parameters of the model they are for, or their shapes.
+
+    Returns:
+      A tree as `like`, of arrays on the device; NumPy arrays in nested dictionaries where that is None.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -51,11 +53,11 @@ def _read_model(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no model file at {path}")
     try:
-        found = serialization.msgpack_restore(path.read_bytes())
-        leaves, wanted = found["params"], found["sha256"]
+        content = serialization.msgpack_restore(path.read_bytes())
+        leaves, written = content["params"], content["sha256"]
         if not all(isinstance(leaf, np.ndarray) for leaf in leaves.values()):
             raise TypeError("its values are not arrays")
-        if digest(leaves) != wanted:
+        if digest(leaves) != written:
             raise ValueError("its arrays are not those that were saved")
     except Exception as error:  # of any kind of content
         raise ValueError(f"{path} is not a model file, or is damaged ({error})") from error

@@ -1,4 +1,4 @@
-"""What does a run come from? Its config, data and code, and how they differ from another run's."""
+"""What a run comes from, its config, data and code, and how they differ from another run's."""
 
 import hashlib
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ FREE = ("checkpoint", "data.cache_dir", "data.dir", "devices", "examples_on", "i
 
 def of_data(problem, params) -> dict:
     """{name: digest} of the problem's arrays, of who owns what, and of the parameters that the run starts from."""
-    owned = problem.clients
-    sizes = np.fromiter(map(len, owned), np.int64, len(owned))
-    flat = owned.flat if isinstance(owned, Ragged) else np.concatenate(list(owned))
+    clients = problem.clients
+    sizes = np.fromiter(map(len, clients), np.int64, len(clients))
+    flat = clients.flat if isinstance(clients, Ragged) else np.concatenate(list(clients))
     fields = {"train": problem.train, "test": problem.test, "holdout": problem.holdout or {}, "params": params}
-    found = {name: _digest(leaf) for name, leaf in trees.paths(fields).items()}
-    return found | {"clients": _digest(sizes), "examples": _digest(flat)}
+    arrays = trees.paths(fields) | {"clients": sizes, "examples": flat}
+    return {name: _digest(array) for name, array in arrays.items()}
 
 
 def of_code() -> dict:
@@ -36,14 +36,17 @@ def of_code() -> dict:
 
 def differences(theirs: dict, mine: dict) -> list[str]:
     """One line for each value that differs between two {"config" | "data" | "code": nested dictionary}."""
-    there, here = (dict(_flat(tree)) for tree in (theirs, mine))
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    free = tuple(f"config.{field}" for field in FREE)
+    theirs, mine = dict(_flat(theirs)), dict(_flat(mine))
     return [
-        f"{name}: {there.get(name, 'absent')!r} there, {here.get(name, 'absent')!r} here"
-        for name in names
-        if not any(name == field or name.startswith(f"{field}.") for field in free)
+        f"{name}: {theirs.get(name, 'absent')!r} there, {mine.get(name, 'absent')!r} here"
+        for name in {**theirs, **mine}
+        if theirs.get(name) != mine.get(name) and not _is_free(name)
     ]
+
+
+def _is_free(name: str) -> bool:
+    """Whether two runs may differ in a value, a.b.c, and still be the same."""
+    return any(name == field or name.startswith(f"{field}.") for field in (f"config.{field}" for field in FREE))
 
 
 def _flat(tree: dict, prefix: str = "") -> Iterator:

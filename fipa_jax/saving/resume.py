@@ -1,4 +1,4 @@
-"""What is in a work directory already, and does the run go on with it?"""
+"""What is in a work directory already, and whether the run goes on with it."""
 
 import contextlib
 import functools
@@ -14,11 +14,12 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from fipa_jax.saving import checkpoints as checkpoint
-from fipa_jax.saving import provenance as origin
-from fipa_jax.saving import signals as stopping
-from fipa_jax.saving.checkpoints import Checkpoints, Saved
+from fipa_jax.files import PARTIAL, remove_partial
+from fipa_jax.lookup import lookup
+from fipa_jax.saving.checkpoints import Checkpoints, Saved, recover
 from fipa_jax.saving.journal import Journal
+from fipa_jax.saving.provenance import differences
+from fipa_jax.saving.signals import Signals
 
 try:
     import fcntl
@@ -28,9 +29,13 @@ except ImportError:  # on Windows
 # What a run writes, and so what may be moved aside when the next one comes.
 WRITTEN = (
     "config.json", "origin.json", "metrics.jsonl", "summary.json", "checkpoints", "broken", "*.png", "*.msgpack",
-    "*.partial",
+    f"*{PARTIAL}",
 )  # fmt: skip
-RESUMES = ("yes", "no", "anyway")
+RESUMES = {  # what --resume may say: what becomes of a run that is there already
+    "yes": "goes on where its origin is the same; is moved aside where it is finished, or had saved nothing",
+    "anyway": "goes on whatever its origin",
+    "no": "is moved aside",
+}
 SHOWN = 20  # differences between two runs that a person is shown
 
 
@@ -41,30 +46,36 @@ def open_at(workdir: Path, config: ConfigDict, come_from: dict, resume: str = "y
     Args:
       workdir: made if it is not there.
       config: the run's.
-      come_from: its {"data", "code"}, as `origin` says them.
+      come_from: its {"data", "code"}, as `provenance` says them.
       resume: `yes` goes on with a run of the same origin and moves a finished one of another aside, or one that saved
         nothing; `anyway` goes on whatever the origin; `no` moves any aside. Moved aside is to `previous-N`.
+
+    Yields:
+      The journal, which knows where the run goes on.
 
     Raises:
       ValueError: the folder holds something else, a run that is under way, an unfinished one of another origin, or one
         whose checkpoints are all damaged.
     """
-    if resume not in RESUMES:
-        raise ValueError(f"--resume: unknown {resume!r}; known: {', '.join(RESUMES)}")
-    mine, checkpoints = {"config": json.loads(config.to_json_best_effort())} | come_from, None
+    lookup(RESUMES, resume, "--resume")
+    origin, checkpoints = {"config": json.loads(config.to_json_best_effort())} | come_from, None
     with contextlib.ExitStack() as held:
         if jax.process_index():  # the first process reads and writes for all
-            saved = _from_first(lambda: None)
+            saved = _from_first(_nothing)
         else:
-            saved = _from_first(lambda: _find(workdir, mine, resume, held))
+            saved = _from_first(functools.partial(_find, workdir, origin, resume, held))
             kept = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
             checkpoints = held.enter_context(contextlib.closing(kept))
-        signals = held.enter_context(stopping.Signals())
-        journal = Journal(workdir, config.checkpoint, checkpoints, saved, mine, signals)
+        signals = held.enter_context(Signals())
+        journal = Journal(workdir, config.checkpoint, checkpoints, saved, origin, signals)
         yield held.enter_context(contextlib.closing(journal))
 
 
-def _find(workdir: Path, mine: dict, resume: str, held: contextlib.ExitStack) -> Saved | None:
+def _nothing() -> None:
+    """What a process finds that leaves it to the first one to look."""
+
+
+def _find(workdir: Path, origin: dict, resume: str, held: contextlib.ExitStack) -> Saved | None:
     """Where the run in the work directory goes on; None if there is none, or none any more."""
     workdir.mkdir(parents=True, exist_ok=True)
     held.enter_context(_lock(workdir / "lock"))
@@ -72,26 +83,39 @@ def _find(workdir: Path, mine: dict, resume: str, held: contextlib.ExitStack) ->
         return None
     if resume == "no":
         return _move_aside(workdir, "is not resumed")
-    saved = checkpoint.recover(workdir / "checkpoints", functools.partial(_check_rows, workdir / "metrics.jsonl"))
+    saved = recover(workdir / "checkpoints", functools.partial(_check_rows, workdir / "metrics.jsonl"))
     if saved is None:
         return _move_aside(workdir, "had saved nothing")
-    theirs = saved.note["origin"]
-    differ = origin.differences(theirs, mine)
-    if differ and resume == "yes" and _finished(saved, theirs["config"]):
+    if not _may_go_on(workdir, saved, origin, resume):
         return _move_aside(workdir, "is finished, and of another origin")
-    if differ:
-        shown = "\n  ".join([*differ[:SHOWN], *([f"and {len(differ) - SHOWN} more"] if differ[SHOWN:] else [])])
-        if resume == "yes":
-            raise ValueError(
-                f"--workdir: {workdir} holds an unfinished run of another origin:\n  {shown}\nName another folder; or "
-                "--resume=anyway to go on with that run all the same, or --resume=no to move it aside and begin anew"
-            )
-        logging.warning("going on with a run of another origin:\n  %s", shown)
-    if _finished(saved, mine["config"]):
+    if _finished(saved, origin["config"]):
         logging.warning("the run in %s is finished; --resume=no runs it anew", workdir)
     else:
         logging.warning("%s: going on after round %d of %s", workdir, saved.note["round"], saved.note["phase"])
+    remove_partial(workdir)
     return saved
+
+
+def _may_go_on(workdir: Path, saved: Saved, origin: dict, resume: str) -> bool:
+    """Whether a saved run goes on: one of this origin, or of any if so told; False of a finished one of another.
+
+    Raises:
+      ValueError: it is of another origin, and not finished.
+    """
+    theirs = saved.note["origin"]
+    differ = differences(theirs, origin)
+    if not differ:
+        return True
+    shown = "\n  ".join([*differ[:SHOWN], *([f"and {len(differ) - SHOWN} more"] if differ[SHOWN:] else [])])
+    if resume == "anyway":
+        logging.warning("going on with a run of another origin:\n  %s", shown)
+        return True
+    if _finished(saved, theirs["config"]):
+        return False
+    raise ValueError(
+        f"--workdir: {workdir} holds an unfinished run of another origin:\n  {shown}\nName another folder; or "
+        "--resume=anyway to go on with that run all the same, or --resume=no to move it aside and begin anew"
+    )
 
 
 @contextlib.contextmanager
@@ -115,13 +139,13 @@ def _lock(path: Path):
 
 def _earlier(workdir: Path) -> list[Path]:
     """What an earlier run has left in the work directory."""
-    there = [path for path in workdir.iterdir() if not path.match("previous-*") and path.name != "lock"]
-    foreign = [path.name for path in there if not any(path.match(name) for name in WRITTEN)]
+    paths = [path for path in workdir.iterdir() if not path.match("previous-*") and path.name != "lock"]
+    foreign = [path.name for path in paths if not any(path.match(name) for name in WRITTEN)]
     if foreign:
         raise ValueError(
             f"--workdir: {workdir} holds {min(foreign)!r}, no run's file; move it elsewhere, or name another folder"
         )
-    return there
+    return paths
 
 
 def _move_aside(workdir: Path, why: str) -> None:
@@ -149,29 +173,48 @@ def _finished(saved: Saved, config: dict) -> bool:
     return (saved.note["phase"], saved.note["round"]) == (last, rounds - 1)
 
 
-def _from_first(find: Callable) -> Saved | None:
+def _from_first(find: Callable[[], Saved | None]) -> Saved | None:
     """What `find()` returns, or raises, in the first process: the same in all of them."""
     if jax.process_count() == 1:
         return find()
-    saved, error, send = None, None, multihost_utils.broadcast_one_to_all
-    try:
-        saved = find()
-    except Exception as raised:  # whatever it is, the others wait
-        error = raised
-    shapes = None if saved is None else {path: [str(leaf.dtype), *leaf.shape] for path, leaf in saved.leaves.items()}
-    outline = json.dumps([error and str(error), saved and [saved.step, saved.note], shapes]).encode()
-    size, first = int(send(np.int32(len(outline)))), not jax.process_index()
-    outline = np.asarray(send(np.frombuffer(outline, np.uint8) if first else np.zeros(size, np.uint8))).tobytes()
-    said, about, shapes = json.loads(outline)
-    if said is not None:
-        raise error or ValueError(said)
+    saved, error = _attempt(find)
+    message, about, shapes = json.loads(_text_of_first(_outline(saved, error)))
+    if message is not None:
+        raise error or ValueError(message)
     if about is None:
         return None
     step, note = about
     blank = {path: np.zeros(shape, dtype) for path, (dtype, *shape) in shapes.items()}
-    # As bytes: a sum over processes, which is what this is, would turn -0.0 into 0.0.
-    sent = {
-        path: np.asarray(send(leaf.reshape(-1).view(np.uint8)))
-        for path, leaf in (saved.leaves if first else blank).items()
-    }
-    return Saved(step, {path: sent[path].view(leaf.dtype).reshape(leaf.shape) for path, leaf in blank.items()}, note)
+    leaves = blank if jax.process_index() else saved.leaves
+    return Saved(step, {path: _array_of_first(leaves[path]) for path in blank}, note)
+
+
+def _attempt(find: Callable[[], Saved | None]) -> tuple[Saved | None, Exception | None]:
+    """(what `find()` returns, None), or (None, what it raises): whatever that is, the other processes wait."""
+    try:
+        return find(), None
+    except Exception as error:
+        return None, error
+
+
+def _outline(saved: Saved | None, error: Exception | None) -> str:
+    """What processes must know before arrays are sent: JSON of [error, [step, note], {path: [type, *shape]}]."""
+    shapes = None if saved is None else {path: [str(leaf.dtype), *leaf.shape] for path, leaf in saved.leaves.items()}
+    return json.dumps([error and str(error), saved and [saved.step, saved.note], shapes])
+
+
+def _text_of_first(text: str) -> str:
+    """The first process's text, in all of them; its length goes first."""
+    content = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(content.size)))
+    mine = np.zeros(size, np.uint8) if jax.process_index() else content
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes().decode()
+
+
+def _array_of_first(leaf: np.ndarray) -> np.ndarray:
+    """The first process's array, in all of them, for which the others give one of its type and shape.
+
+    As bytes: a sum over processes, which is how it is sent, would turn -0.0 into 0.0.
+    """
+    sent = np.asarray(multihost_utils.broadcast_one_to_all(leaf.reshape(-1).view(np.uint8)))
+    return sent.view(leaf.dtype).reshape(leaf.shape)

@@ -1,4 +1,4 @@
-"""How is a run stopped? A signal is noted, the round finished and saved; a second signal ends the process at once."""
+"""How a run is stopped: a signal is noted, the round finished and saved; a second signal ends the process at once."""
 
 import os
 import signal
@@ -30,18 +30,18 @@ class Signals:
         self.asked = 0
 
     def __enter__(self) -> "Signals":
-        self._here = threading.current_thread() is threading.main_thread()
-        if self._here:
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        if self._in_main_thread:
             reader, self._writer = os.pipe()
             os.set_blocking(self._writer, False)
-            self._before = {number: signal.signal(number, lambda *_: None) for number in NUMBERS}
+            self._before = {number: signal.signal(number, _ignore) for number in NUMBERS}
             self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self._here:
+        if self._in_main_thread:
             signal.set_wakeup_fd(self._wakeup)
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -49,16 +49,24 @@ class Signals:
             self._thread.join()
 
     def _listen(self, reader: int) -> None:
-        heard = 0.0
+        """Hears each signal, of which Python writes the number as a byte, until the pipe is closed."""
+        self._heard_at = 0.0
         with open(reader, "rb", buffering=0) as signals:
-            while found := signals.read(1):
-                if found[0] not in NUMBERS:
-                    continue
-                now = time.monotonic()
-                if self.asked == found[0] and now < heard + ECHO:
-                    continue
-                if self.asked:
-                    os._exit(128 + found[0])
-                self.asked, heard = found[0], now
-                name = signal.Signals(self.asked).name
-                logging.warning("%s: finishing the round and saving it; a second signal ends the run at once", name)
+            while byte := signals.read(1):
+                if byte[0] in NUMBERS:
+                    self._hear(byte[0])
+
+    def _hear(self, number: int) -> None:
+        """Notes the first signal; ends the process at the second one, unless it is the first one's echo."""
+        now = time.monotonic()
+        if self.asked == number and now < self._heard_at + ECHO:
+            return
+        if self.asked:
+            os._exit(128 + number)
+        self.asked, self._heard_at = number, now
+        name = signal.Signals(number).name
+        logging.warning("%s: finishing the round and saving it; a second signal ends the run at once", name)
+
+
+def _ignore(number: int, frame) -> None:
+    """Does nothing, as a handler: the thread hears the signal."""

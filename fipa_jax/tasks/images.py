@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fipa_jax.data import loading as data
 from fipa_jax.data import partition
-from fipa_jax.data import prepared as data
 from fipa_jax.models import networks as models
 from fipa_jax.tasks.task import Problem, Task
 
@@ -29,8 +29,8 @@ def build(config) -> Problem:
       ValueError: a field of the config does not fit the data.
     """
     models.build(config.model, num_outputs=1)  # what is wrong with the config shows before the data are loaded
-    given = {field: config.partition[field] for field in ("alpha", "shards_per_client", "file")}
-    partition.check(config.partition.name, **given)
+    fields = {field: config.partition[field] for field in ("alpha", "shards_per_client", "file")}
+    partition.check(config.partition.name, **fields)
     if config.partition.name == "file":
         _check_order(config)
     test_split = config.data.test_split or data.test_split(config.data.name)
@@ -44,7 +44,7 @@ def build(config) -> Problem:
         train["label"],
         config.partition.num_clients,
         config.partition.seed,
-        **given,
+        **fields,
     )
     module = models.build(config.model, num_outputs=data.num_classes(config.data.name, config.data.dir))
     augment, rotation, flip = config.data.augment, config.data.rotation, config.data.flip

@@ -10,7 +10,7 @@ from fipa_jax.models import networks as models
 from fipa_jax.tasks.task import Problem, Task
 
 
-def regression(module, example) -> Task:
+def regression(module, example: np.ndarray) -> Task:
     """A task from a flax module: half-squared error 1/2 |y_hat - y|^2, so that L_n is the identity.
 
     Args:
@@ -18,37 +18,50 @@ def regression(module, example) -> Task:
       example: array [d], an input of the right width.
     """
 
-    def metrics(outputs, batch):
-        return {"mse": jnp.mean((outputs - batch["y"]) ** 2, axis=-1)}
+    def init(key):
+        return module.init(key, jnp.asarray(example)[None])["params"]
 
-    return Task(
-        init=lambda key: module.init(key, jnp.asarray(example)[None])["params"],
-        outputs=lambda params, batch: module.apply({"params": params}, batch["x"]),
-        loss=lambda outputs, batch: jnp.sum((outputs - batch["y"]) ** 2, axis=-1) / 2,
-        metrics=metrics,
-        head=functools.partial(models.apply_head, module.head_layers),
-        head_pattern=f"^({'|'.join(module.head_layers)})/",
-    )
+    def outputs(params, batch):
+        return module.apply({"params": params}, batch["x"])
+
+    head = functools.partial(models.apply_head, module.head_layers)
+    return Task(init, outputs, _loss, _metrics, head=head, head_pattern=f"^({'|'.join(module.head_layers)})/")
+
+
+def _loss(outputs, batch):
+    """[B], the half-squared errors of outputs [B, K]."""
+    return jnp.sum((outputs - batch["y"]) ** 2, axis=-1) / 2
+
+
+def _metrics(outputs, batch):
+    """{name: [B]} of outputs [B, K]."""
+    return {"mse": jnp.mean((outputs - batch["y"]) ** 2, axis=-1)}
+
+
+def pack(x: np.ndarray, y: np.ndarray, dtype) -> dict[str, np.ndarray]:
+    """Inputs [N, d] and targets [N, K] as the fields of a data set, in the run's precision."""
+    return {"x": x.astype(dtype), "y": y.astype(dtype)}
 
 
 def build(config) -> Problem:
     """Builds the task `config.task.name`: `sine` or `gaussians_2d`."""
-    x, y, x_test, y_test, clients = {"sine": _sine, "gaussians_2d": _gaussians_2d}[config.task.name](config.task)
+    function, x, x_test, clients = FUNCTIONS[config.task.name](config.task)
     dtype = np.dtype(config.precision)
-    module = models.build(config.model, num_outputs=y.shape[1])
-    pack = lambda x, y: {"x": x.astype(dtype), "y": y.astype(dtype)}
-    task = regression(module, x[0].astype(dtype))
-    return Problem(task, pack(x, y), pack(x_test, y_test), None, clients)
+    train, test = pack(x, function(x), dtype), pack(x_test, function(x_test), dtype)
+    module = models.build(config.model, num_outputs=train["y"].shape[1])
+    return Problem(regression(module, train["x"][0]), train, test, None, clients)
 
 
 def _sine(task):
     """sin(2 pi x) on [0, 1]; each client an interval of equal length and a uniform grid on it."""
-    function = lambda x: np.sin(2 * np.pi * x)
+
+    def function(x):
+        return np.sin(2 * np.pi * x)
+
     edges = np.linspace(0, 1, task.num_clients + 1)
     x = np.concatenate([np.linspace(a, b, task.examples_per_client) for a, b in itertools.pairwise(edges)])
     clients = np.split(np.arange(x.size), task.num_clients)
-    x, x_test = x[:, None], np.linspace(0, 1, 1000)[:, None]
-    return x, function(x), x_test, function(x_test), clients
+    return function, x[:, None], np.linspace(0, 1, 1000)[:, None], clients
 
 
 # (A, mx, my, sx, sy) of the six anisotropic Gaussians of the published experiment.
@@ -78,4 +91,8 @@ def _gaussians_2d(task):
     x = np.concatenate([np.array(corner) + size * draw.random((n, 2)) for corner in corners])
     grid = np.linspace(0, 1, 256)
     x_test = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
-    return x, function(x), x_test, function(x_test), np.split(np.arange(x.shape[0]), len(corners))
+    return function, x, x_test, np.split(np.arange(x.shape[0]), len(corners))
+
+
+# `config.task` -> (function x [N, d] -> y [N, K], x of the clients, x of the test set, the clients' indices)
+FUNCTIONS = {"sine": _sine, "gaussians_2d": _gaussians_2d}

@@ -5,28 +5,48 @@ This is the only open set of the package: a new task is a new file here and one 
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fipa_jax.lookup import lookup
+
+Batch = dict[str, jax.Array]  # {field: [B, ...]}, with a leading example axis
+Init = Callable[[jax.Array], Any]  # key -> params
+Outputs = Callable[[Any, Batch], tuple]  # (params, batch) -> (outputs [B, K], features: `Features`, or () for none)
+Loss = Callable[[jax.Array, Batch], jax.Array]  # (outputs, batch) -> [B], the loss of each example
+Metrics = Callable[[jax.Array, Batch], dict[str, jax.Array]]  # (outputs, batch) -> {name: [B]}
+Augment = Callable[[jax.Array, Batch], Batch]  # (key, batch) -> a random view of the batch
+Figures = Callable[[dict], dict]  # {name: mean over examples} -> what is reported of them
+Head = Callable[[Any, jax.Array], tuple]  # (params, body's features [B, F]) -> (outputs, features)
+
+
+def unaugmented(key: jax.Array, batch: Batch) -> Batch:
+    """The batch as it is, for tasks without random views."""
+    return batch
+
+
+def as_they_are(means: dict) -> dict:
+    """The means themselves, for tasks that report them."""
+    return means
+
 
 class Task(NamedTuple):
     """A learning problem as pure functions of parameters and a batch.
 
-    A batch is a dict of arrays with a leading example axis [B, ...]. `outputs` apart from `loss` is what lets one
-    definition serve training, Gauss-Newton products and terms on the features. Nothing here reduces over examples:
-    padding and weights are the caller's.
+    `outputs` apart from `loss` is what lets one definition serve training, Gauss-Newton products and terms on the
+    features. Nothing here reduces over examples: padding and weights are the caller's.
     """
 
-    init: Callable  # key -> params
-    outputs: Callable  # (params, batch) -> (outputs [B, K], features: `models.Features`, or () if there are none)
-    loss: Callable  # (outputs, batch) -> [B], loss of each example
-    metrics: Callable  # (outputs, batch) -> {name: [B]}; averaged over examples; `accuracy` in a name: higher is better
-    augment: Callable = lambda key, batch: batch  # a random view of a training batch
-    figures: Callable = lambda means: means  # {name: mean over examples} -> what is reported of them
-    head: Callable | None = None  # (params, body's features [B, F]) -> (outputs, features): the head alone
+    init: Init
+    outputs: Outputs
+    loss: Loss
+    metrics: Metrics  # averaged over examples; `accuracy` in a name says that higher is better
+    augment: Augment = unaugmented  # of training batches
+    figures: Figures = as_they_are
+    head: Head | None = None  # the head of the model alone, where it has one
     head_pattern: str = ""  # regular expression for the paths of the head's parameters
 
 
@@ -43,7 +63,10 @@ def head_only(task: Task) -> Task:
         drawn = jax.random.randint(key, [num_examples], 0, num_views)
         return {**batch, "body": batch["views"][jnp.arange(num_examples), drawn]}
 
-    return task._replace(outputs=lambda params, batch: task.head(params, batch["body"]), augment=augment)
+    def outputs(params, batch):
+        return task.head(params, batch["body"])
+
+    return task._replace(outputs=outputs, augment=augment)
 
 
 class Problem(NamedTuple):
@@ -56,7 +79,7 @@ class Problem(NamedTuple):
     clients: Sequence[np.ndarray]  # per client, the indices of its examples in `train`
 
 
-TASKS = {
+TASKS = {  # name in `config.task.name` -> the module whose `build(config)` makes its problem
     "sine": "fipa_jax.tasks.regression",
     "gaussians_2d": "fipa_jax.tasks.regression",
     "images": "fipa_jax.tasks.images",
@@ -71,6 +94,5 @@ def build(config) -> Problem:
     Raises:
       ValueError: the name is not known.
     """
-    if config.task.name not in TASKS:
-        raise ValueError(f"config.task.name: unknown task {config.task.name!r}; known: {', '.join(sorted(TASKS))}")
-    return importlib.import_module(TASKS[config.task.name]).build(config)
+    module = lookup(TASKS, config.task.name, "config.task.name")
+    return importlib.import_module(module).build(config)

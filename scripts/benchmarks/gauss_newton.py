@@ -25,7 +25,7 @@ from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation.round import whole_round
 from fipa_jax.reporting import plots
 from fipa_jax.run import experiment as experiment_lib
-from fipa_jax.run.parts import make_rates
+from fipa_jax.run.phase_parts import make_rates
 
 DEFAULT = Path(__file__).resolve().parents[2] / "configs" / "sine.py"
 

@@ -3,7 +3,7 @@
 accuracy  the step's relative error against a dense float64 computation in NumPy from the same float32 uploads, the
           worst over seeds, for clients whose subspaces are at a principal angle; also with the basis sent in bfloat16,
           and what that rounding itself does to the step
-methods   seconds of `aggregate.fipa(...).apply` by each method, and what `merge.choose` picks
+methods   seconds of a step of `aggregate.fipa(...)` by each method, and what `merge.choose` picks
 size      the same at a large network's size, in a fresh process for each method: peak memory as a ratio to the uploads,
           and seconds beside those of one read and one copy of the uploads
 """
@@ -134,11 +134,17 @@ def rule(method: str, num_examples, eigenvalues, basis, deltas, form: str = "dam
     from fipa_jax import aggregate
     from fipa_jax.curvature import sketch
 
-    aggregator = aggregate.fipa(form, damping=CUT, rcond=CUT, max_step=0.0, merge=method)
-    params = jnp.zeros(deltas.shape[1], jnp.float32)
-    apply = jax.jit(lambda uploads, params: aggregator.apply(uploads, aggregator.init(params), params)[0])
-    found = sketch.Sketch(jnp.asarray(eigenvalues), jnp.asarray(basis))
-    return apply, aggregate.Uploads(jnp.asarray(deltas), jnp.asarray(num_examples), found), params
+    unbounded = aggregate.Limits(max_step=0.0)
+    aggregator = aggregate.fipa(form, damping=CUT, rcond=CUT, limits=unbounded, merge=method)
+
+    @jax.jit
+    def apply(uploads, params):
+        received, info = aggregate.receive(uploads, params)
+        return aggregate.step_of(aggregator, received, aggregator.init(params), params, info)[0]
+
+    sketches = sketch.Sketch(jnp.asarray(eigenvalues), jnp.asarray(basis))
+    uploads = aggregate.Uploads(jnp.asarray(deltas), jnp.asarray(num_examples), sketches)
+    return apply, uploads, jnp.zeros(deltas.shape[1], jnp.float32)
 
 
 def relative(step, dense) -> float:
@@ -172,7 +178,7 @@ def measure_methods(args) -> list[dict]:
         row |= {"auto": merge.choose(size, width, jnp.dtype("float32"), jax.default_backend())}
         row |= {"GFLOP of F^T F": 2 * size * width**2 / 1e9, "MB of F": 4 * size * width / 1e6}
         rows.append(row | {f"{method} - qr": relative(steps[method], steps["qr"]) for method in ("tsqr", "gram")})
-    print("\nmethods: seconds of apply, medians; the last columns are the steps' relative differences")
+    print("\nmethods: seconds of a step, medians; the last columns are the steps' relative differences")
     timing.table(rows)
     return rows
 

@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 from benchmarks import curvlinops_worker, setting, timing
 from fipa_jax import trees
 from fipa_jax.curvature import products as curvature
-from fipa_jax.data import prepared as data
+from fipa_jax.data import loading as data
 
 
 def run(options: list[str]) -> dict:

@@ -66,7 +66,7 @@ def measure(config, args) -> tuple[list[dict], str]:
     from fipa_jax.federation.round import by_clients
     from fipa_jax.federation.state import fetch
     from fipa_jax.run import experiment, loop, programs
-    from fipa_jax.run.parts import make_rates
+    from fipa_jax.run.phase_parts import make_rates
     from fipa_jax.saving.journal import Rows
 
     built, settings = experiment.build(config), compared.method(config, args.method)

@@ -22,7 +22,7 @@ from fipa_jax.curvature import sketch
 from fipa_jax.data import partition
 from fipa_jax.federation import parallel as simulate
 from fipa_jax.models import networks as models
-from fipa_jax.run import parts as phase
+from fipa_jax.run import phase_parts as phase
 from fipa_jax.tasks import images
 
 

@@ -12,15 +12,14 @@ import numpy as np
 
 from benchmarks import timing
 from fipa_jax import aggregate
-from fipa_jax.aggregate import filters as forms
-from fipa_jax.aggregate.uploads import Uploads
+from fipa_jax.aggregate.fisher_informed import FORMS
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 
 CLIENTS = 5
 RULES = {
     "mean": aggregate.mean(),
     "diagonal": aggregate.diagonal(),
-    **{form: aggregate.fipa(form) for form in sorted(forms.FORMS)},
+    **{form: aggregate.fipa(form) for form in sorted(FORMS)},
 }
 FAULTS = {
     "update NaN": ("delta", lambda x: x.at[0].set(jnp.nan)),
@@ -71,12 +70,20 @@ def make_clients(size: int, rank: int, seed: int = 0) -> dict:
 
 def step_of(rule, clients: dict):
     """(step [P], info) of a rule."""
-    if rule.curvature == "diagonal":
+    if rule.needs.curvature == "diagonal":
         sent = Diagonal(jnp.einsum("cpr,cr->cp", clients["basis"] ** 2, clients["eigenvalues"]))
     else:
         sent = Sketch(clients["eigenvalues"], clients["basis"])
     params = jnp.zeros(clients["delta"].shape[1])
-    step, _, info = jax.jit(rule.apply)(Uploads(clients["delta"], clients["counts"], sent), rule.init(params), params)
+    uploads = aggregate.Uploads(clients["delta"], clients["counts"], sent)
+
+    @jax.jit
+    def apply(uploads, state):
+        received, info = aggregate.receive(uploads, params)
+        step, _, info, _ = aggregate.step_of(rule, received, state, params, info)
+        return step, info
+
+    step, info = apply(uploads, rule.init(params))
     return np.asarray(step), info
 
 
@@ -99,7 +106,7 @@ def check(sound: dict, fault: str) -> dict:
 
 
 def movements(sound: dict, scale: float, damping: float) -> list[dict]:
-    """The second table, a line for each damping and cap: the movement beside its bounds, see `aggregate.fipa`."""
+    """The second table, a line for each damping and cap: the movement beside its bounds, see `aggregate.capped`."""
     scaled, without = (spoil(sound, "eigenvalues", lambda x: scale * x), spoil(sound, "counts", jnp.zeros_like))
     longest = float(jnp.max(jnp.linalg.norm(sound["delta"], axis=1)))
     traces = np.sort(np.asarray(jnp.sum(scaled["eigenvalues"], axis=1)))
@@ -107,8 +114,8 @@ def movements(sound: dict, scale: float, damping: float) -> list[dict]:
     rows = []
     for relative in (True, False):
         for cap in (0.0, 1000.0, 10.0):
-            given = {"damping": damping if relative else absolute, "relative": relative, "trace_cap": cap}
-            rule = aggregate.fipa(**given)
+            limits = aggregate.Limits(trace_cap=cap)
+            rule = aggregate.fipa(damping=damping if relative else absolute, relative=relative, limits=limits)
             (step, info), (alone, _) = step_of(rule, scaled), step_of(rule, without)
             distance = float(np.linalg.norm(sound["delta"][-1] - alone))
             kappa = (min(cap or np.inf, traces[-1] / traces[2]) * traces[2] + absolute) / CLIENTS
@@ -118,7 +125,7 @@ def movements(sound: dict, scale: float, damping: float) -> list[dict]:
                     "trace_cap": f"{cap:g}",
                     "capped": int(info["capped"].sum()),
                     "moved / longest": float(np.linalg.norm(step - alone)) / longest,
-                    "bound by max_step": 2 * float(rule.init(jnp.zeros(1)).max_step),
+                    "bound by max_step": 2 * limits.max_step,
                     "in A": in_others(sound, step - alone, absolute),
                     "bound by the cap": np.inf if relative else float(np.sqrt(kappa) / 2 * distance),
                 }

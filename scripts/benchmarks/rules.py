@@ -11,6 +11,7 @@ with the curvature. A sketch's captured share of the trace and largest residual 
 """
 
 import argparse
+import functools
 import inspect
 import statistics
 import time
@@ -56,14 +57,13 @@ def measure(args) -> dict:
         chosen = [settings for settings in requested(args) if settings["trainable"] == trainable]
         if not chosen:
             continue
-        base = stages_of(args, task, trainable, None, aggregate.mean())
+        base = parts_of(args, task, trainable, None, aggregate.mean())
         trained = add_stages(timers, first, f"mean {trainable}", base, params, data, owned)[0]
         restricted = restrict(task, params, trainable)
         train_flops = args.clients * training_flops(args, task, own, *restricted)
         for settings in chosen:
-            rule = aggregate.fipa()
-            stages = stages_of(args, task, trainable, settings["options"], rule)
-            _, sketch, info = add_stages(timers, first, settings["name"], stages, params, data, owned, trained)
+            parts = parts_of(args, task, trainable, settings["options"], aggregate.fipa())
+            _, sketch, info = add_stages(timers, first, settings["name"], parts, params, data, owned, trained)
             seen = how_seen(settings["options"], own, *restricted)
             products = float(jnp.mean(sketch.report.products))
             rows.append(
@@ -97,31 +97,32 @@ def requested(args) -> list[dict]:
     return found
 
 
-def stages_of(args, task, trainable: str, options: dict | None, rule):
-    """A round's stages: plain SGD at the clients, the sketch and the rule."""
+def parts_of(args, task, trainable: str, options: dict | None, rule):
+    """A round's parts: plain SGD at the clients, the sketch and the rule."""
     import optax
 
     from fipa_jax.client import first_order as client
     from fipa_jax.client import terms
     from fipa_jax.curvature import sketch
-    from fipa_jax.federation import round as rounds
+    from fipa_jax.federation.parts import Parts
 
-    make = lambda outputs, features: sketch.make_sketch(outputs, task.loss, features=features, **options)
-    plan = rounds.Plan(
+    def make(outputs, features):
+        return sketch.make_sketch(outputs, task.loss, features=features, **options)
+
+    return Parts(
         task=task,
         local=client.first_order(task.loss, task.augment, batch_size=args.batch, micro_batch=-1, epochs=args.epochs),
         term=terms.none(),
-        sketch=None if options is None else make,
+        sketcher=None if options is None else sketch.plain(make),
         aggregator=rule,
         server=optax.identity(),
         num_clients=args.clients,
         cohort=args.clients,
         trainable=trainable,
     )
-    return rounds.make_stages(plan)
 
 
-def add_stages(timers: dict, first: dict, name: str, stages, params, data, owned, trained=None) -> tuple:
+def add_stages(timers: dict, first: dict, name: str, parts, params, data, owned, trained=None) -> tuple:
     """Compiles a round's stages, and adds a timer for each and the seconds of a first run, but for a training given.
 
     Returns:
@@ -130,24 +131,28 @@ def add_stages(timers: dict, first: dict, name: str, stages, params, data, owned
     import jax
     import jax.numpy as jnp
 
-    from fipa_jax.federation import population
     from fipa_jax.federation import round as rounds
+    from fipa_jax.federation.parts import Rates, init
+    from fipa_jax.federation.population import Cohort
+    from fipa_jax.federation.server import serve
 
-    root, rates = jax.random.key(2), rounds.Rates(setting.hyper(), jnp.float32(1), jnp.float32(1))
-    state = stages.init(params)
+    root, rates = jax.random.key(2), Rates(setting.hyper(), jnp.float32(1), jnp.float32(1))
+    state = init(parts, params)
 
-    def add(stage: str, *arguments):
-        program = jax.jit(getattr(stages, stage)).lower(*arguments).compile()
+    def add(stage: str, function, *arguments):
+        program = jax.jit(functools.partial(function, parts)).lower(*arguments).compile()
         timers[name, stage] = lambda: timing.wall_seconds(program, *arguments)
         start = time.perf_counter()
         result = jax.block_until_ready(program(*arguments))
         first[name, stage] = time.perf_counter() - start
         return result
 
-    cohort = population.Resident(data, owned).cohort(stages.draw(state.round, root))
-    trained = trained or add("train", state, rates, cohort, root)
-    sketches = None if name.startswith("mean") else add("sketch", state, rates, cohort, trained, root)
-    _, info = add("aggregate", state, rates, cohort, trained, sketches)
+    cohort = Cohort(jnp.arange(parts.num_clients), owned, data)
+    trained = trained or add("train", rounds.train, state, rates, cohort, root)
+    sketches = None
+    if parts.sketcher is not None:
+        sketches = add("sketch", rounds.sketch, state, rates, cohort, trained, root)
+    _, info = add("aggregate", serve, state, rates, cohort, trained, sketches)
     return trained, sketches, info
 
 
@@ -187,15 +192,20 @@ def training_flops(args, task, own, chosen, outputs, features) -> float:
 
 def how_seen(options, own, chosen, outputs, features) -> tuple[str, str]:
     """(solver, jacobian) that a sketch comes to."""
-    from fipa_jax.curvature import sketch
+    from fipa_jax.curvature import sketch, solver_choice
 
-    known = inspect.signature(sketch.resolve).parameters
-    fields = {name: value for name, value in options.items() if name in known}
-    return sketch.resolve(outputs, chosen, own, features=features, **fields)
+    bound = inspect.signature(sketch.make_sketch).bind(outputs, None, features=features, **options)
+    bound.apply_defaults()
+    search, view = (
+        kind(**{name: bound.arguments[name] for name in kind._fields})
+        for kind in (solver_choice.Search, solver_choice.View)
+    )
+    search, view = solver_choice.resolve(outputs, chosen, own, search, view)
+    return search.solver, view.jacobian
 
 
 def sketch_flops(seen, products: float, own, chosen, outputs, features, loss_rank: int = 0) -> float:
-    """Floating-point operations of one client's sketch, `own` being its examples, by the counts of `sketch.choose`."""
+    """Floating-point operations of a client's sketch of its examples `own`, by the counts of `solver_choice.choose`."""
     import jax
 
     from fipa_jax import trees

@@ -3,7 +3,7 @@
 import numpy as np
 
 from fipa_jax.client.examples import Client
-from fipa_jax.client.local_work import Hyper
+from fipa_jax.client.local_solver import Hyper
 from fipa_jax.saving.model_files import load
 
 SHAPE = (32, 32, 3)
@@ -28,7 +28,7 @@ def cifar(model: str = "cnn_23k", examples: int = 500, data_dir: str = "", init_
     import jax
     import jax.numpy as jnp
 
-    from fipa_jax.data import prepared as data
+    from fipa_jax.data import loading as data
     from fipa_jax.tasks import images
 
     batch = data.load("cifar10", "train", data_dir) if data_dir else random_images(examples)

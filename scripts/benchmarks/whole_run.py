@@ -47,8 +47,8 @@ def problem_and_config(spec: dict):
 
     from benchmarks import setting
     from fipa_jax.config import recipes
+    from fipa_jax.data import loading as data
     from fipa_jax.data import partition
-    from fipa_jax.data import prepared as data
     from fipa_jax.models import networks as models
     from fipa_jax.tasks import Problem, images
 

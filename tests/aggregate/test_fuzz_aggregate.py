@@ -1,6 +1,6 @@
 """Whatever clients send, the step is finite, those at fault are left out, and nobody notices them.
 
-More cases than in the suite: `FUZZ_EXAMPLES=1500 python -m pytest tests/test_fuzz_aggregate.py --timeout=0`.
+More cases than in the suite: `FUZZ_EXAMPLES=1500 python -m pytest tests/aggregate/test_fuzz_aggregate.py --timeout=0`.
 """
 
 import functools
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.rules import apply, with_hyper
 from hypothesis import strategies as st
 
 from fipa_jax import aggregate
@@ -24,7 +25,9 @@ RULES = {
     "mean": aggregate.mean(),
     "diagonal": aggregate.diagonal(),
     "damped": aggregate.fipa("damped"),
-    "damped_absolute": aggregate.fipa("damped", relative=False, trace_cap=0.0, weighting="uniform"),
+    "damped_absolute": aggregate.fipa(
+        "damped", relative=False, limits=aggregate.Limits(trace_cap=0.0), weighting="uniform"
+    ),
     "pinv": aggregate.fipa("pinv"),
     "tikhonov": aggregate.fipa("tikhonov", merge="qr"),
     "trusted": aggregate.fipa("damped", relative=False, trust=True),
@@ -88,8 +91,8 @@ _case = st.fixed_dictionaries(
         "seed": st.integers(0, 2**16),
         "damping": st.sampled_from([1e-3, 0.0, 1e-12, 1.0, 1e12]),
         "rcond": st.sampled_from([1e-5, 0.0, 1e-12]),
-        "max_step": st.sampled_from([0.0, 5.0]),
-        "explosion": st.sampled_from([0.0, 100.0]),
+        "limits.max_step": st.sampled_from([0.0, 5.0]),
+        "limits.explosion": st.sampled_from([0.0, 100.0]),
         "store": st.sampled_from(["", "bfloat16"]),
     }
 )
@@ -97,7 +100,7 @@ _case = st.fixed_dictionaries(
 
 @functools.cache
 def _apply(name):
-    return jax.jit(RULES[name].apply)
+    return jax.jit(functools.partial(apply, RULES[name]))
 
 
 def _made(case, dtype):
@@ -127,11 +130,11 @@ def _without(sent, faulty):
 
 def _uploads(sent, rule, store):
     sent = {name: jnp.asarray(field) for name, field in sent.items()}
-    if rule.curvature == "diagonal":
+    if rule.needs.curvature == "diagonal":
         curvature = Diagonal(jnp.sum(sent["basis"] ** 2 * sent["eigenvalues"][:, None], axis=2))
     else:
         curvature = Sketch(sent["eigenvalues"], sent["basis"].astype(store or sent["basis"].dtype))
-    return Uploads(sent["delta"], sent["counts"], curvature, sent["loss"] if rule.wants_loss else None)
+    return Uploads(sent["delta"], sent["counts"], curvature, sent["loss"] if rule.needs.loss else None)
 
 
 def _faulty(uploads):
@@ -167,10 +170,9 @@ def test_whatever_is_sent_the_step_is_sound(name, dtype, case):
     with jax.enable_x64(dtype == np.float64):
         rule, params = RULES[name], jnp.zeros(SIZE, dtype)
         state = rule.init(params)
-        traced = {field: case[field] for field in ("damping", "rcond", "max_step", "explosion")}
+        swept = ("damping", "rcond", "limits.max_step", "limits.explosion")
         if state:
-            own = {field: jnp.asarray(value, dtype) for field, value in traced.items() if field in state._fields}
-            state = state._replace(**own)
+            state = with_hyper(state, **{name: case[name] for name in swept if name in rule.hyper})
         sent = _made(case, dtype)
         given = _uploads(sent, rule, case["store"])
         faulty = _faulty(given)
@@ -184,8 +186,8 @@ def test_whatever_is_sent_the_step_is_sound(name, dtype, case):
 
         out = (faulty | (sent["counts"] == 0))[:, None]
         longest = np.max(np.linalg.norm(np.where(out, 0, sent["delta"].astype(float)), axis=1))
-        if case["max_step"] and name not in ("mean", "diagonal"):
-            assert np.linalg.norm(step) <= 1.001 * case["max_step"] * longest
+        if case["limits.max_step"] and name not in ("mean", "diagonal"):
+            assert np.linalg.norm(step) <= 1.001 * case["limits.max_step"] * longest
         # By rounding, which is amplified by at most the condition of H + beta I.
         if name in ("mean", "diagonal", "damped") and case["damping"] >= 1e-3 and not info.get("fallback"):
             turned = {field: np.roll(array, 1, axis=0) for field, array in sent.items()}

@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.pasts import BETA, COHORTS, DECAY, IDS, LATEST, quadratics, run, solve
+from helpers.pasts import BETA, COHORTS, DECAY, IDS, LATEST, past_of, quadratics, run, solve
 from helpers.rules import CLIENTS, SIZE, Dense, as_tree, assert_close
+
+from fipa_jax.aggregate import LateUpdates
 
 
 @pytest.mark.parametrize("transport", [True, False])
 @pytest.mark.parametrize("form", ["damped", "tikhonov"])
 def test_the_latest_messages_of_absent_clients(x64, form, transport):
-    found, infos, _ = run(COHORTS, form, ids=IDS, transport=transport, **LATEST)
+    found, infos, _ = run(COHORTS, LATEST, form, ids=IDS, late=LateUpdates(transport=transport))
     theta, said = np.zeros(SIZE), {}
     for k, (cohort, ids) in enumerate(zip(COHORTS, IDS, strict=True)):
         deltas, counts, _, _ = cohort
@@ -25,7 +27,7 @@ def test_the_latest_messages_of_absent_clients(x64, form, transport):
             left = delta - (theta - start) if transport else delta
             curvature, pull = curvature + weight / total * matrix, pull + weight / total * matrix @ left
             bulk = bulk + weight / total * delta
-        np.testing.assert_allclose(infos[k]["memory_share"], old / total, atol=1e-12)
+        np.testing.assert_allclose(infos[k]["past_share"], old / total, atol=1e-12)
         theta = theta + solve(form, curvature, pull, bulk)
         assert_close(found[k + 1], theta, 1e-8)
 
@@ -34,7 +36,7 @@ def test_the_latest_messages_of_absent_clients(x64, form, transport):
 def test_with_all_clients_latest_messages_the_step_is_that_of_all_of_them(x64, late):
     """Quadratic losses, Levenberg-Marquardt's local steps: half of the clients say what all would have said."""
     each, best, cohorts, ids = quadratics(seed=1)
-    sent, options = None, LATEST | {"memory_decay": 1.0, "staleness": 0.0}
+    sent = None
     if late:  # every client began elsewhere
         moved = np.random.default_rng(8).normal(size=(len(ids), CLIENTS, SIZE))
         ages = jnp.ones(CLIENTS, jnp.int32)
@@ -43,7 +45,7 @@ def test_with_all_clients_latest_messages_the_step_is_that_of_all_of_them(x64, l
             lambda theta, began=began, way=way: began(theta[None] - way)
             for began, way in zip(cohorts, moved, strict=True)
         ]
-    found, _, _ = run(cohorts, ids=ids, sent=sent, **options)
+    found, _, _ = run(cohorts, LATEST, ids=ids, sent=sent, late=LateUpdates(staleness=0.0), hyper={"past.decay": 1.0})
     seen = next(k for k in range(len(ids)) if len(np.unique(ids[: k + 1])) == len(each))
     assert 0 < seen < len(ids) - 1
     for before, after in zip(found[seen:], found[seen + 1 :], strict=False):
@@ -65,13 +67,8 @@ def test_the_latest_messages_keep_the_clients_own_damping(x64):
         return lambda theta: (step(theta), np.full(CLIENTS, 7), values[:, ::-1], basis[..., ::-1])
 
     cohorts = [cohort(*both) for both in zip(ids, damping, strict=True)]
-    found, _, _ = run(
-        cohorts,
-        ids=ids,
-        sent=[{"damping": jnp.asarray(own)} for own in damping],
-        own_damping=True,
-        **LATEST | {"memory_decay": 1.0},
-    )
+    sent = [{"damping": jnp.asarray(own)} for own in damping]
+    found, _, _ = run(cohorts, LATEST, ids=ids, sent=sent, own_damping=True, hyper={"past.decay": 1.0})
     gradient = np.einsum("mpq,mq->p", each, found[-2][None] - best) / len(each)
     assert_close(found[-1] - found[-2], -np.linalg.solve(each.mean(0) + BETA * np.eye(SIZE), gradient), 1e-7)
 
@@ -79,14 +76,14 @@ def test_the_latest_messages_keep_the_clients_own_damping(x64):
 def test_of_a_client_at_fault_the_message_before_stays(x64):
     deltas, counts, values, basis = COHORTS[1]
     spoilt = np.where(np.arange(CLIENTS)[:, None] == 2, np.nan, deltas), counts, values, basis
-    _, infos, state = run([COHORTS[0], spoilt], ids=IDS[:2], **LATEST)
-    _, _, first = run(COHORTS[:1], ids=IDS[:1], **LATEST)
+    _, infos, state = run([COHORTS[0], spoilt], LATEST, ids=IDS[:2])
+    _, _, first = run(COHORTS[:1], LATEST, ids=IDS[:1])
     assert IDS[1][2] == 7 == IDS[0][3]
-    np.testing.assert_array_equal(state.past.sketch.basis[7], first.past.sketch.basis[7])
-    np.testing.assert_array_equal(state.past.deltas[7], first.past.deltas[7])
+    np.testing.assert_array_equal(past_of(state).sketch.basis[7], past_of(first).sketch.basis[7])
+    np.testing.assert_array_equal(past_of(state).deltas[7], past_of(first).deltas[7])
     said = DECAY * (5 + 3 + 7)  # of the clients 5, 2 and, at fault now, 7
-    np.testing.assert_allclose(infos[1]["memory_share"], said / (said + 5 + 1 + 7))
-    np.testing.assert_allclose(state.past.weights, [1, 5, 3 * DECAY, 7, 0, 5 * DECAY, 0, 7 * DECAY])
+    np.testing.assert_allclose(infos[1]["past_share"], said / (said + 5 + 1 + 7))
+    np.testing.assert_allclose(past_of(state).weights, [1, 5, 3 * DECAY, 7, 0, 5 * DECAY, 0, 7 * DECAY])
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
@@ -95,28 +92,29 @@ def test_clients_without_examples_take_nobodys_place(x64):
     blank = lambda leaf: np.zeros_like(leaf[:2])
     padded = [tuple(np.concatenate([leaf, blank(leaf)]) for leaf in cohort) for cohort in COHORTS]
     more = [[*ids, ids[1], ids[1]] for ids in IDS]
-    found, wanted = run(padded, ids=more, **LATEST), run(COHORTS, ids=IDS, **LATEST)
+    found, wanted = run(padded, LATEST, ids=more), run(COHORTS, LATEST, ids=IDS)
     assert_close(np.stack(found[0]), np.stack(wanted[0]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found[2].past, wanted[2].past)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), past_of(found[2]), past_of(wanted[2]))
 
 
 def test_an_absent_client_that_has_drifted_too_far_has_no_say(x64):
-    near, far = (run(COHORTS[:2], ids=IDS[:2], max_drift=bound, **LATEST)[1][1] for bound in (1e9, 1e-9))
-    assert far["memory_share"] == 0 < near["memory_share"]
+    infos = (run(COHORTS[:2], LATEST, ids=IDS[:2], hyper={"late.max_drift": bound})[1] for bound in (1e9, 1e-9))
+    (_, near), (_, far) = infos
+    assert far["past_share"] == 0 < near["past_share"]
 
 
 def test_the_bounds_count_in_what_is_remembered_too(x64):
     deltas, counts, values, basis = COHORTS[1]
     cohorts, ids = [COHORTS[0], (1e-4 * deltas, counts, values, basis)], [[0, 1, 2, 3], [4, 5, 6, 7]]
-    free = run(cohorts, ids=ids, **LATEST)
-    bounded = run(cohorts, ids=ids, **LATEST | {"max_step": 5.0, "explosion": 100.0})
+    free = run(cohorts, LATEST, ids=ids)
+    bounded = run(cohorts, LATEST, ids=ids, hyper={"limits.max_step": 5.0, "limits.explosion": 100.0})
     assert bounded[1][1]["fallback"] == 0 and free[1][1]["step_ratio"] > 100
     assert_close(bounded[0][-1], free[0][-1])
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_a_latest_message_is_cut_or_filled_up_to_its_rank(x64, rank):
-    kept = run(COHORTS[:1], ids=IDS[:1], **LATEST | {"memory_rank": rank})[2].past.sketch
+    kept = past_of(run(COHORTS[:1], LATEST._replace(rank=rank), ids=IDS[:1])[2]).sketch
     assert kept.eigenvalues.shape == (8, rank) and kept.basis.shape == (8, SIZE, rank)
     same = min(rank, 2)
     np.testing.assert_array_equal(kept.eigenvalues[IDS[0], :same], COHORTS[0][2][:, :same])

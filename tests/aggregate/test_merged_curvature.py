@@ -2,14 +2,16 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.rules import apply, with_hyper
 
 from fipa_jax import aggregate
-from fipa_jax.aggregate import filters as forms
 from fipa_jax.aggregate import merged_curvature as merge
+from fipa_jax.aggregate.fisher_informed import FORMS
 from fipa_jax.curvature.sketch import Sketch
 
 CLIENTS, RANK, SIZE = 4, 2, 43  # D = 8
@@ -17,7 +19,7 @@ WIDTH = CLIENTS * RANK
 EPS = float(np.finfo(np.float32).eps)
 RCOND = DAMPING = 1e-3
 each_method = pytest.mark.parametrize("method", merge.METHODS)
-each_form = pytest.mark.parametrize("form", forms.FORMS)
+each_form = pytest.mark.parametrize("form", FORMS)
 each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 
@@ -42,17 +44,25 @@ def _clients(size=SIZE, angle=None, seed=0):
 
 def _factor(weights, eigenvalues, basis):
     """F [P, D], of the clients that count."""
-    there = weights > 0
-    scale = np.sqrt(weights[there][:, None] * eigenvalues[there])
-    return np.concatenate(list(basis[there] * scale[:, None, :]), axis=1)
+    present = weights > 0
+    scale = np.sqrt(weights[present][:, None] * eigenvalues[present])
+    return np.concatenate(list(basis[present] * scale[:, None, :]), axis=1)
+
+
+def _part(weights, targets, eigenvalues, basis):
+    rows = lambda start, number: jax.lax.dynamic_slice_in_dim(targets, start, number, axis=1)
+    return merge.Part(weights, Sketch(eigenvalues, basis), rows)
+
+
+def _shifted(spectrum):
+    return 1 / (spectrum + 0.5)
 
 
 @functools.cache
 def _compiled(method):
-    def run(weights, eigenvalues, basis, targets):
-        rows = lambda start, number: jax.lax.dynamic_slice_in_dim(targets, start, number, axis=1)
-        merged = merge.merge([merge.Part(weights, Sketch(eigenvalues, basis), rows)], method)
-        return merged.spectrum, merged.solve(lambda spectrum: 1 / (spectrum + 0.5))
+    def run(*clients):
+        merged = merge.merge([_part(*clients)], method)
+        return merged.spectrum, merge.solve(merged, _shifted)
 
     return jax.jit(run)
 
@@ -66,9 +76,9 @@ def test_spectrum_and_solution_equal_the_dense_ones(x64, method, size, dtype):
     weights, eigenvalues[0, 1], basis[0, :, 1] = weights * [1, 0, 1, 1], 0, 0
     weights /= weights.sum()
     eigenvalues[1], basis[1] = np.nan, np.nan
-    given = [np.asarray(field, dtype) for field in (weights, eigenvalues, basis, targets)]
+    given = [np.asarray(field, dtype) for field in (weights, targets, eigenvalues, basis)]
     spectrum, solution = (np.asarray(x) for x in _compiled(method)(*map(jnp.asarray, given)))
-    weights, eigenvalues, basis, targets = (field.astype(float) for field in given)
+    weights, targets, eigenvalues, basis = (field.astype(float) for field in given)
 
     factor = _factor(weights, eigenvalues, basis)
     values = np.r_[np.linalg.svd(factor)[1] ** 2, np.zeros(WIDTH)][:WIDTH]
@@ -85,8 +95,9 @@ def test_spectrum_and_solution_equal_the_dense_ones(x64, method, size, dtype):
 def _apply(form, method, clients, damping=DAMPING, store=np.float32):
     """(step [P], info) by the compiled rule in float32, the bases stored as another dtype."""
     uploads, params = _uploads(clients, store)
-    rule, apply = _rule(form, method)
-    step, _, info = apply(uploads, rule.init(params)._replace(damping=jnp.float32(damping)), params)
+    rule, compiled = _rule(form, method)
+    state = rule.init(params) if form == "pinv" else with_hyper(rule.init(params), damping=damping)
+    step, _, info = compiled(uploads, state, params)
     return np.asarray(step), jax.tree.map(np.asarray, info)
 
 
@@ -97,8 +108,8 @@ def _uploads(clients, store=np.float32):
 
 @functools.cache
 def _rule(form, method):
-    rule = aggregate.fipa(form, rcond=RCOND, max_step=0.0, merge=method)
-    return rule, jax.jit(rule.apply)
+    rule = aggregate.fipa(form, rcond=RCOND, limits=aggregate.Limits(max_step=0.0), merge=method)
+    return rule, jax.jit(functools.partial(apply, rule))
 
 
 def _dense_step(form, clients, damping=DAMPING):
@@ -154,9 +165,9 @@ def test_a_basis_in_bfloat16_changes_the_step_by_its_rounding(method):
 def test_a_sweep_over_the_hyper_parameters_compiles_once_and_equals_single_calls(method):
     """By a vmap around the compiled rule, which traces it anew outside of the scope of its float64 arithmetic."""
     clients, swept = _clients(angle=1e-4), np.array([1e-3, 1e-1, 0.3], np.float32)
-    (uploads, params), (rule, apply) = _uploads(clients), _rule("damped", method)
-    state = jax.vmap(lambda damping: rule.init(params)._replace(damping=damping))(swept)
-    steps, _, info = jax.jit(jax.vmap(apply, in_axes=(None, 0, None)))(uploads, state, params)
+    (uploads, params), (rule, compiled) = _uploads(clients), _rule("damped", method)
+    state = jax.vmap(lambda damping: with_hyper(rule.init(params), damping=damping))(swept)
+    steps, _, info = jax.jit(jax.vmap(compiled, in_axes=(None, 0, None)))(uploads, state, params)
     values = np.linalg.svd(_factor(clients[0], *clients[2:]))[1]
     np.testing.assert_allclose(np.sqrt(info["spectrum"][0]), values, rtol=0, atol=4 * EPS * values[0])
     for step, damping in zip(steps, swept, strict=True):
@@ -180,12 +191,9 @@ def test_parts_of_several_ranks_stand_side_by_side(x64, method):
 
     @jax.jit
     def run(vector):
-        rows = lambda d: lambda start, number: jax.lax.dynamic_slice_in_dim(jnp.asarray(d), start, number, axis=1)
-        sketch_of = lambda values, u: Sketch(jnp.asarray(values), jnp.asarray(u))
-        parts = [merge.Part(jnp.asarray(w), sketch_of(values, u), rows(d)) for w, d, values, u in given]
-        merged = merge.merge(parts, method)
-        solution = merged.solve(lambda spectrum: 1 / (spectrum + 0.5))
-        return merged.spectrum, solution, merged.quadratic(vector), merged.top(6), merged.top(15)
+        merged = merge.merge([_part(*map(jnp.asarray, clients)) for clients in given], method)
+        solution, quadratic = merge.solve(merged, _shifted), merge.quadratic(merged, vector)
+        return merged.spectrum, solution, quadratic, merge.top(merged, 6), merge.top(merged, 15)
 
     vector = draw.normal(size=SIZE)
     spectrum, solution, quadratic, top, padded = jax.device_get(run(jnp.asarray(vector)))
@@ -225,7 +233,34 @@ def test_auto_is_the_method_that_it_picks(monkeypatch):
 
 
 def test_an_unknown_method_lists_the_known_ones():
-    uploads, params = _uploads(_clients())
-    rule = aggregate.fipa(merge="svd")
-    with pytest.raises(ValueError, match=r"aggregator\.merge: unknown 'svd'; known: auto, gram, qr, tsqr"):
-        rule.apply(uploads, rule.init(params), params)
+    """As the rule is made, and where it is called by itself."""
+    words = r"aggregator\.merge: unknown 'svd'; known: auto, gram, qr, tsqr"
+    with pytest.raises(ValueError, match=words):
+        aggregate.fipa(merge="svd")
+    with pytest.raises(ValueError, match=words):
+        merge.merge([_part(*map(jnp.asarray, _clients()))], "svd")
+
+
+def _all_of(factor, vector):
+    """What functions of a factor there are."""
+    return factor.spectrum, merge.solve(factor, _shifted), merge.quadratic(factor, vector), merge.top(factor, 6)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["x64 off", "x64 on"])
+@each_method
+def test_a_factor_can_leave_a_jit(method, wide):
+    """Made in one program and used outside, by itself or in another program; in float64 inside, whatever is set."""
+    with jax.enable_x64(wide):
+        dtype = jnp.result_type(float)
+        clients = [jnp.asarray(field, dtype) for field in _clients()]
+        vector = jnp.asarray(np.random.default_rng(2).normal(size=SIZE), dtype)
+        make = lambda *clients: merge.merge([_part(*clients)], method)
+        factor = jax.jit(make)(*clients)
+        assert len(jax.tree.leaves(factor)) == 5
+        assert factor.eigenvalues.dtype == factor.right.dtype == factor.projected.dtype == np.float64
+        wanted = jax.jit(lambda *clients: _all_of(make(*clients), vector))(*clients)
+        for found in (_all_of(factor, vector), jax.jit(_all_of)(factor, vector)):
+            chex.assert_trees_all_equal_shapes_and_dtypes(found, wanted)
+            tolerance = 100 * jnp.finfo(dtype).eps
+            chex.assert_trees_all_close(found, wanted, rtol=tolerance, atol=tolerance)
+        assert {leaf.dtype for leaf in jax.tree.leaves(wanted)} == {np.dtype(dtype)}

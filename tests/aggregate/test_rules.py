@@ -1,5 +1,7 @@
 """Every rule against its dense form sum_m B_m delta_m, and the properties that all or some rules have."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,10 @@ from helpers.rules import (
     RULES,
     SIZE,
     Dense,
+    apply,
     apply_rule,
+    as_sent,
+    as_tree,
     as_vector,
     assert_close,
     clients_of,
@@ -21,6 +26,7 @@ from helpers.rules import (
     each_rank,
     each_rule,
     uploads_of,
+    with_hyper,
 )
 
 from fipa_jax import aggregate
@@ -169,6 +175,42 @@ def test_uniform_weights_do_not_look_at_the_number_of_examples(x64, form):
     deltas, _, eigenvalues, basis = clients_of(SIZE)
     many, one = (uploads_of(deltas, np.array(counts), eigenvalues, basis) for counts in ([5, 0, 3, 70], [1, 0, 1, 1]))
     rule, params = aggregate.fipa(form, damping=1e-2, rcond=RCOND, weighting="uniform"), jax.tree.map(jnp.asarray, LIKE)
-    uniform = as_vector(jax.jit(rule.apply)(many, rule.init(params), params)[0])
+    uniform = as_vector(jax.jit(functools.partial(apply, rule))(many, rule.init(params), params)[0])
     assert_close(uniform, apply_rule(form, one)[0], 1e-12)
     assert np.linalg.norm(uniform - apply_rule(form, many)[0]) > 0.01 * np.linalg.norm(uniform)
+
+
+def test_a_diagonal_step_that_overflows_falls_back_to_the_mean():
+    deltas, counts, eigenvalues, basis = clients_of(2)
+    deltas *= 1e15
+    sent = uploads_of(deltas, counts, 1e35 * eigenvalues, basis, dtype=np.float32)
+    step, info = apply_rule("diagonal", sent, np.float32)
+    assert info["fallback"] == 2 and not info["rejected"].any()
+    assert_close(step, Dense(deltas, counts, eigenvalues, basis).mean, 1e-5)
+
+
+def test_diagonal_sweeps_its_damping_without_compiling_anew(x64):
+    uploads, params = uploads_of(*clients_of(2)), jax.tree.map(jnp.asarray, LIKE)
+    rule = aggregate.diagonal()
+    uploads = as_sent(rule, uploads)
+    states = [with_hyper(rule.init(params), damping=value) for value in (1e-3, 0.3)]
+    chex.clear_trace_counter()
+    compiled = jax.jit(chex.assert_max_traces(lambda *args: apply(rule, *args)[0], 1))
+    small, large = (as_vector(compiled(uploads, state, params)) for state in states)
+    assert np.linalg.norm(small - large) > 1e-3, "the hyper-parameter does nothing"
+
+
+def test_mean_takes_uploads_without_a_sketch(x64):
+    deltas, counts, *_ = clients = clients_of(2)
+    step, _, _ = apply(aggregate.mean(), aggregate.Uploads(as_tree(deltas), jnp.asarray(counts)), (), LIKE)
+    assert_close(as_vector(step), Dense(*clients).mean)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"aggregator\.form: unknown 'dampd'; known: damped, pinv, tikhonov"):
+        aggregate.fipa("dampd")
+    with pytest.raises(ValueError, match=r"aggregator\.at: unknown 'home'; known: broadcast, local"):
+        aggregate.diagonal(at="home")
+    for rule in (aggregate.fipa, aggregate.mean, aggregate.diagonal):
+        with pytest.raises(ValueError, match=r"aggregator\.weighting: unknown 'size'; known: examples, uniform"):
+            rule(weighting="size")

@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax.client import first_order as client_lib
 from fipa_jax.client import terms
-from fipa_jax.client.local_work import micro_batch_of
+from fipa_jax.client.local_solver import micro_batch_of
 
 
 @functools.cache

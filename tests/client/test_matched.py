@@ -14,10 +14,9 @@ from fipa_jax import aggregate, tasks
 from fipa_jax.aggregate.limits import Limits
 from fipa_jax.client import first_order as client
 from fipa_jax.client import second_order
-from fipa_jax.client.local_work import adaptive_steps, steps_for
+from fipa_jax.client.local_solver import adaptive_steps, steps_for
 from fipa_jax.curvature import sketch
-from fipa_jax.curvature.sketch import Sketch
-from fipa_jax.curvature.sketcher import plain
+from fipa_jax.curvature.sketch import Sketch, plain
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
 from fipa_jax.federation.parts import Parts

@@ -15,7 +15,7 @@ from fipa_jax.aggregate import server_optimizers as server
 from fipa_jax.client import first_order as client_lib
 from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
-from fipa_jax.client.local_work import Hyper
+from fipa_jax.client.local_solver import Hyper
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
 from fipa_jax.federation.channel import FAULTS, Channel, ChannelRates, FaultRates, faulty

@@ -212,7 +212,7 @@ def test_a_place_that_is_not_known_is_named():
 
 
 def test_an_unknown_split_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"config\.partition\.name: unknown split 'nonesuch'; known: dirichlet, "):
+    with pytest.raises(ValueError, match=r"config\.partition\.name: unknown 'nonesuch'; known: dirichlet, "):
         partition.partition("nonesuch", [0, 1], 1, 0)
 
 

@@ -12,14 +12,13 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from fipa_jax import files as sums
 from fipa_jax.config import command_line
-from fipa_jax.data import partition
-from fipa_jax.data import prepared as data
+from fipa_jax.data import loading as data
+from fipa_jax.data import own_arrays, partition
+from fipa_jax.files import digest_of_file
 from fipa_jax.run import experiment
-from fipa_jax.run import parts as phase
+from fipa_jax.run import phase_parts as phase
 from fipa_jax.saving.model_files import load
-from fipa_jax.tasks import own_data
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -113,7 +112,7 @@ def bomb(tmp_path):
 @pytest.mark.parametrize(
     ("read", "said"),
     [
-        (own_data.read, r"config\.task\.file: .*evil"),
+        (own_arrays.read, r"config\.task\.file: .*evil"),
         (lambda file: partition.partition("file", np.arange(3), 1, 0, file=file), r"config\.partition\.file: .*evil"),
         (lambda file: load(file, {"w": np.zeros(3)}), "evil.* is not a model file"),
     ],
@@ -145,7 +144,7 @@ def test_a_cached_array_is_not_unpickled(bomb, tmp_path):
     data._write_cache(paths, {"image": np.zeros([1, 2, 2, 3], np.uint8), "label": np.zeros([1], np.int32)})
     assert data._read_cache(paths, 1) is not None
     np.save(paths["image"], array, allow_pickle=True)
-    data._sum(paths["image"]).write_text(sums.digest(paths["image"]))
+    data._sum(paths["image"]).write_text(digest_of_file(paths["image"]))
     assert data._read_cache(paths, 1) is None
     assert not made.exists()
 
@@ -157,7 +156,7 @@ def test_an_altered_archive_is_read_as_it_was_or_refused(archive, tmp_path):
     if archive == "split":
         arrays = {"0": np.arange(3), "1": np.arange(3, 5)}
     np.savez(path, **arrays)
-    read = lambda: own_data.read(str(path)) if archive == "own arrays" else dict(enumerate(split(path)))
+    read = lambda: own_arrays.read(str(path)) if archive == "own arrays" else dict(enumerate(split(path)))
     split = lambda file: partition.from_file(None, np.arange(5), 2, str(file))
     whole, before, refused = path.read_bytes(), read(), 0
     draw = np.random.default_rng(0)
@@ -186,10 +185,10 @@ def test_an_array_of_a_size_that_does_not_exist_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive, archive.open("x.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (10**14, 1)})
     with pytest.raises(ValueError, match=r"config\.task\.file: .* 'x' that cannot be read"):
-        own_data.read(str(tmp_path / "mine.npz"))
+        own_arrays.read(str(tmp_path / "mine.npz"))
 
 
 def test_a_misspelt_array_is_not_left_aside(tmp_path):
     np.savez(tmp_path / "mine.npz", x=np.ones((5, 1)), y=np.ones(5), cliend=np.arange(5), weather=np.ones(2))
     with pytest.raises(ValueError, match="has an array 'cliend'; did you mean 'client'"):
-        own_data.read(str(tmp_path / "mine.npz"))
+        own_arrays.read(str(tmp_path / "mine.npz"))

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax.curvature import eigenpairs as eigen
 from fipa_jax.curvature import products as curvature
-from fipa_jax.curvature import sketch
+from fipa_jax.curvature import sketch, solver_choice
 
 RANK, EXAMPLES, WIDTH, CLASSES = 6, 6, 4, 3
 SIZE = WIDTH * CLASSES + CLASSES  # P
@@ -111,15 +111,16 @@ def test_a_full_rank_is_the_whole_matrix(x64):
 
 
 @pytest.mark.parametrize(
-    ("options", "picked"),
+    ("options", "room", "picked"),
     [
-        ({}, {"solver": "head"}),
-        ({"features": None}, {"solver": "rows"}),
-        ({"features": None, "memory": 0.0}, {"solver": "lanczos"}),
+        ({}, 2.0, {"solver": "head"}),
+        ({"features": None}, 2.0, {"solver": "rows"}),
+        ({"features": None, "tolerance": 1e-4}, 0.0, {"solver": "lanczos", "tolerance": 1e-4}),  # traced anew
     ],
     ids=["head", "rows", "lanczos"],
 )
-def test_auto_is_the_solver_that_it_picks(x64, options, picked):
+def test_auto_is_the_solver_that_it_picks(x64, monkeypatch, options, room, picked):
+    monkeypatch.setattr(solver_choice, "ROWS_GIB", room)
     params, batch = _problem()
     program = lambda **fields: _compiled(**fields).lower(jax.random.key(0), params, batch, jnp.asarray(HERE)).as_text()
     auto = program(solver="auto", **options)
@@ -133,24 +134,25 @@ CONVOLUTION = dict(examples=50, outputs=10, size=6000, flops=2.0 * 50 * 6000 * 1
 
 
 @pytest.mark.parametrize(
-    ("picked", "changed"),
+    ("picked", "room", "changed"),
     [
-        (("lanczos", "head"), {"is_head": True}),
-        (("lanczos", "head"), {"is_head": True, "memory": 0.0}),
-        (("lanczos", "matrix_free"), {"memory": 0.99 * 500 * 6000 * 4 / 2**30}),
-        (("lanczos", "rows"), {"memory": 500 * 6000 * 4 / 2**30}),
-        (("lanczos", "matrix_free"), {"memory": 500 * 6000 * 4 / 2**30, "itemsize": 8}),
-        (("exact", "rows"), {"outputs": 5}),  # 250 rows
-        (("exact", "rows"), {"size": 256, "examples": 10**5}),  # few parameters
-        (("lanczos", "matrix_free"), {"flops": 2.0 * 50 * 6000}),  # a dense network
-        (("exact", "rows"), {"products": 610}),
+        (("lanczos", "head"), 2.0, {"is_head": True}),
+        (("lanczos", "head"), 0.0, {"is_head": True}),
+        (("lanczos", "matrix_free"), 0.99 * 500 * 6000 * 4 / 2**30, {}),
+        (("lanczos", "rows"), 500 * 6000 * 4 / 2**30, {}),
+        (("lanczos", "matrix_free"), 500 * 6000 * 4 / 2**30, {"itemsize": 8}),
+        (("exact", "rows"), 2.0, {"outputs": 5}),  # 250 rows
+        (("exact", "rows"), 2.0, {"size": 256, "examples": 10**5}),  # few parameters
+        (("lanczos", "matrix_free"), 2.0, {"flops": 2.0 * 50 * 6000}),  # a dense network
+        (("exact", "rows"), 2.0, {"products": 610}),
     ],
 )
-def test_the_rule_of_auto(picked, changed):
-    case = CONVOLUTION | dict(itemsize=4, memory=2.0, is_head=False) | changed
-    assert sketch.choose(**case) == picked
+def test_the_rule_of_auto(monkeypatch, picked, room, changed):
+    monkeypatch.setattr(solver_choice, "ROWS_GIB", room)
+    case = CONVOLUTION | dict(itemsize=4, is_head=False) | changed
+    assert solver_choice.choose(**case) == picked
     rows, size, products = case["examples"] * case["outputs"], case["size"], case["products"]
-    if min(rows, size) > 256 and case["memory"] == 2.0 and not case["is_head"]:  # then by the written costs
+    if min(rows, size) > 256 and room == 2.0 and not case["is_head"]:  # then by the written costs
         n, wide = min(rows, size), max(rows, size)
         pull, keep = 2 * case["flops"] * case["outputs"], 6 * size * products**2
         costs = {
@@ -188,8 +190,9 @@ def test_the_estimate_of_the_trace_that_is_left_has_its_stated_error(x64, rank):
 def test_without_probes_the_trace_is_not_known_and_nothing_is_wrong(x64):
     found = _sketch(solver="subspace", probes=0)
     assert found.report.converged and _raised(found) == set()
-    with pytest.raises(ValueError, match=r"sketch\.energy: needs the trace, and sketch\.probes = 0"):
-        _sketch(solver="lanczos", probes=0, energy=0.9)
+    by_energy = sketch.keeping_energy(lambda *given: found, 0.9)(None, None, None)
+    np.testing.assert_array_equal(by_energy.eigenvalues, found.eigenvalues)
+    assert np.all(found.eigenvalues > 0)
 
 
 @pytest.mark.parametrize("solver", ["lanczos", "rows", "head"])
@@ -231,9 +234,10 @@ def test_energy_keeps_the_fewest_pairs_that_reach_its_share_of_the_trace(x64, sh
 
 def test_what_is_sent_is_cut_by_energy_and_rounded_to_nearest(x64):
     """To the 8 significant bits of bfloat16: by at most 2^-8 of each entry. Nothing but the basis is rounded."""
-    whole, found = (
-        _sketch(rank=SIZE, solver="rows", **options) for options in ({}, {"energy": 0.9, "store": "bfloat16"})
-    )
+    whole = _sketch(rank=SIZE, solver="rows")
+    rounded = sketch.stored_as(_compiled(rank=SIZE, solver="rows"), "bfloat16")
+    sent_of = jax.jit(sketch.keeping_energy(rounded, 0.9))
+    found = jax.tree.map(np.asarray, sent_of(jax.random.key(0), *_problem(), jnp.asarray(HERE)))
     cut = jax.tree.map(np.asarray, sketch.truncate(whole, sketch.enough(whole, 0.9)))
     assert found.basis.dtype == jnp.bfloat16
     sent = found.basis.astype(float)
@@ -289,8 +293,6 @@ def test_make_diagonal_is_the_diagonal(x64):
         ({"rank": SIZE + 1}, rf"sketch\.rank: {SIZE + 1} is above .* {SIZE}"),
         ({"solver": "lanczo"}, r"sketch\.solver: unknown 'lanczo'; known: auto, head, lanczos, rows, subspace"),
         ({"jacobian": "dense"}, r"sketch\.jacobian: unknown 'dense'; known: head, matrix_free, rows"),
-        ({"store": "int8"}, r"sketch\.store: .*'int8'.*bfloat16"),
-        ({"store": "bfloat61"}, r"sketch\.store: .*'bfloat61'.*bfloat16"),
         ({"solver": "head", "features": None}, r"sketch\.jacobian: head needs the model's features"),
         ({"solver": "head", "features": lambda params, batch: batch["x"][:, 1:]}, "last layer"),
     ],
@@ -301,10 +303,16 @@ def test_wrong_choices_name_the_field(options, message):
         jax.eval_shape(sketch.make_sketch(_outputs, _loss, **{"rank": 1} | options), jax.random.key(0), params, batch)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bfloat61"])
+def test_a_wrong_dtype_names_the_field(dtype):
+    with pytest.raises(ValueError, match=rf"sketch\.store: .*{dtype!r}.*bfloat16"):
+        sketch.stored_as(None, dtype)
+
+
 def test_every_solver_of_the_table_is_reached():
     """The names a user may write are those of the rule, and of the ways above."""
-    assert set(sketch.SOLVERS) == {options["solver"] for options, _ in WAYS.values()} | {"auto"}
-    assert inspect.signature(sketch.make_sketch).parameters["solver"].default in sketch.SOLVERS
+    assert set(solver_choice.SOLVERS) == {options["solver"] for options, _ in WAYS.values()} | {"auto"}
+    assert inspect.signature(sketch.make_sketch).parameters["solver"].default in solver_choice.SOLVERS
 
 
 def test_auto_does_not_take_a_lower_layer_of_the_same_shape_for_the_head(x64):

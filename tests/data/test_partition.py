@@ -113,7 +113,7 @@ def test_class_counts_and_heterogeneity_on_a_case_done_by_hand():
     [
         (
             {"name": "x"},
-            r"config\.partition\.name: unknown split 'x'; known: dirichlet, dirichlet_by_class, file, iid, shards",
+            r"config\.partition\.name: unknown 'x'; known: dirichlet, dirichlet_by_class, file, iid, shards",
         ),
         ({"name": "iid", "num_clients": 0}, r"config\.partition\.num_clients"),
         ({"name": "iid", "num_clients": len(LABELS) + 1}, r"config\.partition\.num_clients"),

@@ -14,8 +14,7 @@ from fipa_jax import aggregate, tasks
 from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
 from fipa_jax.client.first_order import first_order
-from fipa_jax.curvature.sketch import make_sketch
-from fipa_jax.curvature.sketcher import plain
+from fipa_jax.curvature.sketch import make_sketch, plain
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
 from fipa_jax.federation.channel import FAULTS, Channel, ChannelRates, FaultRates, chain, faulty, late

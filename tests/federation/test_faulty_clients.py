@@ -17,16 +17,15 @@ from fipa_jax.client import first_order as client
 from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
 from fipa_jax.curvature import sketch
-from fipa_jax.curvature.sketch import Diagonal, Sketch
-from fipa_jax.curvature.sketcher import plain
+from fipa_jax.curvature.sketch import Diagonal, Sketch, plain
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
 from fipa_jax.federation.channel import FAULTS, Channel, ChannelRates, FaultRates, draw_faults, faulty, spoil
 from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.reporting import metrics
 from fipa_jax.run import experiment, whole_run
-from fipa_jax.run.parts import TRACED
-from fipa_jax.run.stalled import Stalled, check_progress
+from fipa_jax.run.loop import Stalled, check_progress
+from fipa_jax.run.phase_parts import TRACED
 
 CLIENTS = 3
 NONE = dict.fromkeys(FAULTS, 0.0) | {"scale_by": 1e6}

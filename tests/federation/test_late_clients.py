@@ -18,7 +18,7 @@ from fipa_jax.client import first_order as client
 from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
 from fipa_jax.curvature import sketch
-from fipa_jax.curvature.sketcher import plain
+from fipa_jax.curvature.sketch import plain
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
 from fipa_jax.federation.channel import Channel, ChannelRates, at_age, draw_ages, late

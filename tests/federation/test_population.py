@@ -11,8 +11,8 @@ from helpers.runs import tiny
 
 from fipa_jax.client.examples import Client, gather, present
 from fipa_jax.data.partition import Ragged, pad
-from fipa_jax.federation.client_store import HostStore
 from fipa_jax.federation.population import SPARSE, Ahead, OnHost, Resident, sample_cohort
+from fipa_jax.federation.state import HostStore
 from fipa_jax.reporting import metrics
 from fipa_jax.run import experiment, whole_run
 

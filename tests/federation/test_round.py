@@ -16,10 +16,10 @@ from fipa_jax.aggregate.limits import Limits
 from fipa_jax.client import first_order as client_lib
 from fipa_jax.client import second_order, terms
 from fipa_jax.client.examples import Client, subsample
-from fipa_jax.client.local_work import Hyper
+from fipa_jax.client.local_solver import Hyper
 from fipa_jax.curvature import products as curvature
 from fipa_jax.curvature import sketch
-from fipa_jax.curvature.sketcher import plain, with_rank_by_gradient
+from fipa_jax.curvature.sketch import plain, with_rank_by_gradient
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
 from fipa_jax.federation import state as state_lib

@@ -14,8 +14,7 @@ from fipa_jax.aggregate.past_rounds import PastRounds
 from fipa_jax.client import terms
 from fipa_jax.client.examples import Client, gather, present
 from fipa_jax.client.first_order import first_order
-from fipa_jax.curvature.sketch import make_sketch
-from fipa_jax.curvature.sketcher import plain
+from fipa_jax.curvature.sketch import make_sketch, plain
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
 from fipa_jax.federation.parts import Parts, Rates

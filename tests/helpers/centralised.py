@@ -12,9 +12,9 @@ from fipa_jax import aggregate, tasks
 from fipa_jax.aggregate.limits import Limits
 from fipa_jax.client import second_order, terms
 from fipa_jax.client.examples import Client
-from fipa_jax.client.local_work import Hyper, with_initial_loss
+from fipa_jax.client.local_solver import Hyper, with_initial_loss
 from fipa_jax.curvature import sketch
-from fipa_jax.curvature.sketcher import plain
+from fipa_jax.curvature.sketch import plain
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.federation.round import whole_round

@@ -9,7 +9,7 @@ import optax
 
 from fipa_jax.client import first_order as client_lib
 from fipa_jax.client.examples import Client
-from fipa_jax.client.local_work import Hyper
+from fipa_jax.client.local_solver import Hyper
 
 NUM_EXAMPLES, WIDTH, NUM_OUTPUTS = 8, 3, 3
 KEEP = lambda key, batch: batch

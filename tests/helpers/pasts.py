@@ -7,43 +7,51 @@ import jax.numpy as jnp
 import numpy as np
 
 from fipa_jax import aggregate
-from helpers.rules import CLIENTS, SIZE, as_tree, as_vector, clients_of, uploads_of
+from fipa_jax.aggregate import LateUpdates, Limits, PastRounds
+from helpers.rules import CLIENTS, SIZE, apply, as_tree, as_vector, clients_of, uploads_of, with_hyper
 
-DECAY, BETA, ROUNDS = 0.7, 0.3, 5
-FREE = {"relative": False, "damping": BETA, "max_step": 0.0, "explosion": 0.0, "trace_cap": 0.0, "rcond": 1e-9}
-PRIOR = FREE | {"memory": "prior", "memory_decay": DECAY, "memory_rank": SIZE}
-TARGETS = PRIOR | {"memory": "targets", "memory_length": 3}
-LATEST = PRIOR | {"memory": "latest", "num_clients": 8}
+DECAY, BETA, RCOND, ROUNDS = 0.7, 0.3, 1e-9, 5
+NOTHING, ON_TIME = PastRounds(), LateUpdates()
+PRIOR = PastRounds("prior", rank=SIZE, decay=DECAY)
+TARGETS = PRIOR._replace(kind="targets", length=3)
+LATEST = PRIOR._replace(kind="latest", num_clients=8)
 
 
 @functools.cache
-def rule_of(form, **options):
-    rule = aggregate.fipa(form, **options)
-    return rule, jax.jit(rule.apply)
+def rule_of(past=NOTHING, form="damped", **options):
+    """(rule, the same compiled), without bounds, of an absolute damping unless options say otherwise."""
+    options = {"damping": BETA, "rcond": RCOND, "relative": False, "limits": Limits(0.0, 0.0, 0.0, 0.0)} | options
+    rule = aggregate.fipa(form, past=past, **options)
+    return rule, jax.jit(functools.partial(apply, rule))
 
 
-def run(cohorts, form="damped", state=None, ids=None, sent=None, **options):
+def past_of(state):
+    """What a rule's state holds of past rounds."""
+    return state.solver[0]
+
+
+def run(cohorts, past=NOTHING, form="damped", *, state=None, ids=None, sent=None, hyper=None, late=ON_TIME, **options):
     """(the parameters [P] before each round and at the end, the infos, the last state).
 
-    `sent` holds other fields of each round's uploads.
+    `sent` holds other fields of each round's uploads, `hyper` traced numbers other than those of `rule_of`.
     """
-    rule, apply = rule_of(form, **options)
-    theta, found, infos = np.zeros(SIZE), [], []
-    state = state or rule.init(as_tree(theta))
+    rule, compiled = rule_of(past, form, late=late, **options)
+    theta, visited, infos = np.zeros(SIZE), [], []
+    state = with_hyper(state or rule.init(as_tree(theta)), **(hyper or {}))
     for k, cohort in enumerate(cohorts):
-        found.append(theta)
+        visited.append(theta)
         uploads = uploads_of(*(cohort(theta) if callable(cohort) else cohort))
-        uploads = uploads._replace(ids=None if ids is None else jnp.asarray(ids[k]), **(sent[k] if sent else {}))
-        step, state, info = apply(uploads, state, as_tree(theta))
+        uploads = uploads._replace(ids=jnp.asarray(ids[k]) if rule.needs.ids else None, **(sent[k] if sent else {}))
+        step, state, info = compiled(uploads, state, as_tree(theta))
         theta = theta + as_vector(step)
         infos.append(jax.tree.map(np.asarray, info))
-    return [*found, theta], infos, state
+    return [*visited, theta], infos, state
 
 
 def solve(form, curvature, pull, bulk):
     """The form's step by a dense H, sum_m w_m H_m delta_m and sum_m w_m delta_m."""
     if form == "pinv":
-        return np.linalg.pinv(curvature, rcond=FREE["rcond"], hermitian=True) @ pull
+        return np.linalg.pinv(curvature, rcond=RCOND, hermitian=True) @ pull
     regular = curvature + BETA * np.eye(SIZE)
     return np.linalg.solve(regular, pull + (BETA * bulk if form == "damped" else 0))
 

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from fipa_jax import aggregate
-from fipa_jax.aggregate import filters as forms
+from fipa_jax.aggregate.fisher_informed import FORMS
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 
 CLIENTS = 4
 LIKE = {"a": np.zeros((2, 4)), "b": np.zeros(4)}  # the parameters' tree
 SIZE = 12  # P
 RANKS = {"narrow": 2, "full": SIZE}  # D = 8 < P and D = 48 > P
-RCOND, UNBOUNDED = 1e-6, 1e9
+RCOND = 1e-6
+UNBOUNDED = aggregate.Limits(max_step=1e9)
 
 
 class Dense:
@@ -23,11 +24,11 @@ class Dense:
 
     def __init__(self, deltas, counts, eigenvalues, basis, weighting="examples"):
         self.given = deltas, counts, eigenvalues, basis
-        there = counts > 0
-        counts = counts[there] if weighting == "examples" else np.ones(there.sum())
+        present = counts > 0
+        counts = counts[present] if weighting == "examples" else np.ones(present.sum())
         self.weights = counts / counts.sum()
-        self.deltas = deltas[there]
-        self.each = np.einsum("cpr,cr,cqr->cpq", basis[there], eigenvalues[there], basis[there])  # H_m
+        self.deltas = deltas[present]
+        self.each = np.einsum("cpr,cr,cqr->cpq", basis[present], eigenvalues[present], basis[present])  # H_m
         self.total = np.tensordot(self.weights, self.each, 1)  # H
         self.mean = self.weights @ self.deltas
         self.pull = np.einsum("c,cpq,cq->p", self.weights, self.each, self.deltas)  # sum_m w_m H_m delta_m
@@ -54,27 +55,27 @@ RULES = {
         lambda d: np.mean(d.deltas, axis=0),
     ),
     "pinv": (
-        aggregate.fipa("pinv", rcond=RCOND, max_step=UNBOUNDED),
+        aggregate.fipa("pinv", rcond=RCOND, limits=UNBOUNDED),
         lambda d: d.pinv() @ d.pull,
     ),
     "tikhonov": (
-        aggregate.fipa("tikhonov", damping=1e-2, max_step=UNBOUNDED),
+        aggregate.fipa("tikhonov", damping=1e-2, limits=UNBOUNDED),
         lambda d: d.solve(1e-2 * d.largest)(d.pull),
     ),
     "tikhonov_absolute": (
-        aggregate.fipa("tikhonov", damping=0.3, relative=False, max_step=UNBOUNDED),
+        aggregate.fipa("tikhonov", damping=0.3, relative=False, limits=UNBOUNDED),
         lambda d: d.solve(0.3)(d.pull),
     ),
     "damped": (
-        aggregate.fipa("damped", damping=1e-2, max_step=UNBOUNDED),
+        aggregate.fipa("damped", damping=1e-2, limits=UNBOUNDED),
         lambda d: d.solve(1e-2 * d.largest)(d.pull + 1e-2 * d.largest * d.mean),
     ),
     "damped_absolute": (
-        aggregate.fipa("damped", damping=0.3, relative=False, max_step=UNBOUNDED),
+        aggregate.fipa("damped", damping=0.3, relative=False, limits=UNBOUNDED),
         lambda d: d.solve(0.3)(d.pull + 0.3 * d.mean),
     ),
     "damped_zero": (
-        aggregate.fipa("damped", damping=0.0, max_step=UNBOUNDED),
+        aggregate.fipa("damped", damping=0.0, limits=UNBOUNDED),
         lambda d: d.mean + d.pinv(1e-12) @ (d.pull - d.total @ d.mean),
     ),
     "diagonal": (
@@ -114,7 +115,7 @@ FAULTS = {
 each_fault = pytest.mark.parametrize("fault", FAULTS)
 each_rule = pytest.mark.parametrize("name", RULES)
 each_fipa = pytest.mark.parametrize("name", FIPA)
-each_form = pytest.mark.parametrize("form", forms.FORMS)
+each_form = pytest.mark.parametrize("form", FORMS)
 each_rank = pytest.mark.parametrize("rank", RANKS.values(), ids=RANKS)
 
 
@@ -143,26 +144,43 @@ def uploads_of(deltas, counts, eigenvalues, basis, report=None, dtype=np.float64
 
 def as_sent(rule, uploads):
     """The uploads with the curvature as the rule wants it."""
-    if rule.curvature != "diagonal":
+    if rule.needs.curvature != "diagonal":
         return uploads
     eigenvalues, basis, _ = uploads.sketch
     return uploads._replace(sketch=Diagonal(jnp.sum(basis**2 * eigenvalues[:, None, :], axis=2)))
 
 
+def apply(rule, uploads, state, params):
+    """(step, state, info) of a rule: uploads are screened, those that it must not see left out, the others applied."""
+    received, info = aggregate.receive(uploads, params)
+    step, state, info, _ = aggregate.step_of(rule, received, state, params, info)
+    return step, state, info
+
+
+def with_hyper(state, **hyper):
+    """A rule's state with some of its traced numbers changed; they go by config paths such as `limits.max_step`."""
+    numbers = state.hyper if isinstance(state, aggregate.FipaState) else state
+    assert set(hyper) <= set(numbers), f"no such numbers: {hyper}"
+    changed = numbers | {name: jnp.asarray(value, numbers[name].dtype) for name, value in hyper.items()}
+    return state._replace(hyper=changed) if isinstance(state, aggregate.FipaState) else changed
+
+
+PROGRAMS = {"damped_zero": "damped"}  # rules that differ from another in traced numbers alone
+
+
 @functools.cache
 def _compiled(name):
-    return jax.jit(RULES[name][0].apply)
+    return jax.jit(functools.partial(apply, RULES[name][0]))
 
 
 def apply_rule(name, uploads, dtype=np.float64, **hyper):
-    """The step [P] and info of a rule, its traced hyper-parameters changed to `hyper`."""
+    """The step [P] and info of a rule, its traced numbers changed as by `with_hyper`."""
     params, (rule, _) = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), LIKE), RULES[name]
     state = rule.init(params)
-    if hyper:
-        state = state._replace(**{field: jnp.asarray(value, dtype) for field, value in hyper.items()})
-    step, _, info = _compiled(name)(as_sent(rule, uploads), state, params)
+    state = with_hyper(state, **hyper) if hyper else state
+    step, _, info = _compiled(PROGRAMS.get(name, name))(as_sent(rule, uploads), state, params)
     return as_vector(step), jax.tree.map(np.asarray, info)
 
 
-def assert_close(found, wanted, rtol=1e-9):
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=rtol * np.linalg.norm(wanted))
+def assert_close(actual, wanted, rtol=1e-9):
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=rtol * np.linalg.norm(wanted))

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax import lax
 
 from fipa_jax import trees
+from fipa_jax.models import convolution
 from fipa_jax.models import networks as models
 from fipa_jax.models.convolution import LAYOUT, _conv_by_matmul, conv, max_pool
 
@@ -49,7 +50,7 @@ def test_conv_equals_xlas_in_value_tangents_and_cotangents(kernel, strides, padd
 
     xlas = lambda x, w: lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=LAYOUT)
     patches = np.prod(jax.eval_shape(xlas, x, w).shape[1:3]) * w[..., 0].size
-    monkeypatch.setattr(models, "CACHE", at_a_time * patches * x.dtype.itemsize)
+    monkeypatch.setattr(convolution, "CACHE", at_a_time * patches * x.dtype.itemsize)
 
     def derivatives(function):
         y, push = jax.linearize(function, x, w)
@@ -225,7 +226,7 @@ def test_a_gauss_newton_product_and_the_jacobians_of_examples_agree():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match=r"config\.model\.name: unknown model 'cnn'; known: cnn_200k, .*mlp"):
+    with pytest.raises(ValueError, match=r"config\.model\.name: unknown 'cnn'; known: cnn_200k, .*mlp"):
         models.build(_config("cnn"), 10)
-    with pytest.raises(ValueError, match=r"config\.model\.activation: unknown activation 'tan'; known: gelu, "):
+    with pytest.raises(ValueError, match=r"config\.model\.activation: unknown 'tan'; known: gelu, "):
         models.build(_config("mlp", activation="tan"), 10)

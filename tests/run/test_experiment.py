@@ -11,12 +11,12 @@ import pytest
 from helpers.runs import tiny
 
 from fipa_jax import aggregate
-from fipa_jax.aggregate.rules import Needs
+from fipa_jax.aggregate.aggregator import Needs
 from fipa_jax.aggregate.screening import REASONS
 from fipa_jax.client import terms
-from fipa_jax.client.local_work import LocalResult
+from fipa_jax.client.local_solver import LocalResult
 from fipa_jax.curvature import sketch
-from fipa_jax.curvature.sketcher import Sketcher
+from fipa_jax.curvature.sketch import Sketcher
 from fipa_jax.federation.state import State
 from fipa_jax.reporting import console as report
 from fipa_jax.reporting import metrics

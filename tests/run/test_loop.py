@@ -12,7 +12,7 @@ from fipa_jax import tasks
 from fipa_jax.config import methods as compared
 from fipa_jax.federation import round as rounds
 from fipa_jax.reporting import metrics
-from fipa_jax.run import experiment, loop, places, whole_run
+from fipa_jax.run import experiment, loop, whole_run
 from fipa_jax.saving.journal import Rows
 from fipa_jax.saving.model_files import load
 
@@ -118,7 +118,7 @@ def test_past_rounds_without_room_is_refused_before_the_first_round(monkeypatch)
     config = tiny(compare=("fipa:aggregator.past.kind=prior",))
     with jax.enable_x64(True):
         experiment.build(config)
-    monkeypatch.setattr(places, "host_bytes", lambda: 1000)
+    monkeypatch.setattr(experiment, "host_bytes", lambda: 1000)
     with (
         jax.enable_x64(True),
         pytest.raises(ValueError, match=r"aggregator\.past: the rule would keep .* GiB .*past\.rank"),

@@ -16,7 +16,7 @@ from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation.channel import FAULTS
 from fipa_jax.federation.round import whole_round
 from fipa_jax.run import experiment
-from fipa_jax.run.parts import TRACED, make_parts, make_rates
+from fipa_jax.run.phase_parts import TRACED, make_parts, make_rates
 from fipa_jax.run.programs import STEERING, key_of
 
 # Methods whose rules hold numbers of every kind; with late clients and faults, whose rates are then traced.

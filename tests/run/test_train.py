@@ -148,7 +148,5 @@ def test_flags_of_processes_come_together(given, monkeypatch):
     script = importlib.import_module("train")
     with flagsaver.flagsaver():
         flags.FLAGS(["train.py", *given])
-        with pytest.raises(
-            SystemExit, match="^error: --coordinator=.*, --processes and --process come"
-        ):
+        with pytest.raises(SystemExit, match=r"^error: --coordinator=.*, --processes and --process come together"):
             script.join()

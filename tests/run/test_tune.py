@@ -9,8 +9,8 @@ import pytest
 from helpers.runs import tiny
 
 from fipa_jax.reporting import metrics
-from fipa_jax.run import experiment, tune, whole_run
-from fipa_jax.run.parts import make_rates
+from fipa_jax.run import experiment, programs, whole_run
+from fipa_jax.run.phase_parts import make_rates
 
 
 @pytest.mark.parametrize(
@@ -25,10 +25,10 @@ from fipa_jax.run.parts import make_rates
 def test_the_search_goes_as_far_as_it_pays(tmp_path, seconds, clients, best, tried):
     asked = []
     measure = lambda chunk: asked.append(chunk) or seconds[chunk]
-    search = functools.partial(tune.fastest_chunk, measure, clients, "key", tmp_path / "deep" / "chunks.json")
+    search = functools.partial(programs.fastest_chunk, measure, clients, "key", tmp_path / "deep" / "chunks.json")
     assert search() == best and asked == tried
     assert search() == best and asked == tried, "it is remembered"
-    assert tune.fastest_chunk(measure, clients, "another key", tmp_path / "deep" / "chunks.json") == best
+    assert programs.fastest_chunk(measure, clients, "another key", tmp_path / "deep" / "chunks.json") == best
     assert asked == 2 * tried
 
 
@@ -36,13 +36,13 @@ def test_the_search_goes_as_far_as_it_pays(tmp_path, seconds, clients, best, tri
 def test_a_broken_file_costs_a_measurement(tmp_path, text):
     file = tmp_path / "chunks.json"
     file.write_text(text)
-    assert tune.fastest_chunk(lambda chunk: chunk, 4, "key", file) == 1
+    assert programs.fastest_chunk(lambda chunk: chunk, 4, "key", file) == 1
     assert list(json.loads(file.read_text()).values()) == [1]
 
 
 def test_a_file_that_cannot_be_written_is_no_error(tmp_path, caplog):
     (tmp_path / "chunks.json").mkdir()
-    assert tune.fastest_chunk(lambda chunk: 1 / chunk, 4, "key", tmp_path / "chunks.json") == 4
+    assert programs.fastest_chunk(lambda chunk: 1 / chunk, 4, "key", tmp_path / "chunks.json") == 4
     assert "cannot be written" in caplog.text
 
 
@@ -50,14 +50,14 @@ def test_lack_of_memory_is_an_infinite_time_and_other_errors_are_errors(monkeypa
     config = tiny()
     run = experiment.build(config)
     parts, rates = experiment.parts_of(run, config.fipa), make_rates(config.fipa, "float32")
-    measure = tune.seconds_of(parts, rates, run.params, run.population.cohort(jnp.arange(2)), run.root, repeats=1)
+    measure = programs.seconds_of(parts, rates, run.params, run.population.cohort(jnp.arange(2)), run.root, repeats=1)
     assert 0 < measure(2) < 60
 
     def failing(text):
         def work(*args):
             raise jax.errors.JaxRuntimeError(text)
 
-        monkeypatch.setattr(tune, "by_clients", lambda *stages: work)
+        monkeypatch.setattr(programs, "by_clients", lambda *stages: work)
 
     failing("RESOURCE_EXHAUSTED: 80 GiB")
     assert measure(2) == float("inf")
@@ -68,7 +68,7 @@ def test_lack_of_memory_is_an_infinite_time_and_other_errors_are_errors(monkeypa
 
 def test_a_run_measures_once_and_is_the_run_of_that_chunk(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tune, "seconds_of", lambda *args: lambda chunk: 1.0 / chunk)
+    monkeypatch.setattr(programs, "seconds_of", lambda *args: lambda chunk: 1.0 / chunk)
     losses = {}
     for chunk in (-1, 2):
         whole_run.run(tiny(chunk=chunk, compare=("fipa",)), tmp_path / f"run{chunk}")

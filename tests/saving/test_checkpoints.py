@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fipa_jax import files as sums
+from fipa_jax import files as files_lib
 from fipa_jax import trees
 from fipa_jax.saving import checkpoints as checkpoint
 from fipa_jax.saving.checkpoints import Checkpoints
@@ -67,7 +67,7 @@ def test_no_step_goes_before_the_next_is_sealed(tmp_path, monkeypatch):
     kept.save(1, moved(1), {"rows": 10}, ["best"])
     kept.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(sums, "of", lambda folder: 1 / 0)
+        patch.setattr(checkpoint, "sums_of", lambda folder: 1 / 0)
         kept.save(2, moved(2), {"rows": 20}, ["best"])
         with pytest.raises(OSError, match="checkpoint 2 could not be written"):
             kept.close()
@@ -112,14 +112,14 @@ def test_every_flipped_bit_is_found_and_the_step_before_is_used(three, tmp_path,
 def test_other_damage_is_found(three, damage, monkeypatch):
     file = three / "3" / "_CHECKPOINT_METADATA"
     if damage == "unreadable":
-        digest = sums.digest
+        digest = files_lib.digest_of_file
 
         def failing(path):
             if path.is_relative_to(three / "3"):
                 raise OSError(errno.EIO, "Input/output error")
             return digest(path)
 
-        monkeypatch.setattr(sums, "digest", failing)
+        monkeypatch.setattr(files_lib, "digest_of_file", failing)
         assert_is(checkpoint.recover(three), 2)
         return
     if damage == "truncated":

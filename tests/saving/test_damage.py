@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from helpers import toy
 
-from fipa_jax import files as sums
-from fipa_jax.data import preparation as datasets
-from fipa_jax.data import prepared as data
+from fipa_jax.data import loading as data
+from fipa_jax.data import sources as datasets
+from fipa_jax.files import SUMS
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def folder(whole, tmp_path):
     """A copy of it to be damaged, as others prepare it: without digests."""
     shutil.copytree(whole, tmp_path / "data")
     folder = tmp_path / "data" / "toy" / "1.0.0"
-    (folder / sums.NAME).unlink()
+    (folder / SUMS).unlink()
     return folder
 
 
@@ -115,8 +115,8 @@ def test_digests_find_what_is_another_whole_file(whole, tmp_path, file):
 def test_what_is_prepared_here_has_digests(official, tmp_path):
     folder, _ = official("mnist")
     prepared = datasets.prepare("mnist", str(tmp_path / "data"), str(folder))
-    listed = [line.split("  ")[1] for line in (prepared / sums.NAME).read_text().splitlines()]
-    assert sorted([*listed, sums.NAME]) == sorted(path.name for path in prepared.iterdir())
+    listed = [line.split("  ")[1] for line in (prepared / SUMS).read_text().splitlines()]
+    assert sorted([*listed, SUMS]) == sorted(path.name for path in prepared.iterdir())
     data.verify(prepared)
 
 

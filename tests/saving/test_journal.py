@@ -126,12 +126,16 @@ def test_however_rounds_are_run(monkeypatch, tmp_path, fields):
 
 
 def test_rows_after_the_checkpoint_are_written_once(monkeypatch, tmp_path, whole):
-    """A run that dies between a row and its checkpoint, in the middle of a line even, has each row once in the end."""
+    """A run that dies between a row and its checkpoint, in the middle of a line even, has each row once in the end.
+
+    What is left of a file that it was writing is gone, too.
+    """
     run_until(monkeypatch, tmp_path, 3)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"run": "fipa", "rou')
+    (tmp_path / "summary.json.0123abcd.partial").write_text('{"runs": {"war')
     whole_run.run(config_of(), tmp_path)
-    assert left_by(tmp_path) == whole
+    assert left_by(tmp_path) == whole and not list(tmp_path.glob("*.partial"))
 
 
 def test_a_step_ahead_of_its_rows_is_passed_over(monkeypatch, tmp_path, whole, caplog):

@@ -8,8 +8,8 @@ import pytest
 from scipy import ndimage
 
 from fipa_jax import config as config_lib
-from fipa_jax.data import preparation as datasets
-from fipa_jax.data import prepared as data
+from fipa_jax.data import loading as data
+from fipa_jax.data import sources as datasets
 from fipa_jax.tasks import images
 
 SHAPES = [(9, 9, 3), (8, 8, 1), (6, 11, 3)]  # odd and even sides, grayscale, oblong

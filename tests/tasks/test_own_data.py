@@ -184,7 +184,7 @@ def test_a_bare_array_is_no_npz(config, tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "changes", "said"),
     [
-        ({}, {"split": "kmean"}, r"task\.split: unknown split 'kmean'; known: column, given, kmeans"),
+        ({}, {"split": "kmean"}, r"task\.split: unknown 'kmean'; known: column, given, kmeans"),
         ({}, {"split": "given"}, r"task\.split: 'given' needs an integer array client.*config\.task\.file"),
         ({}, {"column": WIDTH}, r"task\.column: x of config\.task\.file has columns 0 to 2, got 3"),
         ({}, {"column": -1}, r"task\.column: "),

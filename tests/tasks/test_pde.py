@@ -179,7 +179,7 @@ def test_the_test_set_is_measured_by_the_relative_error(x64, problems):
 
 
 def test_an_unknown_equation_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"config\.task\.equation: unknown equation 'heat'; known: .*fisher_kpp"):
+    with pytest.raises(ValueError, match=r"config\.task\.equation: unknown 'heat'; known: .*fisher_kpp"):
         tasks.build(_config("heat"))
 
 

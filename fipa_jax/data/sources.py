@@ -1,4 +1,4 @@
-"""How are data sets prepared without TensorFlow? From official archives to the form that `data.load` reads.
+"""How are data sets prepared without TensorFlow? From official archives to the form that `loading` reads.
 
 Archives are compared with their known checksums and read where they lie: nothing is unpacked to disk and nothing is
 unpickled. The examples keep their archive's own order, by which published lists of indices count.
@@ -6,13 +6,10 @@ unpickled. The examples keep their archive's own order, by which published lists
 
 import contextlib
 import gzip
-import hashlib
 import http.client
-import os
 import shutil
 import struct
 import tarfile
-import tempfile
 import urllib.request
 import warnings
 import zipfile
@@ -24,9 +21,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fipa_jax.data import prepared as data
+from fipa_jax.data import loading as data
+from fipa_jax.files import digest_of_file, replacing
+from fipa_jax.lookup import lookup
 
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, struct.error, EOFError)
+
+
+# Paths of the archives -> (class names, {split: (image, label) in order}); an image is [H, W(, C)] uint8 or encoded.
+Reader = Callable[[list[Path]], tuple[list[str], dict[str, Iterable]]]
 
 
 class Source(NamedTuple):
@@ -37,8 +40,7 @@ class Source(NamedTuple):
     archives: dict[str, str]  # {file name: SHA-256}
     shape: tuple[int, int, int]  # of every image
     encoding: str  # of the prepared images: png, or jpeg as published
-    # paths of the archives -> class names, {split: (image, label) in order}; an image is [H, W(, C)] uint8 or encoded
-    read: Callable[[list[Path]], tuple[list[str], dict[str, Iterable]]]
+    read: Reader
 
 
 def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> Path:
@@ -58,9 +60,7 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> Path:
       OSError: there is no network or no room; no half-prepared version is left behind.
       ValueError: the name is not known, or an archive is not the official one.
     """
-    if name not in SOURCES:
-        raise ValueError(f"there is no recipe for the data set {name!r}; known: {', '.join(sorted(SOURCES))}")
-    source, root = SOURCES[name], data.root(data_dir)
+    source, root = lookup(SOURCES, name, "the data set to prepare"), data.root(data_dir)
     folder = root / name / source.version
     if (folder / "dataset_info.json").exists():
         return folder
@@ -68,10 +68,10 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> Path:
         raise FileExistsError(f"{folder} is there but holds no prepared data set; remove it")
     tfds = data.import_tfds(f"preparing {name}")
     if manual_dir:
-        paths = [_given(source, file, Path(manual_dir).expanduser()) for file in source.archives]
+        find, archives = _given, Path(manual_dir).expanduser()
     else:
-        paths = [_downloaded(source, file, root / "downloads" / name) for file in source.archives]
-    class_names, splits = source.read(paths)
+        find, archives = _downloaded, root / "downloads" / name
+    class_names, splits = source.read([find(source, file, archives) for file in source.archives])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in data.import_tfds
         builder = _builder(tfds, name, source, class_names, splits)(data_dir=root, file_format="array_record")
@@ -117,47 +117,52 @@ def _builder(tfds, dataset: str, source: Source, class_names: list[str], splits:
     return Builder
 
 
-def _given(source, file, folder):
-    """Returns the path of an archive that somebody else has downloaded."""
-    if not (folder / file).is_file():
+def _given(source: Source, file: str, folder: Path) -> Path:
+    """The path of an archive that somebody else has downloaded, once it is checked."""
+    path = folder / file
+    if not path.is_file():
         raise FileNotFoundError(
-            f"{folder / file} is not there; the data set needs {', '.join(source.archives)} from {source.url}"
+            f"{path} is not there; the data set needs {', '.join(source.archives)} from {source.url}"
         )
-    return _checked(folder / file, source, file)
+    _check_sum(source, path, path)
+    return path
 
 
-def _downloaded(source, file, folder):
-    """Returns the path of an archive, downloaded if it is not there: to a temporary name, renamed if it is whole."""
+def _downloaded(source: Source, file: str, folder: Path) -> Path:
+    """The path of an archive, once it is checked; it is downloaded if it is not there, and kept if it is whole."""
     path = folder / file
     if path.exists():
-        return _checked(path, source, file)
-    request = urllib.request.Request(f"{source.url}/{file}", headers={"User-Agent": "fipa_jax"})
+        _check_sum(source, path, path)
+        return path
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        part = Path(temporary) / file
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer, part.open("wb") as out:
-                with tqdm.wrapattr(answer, "read", total=answer.length, desc=file) as stream:
-                    shutil.copyfileobj(stream, out, 2**20)
-        except (OSError, http.client.HTTPException) as error:
-            raise OSError(
-                f"{request.full_url} cannot be downloaded to {folder} ({error}): check network and disk, or fetch "
-                f"{', '.join(source.archives)} elsewhere and name their folder by --manual-dir"
-            ) from error
-        os.replace(_checked(part, source, file), path)
+    with replacing(path) as temporary:
+        _download(source, file, temporary)
+        _check_sum(source, path, temporary)
     return path
 
 
-def _checked(path, source, file):
-    """Returns the path if the file there has the checksum of the official one."""
-    with path.open("rb") as archive:
-        found = hashlib.file_digest(archive, "sha256").hexdigest()
-    if found != source.archives[file]:
+def _download(source: Source, file: str, path: Path) -> None:
+    """Fetches an archive to a path, with a bar that shows how far it is."""
+    request = urllib.request.Request(f"{source.url}/{file}", headers={"User-Agent": "fipa_jax"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer, path.open("wb") as out:
+            with tqdm.wrapattr(answer, "read", total=answer.length, desc=file) as stream:
+                shutil.copyfileobj(stream, out, 2**20)
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(
+            f"{request.full_url} cannot be downloaded to {path.parent} ({error}): check network and disk, or fetch "
+            f"{', '.join(source.archives)} elsewhere and name their folder by --manual-dir"
+        ) from error
+
+
+def _check_sum(source: Source, path: Path, content: Path) -> None:
+    """Refuses an archive, whose content may still stand under a temporary name, that is not the official one."""
+    needed, got = source.archives[path.name], digest_of_file(content)
+    if got != needed:
         raise ValueError(
-            f"{path} is not the official file, or not the whole of it: needed SHA-256 {source.archives[file]}, got "
-            f"{found} from its {path.stat().st_size} bytes; delete it and fetch {source.url}/{file}"
+            f"{path} is not the official file, or not the whole of it: needed SHA-256 {needed}, got {got} from its "
+            f"{content.stat().st_size} bytes; delete it and fetch {source.url}/{path.name}"
         )
-    return path
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from helpers import archives
 
-from fipa_jax.data import preparation as datasets
-from fipa_jax.data import prepared as data
+from fipa_jax.data import loading as data
+from fipa_jax.data import sources as datasets
 
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")
@@ -331,9 +331,7 @@ def test_what_a_killed_preparation_left_is_not_loaded(official, tmp_path):
 
 
 def test_an_unknown_data_set_lists_the_known():
-    with pytest.raises(
-        ValueError, match="no recipe for the data set 'cifar1'; known: cifar10, cifar100, fashion_mnist"
-    ):
+    with pytest.raises(ValueError, match="data set to prepare: unknown 'cifar1'; known: cifar10, cifar100, fashion"):
         datasets.prepare("cifar1")
 
 

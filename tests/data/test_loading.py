@@ -17,7 +17,7 @@ import pytest
 from helpers import toy
 from helpers.toy import NUM_CLASSES, SIDE, SPLITS, pixels
 
-from fipa_jax.data import prepared as data
+from fipa_jax.data import loading as data
 from fipa_jax.tasks import images
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "../shared/data"
@@ -84,7 +84,7 @@ def test_the_second_load_reads_the_cache(prepared, tmp_path, decodings):
     # Slices that differ in their brackets alone are not mistaken for one another.
     head, tail = (data.load("toy", s, str(prepared), str(tmp_path)) for s in ("train[:50%]", "train[50%:]"))
     assert same(first, {field: np.concatenate([head[field], tail[field]]) for field in first})
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_the_default_cache_follows_the_environment(prepared, tmp_path, monkeypatch):

@@ -1,18 +1,22 @@
 """A step is judged by Nielsen's rule, a bad one is undone, and a good one is not touched."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import centralised
 from helpers.centralised import COUNTS, TASK, dense, start
+from helpers.rules import apply
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import aggregate
 from fipa_jax import config as config_lib
-from fipa_jax.aggregate import trust_region as trust
+from fipa_jax.aggregate.trust import follow, init, judge
 from fipa_jax.curvature.sketch import Sketch
-from fipa_jax.run import parts as phase
+from fipa_jax.federation.parts import Parts
+from fipa_jax.run import phase_parts as phase
 
 SIZE = 4
 
@@ -30,13 +34,13 @@ def _proposals(seed):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_it_is_nielsens_rule(x64, seed):
     """Nielsen 1999: mu and nu, gain by gain, one round late; and a step to take instead of the proposed one."""
-    judge, follow = jax.jit(trust.judge), jax.jit(trust.follow)
-    state, damping, clients = trust.init(SIZE, jnp.result_type(float)), jnp.asarray(0.5), jnp.int32(3)
+    judged, followed = jax.jit(judge), jax.jit(follow)
+    state, damping, clients = init(SIZE, jnp.result_type(float)), jnp.asarray(0.5), jnp.int32(3)
     mu, nu, before, used = 0.5, 2.0, None, 0.0  # of the last step
-    seen = set()
+    cases = set()
     for loss, step, predicted in _proposals(seed):
-        verdict = judge(state, loss, damping, clients)
-        taken, state = follow(state, verdict, loss, damping, step, predicted, clients)
+        verdict = judged(state, loss, damping, clients)
+        taken, state = followed(state, verdict, loss, damping, step, predicted, clients)
         in_use, damping = mu, verdict.damping
         if before is None:
             case, wanted, before = "not judged", step, (loss, step, predicted)
@@ -49,15 +53,15 @@ def test_it_is_nielsens_rule(x64, seed):
         used = in_use
         if before and before[2] == 0:
             before = None
-        seen.add(case)
+        cases.add(case)
         assert bool(verdict.accepted) == (case != "undone")
         np.testing.assert_array_equal(taken, wanted)
         np.testing.assert_allclose([damping, state.growth], [mu, nu], rtol=1e-12)
-    assert seen == {"not judged", "accepted", "undone"}
+    assert cases == {"not judged", "accepted", "undone"}
 
 
 def test_the_first_step_is_taken_at_its_word(x64):
-    verdict = trust.judge(trust.init(SIZE, float), jnp.asarray(jnp.nan), jnp.asarray(0.5), jnp.int32(1))
+    verdict = judge(init(SIZE, float), jnp.asarray(jnp.nan), jnp.asarray(0.5), jnp.int32(1))
     assert verdict.accepted and verdict.damping == 0.5 and verdict.growth == 2
 
 
@@ -65,12 +69,12 @@ def test_the_first_step_is_taken_at_its_word(x64):
 def test_damping_stays_where_it_can_come_back_from(gain, dtype):
     """Every step in vain, as at rounding level, or all as promised, as of a linear model: for ever."""
     with jax.enable_x64(dtype == "float64"):
-        state, damping = trust.init(1, dtype), jnp.asarray(1e-3, dtype)
-        judge = jax.jit(trust.judge)
+        state, damping = init(1, dtype), jnp.asarray(1e-3, dtype)
+        judged = jax.jit(judge)
         for _ in range(800):
             one = jnp.ones([], dtype)
             state = state._replace(loss=one, predicted=one)
-            verdict = judge(state, one - gain, damping, jnp.int32(1))
+            verdict = judged(state, one - gain, damping, jnp.int32(1))
             damping, state = verdict.damping, state._replace(growth=verdict.growth)
         assert 0 < damping < np.inf and state.growth < np.inf
         assert damping > 1e15 if gain == 0 else damping < 1e-30
@@ -88,8 +92,14 @@ def _uploads(theta, damping, **changes):
     return aggregate.Uploads(num_examples=jnp.asarray(COUNTS), sketch=sketches, **sent)
 
 
-RULES = {on: aggregate.fipa(damping=0.3, relative=False, max_step=0.0, trust=on) for on in (True, False)}
-APPLY = {on: jax.jit(rule.apply) for on, rule in RULES.items()}
+UNBOUNDED = aggregate.Limits(max_step=0.0)
+RULES = {on: aggregate.fipa(damping=0.3, relative=False, limits=UNBOUNDED, trust=on) for on in (True, False)}
+APPLY = {on: jax.jit(functools.partial(apply, rule)) for on, rule in RULES.items()}
+
+
+def _last(state):
+    """What the trust region remembers of its last step."""
+    return state.solver[0]
 
 
 def _two_rounds(theta, **changes):
@@ -111,7 +121,7 @@ def test_good_steps_are_those_of_the_rule_without_trust(x64):
         np.testing.assert_array_equal(found, ravel_pytree(wanted)[0])
     before, now = (dense(at)[-1][0] for at in (theta, theta + step))
     assert now < before
-    np.testing.assert_allclose(after.last.loss, now, rtol=1e-12)
+    np.testing.assert_allclose(_last(after).loss, now, rtol=1e-12)
 
 
 def test_it_predicts_what_the_quadratic_model_says(x64):
@@ -119,7 +129,7 @@ def test_it_predicts_what_the_quadratic_model_says(x64):
     step, state, _, _, (_, info) = _two_rounds(theta)
     before, gradient, curvature = dense(theta)[-1]
     wanted = -(gradient @ step + step @ curvature @ step / 2)
-    np.testing.assert_allclose(state.last.predicted, wanted, rtol=1e-9)
+    np.testing.assert_allclose(_last(state).predicted, wanted, rtol=1e-9)
     np.testing.assert_allclose(info["gain"], (before - dense(theta + step)[-1][0]) / wanted, rtol=1e-9)
 
 
@@ -135,7 +145,9 @@ def test_a_step_that_led_to_nan_is_undone(x64, lost):
     step, _, answer, after, (_, info) = _two_rounds(theta, **changes)
     assert info["undone"] and np.flatnonzero(info["rejected"]).tolist() == (lost or [0])
     np.testing.assert_array_equal(answer, -step)
-    np.testing.assert_allclose([after.damping, after.last.growth, after.last.predicted], [0.6, 4, 0], rtol=1e-12)
+    np.testing.assert_allclose(
+        [after.hyper["damping"], _last(after).growth, _last(after).predicted], [0.6, 4, 0], rtol=1e-12
+    )
 
 
 def test_a_client_that_never_has_sense_undoes_nothing(x64):
@@ -186,22 +198,23 @@ def test_what_does_not_fit_is_said(fields, cohort, message):
     config = _settings(**fields)
     config.cohort = cohort
     with pytest.raises(ValueError, match=message):
-        phase.make_plan(config, config.fipa, TASK, 3)
+        phase.make_parts(config, config.fipa, TASK, 3)
 
 
-def test_what_fits_becomes_a_plan():
+def test_what_fits_becomes_the_parts_of_a_round():
     """A cohort of all clients by its number; and what is asked of FIPA alone is not asked of the mean beside it."""
     config = _settings(aggregator={"trust": True}, local={"matched": True})
     config.cohort = 3
-    plan = phase.make_plan(config, config.fipa, TASK, 3)
-    assert plan.matched and plan.aggregator.wants_loss
+    rule, nothing = RULES[True].init(TASK.init(None)), Parts._field_defaults["announce"]
+    parts = phase.make_parts(config, config.fipa, TASK, 3)
+    assert parts.announce(rule) == {"damping": rule.hyper["damping"]} and parts.aggregator.needs.loss
     config.fipa.aggregator.name = "mean"
     config.fipa.server.optimizer = "adam"
-    plan = phase.make_plan(config, config.fipa, TASK, 3)
-    assert not plan.matched and not plan.aggregator.wants_loss
+    parts = phase.make_parts(config, config.fipa, TASK, 3)
+    assert parts.announce is nothing and not parts.aggregator.needs.loss
 
 
 def test_losses_are_needed(x64):
     sent = _uploads(start(), 0.3)._replace(loss=None)
     with pytest.raises(ValueError, match=r"trust needs uploads\.loss"):
-        RULES[True].apply(sent, RULES[True].init(TASK.init(None)), TASK.init(None))
+        apply(RULES[True], sent, RULES[True].init(TASK.init(None)), TASK.init(None))

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fipa_jax.aggregate import server_optimizers
-from fipa_jax.aggregate.fisher_informed import AGGREGATORS
+from fipa_jax.aggregate.aggregator import Aggregator
 from fipa_jax.aggregate.late_updates import LateUpdates
 from fipa_jax.aggregate.limits import Limits
 from fipa_jax.aggregate.past_rounds import PastRounds, rank_of
-from fipa_jax.aggregate.rules import Aggregator
+from fipa_jax.aggregate.rules import AGGREGATORS
 from fipa_jax.client import first_order, second_order, terms
-from fipa_jax.client.local_work import Hyper, LocalSolver, adaptive_steps, with_initial_loss
+from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
 from fipa_jax.config.methods import method
-from fipa_jax.curvature import sketch, sketcher
+from fipa_jax.curvature import sketch
 from fipa_jax.federation.channel import FAULTS, Channel, ChannelRates, FaultRates, chain, faulty, late
 from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.federation.parts import Parts, Rates
@@ -114,13 +114,13 @@ def local_of(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, tas
     return with_initial_loss(local, task.loss) if aggregator.needs.loss else local
 
 
-def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task) -> sketcher.Sketcher | None:
+def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task) -> sketch.Sketcher | None:
     """What the clients say of their curvature, as the rule needs it; None if it needs nothing."""
     if aggregator.needs.curvature == "none":
         return None
     if aggregator.needs.curvature == "diagonal":
         fields = fields_for(sketch.make_diagonal, settings)
-        return sketcher.plain(lambda outputs, features: sketch.make_diagonal(outputs, task.loss, **fields))
+        return sketch.plain(lambda outputs, features: sketch.make_diagonal(outputs, task.loss, **fields))
     fields = fields_for(sketch.make_sketch, settings)
     if settings.energy and not settings.probes:
         raise ValueError("sketch.energy: needs the trace, and sketch.probes = 0 leaves it unknown; set it to 2 or more")
@@ -131,10 +131,10 @@ def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task) -> ske
         return sketch.keeping_energy(of_client, settings.energy) if settings.energy else of_client
 
     make(None, None)  # so that what is wrong with its fields shows now
-    plain = sketcher.plain(make)
+    plain = sketch.plain(make)
     if not settings.gradient_scale:
         return plain
-    return sketcher.with_rank_by_gradient(plain, task.loss, settings.gradient_scale)
+    return sketch.with_rank_by_gradient(plain, task.loss, settings.gradient_scale)
 
 
 def channel_of(settings: ConfigDict) -> Channel:

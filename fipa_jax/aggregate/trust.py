@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from fipa_jax.aggregate import merged_curvature
-from fipa_jax.aggregate.filters import Solver
 from fipa_jax.aggregate.limits import shortened
+from fipa_jax.aggregate.solvers import Solver
 
 
 class Trust(NamedTuple):
@@ -91,10 +91,12 @@ def trust_region(inner: Solver) -> Solver:
     once it is shortened, needs no gradient.
 
     Raises:
-      ValueError: the inner solver has no damping.
+      ValueError: the inner solver has no damping, or remembers past rounds, which a step taken back would leave in.
     """
     if "damping" not in inner.hyper:
         raise ValueError("aggregator.trust: 'pinv' has no damping to adapt; set aggregator.form = 'damped'")
+    if "past.decay" in inner.hyper:
+        raise ValueError("aggregator.trust: needs all clients in every round, where aggregator.past adds nothing")
 
     def start(theta):
         return init(theta.size, theta.dtype), inner.init(theta)

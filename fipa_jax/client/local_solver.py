@@ -11,8 +11,7 @@ from jax.flatten_util import ravel_pytree
 from fipa_jax.client.examples import Client, gather, masked_mean, present
 from fipa_jax.client.terms import Done, Local, Term
 from fipa_jax.curvature.products import Loss
-from fipa_jax.curvature.sketch import Sketch, smallest
-from fipa_jax.curvature.sketcher import TaskOutputs
+from fipa_jax.curvature.sketch import Sketch, TaskOutputs, smallest
 
 FEW = 5  # examples whose activations in a small network stay in a core's cache
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from fipa_jax.aggregate import merged_curvature
+from fipa_jax.aggregate.aggregator import Needs, sound
 from fipa_jax.aggregate.merged_curvature import Factor, Targets
-from fipa_jax.aggregate.rules import Needs, sound
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.trees import ratio
 

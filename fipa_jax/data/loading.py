@@ -5,19 +5,19 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 
-from fipa_jax import files as sums
 from fipa_jax.config.process import user_cache
+from fipa_jax.files import SUMS, digest_of_file, replacing, sums_of, write
 
 # Channel means and standard deviations of the training images over 255, as the published experiments normalise. (Those
 # of CIFAR-10 are means of each image's deviation, a widespread slip: over all pixels they are 0.2470, 0.2435, 0.2616.)
-# The names are those of the data sets that `datasets.prepare` knows.
+# The names are those of the data sets that `preparation.prepare` knows.
 CHANNEL_STATS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -27,6 +27,7 @@ CHANNEL_STATS = {
 }
 TEST_SPLITS = {"tiny_imagenet": "validation"}  # where it is not `test`: that of Tiny-ImageNet has no labels
 BLOCK = 1024  # images decoded, or summed, at a time
+CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # under which TFDS names the classes of features
 
 
 def load(name: str, split: str, data_dir: str = "", cache_dir: str = "") -> dict[str, np.ndarray]:
@@ -140,15 +141,20 @@ def shrink(images: np.ndarray, side: int) -> np.ndarray:
 def _prepared(name: str, data_dir: str) -> Path:
     """Finds the folder of the newest (or the named) prepared version, without any builder code or network."""
     base, _, version = name.partition(":")
-    found = [info.parent for info in (root(data_dir) / base).glob(f"{version or '[0-9]*'}/dataset_info.json")]
-    if not found:
+    versions = [info.parent for info in (root(data_dir) / base).glob(f"{version or '[0-9]*'}/dataset_info.json")]
+    if not versions:
         raise FileNotFoundError(
             f"the data set {name!r} is not prepared: looked for {root(data_dir) / base / (version or '<version>')}/"
             f"dataset_info.json and found none. Point config.data.dir (now {data_dir!r}; '' means $TFDS_DATA_DIR or "
             f"~/tensorflow_datasets) at the folder that holds {base}/, or prepare the data once, on a machine with "
             f"network: {_recipe(base, root(data_dir))}"
         )
-    return max(found, key=lambda folder: [int(part) if part.isdigit() else -1 for part in folder.name.split(".")])
+    return max(versions, key=_version_of)
+
+
+def _version_of(folder: Path) -> list[int]:
+    """The version after which a folder is named, as numbers that compare."""
+    return [int(part) if part.isdigit() else -1 for part in folder.name.split(".")]
 
 
 def _recipe(base: str, root: Path) -> str:
@@ -163,24 +169,31 @@ def _builder(folder: Path):
     tfds = import_tfds(f"reading {folder}")
     with _reading(folder):
         for file in ("features.json", "dataset_info.json"):
-            for name in _classes((folder / file).read_text()):
+            for name in _class_names((folder / file).read_text()):
                 if "." in name and not name.startswith("tensorflow_datasets."):
                     raise ValueError(f"{file} names code that is not TFDS's, {name}")
         return tfds.builder_from_directory(folder)
 
 
-def _classes(tree):
+def _class_names(tree) -> Iterator[str]:
     """The names of classes in a tree of JSON, under each key by which TFDS has them, also in texts that are JSON."""
+    for key, part in _parts(tree):
+        if key in CLASS_KEYS and isinstance(part, str):
+            yield part
+        else:
+            yield from _class_names(part)
+
+
+def _parts(tree) -> list:
+    """(key, part) of the parts of a JSON value; those of a list have no key, a text has the value that it spells."""
+    if isinstance(tree, dict):
+        return list(tree.items())
+    if isinstance(tree, list):
+        return [(None, part) for part in tree]
     if isinstance(tree, str):
         with contextlib.suppress(ValueError):
-            yield from _classes(json.loads(tree))
-    elif isinstance(tree, list):
-        for part in tree:
-            yield from _classes(part)
-    elif isinstance(tree, dict):
-        for key, part in tree.items():
-            is_name = key in ("pythonClassName", "python_class_name", "type") and isinstance(part, str)
-            yield from [part] if is_name else _classes(part)
+            return [(None, json.loads(tree))]
+    return []
 
 
 @contextlib.contextmanager
@@ -199,7 +212,7 @@ def _reading(folder: Path):
 
 def write_sums(folder: Path) -> None:
     """Writes beside prepared files the digests that `verify` compares."""
-    (folder / sums.NAME).write_bytes(sums.of(folder))
+    write(folder / SUMS, sums_of(folder))
 
 
 def verify(folder: Path) -> None:
@@ -211,10 +224,10 @@ def verify(folder: Path) -> None:
       ValueError: a file has changed or is missing.
     """
     with _reading(folder):
-        lines = (folder / sums.NAME).read_text().splitlines() if (folder / sums.NAME).exists() else []
+        lines = (folder / SUMS).read_text().splitlines() if (folder / SUMS).exists() else []
         for line in lines:
             digest, _, file = line.partition("  ")
-            if sums.digest(folder / file) != digest:
+            if digest_of_file(folder / file) != digest:
                 raise ValueError(f"{file} is not as it was prepared")
 
 
@@ -274,7 +287,7 @@ def _read_cache(cached: dict[str, Path], num_examples: int) -> dict[str, np.ndar
     arrays = {}
     for (field, path), dtype, ndim in zip(cached.items(), (np.uint8, np.int32), (4, 1), strict=True):
         try:
-            whole = sums.digest(path) == _sum(path).read_text()
+            whole = digest_of_file(path) == _sum(path).read_text()
             arrays[field] = array = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             return None
@@ -293,21 +306,17 @@ def _sum(path: Path) -> Path:
 
 
 def _write_cache(cached: dict[str, Path], arrays: dict[str, np.ndarray]) -> None:
-    """Writes each array beside its name and then renames it, so that no reader ever sees half a file."""
+    """Keeps each array and its digest in files, so that no reader ever sees half of one; warns where it cannot."""
     for field, path in cached.items():
-        part = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-                part = Path(file.name)
-                np.save(file, arrays[field], allow_pickle=False)
-            digest = sums.digest(part)
-            os.replace(part, path)
-            _sum(path).write_text(digest)
+            with replacing(path) as temporary:
+                with temporary.open("wb") as file:
+                    np.save(file, arrays[field], allow_pickle=False)
+                digest = digest_of_file(temporary)
+            write(_sum(path), digest.encode())
         except OSError as error:
             logging.warning(
                 "going on without a cache: %s cannot be written (%s); set config.data.cache_dir", path, error
             )
-            if part is not None:
-                part.unlink(missing_ok=True)
             return

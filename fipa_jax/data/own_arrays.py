@@ -1,0 +1,132 @@
+"""A user's own arrays, read from an .npz file that nobody has to trust: nothing in it is unpickled.
+
+Every error names the file, what is wrong with it, and what to change.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import numpy as np
+
+from fipa_jax.data.partition import BROKEN, why
+
+NAMES = ("x", "y", "x_test", "y_test", "client")  # of the arrays that are known
+RECIPE = 'np.savez("mine.npz", x=x, y=y)'
+
+
+def read(file: str) -> dict[str, np.ndarray]:
+    """{name: array} of those arrays of an .npz that are known, checked: x, y, x_test, y_test, client.
+
+    Args:
+      file: its path, `config.task.file`.
+
+    Returns:
+      x [N, d] and y [N, K] in float64, and where they are there x_test, y_test alike and client [N].
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is no .npz of plain arrays that fit together.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"config.task.file: no file at {file!r}; give the path of an .npz with arrays x and y")
+    with open(file, "rb") as stream:
+        archive = _open(file, stream)
+        _check_spelling(file, archive.files)
+        arrays = {name: _array(file, archive, name) for name in NAMES if name in archive.files}
+    _check_complete(file, arrays)
+    arrays |= _pair(file, arrays, "x", "y")
+    if "x_test" in arrays:
+        arrays |= _pair(file, arrays, "x_test", "y_test")
+        _check_columns(file, arrays)
+    if "client" in arrays:
+        _check_client(file, arrays["client"], len(arrays["x"]))
+    return arrays
+
+
+def refuse(file: str, what: str) -> NoReturn:
+    """Raises the ValueError that says what is wrong with the file of a user's arrays."""
+    raise ValueError(f"config.task.file: {file!r} {what}") from None
+
+
+def _open(file: str, stream: BinaryIO) -> np.lib.npyio.NpzFile:
+    """The archive in an open file, if it is one, and lists as many arrays as it holds."""
+    try:
+        archive = np.load(stream, allow_pickle=False)
+    except BROKEN as error:
+        refuse(file, f"is no .npz archive{why(error)}, and nothing is unpickled; write one with {RECIPE}")
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        refuse(file, f"holds one bare array and is no .npz archive; write one with {RECIPE}")
+    stream.seek(-12 - len(archive.zip.comment), os.SEEK_END)  # a number that zipfile does not look at
+    if (count := int.from_bytes(stream.read(2), "little")) != len(archive.files):
+        refuse(file, f"is damaged: it should hold {count} arrays, but lists {archive.files}; write it anew")
+    return archive
+
+
+def _check_spelling(file: str, names: list[str]) -> None:
+    """Refuses a name that is nearly a known one."""
+    for name in sorted({*names} - {*NAMES}):  # one flipped bit makes another name, too
+        if near := difflib.get_close_matches(name, [*NAMES, *(f"{known}.npy" for known in NAMES)], 1, cutoff=0.8):
+            refuse(file, f"has an array {name!r}; did you mean {near[0].removesuffix('.npy')!r}?")
+
+
+def _check_complete(file: str, arrays: dict) -> None:
+    """Refuses a file without x or y, and one with half a test set."""
+    for name in ("x", "y"):
+        if name not in arrays:
+            refuse(file, f"has no array {name!r}; write one with {RECIPE}")
+    if ("x_test" in arrays) != ("y_test" in arrays):
+        refuse(file, "has one of x_test and y_test; add the other one, or leave both out")
+
+
+def _array(file: str, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    """One array of real numbers."""
+    try:
+        array = archive[name]
+    except BROKEN as error:
+        refuse(file, f"has a {name!r} that cannot be read{why(error)}; nothing is unpickled: save plain numbers")
+    if array.dtype.kind not in "biuf":
+        refuse(file, f"has {name!r} of dtype {array.dtype}; save real numbers")
+    return array
+
+
+def _pair(file: str, arrays: dict, inputs: str, targets: str) -> dict[str, np.ndarray]:
+    """{name: array} of inputs [N, d] and targets [N, K] in float64, checked; targets [N] become [N, 1]."""
+    x, y = arrays[inputs], arrays[targets]
+    if x.ndim != 2:
+        refuse(file, f"has {inputs} of shape {list(x.shape)}; make it [N, d], a single column by x.reshape(-1, 1)")
+    if y.ndim not in (1, 2):
+        refuse(file, f"has {targets} of shape {list(y.shape)}; make it [N] or [N, K]")
+    if len(x) != len(y):
+        refuse(file, f"has {len(x)} rows in {inputs} but {len(y)} in {targets}; make them equal")
+    if not x.size or not y.size:
+        refuse(file, f"has {inputs} of shape {list(x.shape)} and {targets} of {list(y.shape)}: nothing is in there")
+    pair = {inputs: x.astype(np.float64), targets: y.reshape(len(y), -1).astype(np.float64)}
+    for name, array in pair.items():
+        _check_finite(file, name, array)
+    return pair
+
+
+def _check_finite(file: str, name: str, array: np.ndarray) -> None:
+    """Refuses NaN and infinity in an array [N, d]."""
+    wrong = np.flatnonzero(~np.all(np.isfinite(array), axis=1))
+    if wrong.size:
+        refuse(file, f"has NaN or infinity in {wrong.size} rows of {name}, first in row {wrong[0]}; drop them")
+
+
+def _check_columns(file: str, arrays: dict) -> None:
+    """Refuses a test set with other numbers of columns than the training set has."""
+    for name in ("x", "y"):
+        wide, test = arrays[name].shape[1], arrays[f"{name}_test"].shape[1]
+        if test != wide:
+            refuse(file, f"has {wide} columns in {name} but {test} in {name}_test; make them equal")
+
+
+def _check_client(file: str, client: np.ndarray, num_examples: int) -> None:
+    """Refuses owners that are not one integer for each example."""
+    if client.dtype.kind not in "iu" or client.shape != (num_examples,):
+        refuse(
+            file,
+            f"has client of dtype {client.dtype} and shape {list(client.shape)}; make it integers [{num_examples}]",
+        )

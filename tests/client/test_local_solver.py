@@ -1,0 +1,55 @@
+"""Wrappers of local solvers: steps that follow the client's sketch, and the loss that it starts from."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.clients import (
+    INDICES,
+    KEEP,
+    make_client,
+    make_data,
+    make_hyper,
+    make_params,
+    network,
+    squared,
+)
+
+from fipa_jax.client import first_order, second_order
+from fipa_jax.client.local_solver import adaptive_steps, steps_for, with_initial_loss
+from fipa_jax.curvature.sketch import Sketch
+
+SOLVERS = {
+    "sgd": functools.partial(first_order.first_order, batch_size=3),
+    "gauss_newton": functools.partial(second_order.gauss_newton, steps=2),
+}
+
+
+def _run(local, count=5, sketch=None, params=None, **hyper):
+    local, hyper = jax.jit(functools.partial(local, network)), make_hyper(**hyper)._replace(sketch=sketch)
+    return local(params or make_params(), make_data(), make_client(count), jax.random.key(0), hyper, (), ())
+
+
+@pytest.mark.parametrize("least", [0.5, 2.0])
+def test_the_steps_are_those_of_the_sketch(x64, least):
+    eigenvalues = jnp.asarray([5.0, least, 0.0])  # the pair that is left out does not count
+    local = adaptive_steps(SOLVERS["sgd"](squared, KEEP, epochs=9), scale=1.0, most=15)
+    steps = int(steps_for(jnp.asarray(least), jnp.asarray(0.1), 1.0, 15))
+    assert 1 < steps <= 15
+    wanted = _run(SOLVERS["sgd"](squared, KEEP, steps=steps))
+    chex.assert_trees_all_equal(_run(local, sketch=Sketch(eigenvalues, None)), wanted)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("count", [0, 5])
+def test_the_initial_loss_is_that_of_what_the_client_received(x64, name, count):
+    plain = SOLVERS[name](squared, KEEP)
+    result, without = _run(with_initial_loss(plain, squared), count), _run(plain, count)
+    own = {field: values[INDICES[:count]] for field, values in make_data().items()}
+    wanted = np.mean(squared(network(make_params(), own)[0], own)) if count else 0
+    np.testing.assert_allclose(result.before, wanted, rtol=1e-12)
+    assert without.before is None
+    chex.assert_trees_all_equal(result._replace(before=None), without)
