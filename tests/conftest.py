@@ -21,7 +21,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from helpers import archives  # noqa: E402
 
-from fipa_jax.data import preparation as datasets  # noqa: E402
+from fipa_jax.data import sources as datasets  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

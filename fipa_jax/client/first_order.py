@@ -1,6 +1,6 @@
 """What does a client do? It improves the broadcast parameters on its own examples, by steps along gradients.
 
-A local solver is a `local_work.LocalSolver`; `federation.parallel.map_clients` runs it for many clients. Those that use
+A local solver is a `local_solver.LocalSolver`; `federation.parallel.map_clients` runs it for many clients. Those that use
 curvature are in `second_order`.
 """
 

@@ -1,6 +1,6 @@
 """Client solvers that use curvature on all of a client's examples: Gauss-Newton steps, L-BFGS, natural gradients.
 
-They are local solvers, see `local_work`. All examples enter every step: mini-batches and augmentation do not.
+They are local solvers, see `local_solver`. All examples enter every step: mini-batches and augmentation do not.
 """
 
 import functools

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers.runs import tiny
 
-from fipa_jax import aggregate, tasks
+from fipa_jax import aggregate
 from fipa_jax.aggregate.aggregator import Needs
 from fipa_jax.aggregate.screening import REASONS
 from fipa_jax.client import terms
@@ -22,6 +22,7 @@ from fipa_jax.reporting import console as report
 from fipa_jax.reporting import metrics
 from fipa_jax.run import experiment, programs, whole_run
 from fipa_jax.saving.model_files import export, load
+from fipa_jax.tasks import task
 
 
 def figures(workdir):
@@ -39,14 +40,14 @@ def test_the_number_of_devices_changes_nothing(tmp_path):
 @pytest.fixture
 def broken(monkeypatch):
     """The second client's last input is NaN."""
-    build = tasks.build
+    build = task.build
 
     def spoilt(config):
         problem = build(config)
         problem.train["x"][problem.clients[1][-1]] = np.nan
         return problem
 
-    monkeypatch.setattr(tasks, "build", spoilt)
+    monkeypatch.setattr(task, "build", spoilt)
 
 
 def test_a_client_of_nan_is_reported_and_every_rule_goes_on_without_it(tmp_path, broken, caplog):

@@ -126,19 +126,15 @@ def test_past_rounds_without_room_is_refused_before_the_first_round(monkeypatch)
         experiment.build(config)
 
 
-def test_pooled_is_one_client_that_owns_everything(monkeypatch):
+def test_pooled_is_one_client_that_owns_everything():
     """The same arrays as of a problem whose clients are one; in every round, whatever the cohort."""
     with jax.enable_x64(True):
         config = tiny(cohort=2)
-        pooled, build = experiment.pooled(experiment.build(config)), tasks.build
-
-        def one(config):
-            problem = build(config)
-            return problem._replace(clients=[np.concatenate(problem.clients)])
-
-        monkeypatch.setattr(tasks, "build", one)
+        problem = tasks.build(config)
+        pooled = experiment.pooled(experiment.build(config, problem))
+        one = problem._replace(clients=[np.concatenate(problem.clients)])
         config.cohort = 0
-        wanted = experiment.build(config)
+        wanted = experiment.build(config, one)
         chex.assert_trees_all_equal(pooled.population, wanted.population)
         assert pooled.population.num_examples.tolist() == [18]
         assert experiment.parts_of(pooled, config.fipa).cohort == experiment.parts_of(wanted, config.fipa).cohort == 1

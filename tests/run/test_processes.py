@@ -1,6 +1,7 @@
 """Several processes, as on several hosts: two with two devices each find to the bit the model that one device finds."""
 
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -9,26 +10,28 @@ import time
 from pathlib import Path
 
 from fipa_jax.reporting import metrics
+from fipa_jax.run import whole_run
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = (
-    "--config.task.num_clients=3",  # four devices: one of them works for nobody
-    "--config.task.examples_per_client=8",
-    "--config.model.widths=(3,)",
-    "--config.fipa.sketch.rank=3",
-    "--config.fipa.rounds=60",
-    "--config.rounds_per_call=1",
-    "--config.compare=('fipa',)",
-    "--config.devices=0",
-)
+SMALL = {
+    "task.num_clients": 3,  # four devices: one of them works for nobody
+    "task.examples_per_client": 8,
+    "model.widths": (3,),
+    "fipa.sketch.rank": 3,
+    "fipa.rounds": 60,
+    "rounds_per_call": 1,
+    "compare": ("fipa",),
+    "devices": 0,
+}
 
 
 def start(*flags, workdir, devices):
     """Starts the script with so many devices of its own, and a user's cache of its own."""
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     environment["XDG_CACHE_HOME"] = f"{workdir}-cache"
+    small = [f"--config.{field}={value}" for field, value in SMALL.items()]
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts/train.py"), f"--workdir={workdir}", *SMALL, *flags],
+        [sys.executable, str(ROOT / "scripts/train.py"), f"--workdir={workdir}", *small, *flags],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -66,7 +69,9 @@ def test_two_processes_with_two_devices_are_one_device(tmp_path):
         assert "unfinished run of another origin" in wait(process, 1)
     said = [wait(process) for process in start_pair(tmp_path)]
     assert "going on after round" in said[0]
-    wait(start(workdir=tmp_path / "alone", devices=1))
+    config = runpy.run_path(str(ROOT / "configs/sine.py"))["get_config"]()
+    config.update_from_flattened_dict(SMALL | {"devices": 1})
+    whole_run.run(config, tmp_path / "alone")
     assert (tmp_path / "of0" / "fipa.msgpack").read_bytes() == (tmp_path / "alone" / "fipa.msgpack").read_bytes()
     rows = [metrics.read(tmp_path / run / "metrics.jsonl") for run in ("of0", "alone")]
     assert [row["test_mse"] for row in rows[0]] == [row["test_mse"] for row in rows[1]]

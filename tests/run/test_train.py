@@ -1,5 +1,6 @@
 """The script as a user starts it: what a run leaves behind, and what a mistake says."""
 
+import importlib
 import json
 import os
 import re
@@ -8,8 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
+from helpers.runs import tiny
 
 from fipa_jax.reporting import metrics
+from fipa_jax.run import whole_run
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("fipa", "fedavg:server.lr=0.5:trainable=Dense_1/")
@@ -122,23 +127,26 @@ def test_what_the_user_sees(runs):
     assert "initialize backend" not in result.stderr, "the libraries' own reports are not shown"
 
 
-def test_a_saved_model_goes_on_as_the_run_did(runs, tmp_path):
-    """The FIPA phase from the warm-up's saved model, in a process of its own, is that of the run in one go."""
-    flags = [f"--config.init_from={runs[0] / 'warmup.msgpack'}", "--config.first_round=1", "--config.warmup.rounds=0"]
-    result = train(*TINY, *flags, "--config.compare=('fipa',)", "--workdir=here", folder=tmp_path)
-    assert result.returncode == 0, result.stderr
-    expected = [figures(row) for row in metrics.read(runs[0] / "metrics.jsonl") if row["run"] == "fipa"]
-    assert [figures(row) for row in metrics.read(tmp_path / "here/metrics.jsonl")] == expected
-
-
 def test_a_mistake_leaves_an_earlier_run_where_it_is(runs):
-    before = sorted(runs[0].iterdir())
-    assert train(*TINY, "--config.fipa.sketch.rank=99", folder=runs[0].parent.parent).returncode != 0
-    assert sorted(runs[0].iterdir()) == before
+    """In this process: what the script says of mistakes is told in `test_mistakes`."""
+    before = {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()}
+    config = tiny()
+    config.fipa.sketch.rank = 99
+    for resume in ("yes", "no", "anyway"):
+        with pytest.raises(ValueError, match="rank"):
+            whole_run.run(config, runs[0], resume)
+    assert {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()} == before
 
 
-def test_flags_of_processes_come_together(tmp_path):
-    for flags in (["--process=1"], ["--coordinator=localhost:1"], ["--coordinator=auto", "--processes=2"]):
-        result = train(*flags, folder=tmp_path)
-        assert result.returncode == 1 and result.stderr.startswith("error: --coordinator=HOST:PORT, --processes")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    "given",
+    [("--process=1",), ("--coordinator=localhost:1",), ("--coordinator=auto", "--processes=2")],
+    ids=" ".join,
+)
+def test_flags_of_processes_come_together(given, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = importlib.import_module("train")
+    with flagsaver.flagsaver():
+        flags.FLAGS(["train.py", *given])
+        with pytest.raises(SystemExit, match=r"^error: --coordinator=.*, --processes and --process come together"):
+            script.join()

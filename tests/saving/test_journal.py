@@ -52,11 +52,17 @@ def quick():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What a run leaves that nobody stopped."""
+def folder_of_whole(tmp_path_factory):
+    """The work directory of a run that nobody stopped."""
     folder = tmp_path_factory.mktemp("whole")
     whole_run.run(config_of(), folder)
-    return left_by(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder_of_whole):
+    """What it leaves."""
+    return left_by(folder_of_whole)
 
 
 def run_until(monkeypatch, folder, rows, config=None, after=False):
@@ -197,6 +203,16 @@ def test_a_finished_run_goes_on_with_more_rounds(tmp_path, caplog):
     assert "going on after round 4 of fedavg" in caplog.text
     whole_run.run(config, tmp_path / "whole")
     assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
+
+
+def test_a_saved_model_goes_on_as_the_run_did(tmp_path, folder_of_whole, whole):
+    """The methods from the warm-up's saved model are to the bit those of the run in one go."""
+    config = config_of(init_from=str(folder_of_whole / "warmup.msgpack"), first_round=2)
+    config.warmup.rounds = 0
+    whole_run.run(config, tmp_path)
+    rows, models, _ = left_by(tmp_path)
+    assert rows == [row for row in whole[0] if row["run"] != "warmup"] and len(rows) == 3 * len(METHODS)
+    assert models == {name: model for name, model in whole[1].items() if name != "warmup.msgpack"}
 
 
 def test_a_finished_run_is_told_again(tmp_path, whole, caplog):
