@@ -1,7 +1,7 @@
 """What does a client do? It improves the broadcast parameters on its own examples, by steps along gradients.
 
-A local solver is a `local_solver.LocalSolver`; `federation.parallel.map_clients` runs it for many clients. Those that use
-curvature are in `second_order`.
+A local solver is a `local_solver.LocalSolver`; `federation.parallel.map_clients` runs it for many clients. Those that
+use curvature are in `second_order`.
 """
 
 import functools
