@@ -201,6 +201,10 @@ def compare(first: dict, second: dict) -> int:
         different += bool(words)
         size = "" if errors else f"{len(second[name]['rows']):3} rows, {len(second[name]['models'])} models"
         print(f"{name:20} {size}, {words or 'identical'}")
+    missing = sorted(first.keys() ^ second.keys())
+    for name in missing:
+        print(f"{name:20} is in one of the records alone")
+    different += len(missing)
     print(f"{different} of {len(first)} differ" if different else f"all {len(first)} identical")
     return different
 

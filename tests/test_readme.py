@@ -78,5 +78,5 @@ def test_both_commands_set_everything_up():
 
 
 def test_files_named_in_the_readme_exist():
-    for path in re.findall(r"(?:configs|scripts|fipa_jax)/\w+\.py", README):
+    for path in re.findall(r"(?:configs|scripts|fipa_jax|tests)/[\w/]+\.py", README):
         assert (ROOT / path).is_file(), path

@@ -35,11 +35,13 @@ def _admit_all(received: Received, state: State) -> tuple[Received, Info]:
     return received, {}
 
 
-def _announce_nothing(state: State) -> dict:
+def announce_nothing(state: State) -> dict:
+    """{}: the clients are told nothing."""
     return {}
 
 
-def _never(state: State) -> bool:
+def never(state: State) -> bool:
+    """False: the step is a new one."""
     return False
 
 
@@ -61,12 +63,12 @@ class Aggregator(NamedTuple):
     """
 
     init: Callable[[Params], State]
-    apply: Apply  # (received, state, params) -> (step, state, info)
+    apply: Apply  # (received, state, params) -> (step, state, info), of whom `admit` has let through: see `step_of`
     needs: Needs = Needs()
-    hyper: tuple[str, ...] = ()  # the fields of `config.PHASE.aggregator` that the state holds, so that they are traced
+    hyper: tuple[str, ...] = ()  # the fields of `config.fipa.aggregator` that the state holds, so that they are traced
     admit: Callable[[Received, State], tuple[Received, Info]] = _admit_all  # who must not take part in this rule
-    announce: Callable[[State], dict] = _announce_nothing  # {field of `Hyper`: value} that the clients are told
-    withdraws: Callable[[State], jax.Array | bool] = _never  # of the new state: is the step the last one, taken back?
+    announce: Callable[[State], dict] = announce_nothing  # {field of `Hyper`: value} that the clients are told
+    withdraws: Callable[[State], jax.Array | bool] = never  # of the new state: is the step the last one, taken back?
 
 
 def step_of(rule: Aggregator, received: Received, state: State, params: Params, info: Info):
@@ -84,17 +86,20 @@ def step_of(rule: Aggregator, received: Received, state: State, params: Params, 
 WEIGHTINGS = {"examples": lambda received: received.num_examples, "uniform": lambda received: received.took_part}
 
 
-def weights_of(received: Received, weighting: str, staleness: float = 0.0) -> tuple[jax.Array, jax.Array]:
+def weights_of(
+    received: Received, params: Params, weighting: str, staleness: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
     """(weights [C], what they are shares of []): the examples or clients that take part, late ones for less.
 
     Args:
+      params: whose precision the weights have, whatever that of the updates.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
       staleness: see `late_updates.freshness`.
 
     Returns:
       Weights that sum to one; if no client takes part all are 0.
     """
-    dtype = jnp.result_type(*jax.tree.leaves(received.delta))
+    dtype = jnp.result_type(*jax.tree.leaves(params))
     counts = lookup(WEIGHTINGS, weighting, "aggregator.weighting")(received)
     counts = jnp.where(received.took_part, counts, 0).astype(dtype) * freshness(received, staleness, dtype)
     total = jnp.sum(counts)

@@ -47,7 +47,7 @@ INFO = {
 class FipaState(NamedTuple):
     """FIPA's state: `state._replace(hyper=state.hyper | {"damping": ...})` sweeps without recompiling."""
 
-    hyper: dict[str, jax.Array]  # {field of `config.PHASE.aggregator`: []}, the numbers that are traced
+    hyper: dict[str, jax.Array]  # {field of `config.fipa.aggregator`: []}, the numbers that are traced
     solver: Any  # what the solver and its wrappers keep
 
 
@@ -85,7 +85,7 @@ def from_solver(
 
     def apply(received: Received, state: FipaState, params):
         _check_needs(received, solver)
-        weights, size = weights_of(received, weighting, late.staleness)
+        weights, size = weights_of(received, params, weighting, late.staleness)
         theta, unravel = ravel_pytree(params)
         moved = None
         if received.moved is not None and late.transport:
@@ -181,12 +181,12 @@ def fipa(
       rule = fipa("damped", damping=1e-3, past=PastRounds("prior", rank=100))
       state = rule.init(params)
       received, screening = receive(Uploads(delta, num_examples, sketches), params)
-      step, state, info = rule.apply(received, state, params)
+      step, state, info, received = step_of(rule, received, state, params, screening)
       params = jax.tree.map(jnp.add, params, step)
     """
     lookup(FORMS, form, "aggregator.form")
     if own_damping and form != "damped":
-        raise ValueError("aggregator.own_damping: needs form = 'damped', relative = False and damping above 0")
+        raise ValueError(solvers.OWN_DAMPING)
     options = {"explosion": limits.explosion, "merge": merge}
     if form == "pinv":
         solver = alone = solvers.pinv(rcond, **options)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fipa_jax import trees
 from fipa_jax.aggregate import merged_curvature
-from fipa_jax.aggregate.solvers import Solver
+from fipa_jax.aggregate.solvers import Solver, check_order
 from fipa_jax.curvature.sketch import Sketch
 
 
@@ -30,10 +30,15 @@ def limited(inner: Solver, *, max_step: float = 5.0, max_divergence: float = 0.0
         Kullback-Leibler divergence, the mean over the clients' examples. 0 for no bound.
 
     Raises:
-      ValueError: the inner solver takes steps back, which must not be shortened.
+      ValueError: the inner solver is limited already, or takes steps back, which must not be shortened.
     """
-    if inner.needs.loss:
-        raise ValueError("aggregator.limits: must be inside of the trust region: trust_region(limited(...))")
+    check_order(
+        inner,
+        {
+            "limited": "aggregator.limits: the solver is limited already; wrap it once, with both bounds",
+            "trust_region": "aggregator.limits: must be inside of the trust region: trust_region(limited(...))",
+        },
+    )
 
     def solve(messages, hyper, state, now):
         solution, hyper, state, info = inner.solve(messages, hyper, state, now)
@@ -47,7 +52,7 @@ def limited(inner: Solver, *, max_step: float = 5.0, max_divergence: float = 0.0
         return solution._replace(step=step, curve=curve), hyper, state, info | {"divergence": factor**2 * curve / 2}
 
     bounds = {"limits.max_step": max_step, "limits.max_divergence": max_divergence}
-    return inner._replace(hyper=inner.hyper | bounds, solve=solve)
+    return inner._replace(hyper=inner.hyper | bounds, solve=solve, wrappers=(*inner.wrappers, "limited"))
 
 
 def shortened(step: jax.Array, full: jax.Array) -> jax.Array:
@@ -79,7 +84,11 @@ def capped(inner: Solver, *, trace_cap: float = 1000.0) -> Solver:
 
     Args:
       trace_cap: c; 0 for no cap.
+
+    Raises:
+      ValueError: the inner solver is capped already.
     """
+    check_order(inner, {"capped": "aggregator.limits.trace_cap: the solver is capped already; wrap it once"})
 
     def solve(messages, hyper, state, now):
         clients, *others = messages
@@ -88,7 +97,7 @@ def capped(inner: Solver, *, trace_cap: float = 1000.0) -> Solver:
         solution, hyper, state, info = inner.solve([clients._replace(sketch=sketch), *others], hyper, state, now)
         return solution, hyper, state, info | {"capped": over, "trace_ratio": jnp.max(relative)}
 
-    return inner._replace(solve=solve)
+    return inner._replace(solve=solve, wrappers=(*inner.wrappers, "capped"))
 
 
 def relative_traces(sketch: Sketch, weights: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ of several ranks, such as the clients' and those of past rounds, stand side by s
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.lookup import lookup
 
 BLOCK = 2**22  # entries of F in one block of rows
 ROUNDING = 100.0  # eigenvalues of H below so many eps^2 of the largest are noise
@@ -34,14 +36,20 @@ class Part(NamedTuple):
     targets: Targets
 
 
-class Factor(NamedTuple):
-    """F by its blocks of columns, and its singular value decomposition F = U diag(lam)^{1/2} V^T without U."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """F by its blocks of columns, and its singular value decomposition F = U diag(lam)^{1/2} V^T without U.
+
+    A pytree of arrays, which can leave a jit.
+    """
 
     bases: list  # of each part [C, P, R], as they came
     scales: list  # of each part [C, R], sqrt(w_m lam_m)
     eigenvalues: jax.Array  # [D], descending: H's, the squares of F's singular values; float64 where there is any
     right: jax.Array  # [D, D], V^T
     projected: jax.Array  # [D], V^T F^T targets
+    length: int = dataclasses.field(metadata={"static": True})  # rows in a block of a pass over F
 
     @property
     def spectrum(self) -> jax.Array:
@@ -71,7 +79,7 @@ def merge(parts: Sequence[Part], method: str = "auto") -> Factor:
     if method == "auto":
         method = choose(size, width, dtype, jax.default_backend())
     add, factorise = METHODS[method]
-    length = size if method == "qr" else block_length(size, width)
+    length = size if method == "qr" else min(size, max(BLOCK // width, 2 * width))
     wide = jnp.float64 if jax.default_backend() in DOUBLE else dtype
 
     def visit(bases, start, carry):
@@ -88,7 +96,7 @@ def merge(parts: Sequence[Part], method: str = "auto") -> Factor:
         reduced, projected = over_row_blocks(bases, length, visit, start)
         eigenvalues, right = factorise(reduced)
         projected = _dot(right, jnp.concatenate([part.reshape(-1) for part in projected]))
-        return Factor(bases, scales, eigenvalues, right, projected)
+        return Factor(bases, scales, eigenvalues, right, projected, length)
 
 
 def solve(factor: Factor, inverse: Filter) -> jax.Array:
@@ -113,7 +121,7 @@ def solve(factor: Factor, inverse: Filter) -> jax.Array:
 def quadratic(factor: Factor, vector: jax.Array) -> jax.Array:
     """vector^T H vector [] of a vector [P]."""
     wide, dtype = factor.right.dtype, factor.scales[0].dtype
-    length = _length(factor)
+    length = factor.length
     with _arithmetic(wide):
 
         def visit(bases, start, total):
@@ -148,8 +156,7 @@ def top(factor: Factor, rank: int) -> Sketch:
 
 def check(method: str) -> None:
     """Refuses a method of `merge` that is not known, with a ValueError."""
-    if method not in METHODS and method != "auto":
-        raise ValueError(f"aggregator.merge: unknown {method!r}; known: auto, {', '.join(sorted(METHODS))}")
+    lookup({"auto": choose} | METHODS, method, "aggregator.merge")
 
 
 def choose(size: int, width: int, dtype, backend: str) -> str:
@@ -163,11 +170,6 @@ def choose(size: int, width: int, dtype, backend: str) -> str:
     if dtype == jnp.float32 and backend in DOUBLE:
         return "gram"
     return "qr" if size * width**2 <= 2**30 else "tsqr"
-
-
-def block_length(size: int, width: int) -> int:
-    """The rows of F [P, D] in one block."""
-    return min(size, max(BLOCK // width, 2 * width))
 
 
 def row_block(size: int, length: int, start: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -201,10 +203,6 @@ def over_row_blocks(bases: list, length: int, visit: Callable, initial: Any) -> 
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(-(-size // length)), body, (bases, initial))[1]
 
 
-def _length(factor: Factor) -> int:
-    return block_length(factor.bases[0].shape[1], factor.eigenvalues.size)
-
-
 def _blocks(bases: list, scales: list, length: int, start: jax.Array, wide) -> tuple[jax.Array, list]:
     """(first row, rows [C, b, R] of each part's columns of F); what the last block repeats is zero."""
     begin, new = row_block(bases[0].shape[1], length, start)
@@ -219,7 +217,7 @@ def _blocks(bases: list, scales: list, length: int, start: jax.Array, wide) -> t
 
 def _fill_rows(factor: Factor, rows_of: Callable, trailing: tuple) -> jax.Array:
     """[P, *trailing] in the updates' precision, of which rows_of(blocks of F) gives each block's rows."""
-    size, length, dtype = factor.bases[0].shape[1], _length(factor), factor.scales[0].dtype
+    size, length, dtype = factor.bases[0].shape[1], factor.length, factor.scales[0].dtype
 
     def visit(bases, start, total):
         begin, blocks = _blocks(bases, factor.scales, length, start, factor.right.dtype)

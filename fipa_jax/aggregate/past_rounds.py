@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from fipa_jax import trees
 from fipa_jax.aggregate import merged_curvature
 from fipa_jax.aggregate.late_updates import drift
-from fipa_jax.aggregate.solvers import Messages, Now, Solution, Solver
+from fipa_jax.aggregate.solvers import Messages, Now, Solution, Solver, check_order
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.lookup import lookup
 from fipa_jax.trees import ratio
@@ -66,6 +66,7 @@ class Kind(NamedTuple):
     join: Callable[[Past, Messages, Now, dict], list[Messages]]  # -> all that have a say, the cohort first
     keep: Callable[[Past, Messages, Now, dict, Solution], Past]  # the past after the round with this solution
     needs_ids: bool = False
+    most_decay: float | None = None  # a decay beside those below 1
 
 
 def remembering(inner: Solver, past: Kind, *, decay: float = 0.9) -> Solver:
@@ -79,13 +80,19 @@ def remembering(inner: Solver, past: Kind, *, decay: float = 0.9) -> Solver:
       decay: by which the weight of a message falls with each round.
 
     Raises:
-      ValueError: the inner solver judges its steps by the clients' losses, for which all must take part, or remembers
-        past rounds itself.
+      ValueError: the inner solver judges its steps by the clients' losses, for which all must take part, remembers past
+        rounds already, or is capped, so that what is remembered would not be; the decay is out of its range.
     """
-    if inner.needs.loss:
-        raise ValueError("aggregator.trust: needs all clients in every round, where aggregator.past adds nothing")
-    if "past.decay" in inner.hyper:
-        raise ValueError("aggregator.past: the solver remembers past rounds already; wrap it once")
+    check_order(
+        inner,
+        {
+            "capped": "aggregator.limits.trace_cap: must be outside of what remembers: capped(remembering(...))",
+            "remembering": "aggregator.past: the solver remembers past rounds already; wrap it once",
+            "trust_region": "aggregator.trust: needs all clients in every round, where aggregator.past adds nothing",
+        },
+    )
+    if isinstance(decay, int | float) and not (0 <= decay < 1 or decay == past.most_decay):
+        raise ValueError(f"aggregator.past.decay: needs a number in [0, 1), for 'latest' up to 1, got {decay}")
 
     def init(theta):
         return past.init(theta), inner.init(theta)
@@ -98,8 +105,9 @@ def remembering(inner: Solver, past: Kind, *, decay: float = 0.9) -> Solver:
         remembered = past.keep(remembered, cohort, now, hyper, solution)
         return solution, hyper, (remembered, rest), info | {"past_share": jnp.sum(everyone[1].weights)}
 
-    needs = inner.needs._replace(ids=past.needs_ids)
-    return Solver(inner.hyper | {"past.decay": decay}, init, solve, needs)
+    needs = inner.needs._replace(ids=inner.needs.ids or past.needs_ids)
+    hyper, wrappers = inner.hyper | {"past.decay": decay}, (*inner.wrappers, "remembering")
+    return Solver(hyper, init, solve, needs, inner.withdraws, wrappers)
 
 
 def kind_of(options: PastRounds, alone: Solver, transport: bool) -> Kind:
@@ -116,16 +124,10 @@ def kind_of(options: PastRounds, alone: Solver, transport: bool) -> Kind:
     kinds = {
         "none": None,
         "prior": lambda: prior(options.rank),
-        "targets": lambda: targets(options.rank, options.length, alone),
+        "targets": lambda: targets(alone, options.rank, options.length),
         "latest": lambda: latest(options.rank, options.num_clients, transport),
     }
-    make = lookup(kinds, options.kind, "aggregator.past.kind")
-    if min(options.rank, options.length) < 1:
-        got = f"{options.rank}, {options.length}"
-        raise ValueError(f"aggregator.past: needs a rank and a length of at least 1, got {got}")
-    if not 0 <= options.decay < 1 and (options.kind, options.decay) != ("latest", 1):
-        raise ValueError(f"aggregator.past.decay: needs a number in [0, 1), for 'latest' up to 1, got {options.decay}")
-    return make()
+    return lookup(kinds, options.kind, "aggregator.past.kind")()
 
 
 def rank_of(options: PastRounds, sketched: int) -> int:
@@ -135,6 +137,7 @@ def rank_of(options: PastRounds, sketched: int) -> int:
 
 def prior(rank: int = 250) -> Kind:
     """All past cohorts as one message whose update is zero, with the top `rank` pairs of what they pin down."""
+    _check_positive("rank", rank)
 
     def init(theta):
         return Past(*_blank(theta, 1, rank))
@@ -155,14 +158,17 @@ def prior(rank: int = 250) -> Kind:
     return Kind(init, join, keep)
 
 
-def targets(rank: int = 250, length: int = 8, alone: Solver | None = None) -> Kind:
+def targets(alone: Solver, rank: int = 250, length: int = 8) -> Kind:
     """The last cohorts, kept apart, each with its curvature and where it wanted the parameters to be.
 
     Args:
+      alone: a solver of the cohort by itself, which says where it would have gone: in the form of the one that
+        remembers, with an absolute damping, as it is given that of the present step.
       rank: R', of a cohort's curvature.
       length: L, cohorts.
-      alone: a solver of the cohort by itself, which says where it would have gone; its damping is absolute.
     """
+    _check_positive("rank", rank)
+    _check_positive("length", length)
 
     def init(theta):
         return Past(*_blank(theta, length, rank), targets=jnp.zeros([length, theta.size], theta.dtype))
@@ -191,11 +197,12 @@ def latest(rank: int, num_clients: int, transport: bool = True) -> Kind:
     Args:
       rank: R', of a client's curvature.
       num_clients: T.
-      transport: whether an absent client's target stays where it was, see `fisher_informed.fipa`.
+      transport: whether an absent client's target stays where it was, see `fisher_informed.fipa`; as for late ones.
 
     Raises:
       ValueError: there is no client.
     """
+    _check_positive("rank", rank)
     if num_clients < 1:
         raise ValueError(
             f"aggregator.past.kind: 'latest' needs the number of all clients, num_clients, got {num_clients}"
@@ -228,7 +235,12 @@ def latest(rank: int, num_clients: int, transport: bool = True) -> Kind:
         faded = past._replace(weights=past.weights * hyper["past.decay"])
         return jax.tree.map(lambda old, new: old.at[ids].set(new, mode="drop"), faded, new)
 
-    return Kind(init, join, keep, needs_ids=True)
+    return Kind(init, join, keep, needs_ids=True, most_decay=1)
+
+
+def _check_positive(name: str, number: int) -> None:
+    if number < 1:
+        raise ValueError(f"aggregator.past.{name}: needs at least 1, got {number}")
 
 
 def _blank(theta: jax.Array, length: int, rank: int) -> tuple[Sketch, jax.Array]:

@@ -31,7 +31,7 @@ def mean(weighting: str = "examples", *, late: LateUpdates = LateUpdates()) -> A
     lookup(WEIGHTINGS, weighting, "aggregator.weighting")
 
     def apply(received: Received, state, params):
-        weights, _ = weights_of(received, weighting)
+        weights, _ = weights_of(received, params, weighting)
         fresh = weights * freshness(received, late.staleness, weights.dtype)
         mixed = late.mix and received.moved is not None
         step = trees.weighted_sum(fresh, optax.tree.sub(received.delta, received.moved) if mixed else received.delta)
@@ -78,7 +78,7 @@ def diagonal(
     def apply(received: Received, state, params):
         if not isinstance(received.sketch, Diagonal):
             raise ValueError("diagonal needs uploads.sketch, a Diagonal of values [C, P]")
-        weights, _ = weights_of(received, weighting, late.staleness)
+        weights, _ = weights_of(received, params, weighting, late.staleness)
         deltas = received.deltas
         dbar = jnp.matmul(weights, deltas, precision="highest")
         values = jnp.where((weights > 0)[:, None], jnp.maximum(received.sketch.values, 0), 0).astype(dbar.dtype)

@@ -34,15 +34,16 @@ BLOCK = 2**20  # entries of the bases that are looked at together
 class Received(NamedTuple):
     """A round's uploads after screening, as a rule gets them; fields are those of `Uploads`.
 
-    Who takes no part has the update 0, the way 0 and the damping 0, so that a sum over all clients is one over those
-    that do. Sketches are not zeroed, which would copy all of them: a rule reads those of `took_part` alone.
+    Who takes no part has 0 for its number of examples, its update and all else but the ids and the sketch, so that a
+    sum over all clients is one over those that do. Sketches are not zeroed, which would copy all of them: a rule reads
+    those of `took_part` alone.
     """
 
     took_part: jax.Array  # [C] bool
-    num_examples: jax.Array  # [C], as sent
+    num_examples: jax.Array  # [C]
     delta: Any  # parameter pytree [C, ...]
     sketch: Sketch | Diagonal | None = None
-    loss: jax.Array | None = None  # [C], as sent
+    loss: jax.Array | None = None  # [C]
     damping: jax.Array | None = None  # [C]
     ids: jax.Array | None = None  # [C] int32
     age: jax.Array | None = None  # [C] int32
@@ -56,10 +57,9 @@ class Received(NamedTuple):
     def only(self, keep: jax.Array) -> "Received":
         """The same with only those of `keep` [C] bool taking part."""
         took_part = self.took_part & keep
-        zero = lambda tree: None if tree is None else trees.zero_unless(took_part, tree)
-        return self._replace(
-            took_part=took_part, delta=zero(self.delta), damping=zero(self.damping), moved=zero(self.moved)
-        )
+        zeroed = {name: getattr(self, name) for name in ("num_examples", "delta", "loss", "damping", "moved")}
+        # None, for what is absent, is a tree without leaves.
+        return self._replace(took_part=took_part, **trees.zero_unless(took_part, zeroed))
 
 
 def receive(uploads: Uploads, params: Any) -> tuple[Received, dict]:
@@ -78,7 +78,8 @@ def receive(uploads: Uploads, params: Any) -> tuple[Received, dict]:
 
     Example:
       received, info = receive(Uploads(delta, num_examples), params)
-      step = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), received.delta)
+      weights = received.num_examples / jnp.sum(received.num_examples)
+      step = trees.weighted_sum(weights, received.delta)
     """
     check_shapes(uploads, params)
     num_examples = jnp.asarray(uploads.num_examples)

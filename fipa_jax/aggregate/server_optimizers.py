@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from fipa_jax import trees
+from fipa_jax.lookup import lookup
 
 
 def fedexp(epsilon: float = 1e-3) -> optax.GradientTransformationExtraArgs:
@@ -43,12 +44,12 @@ OPTIMIZERS: dict[str, Callable] = {
 
 
 def make(name: str, momentum: float) -> optax.GradientTransformation:
-    """The optimiser `name`; `rounds` gives it the clients' stacked updates as `deltas` and who of them takes
-    part as `present`, if it takes them.
+    """The optimiser `name`.
+
+    `federation.server.move` gives it the clients' stacked updates as `deltas` and who of them takes part as `present`,
+    if it takes them.
 
     Raises:
       ValueError: the name is not known.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"config.server.optimizer: unknown {name!r}; known: {', '.join(sorted(OPTIMIZERS))}")
-    return OPTIMIZERS[name](momentum)
+    return lookup(OPTIMIZERS, name, "config.server.optimizer")(momentum)

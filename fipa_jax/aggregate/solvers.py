@@ -1,6 +1,6 @@
 """How do updates and their merged curvature become one step? FIPA's solvers: three filters of H's eigenvalues.
 
-A `Solver` turns messages into a step. Those in here solve; those in `limits`, `past_rounds` and `trust_region` wrap one
+A `Solver` turns messages into a step. Those in here solve; those in `limits`, `past_rounds` and `trust` wrap one
 that does, as `optax.apply_if_finite` wraps a transform, and have the same fields. `fisher_informed.from_solver`
 makes an aggregation rule of one.
 """
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fipa_jax.aggregate import merged_curvature
-from fipa_jax.aggregate.aggregator import Needs, sound
+from fipa_jax.aggregate.aggregator import Needs, never, sound
 from fipa_jax.aggregate.merged_curvature import Factor, Targets
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.trees import ratio
@@ -57,10 +57,6 @@ Hyper = dict  # {name: array}; the names are the config's paths below `aggregato
 Solve = Callable[[list[Messages], Hyper, Any, Now], tuple[Solution, Hyper, Any, dict]]
 
 
-def _never(state: Any) -> bool:
-    return False
-
-
 class Solver(NamedTuple):
     """Messages become a step: the same fields whether it solves, or wraps one that does."""
 
@@ -68,11 +64,27 @@ class Solver(NamedTuple):
     init: Callable[[jax.Array], Any]  # theta [P] -> state
     solve: Solve  # (messages, hyper, state, now) -> (Solution, hyper, state, info)
     needs: Needs = Needs("sketch")  # what the clients have to send
-    withdraws: Callable[[Any], jax.Array | bool] = _never  # of the new state: is the step the last one, taken back?
+    withdraws: Callable[[Any], jax.Array | bool] = never  # of the new state: is the step the last one, taken back?
+    wrappers: tuple[str, ...] = ()  # what it is wrapped in, from the inside out
+
+
+def check_order(inner: Solver, refused: dict[str, str]) -> None:
+    """Refuses to wrap a solver that one of some wrappers is around already.
+
+    Args:
+      refused: {wrapper: why not, in words}.
+
+    Raises:
+      ValueError: with these words.
+    """
+    for name in inner.wrappers:
+        if name in refused:
+            raise ValueError(refused[name])
 
 
 # What `fallback` counts, in words: what is taken instead of a step that is not finite or explodes.
 FALLBACKS = ("none", "the damped form with a larger damping", "the mean")
+OWN_DAMPING = "aggregator.own_damping: needs form = 'damped', relative = False and damping above 0"
 CAREFUL = 1e-3  # its damping, in units of H's largest eigenvalue
 
 
@@ -124,7 +136,7 @@ def damped(
       ValueError: own_damping with a damping that is relative or not above 0.
     """
     if own_damping and (relative or (isinstance(damping, int | float) and not damping > 0)):
-        raise ValueError("aggregator.own_damping: needs form = 'damped', relative = False and damping above 0")
+        raise ValueError(OWN_DAMPING)
     solver = _solver("damped", {"damping": damping, "limits.explosion": explosion}, relative, merge)
     return solver._replace(needs=solver.needs._replace(damping=own_damping))
 
@@ -142,7 +154,7 @@ def _solver(form: str, hyper: Hyper, relative: bool, merge: str) -> Solver:
 def _solve(messages: Sequence[Messages], form: str, hyper: Hyper, relative: bool, merge: str) -> Solution:
     """The step of a form by all messages; a failing one gives way, see `pinv`."""
     mean = sum(_weighted(each.weights, each) for each in messages)
-    damping = hyper.get("damping", jnp.zeros([], mean.dtype))
+    damping = jnp.zeros([], mean.dtype) if form == "pinv" else hyper["damping"]
     base = _base(messages, damping, mean) if form == "damped" else jnp.zeros_like(mean)
     factor = _merged_about(base, messages, merge)
     spectrum = factor.spectrum

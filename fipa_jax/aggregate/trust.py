@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fipa_jax.aggregate import merged_curvature
 from fipa_jax.aggregate.limits import shortened
-from fipa_jax.aggregate.solvers import Solver
+from fipa_jax.aggregate.solvers import Solver, check_order
 
 
 class Trust(NamedTuple):
@@ -91,12 +91,18 @@ def trust_region(inner: Solver) -> Solver:
     once it is shortened, needs no gradient.
 
     Raises:
-      ValueError: the inner solver has no damping, or remembers past rounds, which a step taken back would leave in.
+      ValueError: the inner solver has no damping, has a trust region already, or remembers past rounds, which a step
+        taken back would leave in.
     """
     if "damping" not in inner.hyper:
         raise ValueError("aggregator.trust: 'pinv' has no damping to adapt; set aggregator.form = 'damped'")
-    if "past.decay" in inner.hyper:
-        raise ValueError("aggregator.trust: needs all clients in every round, where aggregator.past adds nothing")
+    check_order(
+        inner,
+        {
+            "remembering": "aggregator.trust: needs all clients in every round, where aggregator.past adds nothing",
+            "trust_region": "aggregator.trust: the solver has a trust region already; wrap it once",
+        },
+    )
 
     def start(theta):
         return init(theta.size, theta.dtype), inner.init(theta)
@@ -121,7 +127,8 @@ def trust_region(inner: Solver) -> Solver:
     def withdraws(state):
         return state[0].undone
 
-    return Solver(inner.hyper, start, solve, inner.needs._replace(loss=True), withdraws)
+    needs = inner.needs._replace(loss=True)
+    return Solver(inner.hyper, start, solve, needs, withdraws, (*inner.wrappers, "trust_region"))
 
 
 def _inside(value: jax.Array, dtype) -> jax.Array:

@@ -26,7 +26,7 @@ class Local(NamedTuple):
     batch: dict  # {field: [B, ...]}
     mask: jax.Array  # [B] bool, which of the batch's examples are the client's own
     out: jax.Array  # [B, K], the outputs at `params`
-    features: Any  # at `params`, with fields `levels` (a tuple of [B, ...]) and `last` [B, F], see `models.Features`
+    features: Any  # at `params`, with fields `levels` (a tuple of [B, ...]) and `last` [B, F], see `networks.Features`
     outputs: TaskOutputs  # (params, batch) -> (out, features)
     examples_of: Callable[[str], jax.Array]  # field -> [N, ...], of all the client's examples
     present: jax.Array  # [N] bool, which of them are its own

@@ -17,7 +17,7 @@ from fipa_jax.files import SUMS, digest_of_file, replacing, sums_of, write
 
 # Channel means and standard deviations of the training images over 255, as the published experiments normalise. (Those
 # of CIFAR-10 are means of each image's deviation, a widespread slip: over all pixels they are 0.2470, 0.2435, 0.2616.)
-# The names are those of the data sets that `preparation.prepare` knows.
+# The names are those of the data sets that `sources.prepare` knows.
 CHANNEL_STATS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),

@@ -151,7 +151,7 @@ def iid(rng: np.random.Generator, labels: np.ndarray, num_clients: int) -> list[
 def from_file(rng: np.random.Generator, labels: np.ndarray, num_clients: int, file: str) -> list[np.ndarray]:
     """Reads a published split: for each client the indices of its examples, in the data set's original order.
 
-    The records of the prepared data must be in that order too, as `preparation.prepare` writes them; TFDS's own
+    The records of the prepared data must be in that order too, as `sources.prepare` writes them; TFDS's own
     builders shuffle. Three forms are known, none of which is executed or unpickled: JSON, an object client -> list or a
     list of lists; the same as a Python literal, `{0: [...], ...}`, in which FedRCL and FedACG publish theirs; `.npz`
     with an array a client, named by its number, or `arr_` and its number. Examples may be left to nobody.

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from fipa_jax import trees
-from fipa_jax.aggregate.aggregator import Aggregator
+from fipa_jax.aggregate.aggregator import Aggregator, announce_nothing
 from fipa_jax.client.local_solver import Hyper, LocalSolver
 from fipa_jax.client.terms import Term
 from fipa_jax.curvature.sketch import Sketcher
@@ -31,7 +31,7 @@ class Parts(NamedTuple):
     cohort: int  # C
     trainable: str = ".*"  # regular expression over parameter paths
     channel: Channel = Channel()  # what lies between server and clients
-    announce: Callable[[Any], dict] = lambda state: {}  # the rule's state -> fields of `Hyper` that the clients take
+    announce: Callable[[Any], dict] = announce_nothing  # the rule's state -> fields of `Hyper` that the clients take
     sketch_first: bool = False  # whether local work needs the client's sketch
     sketch_examples: int = 0  # examples of a client that enter its sketch; 0 for all
     least_clients: int = 1  # with fewer clients that take part a round is skipped

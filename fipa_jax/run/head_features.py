@@ -16,7 +16,7 @@ def check(experiment, settings: ConfigDict, phase: str) -> None:
     """Checks that a phase trains the head alone, with which its features can be cached.
 
     Raises:
-      ValueError: the model has no head, or more than it is trained; names the field of `config.PHASE`.
+      ValueError: the model has no head, or more than it is trained; names the field of `config.fipa`.
     """
     task = experiment.problem.task
     if task.head is None:

@@ -27,8 +27,9 @@ from fipa_jax.run.phase_parts import make_rates
 from fipa_jax.run.programs import tuned_chunk
 from fipa_jax.saving.journal import Journal
 
-Rows = list[tuple[dict, dict]]  # of each round (its row of the metrics file, its info)
-Advance = Callable[[State, int, int], tuple[State, Rows]]  # (state, first round k, count): `count` rounds from k
+RowsAndInfos = list[tuple[dict, dict]]  # of each round (its row of the metrics file, its info)
+# (state, first round k, count) -> after `count` rounds from k
+Advance = Callable[[State, int, int], tuple[State, RowsAndInfos]]
 
 
 class Phase(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fipa_jax.aggregate import server_optimizers
-from fipa_jax.aggregate.aggregator import Aggregator
+from fipa_jax.aggregate.aggregator import Aggregator, announce_nothing
 from fipa_jax.aggregate.late_updates import LateUpdates
 from fipa_jax.aggregate.limits import Limits
 from fipa_jax.aggregate.past_rounds import PastRounds, rank_of
@@ -20,7 +20,7 @@ from fipa_jax.federation.channel import FAULTS, Channel, ChannelRates, FaultRate
 from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.lookup import lookup
-from fipa_jax.tasks.task import Task
+from fipa_jax.tasks.task import Task, unaugmented
 
 MANY = 2**31 - 1  # clients, where it is not known yet how many there are
 LOCAL_SOLVERS = first_order.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS
@@ -61,7 +61,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
         cohort=cohort,
         trainable=settings.trainable,
         channel=channel_of(settings),
-        announce=aggregator.announce if _matched(settings, aggregator) else Parts._field_defaults["announce"],
+        announce=aggregator.announce if _matched(settings, aggregator) else announce_nothing,
         sketch_first=by_sketch,
         sketch_examples=settings.sketch.examples,
         least_clients=settings.least_clients,
@@ -107,7 +107,7 @@ def local_of(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, tas
     fields = fields_for(make, {**settings.local, **settings.local.gauss_newton})
     if _matched(settings, aggregator) and "tries" in fields:
         fields["tries"] = 0
-    augment = task.augment if settings.local.views else Task._field_defaults["augment"]
+    augment = task.augment if settings.local.views else unaugmented
     local = make(task.loss, augment, term=term, **fields)
     if aggregator.needs.curvature == "sketch" and settings.local.adaptive.scale:
         local = adaptive_steps(local, settings.local.adaptive.scale, settings.local.adaptive.max_steps)
@@ -173,7 +173,7 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
     if aggregator.needs.curvature == "sketch":
         # Local work that follows the sketches is else left aside, so that rules without them can be compared.
         _check_own_damping(settings, aggregator)
-        _check_matched(settings)
+        _check_matched(settings, aggregator)
         _check_adaptive(settings)
     _check_faults(settings, cohort)
 
@@ -212,11 +212,15 @@ def _check_own_damping(settings: ConfigDict, aggregator: Aggregator) -> None:
         )
 
 
-def _check_matched(settings: ConfigDict) -> None:
+def _check_matched(settings: ConfigDict, aggregator: Aggregator) -> None:
     if not settings.local.matched:
         return
-    if settings.aggregator.form == "pinv":
-        raise ValueError("config.fipa.local.matched: 'pinv' has no damping to match; set aggregator.form = 'damped'")
+    if "damping" not in aggregator.hyper:
+        rule = settings.aggregator.form if settings.aggregator.name == "fipa" else settings.aggregator.name
+        raise ValueError(
+            f"config.fipa.local.matched: {rule!r} has no damping to match; set aggregator.form = 'damped' (fipa), or "
+            "matched to False"
+        )
     if settings.local.optimizer not in ("gauss_newton", "natural_gradient"):
         raise ValueError(
             "config.fipa.local.matched: needs local.optimizer = 'gauss_newton' or 'natural_gradient'; set it to False"

@@ -78,6 +78,8 @@ def key_of(settings: ConfigDict, parts: Parts) -> str:
         *parents, last = path.split(".")
         group = static
         for parent in parents:
+            if parent not in group:
+                raise ValueError(f"config.{path}: the rule's `hyper` names it, but it is no field of a phase")
             group = group[parent]
         group.pop(last, None)
     # Whether a number is there at all is not traced.

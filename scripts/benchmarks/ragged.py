@@ -1,6 +1,6 @@
 """A round's client work with ragged clients, beside the sum of the clients' own work: `benchmark.py ragged`.
 
-The clients of a by-class Dirichlet split, all of one cohort, are run together by `simulate.map_clients`, padded to the
+The clients of a by-class Dirichlet split, all of one cohort, are run together by `parallel.map_clients`, padded to the
 largest of them; and each alone, by a program of its own that is padded to nothing. What the first takes beyond the
 second is spent on padding. Local training and sketches are those of the FIPA phase of `recipes.whole_model`. User CPU
 seconds, medians, the variants in alternation.
@@ -20,7 +20,7 @@ from fipa_jax.client.examples import Client, gather, present, subsample
 from fipa_jax.config import recipes
 from fipa_jax.curvature import sketch
 from fipa_jax.data import partition
-from fipa_jax.federation import parallel as simulate
+from fipa_jax.federation import parallel
 from fipa_jax.models import networks as models
 from fipa_jax.run import phase_parts as phase
 from fipa_jax.tasks import images
@@ -66,7 +66,7 @@ def variants_of(args, data: dict, split: list[np.ndarray]) -> dict:
     variants = {}
     for stage, (work, params) in work_of(args).items():
         together = lambda chunk, sort, work=work: jax.jit(
-            lambda params, data, cohort, keys: simulate.map_clients(
+            lambda params, data, cohort, keys: parallel.map_clients(
                 work, (params, data), cohort, keys, sizes=cohort.num_examples if sort else None, chunk=chunk
             )
         )

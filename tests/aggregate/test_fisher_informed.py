@@ -196,7 +196,7 @@ COMPOSED = {
     ),
     "targets": (
         lambda: aggregate.fipa(past=PastRounds("targets", 5, length=2, **DECAY)),
-        lambda: capped(remembering(limited(damped()), aggregate.targets(5, 2, damped(relative=False)), **DECAY)),
+        lambda: capped(remembering(limited(damped()), aggregate.targets(damped(relative=False), 5, 2), **DECAY)),
     ),
     "latest": (
         lambda: aggregate.fipa("tikhonov", past=PastRounds("latest", 2, num_clients=6, **DECAY)),
@@ -249,9 +249,25 @@ REFUSED = {
         r"aggregator\.trust: needs all clients in every round, where aggregator\.past adds nothing",
     ),
     "past over past": (
-        lambda: remembering(remembering(damped(), aggregate.prior()), aggregate.targets()),
+        lambda: remembering(remembering(damped(), aggregate.prior()), aggregate.prior()),
         r"aggregator\.past: .*wrap it once",
     ),
+    "past over a cap": (
+        lambda: remembering(capped(damped()), aggregate.prior()),
+        r"aggregator\.limits\.trace_cap: must be outside",
+    ),
+    "a past that does not fade": (
+        lambda: remembering(damped(), aggregate.prior(), decay=1.0),
+        r"aggregator\.past\.decay: needs a number in \[0, 1\)",
+    ),
+    "a past of no rank": (lambda: aggregate.prior(0), r"aggregator\.past\.rank: needs at least 1"),
+    "targets of no cohort": (
+        lambda: aggregate.targets(damped(), length=0),
+        r"aggregator\.past\.length: needs at least 1",
+    ),
+    "limits twice": (lambda: limited(limited(damped())), r"aggregator\.limits: .*wrap it once"),
+    "caps twice": (lambda: capped(capped(damped())), r"aggregator\.limits\.trace_cap: .*wrap it once"),
+    "trust twice": (lambda: trust_region(trust_region(damped())), r"aggregator\.trust: .*wrap it once"),
     "limits over trust": (lambda: limited(trust_region(damped())), r"aggregator\.limits: must be inside"),
     "trust over pinv": (lambda: trust_region(limited(pinv())), r"aggregator\.trust: 'pinv' has no damping to adapt"),
     "own damping, relative": (

@@ -204,3 +204,22 @@ def test_a_basis_in_bfloat16_is_not_converted_as_a_whole():
         jax.jit(screening.orthonormality).lower(Sketch(jax.ShapeDtypeStruct((4, 20), jnp.float32), basis)).compile()
     )
     assert compiled.memory_analysis().temp_size_in_bytes < basis.size  # half of what the uploads take
+
+
+def test_a_sum_over_all_clients_is_one_over_those_that_take_part(x64):
+    """Also of numbers that a faulty client has sent."""
+    sent = uploads_of(*clients_of(2))
+    sent = sent._replace(num_examples=jnp.array([5.0, 1.0, jnp.nan, 7.0]), loss=jnp.array([1.0, jnp.nan, 2.0, 3.0]))
+    received, _ = RECEIVE(sent, jax.tree.map(jnp.asarray, LIKE))
+    np.testing.assert_array_equal(received.took_part, [True, False, False, True])
+    assert float(jnp.sum(received.num_examples)) == 12 and float(jnp.sum(received.loss)) == 4
+
+
+def test_the_weights_have_the_precision_of_the_parameters():
+    """However coarse the updates come: float16 could not count so many examples."""
+    number, count = 4, 100_000
+    sent = aggregate.Uploads({"a": jnp.ones([number, 3], jnp.float16)}, jnp.full(number, count))
+    received, _ = RECEIVE(sent, {"a": jnp.zeros(3, jnp.float32)})
+    weights, total = aggregate.weights_of(received, {"a": jnp.zeros(3, jnp.float32)}, "examples")
+    assert weights.dtype == jnp.float32 and float(total) == number * count
+    np.testing.assert_array_equal(weights, 0.25)
