@@ -21,6 +21,7 @@ from helpers.rules import (
     each_fipa,
     each_form,
     each_rank,
+    shapes_of,
     uploads_of,
     with_hyper,
 )
@@ -146,18 +147,37 @@ def _late(uploads):
     return uploads._replace(age=jnp.arange(CLIENTS, dtype=jnp.int32), moved=moved)
 
 
+@functools.cache
+def _uniform(form):
+    """(options, the rule, the same compiled)."""
+    options = {"damping": 0.2, "rcond": 1e-3, "limits": Limits(max_step=2.0), "weighting": "uniform"}
+    rule = aggregate.fipa(form, **options)
+    return options, rule, jax.jit(functools.partial(apply, rule))
+
+
+@each_form
+def test_uniform_weights_do_not_look_at_the_number_of_examples(x64, form):
+    # Where subspaces meet: apart from each other, pinv has no use for w_m.
+    deltas, _, eigenvalues, basis = clients_of(SIZE)
+    many, one = (uploads_of(deltas, np.array(counts), eigenvalues, basis) for counts in ([5, 0, 3, 70], [1, 0, 1, 1]))
+    (options, rule, compiled), params = _uniform(form), jax.tree.map(jnp.asarray, LIKE)
+    uniform = as_vector(compiled(many, rule.init(params), params)[0])
+    own = {"rcond": options["rcond"]} if form == "pinv" else {"damping": options["damping"]}
+    assert_close(uniform, apply_rule(form, one, **own)[0], 1e-12)
+    assert np.linalg.norm(uniform - apply_rule(form, many, **own)[0]) > 0.01 * np.linalg.norm(uniform)
+
+
 @each_form
 def test_fipa_step_equals_the_aggregator(x64, form):
-    uploads = uploads_of(*clients_of(2))
-    options = {"damping": 0.2, "rcond": 1e-3, "limits": Limits(max_step=2.0), "weighting": "uniform", "relative": False}
+    uploads, (options, rule, compiled) = uploads_of(*clients_of(SIZE)), _uniform(form)
 
     def call(uploads, damping):  # traced, as in a caller's own sweep
         changed = options | {"damping": damping}
         return aggregate.fipa_step(uploads.delta, uploads.sketch, uploads.num_examples, form=form, **changed)
 
     step, info = jax.jit(call)(uploads, options["damping"])
-    rule, params = aggregate.fipa(form, **options), jax.tree.map(jnp.asarray, LIKE)
-    wanted, _, wanted_info = jax.jit(functools.partial(apply, rule))(uploads, rule.init(params), params)
+    params = jax.tree.map(jnp.asarray, LIKE)
+    wanted, _, wanted_info = compiled(uploads, rule.init(params), params)
     chex.assert_trees_all_close((step, info), (wanted, wanted_info), rtol=1e-12)
     chex.assert_trees_all_equal_shapes_and_dtypes(step, params)
 
@@ -215,20 +235,26 @@ def _sent(rule, seed):
 
 @pytest.mark.parametrize("name", COMPOSED)
 def test_the_facade_only_composes(x64, name):
-    """Steps, states and infos of two rounds, the second from what the first has left, to the bit."""
+    """Bit for bit: the same program from the same state."""
     facade, solver = (make() for make in COMPOSED[name])
-    rules, params = (facade, aggregate.from_solver(solver)), jax.tree.map(jnp.asarray, LIKE)
-    assert facade.needs == rules[1].needs and facade.hyper == rules[1].hyper
-    results = []
-    for rule in rules:
-        compiled, state = jax.jit(functools.partial(apply, rule)), rule.init(params)
-        rounds = []
-        for seed in (0, 1):
-            step, state, info = compiled(_sent(rule, seed), state, params)
-            rounds.append((step, state, info))
-        results.append(rounds)
-    chex.assert_trees_all_equal(*results)
-    assert all(np.any(as_vector(step)) for step, *_ in results[0])
+    by_hand, params = aggregate.from_solver(solver), jax.tree.map(jnp.asarray, LIKE)
+    assert facade.needs == by_hand.needs and facade.hyper == by_hand.hyper
+    states, programs = [], []
+    for rule in (facade, by_hand):
+        states.append(rule.init(params))
+        programs.append(jax.jit(lambda *args, rule=rule: apply(rule, *args)).lower(_sent(rule, 0), states[-1], params))
+    chex.assert_trees_all_equal(*states)
+    assert programs[0].as_text() == programs[1].as_text()
+
+
+def test_wrappers_that_differ_are_other_programs(x64):
+    """Or the test above would be one of nothing."""
+    params, texts = jax.tree.map(jnp.asarray, LIKE), []
+    for solver in (damped(), limited(damped()), capped(damped()), tikhonov(), damped(relative=False)):
+        rule = aggregate.from_solver(solver)
+        lowered = jax.jit(lambda *args, rule=rule: apply(rule, *args)).lower(_sent(rule, 0), rule.init(params), params)
+        texts.append(lowered.as_text())
+    assert len(set(texts)) == len(texts)
 
 
 def test_a_solver_without_wrappers_is_a_rule(x64):
@@ -315,7 +341,7 @@ def test_what_a_rule_needs_is_asked_for(x64, rule, missing, words):
     params = jax.tree.map(jnp.asarray, LIKE)
     assert getattr(rule.needs, missing) is True and rule.needs.curvature == "sketch"
     with pytest.raises(ValueError, match=words):
-        apply(rule, _sent(rule, 0)._replace(**{missing: None}), rule.init(params), params)
+        shapes_of(rule, _sent(rule, 0)._replace(**{missing: None}), rule.init(params), params)
 
 
 def _rules():
@@ -333,7 +359,7 @@ def test_info_is_what_it_says(x64):
     for rule in (*_rules().values(), aggregate.mean()):
         sent = _late(_sent(rule, 0)) if rule.needs.curvature == "sketch" else uploads_of(*clients_of(2))
         sent = sent._replace(sketch=sent.sketch._replace(report=_report(np.full(CLIENTS, 0.5))))
-        _, _, info = jax.eval_shape(functools.partial(apply, rule), sent, rule.init(params), params)
+        _, _, info = shapes_of(rule, sent, rule.init(params), params)
         assert screening - set(info) <= {"stale", "drift"}
         told |= set(info) - screening
     assert told == set(INFO)

@@ -1,5 +1,8 @@
 """What the filters let through, what takes the place of a step that fails, and updates of another damping."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,6 +93,6 @@ def test_own_damping_undoes_what_the_clients_have_added(x64):
 
 
 def test_own_damping_needs_the_clients(x64):
-    sent = uploads_of(*clients_of(2))
+    sent, step = uploads_of(*clients_of(2)), functools.partial(aggregate.fipa_step, relative=False, own_damping=True)
     with pytest.raises(ValueError, match=r"uploads\.damping"):
-        aggregate.fipa_step(sent.delta, sent.sketch, sent.num_examples, relative=False, own_damping=True)
+        jax.eval_shape(step, sent.delta, sent.sketch, sent.num_examples)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import centralised
 from helpers.centralised import COUNTS, TASK, dense, start
-from helpers.rules import apply
+from helpers.rules import apply, shapes_of
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import aggregate
@@ -217,4 +217,4 @@ def test_what_fits_becomes_the_parts_of_a_round():
 def test_losses_are_needed(x64):
     sent = _uploads(start(), 0.3)._replace(loss=None)
     with pytest.raises(ValueError, match=r"trust needs uploads\.loss"):
-        apply(RULES[True], sent, RULES[True].init(TASK.init(None)), TASK.init(None))
+        shapes_of(RULES[True], sent, RULES[True].init(TASK.init(None)), TASK.init(None))

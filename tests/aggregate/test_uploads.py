@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.rules import CLIENTS, LIKE, apply, apply_rule, as_tree, clients_of, uploads_of
+from helpers.rules import CLIENTS, LIKE, apply_rule, as_tree, clients_of, shapes_of, uploads_of
 
 from fipa_jax import aggregate
 from fipa_jax.aggregate import uploads
@@ -37,7 +37,7 @@ def test_what_does_not_fit_is_named():
         (aggregate.diagonal(), r"diagonal needs uploads\.sketch, a Diagonal"),
     ):
         with pytest.raises(ValueError, match=words):
-            apply(rule, Uploads(delta, counts), rule.init(params), params)
+            shapes_of(rule, Uploads(delta, counts), rule.init(params), params)
 
 
 def _single(place, **changes):

@@ -157,6 +157,11 @@ def apply(rule, uploads, state, params):
     return step, state, info
 
 
+def shapes_of(rule, uploads, state, params):
+    """What `apply` gives, by shapes alone; what does not fit shows in no time."""
+    return jax.eval_shape(functools.partial(apply, rule), uploads, state, params)
+
+
 def with_hyper(state, **hyper):
     """A rule's state with some of its traced numbers changed; they go by config paths such as `limits.max_step`."""
     numbers = state.hyper if isinstance(state, aggregate.FipaState) else state
