@@ -13,6 +13,7 @@ profile    a config's round, stage by stage: seconds, operations, memory; and a 
 ragged     a round of clients of very different sizes, padded, beside the sum of the clients' own work
 checkpoint rounds that are kept, one by one, beside the same rounds that are not
 robust     what one faulty client of five does to the step, by fault and rule, and by the caps
+device     numerics and speed on an accelerator, see scripts/device_check.sh
 round      one client's work in a round beside PyTorch, pfl, fedjax and Flower; and a FIPA round beside a FedAvg round
 
 Every command takes --cpus (cores to run on, e.g. 0 or 0,1) and --out (a JSON file for all that was measured).
@@ -28,7 +29,7 @@ from benchmarks import timing
 
 COMMANDS = (
     "products", "sketch", "head", "merge", "gauss_newton", "step", "startup", "population", "scaling", "profile",
-    "ragged", "checkpoint", "robust", "round",
+    "ragged", "checkpoint", "robust", "device", "round",
 )  # fmt: skip
 
 

@@ -4,10 +4,10 @@ from fipa_jax.aggregate.aggregator import Aggregator, Needs, compare, step_of, w
 from fipa_jax.aggregate.fisher_informed import INFO, FipaState, fipa, fipa_step, from_solver
 from fipa_jax.aggregate.late_updates import LateUpdates
 from fipa_jax.aggregate.limits import Limits, capped, limited
-from fipa_jax.aggregate.past_rounds import PastRounds, latest, prior, remembering, targets
+from fipa_jax.aggregate.past_rounds import Kind, PastRounds, latest, prior, remembering, targets
 from fipa_jax.aggregate.rules import AGGREGATORS, diagonal, mean
 from fipa_jax.aggregate.screening import REASONS, Received, receive
-from fipa_jax.aggregate.solvers import FALLBACKS, Solver, damped, pinv, tikhonov
+from fipa_jax.aggregate.solvers import FALLBACKS, Messages, Now, Solution, Solver, check_order, damped, pinv, tikhonov
 from fipa_jax.aggregate.trust import trust_region
 from fipa_jax.aggregate.uploads import Uploads, collect
 
@@ -18,14 +18,19 @@ __all__ = [
     "REASONS",
     "Aggregator",
     "FipaState",
+    "Kind",
     "LateUpdates",
     "Limits",
+    "Messages",
     "Needs",
+    "Now",
     "PastRounds",
     "Received",
+    "Solution",
     "Solver",
     "Uploads",
     "capped",
+    "check_order",
     "collect",
     "compare",
     "damped",

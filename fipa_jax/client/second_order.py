@@ -22,7 +22,7 @@ from fipa_jax.client.local_solver import (
     solver_of,
 )
 from fipa_jax.client.terms import Term, none
-from fipa_jax.curvature import products as curvature
+from fipa_jax.curvature import products
 from fipa_jax.curvature.products import Loss
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.lookup import lookup
@@ -134,8 +134,8 @@ def _gram(predict, params, examples, mask, *, loss, cg_steps):
     """(damping -> -J^T (L J J^T / N + damping I)^{-1} e / N [P], the least damping that counts), from one Jacobian."""
     out = predict(params, examples)
     weight = mask.astype(out.dtype) / jnp.maximum(jnp.sum(mask), 1)
-    gradient, hessian = curvature.loss_derivatives(loss, out, examples, weight)
-    rows = curvature.jacobian_rows(predict, params, examples)  # [N, K, P]
+    gradient, hessian = products.loss_derivatives(loss, out, examples, weight)
+    rows = products.jacobian_rows(predict, params, examples)  # [N, K, P]
     num_outputs, rows = rows.shape[1], rows.reshape(-1, rows.shape[2])
 
     def curve(tangent):
@@ -153,8 +153,8 @@ def _gram(predict, params, examples, mask, *, loss, cg_steps):
 
 def _cg(predict, params, examples, mask, *, loss, cg_steps):
     """(damping -> -(H + damping I)^{-1} g [P], the least damping that counts), by products with H = J^T L J / N."""
-    ggn = curvature.make_ggn(predict, loss)(params, examples, mask)
-    gradient = curvature.make_gradient(predict, loss)(params, examples, mask)
+    ggn = products.make_ggn(predict, loss)(params, examples, mask)
+    gradient = products.make_gradient(predict, loss)(params, examples, mask)
     eps = jnp.finfo(gradient.dtype).eps
 
     def product(vector):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax.curvature import eigenpairs as eigen
+from fipa_jax.curvature import eigenpairs
 from fipa_jax.curvature.products import Features, Outputs, depends, forward_flops, is_last_layer
 from fipa_jax.lookup import lookup
 
@@ -40,14 +40,14 @@ class View(NamedTuple):
     loss_rank: int
 
 
-def make_solver(search: Search) -> eigen.Solver:
+def make_solver(search: Search) -> eigenpairs.Solver:
     """The solver of eigenpairs that a resolved search names."""
     options = {
         "exact": {},
         "lanczos": {"power_steps": search.power_steps, "tolerance": search.tolerance},
         "subspace": {"power_steps": search.power_steps},
     }
-    return eigen.SOLVERS[search.solver](search.rank, oversample=search.oversample, **options[search.solver])
+    return eigenpairs.SOLVERS[search.solver](search.rank, oversample=search.oversample, **options[search.solver])
 
 
 def resolve(outputs: Outputs, params, batch, search: Search, view: View) -> tuple[Search, View]:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fipa_jax.data import loading as data
+from fipa_jax.data import loading
 from fipa_jax.files import digest_of_file, replacing
 from fipa_jax.lookup import lookup
 
@@ -60,24 +60,24 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> Path:
       OSError: there is no network or no room; no half-prepared version is left behind.
       ValueError: the name is not known, or an archive is not the official one.
     """
-    source, root = lookup(SOURCES, name, "the data set to prepare"), data.root(data_dir)
+    source, root = lookup(SOURCES, name, "the data set to prepare"), loading.root(data_dir)
     folder = root / name / source.version
     if (folder / "dataset_info.json").exists():
         return folder
     if folder.exists():
         raise FileExistsError(f"{folder} is there but holds no prepared data set; remove it")
-    tfds = data.import_tfds(f"preparing {name}")
+    tfds = loading.import_tfds(f"preparing {name}")
     if manual_dir:
         find, archives = _given, Path(manual_dir).expanduser()
     else:
         find, archives = _downloaded, root / "downloads" / name
     class_names, splits = source.read([find(source, file, archives) for file in source.archives])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as in data.import_tfds
+        warnings.simplefilter("ignore")  # as in loading.import_tfds
         builder = _builder(tfds, name, source, class_names, splits)(data_dir=root, file_format="array_record")
         try:
             builder.download_and_prepare()  # into a temporary folder, renamed at the end
-            data.write_sums(folder)
+            loading.write_sums(folder)
         except (OSError, RuntimeError) as error:
             raise OSError(f"{folder} cannot be written, and nothing is left of it ({error})") from error
     return folder

@@ -21,8 +21,7 @@ from fipa_jax.federation.population import OnHost, Resident
 from fipa_jax.federation.round import by_clients
 from fipa_jax.federation.state import fetch
 from fipa_jax.reporting import metrics, plots
-from fipa_jax.run import head_features, programs
-from fipa_jax.run import phase_parts as run_parts
+from fipa_jax.run import head_features, phase_parts, programs
 from fipa_jax.saving.model_files import load
 from fipa_jax.tasks import task as tasks
 from fipa_jax.tasks.task import Problem
@@ -56,7 +55,7 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
         raise ValueError(
             f"config.precision: {config.precision} needs `with jax.enable_x64(True):` around build; run has it"
         )
-    run_parts.check(config)  # before data are loaded, which may take long
+    phase_parts.check(config)  # before data are loaded, which may take long
     plots.check()  # its absence must show now
     problem = problem or tasks.build(config)
     if config.cohort > len(problem.clients):
@@ -108,7 +107,7 @@ def _first_params(config: ConfigDict, problem: tasks.Problem, root: jax.Array) -
 def parts_of(experiment: Experiment, settings: ConfigDict) -> Parts:
     """The parts of a phase of this experiment."""
     num_clients = experiment.population.num_examples.size
-    return run_parts.make_parts(experiment.config, settings, experiment.problem.task, num_clients)
+    return phase_parts.make_parts(experiment.config, settings, experiment.problem.task, num_clients)
 
 
 def pooled(experiment: Experiment) -> Experiment:
@@ -134,7 +133,7 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     if settings.pooled:
         experiment = pooled(experiment)
     config, people, params, root = experiment.config, experiment.population, experiment.params, experiment.root
-    rates = run_parts.make_rates(settings, config.precision)
+    rates = phase_parts.make_rates(settings, config.precision)
     parts = parts_of(experiment, settings)
     store_on_host(config, parts, params)
     check_room(parts, params)

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fipa_jax.data import loading as data
-from fipa_jax.data import partition
-from fipa_jax.models import networks as models
+from fipa_jax.data import loading, partition
+from fipa_jax.models import networks
 from fipa_jax.tasks.task import Problem, Task
 
 PADDING = 4  # pixels on each side that a random crop may reach over
@@ -28,16 +27,16 @@ def build(config) -> Problem:
       FileNotFoundError: the data set is not prepared in config.data.dir.
       ValueError: a field of the config does not fit the data.
     """
-    models.build(config.model, num_outputs=1)  # what is wrong with the config shows before the data are loaded
+    networks.build(config.model, num_outputs=1)  # what is wrong with the config shows before the data are loaded
     fields = {field: config.partition[field] for field in ("alpha", "shards_per_client", "file")}
     partition.check(config.partition.name, **fields)
     if config.partition.name == "file":
         _check_order(config)
-    test_split = config.data.test_split or data.test_split(config.data.name)
-    train = data.load(config.data.name, config.data.train_split, config.data.dir, config.data.cache_dir)
-    test = data.load(config.data.name, test_split, config.data.dir, config.data.cache_dir)
-    train, test = (arrays | {"image": data.shrink(arrays["image"], config.data.side)} for arrays in (train, test))
-    mean, std = data.standardise(config.data.name, train["image"])
+    test_split = config.data.test_split or loading.test_split(config.data.name)
+    train = loading.load(config.data.name, config.data.train_split, config.data.dir, config.data.cache_dir)
+    test = loading.load(config.data.name, test_split, config.data.dir, config.data.cache_dir)
+    train, test = (arrays | {"image": loading.shrink(arrays["image"], config.data.side)} for arrays in (train, test))
+    mean, std = loading.standardise(config.data.name, train["image"])
     train, holdout = set_apart(train, config.data.holdout, config.partition.seed)
     clients = partition.partition(
         config.partition.name,
@@ -46,7 +45,7 @@ def build(config) -> Problem:
         config.partition.seed,
         **fields,
     )
-    module = models.build(config.model, num_outputs=data.num_classes(config.data.name, config.data.dir))
+    module = networks.build(config.model, num_outputs=loading.num_classes(config.data.name, config.data.dir))
     augment, rotation, flip = config.data.augment, config.data.rotation, config.data.flip
     task = classifier(module, train["image"].shape[1:], mean, std, augment, rotation, flip)
     return Problem(task=task, train=train, test=test, holdout=holdout, clients=clients)
@@ -60,7 +59,7 @@ def _check_order(config):
             f"config.partition.file: its lists count the whole training set; set config.data.holdout to 0 (now "
             f"{config.data.holdout}) and config.data.train_split to 'train' (now {config.data.train_split!r})"
         )
-    if not data.in_original_order(name, folder):
+    if not loading.in_original_order(name, folder):
         raise ValueError(
             f"config.partition.file: its lists count the examples in their original order, but {name} in {folder!r} "
             f"was prepared in another (TFDS shuffles); prepare it into another folder as scripts/prepare_data.py does"
@@ -104,7 +103,7 @@ def classifier(
         return {**batch, "image": random_view(key, batch["image"], fill, rotation, flip)}
 
     fill = np.round(255 * mean).astype(np.uint8)
-    head = functools.partial(models.apply_head, module.head_layers)
+    head = functools.partial(networks.apply_head, module.head_layers)
     task = Task(init, outputs, loss, metrics, head=head, head_pattern=f"^({'|'.join(module.head_layers)})/")
     return task._replace(augment=augment) if augmented else task
 

@@ -8,7 +8,7 @@ from scipy.cluster.vq import ClusterError, kmeans2
 from fipa_jax.data.own_arrays import read, refuse
 from fipa_jax.data.partition import Ragged, by_owner
 from fipa_jax.lookup import lookup
-from fipa_jax.models import networks as models
+from fipa_jax.models import networks
 from fipa_jax.tasks.regression import pack, regression
 from fipa_jax.tasks.task import Problem
 
@@ -36,7 +36,7 @@ def build(config) -> Problem:
     clients = split(task, x, client)
     if task.standardise:
         (x, x_test), (y, y_test) = _standardise(x, x_test), _standardise(y, y_test)
-    module = models.build(config.model, num_outputs=y.shape[1])
+    module = networks.build(config.model, num_outputs=y.shape[1])
     train, test = pack(x, y, dtype), pack(x_test, y_test, dtype)
     return Problem(regression(module, train["x"][0]), train, test, None, clients)
 

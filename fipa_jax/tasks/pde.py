@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fipa_jax.lookup import lookup
-from fipa_jax.models import networks as models
+from fipa_jax.models import networks
 from fipa_jax.tasks.task import Problem, Task
 
 Function = Callable[[jax.Array], jax.Array]  # points x [B, d] -> [B]
@@ -192,7 +192,7 @@ def build(config) -> Problem:
     dtype = np.dtype(config.precision)
     train = {"x": x.astype(dtype), "y": y.astype(dtype)[:, None], "boundary": boundary}
     test = {"x": x_test.astype(dtype), "solution": solution.astype(dtype)}
-    module = models.build(config.model, num_outputs=1)
+    module = networks.build(config.model, num_outputs=1)
     return Problem(physics(module, equation, task.boundary_weight, dtype), train, test, None, clients)
 
 

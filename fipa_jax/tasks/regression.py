@@ -6,7 +6,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 
-from fipa_jax.models import networks as models
+from fipa_jax.models import networks
 from fipa_jax.tasks.task import Problem, Task
 
 
@@ -24,7 +24,7 @@ def regression(module, example: np.ndarray) -> Task:
     def outputs(params, batch):
         return module.apply({"params": params}, batch["x"])
 
-    head = functools.partial(models.apply_head, module.head_layers)
+    head = functools.partial(networks.apply_head, module.head_layers)
     return Task(init, outputs, _loss, _metrics, head=head, head_pattern=f"^({'|'.join(module.head_layers)})/")
 
 
@@ -48,7 +48,7 @@ def build(config) -> Problem:
     function, x, x_test, clients = FUNCTIONS[config.task.name](config.task)
     dtype = np.dtype(config.precision)
     train, test = pack(x, function(x), dtype), pack(x_test, function(x_test), dtype)
-    module = models.build(config.model, num_outputs=train["y"].shape[1])
+    module = networks.build(config.model, num_outputs=train["y"].shape[1])
     return Problem(regression(module, train["x"][0]), train, test, None, clients)
 
 

@@ -1,12 +1,11 @@
 """What an accelerator makes of this code: numerics against float64 on the host, speed beside PyTorch, and a short run.
 
-python scripts/device_check.py --out=FILE              some minutes on a GPU
-python scripts/device_check.py --tiny --out=FILE       the same paths in small, to rehearse on a CPU
+Some minutes on a GPU; --tiny takes the same paths in small, to rehearse on a CPU. scripts/device_check.sh runs it.
 
-    numerics   sketches by every solver and merges by every method, with float64 switched off, beside dense NumPy
-    speed      client-rounds a second of local training, one epoch, by chunk, beside PyTorch's bare loop on the device
-    fipa       seconds of each stage of a FIPA round on a whole CNN
-    run        configs/tiny_imagenet.py on random images: seconds a round of FedRCL on ResNet-18, of FIPA on its head
+    numerics        sketches by every solver and merges by every method, with float64 switched off, beside dense NumPy
+    speed           client-rounds a second of local training, one epoch, by chunk, beside PyTorch's bare loop there
+    fipa            seconds of each stage of a FIPA round on a whole CNN
+    tiny_imagenet   its config on random images: seconds a round of FedRCL on ResNet-18, and of FIPA on its head
 
 PyTorch is measured where it is installed. Images are random: nothing is downloaded.
 """
@@ -19,37 +18,35 @@ import tempfile
 import time
 from pathlib import Path
 
-from fipa_jax import config as config_lib
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-config_lib.prepare_process()
+from benchmarks import setting, timing
+from benchmarks.round import describe, problem
+from fipa_jax import aggregate, curvature, trees
+from fipa_jax.client.examples import Client
+from fipa_jax.client.first_order import first_order
+from fipa_jax.config import recipes
+from fipa_jax.federation.parallel import map_clients
+from fipa_jax.models import networks
+from fipa_jax.run import experiment, loop, whole_run
+from fipa_jax.saving.journal import Rows
+from fipa_jax.tasks import Problem, images
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from benchmarks import setting, timing  # noqa: E402
-from benchmarks.round import describe, problem  # noqa: E402
-
-from fipa_jax import aggregate, curvature, trees  # noqa: E402
-from fipa_jax.client.examples import Client  # noqa: E402
-from fipa_jax.client.first_order import first_order  # noqa: E402
-from fipa_jax.config import recipes  # noqa: E402
-from fipa_jax.federation.parallel import map_clients  # noqa: E402
-from fipa_jax.models import networks  # noqa: E402
-from fipa_jax.run import experiment, loop, whole_run  # noqa: E402
-from fipa_jax.saving.journal import Rows  # noqa: E402
-from fipa_jax.tasks import Problem, images  # noqa: E402
-
-CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "tiny_imagenet.py")
+CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "tiny_imagenet.py")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="numerics,speed,fipa,run")
+def run(options: list[str]) -> dict:
+    """Runs the parts asked for, one after another; prints and returns what they have measured."""
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py device", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", default="numerics,speed,fipa,tiny_imagenet")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal")
-    parser.add_argument("--out", type=Path, default=None, help="a JSON file for all that was measured")
-    args = parser.parse_args()
-    results = {"machine": timing.machine()}
-    print(results["machine"], flush=True)
+    args = parser.parse_args(options)
+    results = {"device": timing.machine()}
+    print(results["device"], flush=True)
     for name in args.parts.split(","):
         start = time.perf_counter()
         try:
@@ -58,8 +55,7 @@ def main():
             results[name] = {"failed": f"{type(error).__name__}: {error}"[:2000]}
             print(f"{name} FAILED: {results[name]['failed']}", flush=True)
         print(f"{name}: {time.perf_counter() - start:.0f} s in all\n", flush=True)
-        if args.out:
-            args.out.write_text(json.dumps(results, indent=2, default=float) + "\n")
+    return json.loads(json.dumps(results, default=float))
 
 
 def numerics(tiny: bool) -> dict:
@@ -168,6 +164,7 @@ def torch_rates(args, module, params) -> dict[str, float]:
     """The same by PyTorch's bare loop, where it is installed."""
     try:
         import torch
+
         from benchmarks.round_workers import torch_worker
     except ImportError as error:
         print(f"PyTorch is left out: {error}")
@@ -203,7 +200,7 @@ def fipa(tiny: bool) -> dict:
     return stages_of(config, random_problem(config, (12, 12, 3) if tiny else (32, 32, 3), 10, 20 if tiny else 500))
 
 
-def run(tiny: bool) -> dict:
+def short_run(tiny: bool) -> dict:
     """Median seconds of each stage of configs/tiny_imagenet.py, a few rounds of each phase, on random images."""
     config = runpy.run_path(CONFIG)["get_config"]("debug" if tiny else "")
     config.partition.num_clients, config.cohort = (4, 2) if tiny else (100, 5)
@@ -249,7 +246,4 @@ def stages_of(config, problem_: Problem) -> dict:
     return {"parameters": size, "seconds": seconds}
 
 
-PARTS = {"numerics": numerics, "speed": speed, "fipa": fipa, "run": run}
-
-if __name__ == "__main__":
-    main()
+PARTS = {"numerics": numerics, "speed": speed, "fipa": fipa, "tiny_imagenet": short_run}
