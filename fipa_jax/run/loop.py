@@ -22,7 +22,7 @@ from fipa_jax.federation.state import State
 from fipa_jax.reporting import console, metrics
 from fipa_jax.reporting.console import NOTED
 from fipa_jax.run import programs
-from fipa_jax.run.experiment import Experiment, parts_of
+from fipa_jax.run.experiment import Experiment, parts_of, store_on_host
 from fipa_jax.run.phase_parts import make_rates
 from fipa_jax.run.programs import tuned_chunk
 from fipa_jax.saving.journal import Journal
@@ -93,7 +93,7 @@ def rounds_of(phase: Phase, name: str, advance: Advance, state: State, journal: 
 
 def start(experiment: Experiment, parts: Parts, params: Any, first: int) -> State:
     """The state before round `first`."""
-    state = parts_lib.init(parts, params, first, experiment.store_on_host(experiment.config, parts, params))
+    state = parts_lib.init(parts, params, first, store_on_host(experiment.config, parts, params))
     store = state.store
     # A round writes its state in the place of the last one, and these parameters are the next method's too.
     return jax.tree.map(jnp.copy, state._replace(store=()))._replace(store=store)
