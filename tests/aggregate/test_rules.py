@@ -1,5 +1,7 @@
 """Every rule against its dense form sum_m B_m delta_m, and the properties that all or some rules have."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
