@@ -30,11 +30,15 @@ COMMANDS = {
     "ragged": "ragged --model=cnn_6k --examples=16 --clients=2 --rank=2 --solver=rows --epochs=1 --chunk=2 --repeats=1",
     "robust": "robust --size=20 --rank=4",
     "round": f"round --model=cnn_6k --examples=8 --clients=2 --batch=4 --repeats=1 --torch-python={sys.executable}",
+    "device": "device --tiny --parts=numerics",
     "rules": "round --rules --model=cnn_6k --examples=8 --clients=2 --sketches=head --epochs=1 --repeats=1",
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+ALWAYS = ("merge", "profile", "round")  # the others when there is time: `.ci/slow`
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in ALWAYS else pytest.mark.slow) for x in COMMANDS])
 def test_a_measurement_runs(name, tmp_path):
     out = tmp_path / "figures.json"
     command = [
@@ -47,7 +51,7 @@ def test_a_measurement_runs(name, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
     assert result["machine"]["versions"]["jax"]
-    assert result["setting"], "what was measured is written down"
+    assert name == "device" or result["setting"], "what was measured is written down"
 
 
 NETWORKS = {"cnn": models.CNN((3, 4), 10, hidden=5), "resnet": models.ResNet((4, 8), 1, 10)}
