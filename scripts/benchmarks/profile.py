@@ -119,7 +119,8 @@ def operations(settings, parts, state, cohort, sketches, arguments: dict) -> dic
 
     from fipa_jax.client import first_order as client
     from fipa_jax.curvature import products as curvature
-    from fipa_jax.curvature.sketch import Sketch
+    from fipa_jax.curvature.sketch import Sketch, make_sketch
+    from fipa_jax.run.phase_parts import fields_for
 
     own = gather(cohort.data, cohort.clients.indices[0])
     restricted = chosen, outputs, _ = rules.restrict(parts.task, state.params, parts.trainable)
@@ -136,7 +137,7 @@ def operations(settings, parts, state, cohort, sketches, arguments: dict) -> dic
         found["train"] = curvature.forward_flops(gradient, chosen, batch) * int(steps.sum())
     if isinstance(sketches, Sketch):
         mine = jax.tree.map(lambda field: field[: settings.sketch.examples or None], own)
-        seen = rules.how_seen(dict(settings.sketch), mine, *restricted)
+        seen = rules.how_seen(fields_for(make_sketch, settings.sketch), mine, *restricted)
         products = float(jnp.mean(sketches.report.products))
         each = rules.sketch_flops(seen, products, mine, *restricted, loss_rank=settings.sketch.loss_rank)
         found["sketch"] = each * len(counts)
