@@ -1,4 +1,7 @@
-"""What do local solvers share? What they are given, what they return, a client's objective; wrappers of any of them."""
+"""What do local solvers share? What they are given, what they return, a client's objective; wrappers of any of them.
+
+The solvers themselves are in `first_order` and `second_order`, and a new one is entered in `LOCAL_SOLVERS` there.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

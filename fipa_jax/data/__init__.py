@@ -1,1 +1,5 @@
-"""Where do arrays come from, and who owns which example?"""
+"""Where do arrays come from, and who owns which example?
+
+`sources` prepares published data sets, `loading` reads what is prepared, `own_arrays` reads a user's own; `partition`
+splits labelled examples over clients.
+"""

@@ -1,7 +1,8 @@
 """How are data sets prepared without TensorFlow? From official archives to the form that `loading` reads.
 
 Archives are compared with their known checksums and read where they lie: nothing is unpacked to disk and nothing is
-unpickled. The examples keep their archive's own order, by which published lists of indices count.
+unpickled. The examples keep their archive's own order, by which published lists of indices count. A new data set is an
+entry of `SOURCES`, and one of `loading.CHANNEL_STATS`.
 """
 
 import contextlib

@@ -1,1 +1,1 @@
-"""The networks, and the convolution that they share."""
+"""The networks, and the convolution that they share: `networks` and `convolution`."""

@@ -1,1 +1,5 @@
-"""A config becomes a run: the only package that imports all sides."""
+"""A config becomes a run: the only package that imports all sides.
+
+`phase_parts` makes a config's names into functions, `experiment` is a config made real, `programs` are its compiled
+stages, `loop` goes through a phase, `whole_run` through all; `head_features` serves phases of the head alone.
+"""
