@@ -1,6 +1,8 @@
 """What every test runs under; the environment is set before jax starts."""
 
 import atexit
+import contextlib
+import ctypes
 import os
 import shutil
 import tempfile
@@ -32,6 +34,8 @@ def caches():
     yield
     jax.clear_caches()
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # where the C library is another
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Who owns which example: splits of a labelled data set over clients, drawn or read from a file; NumPy only.
 
 Two Dirichlet splits are in use and are not the same: `dirichlet` gives every client equally many examples and skews
-its classes, `dirichlet_by_class` spreads every class over the clients and leaves their sizes ragged. A new split is an entry of `PARTITIONS`; a user's own arrays are split by
-`tasks.own_data.SPLITS`.
+its classes, `dirichlet_by_class` spreads every class over the clients and leaves their sizes ragged. A new split is an
+entry of `PARTITIONS`; a user's own arrays are split by `tasks.own_data.SPLITS`.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""The networks, each giving its outputs and its features in one pass. A new one is a module and an entry of `MODELS`."""
+"""The networks, each giving its outputs and its features in one pass. A new one is an entry of `MODELS`."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -1,1 +1,1 @@
-"""What does a person see of a run? Its figures (`metrics`), its lines and tables (`console`), its pictures (`plots`)."""
+"""What does a person see of a run? Its figures (`metrics`), lines and tables (`console`), pictures (`plots`)."""
