@@ -77,7 +77,7 @@ def warn(name: str, k: int, info: dict, times: Counter) -> None:
 
 def _marked(info: dict) -> dict:
     """{what a warning says: [C] bool, the clients of whom it says so}."""
-    marked = {f"left out: {REASONS[reason]}": clients for reason, clients in info["reasons"].items()}
+    marked = {f"left out: {REASONS[reason]}": clients for reason, clients in info.get("reasons", {}).items()}
     marked |= {words: info[field] for field, words in NOTED.items() if field in info}
     # A rank beyond the curvature's own is no fault: its surplus pairs are not even sent.
     flags = {flag: clients for flag, clients in info.get("flags", {}).items() if flag != "rank_deficient"}

@@ -47,16 +47,18 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     cohort = config.cohort or num_clients
     term = lookup(terms.TERMS, settings.term.name, "config.term.name")()
     aggregator = aggregator_of(settings, num_clients)
+    server = server_optimizers.make(settings.server.optimizer, settings.server.momentum)
+    local = local_of(settings, aggregator, term, task)
     check_fit(settings, aggregator, term, cohort, num_clients)
     natural = settings.local.optimizer == "natural_gradient"
     by_sketch = aggregator.needs.curvature == "sketch" and (natural or settings.local.adaptive.scale > 0)
     return Parts(
         task=task,
-        local=local_of(settings, aggregator, term, task),
+        local=local,
         term=term,
         sketcher=sketcher_of(settings.sketch, aggregator, task),
         aggregator=aggregator,
-        server=server_optimizers.make(settings.server.optimizer, settings.server.momentum),
+        server=server,
         num_clients=num_clients,
         cohort=cohort,
         trainable=settings.trainable,

@@ -187,8 +187,8 @@ def test_a_low_rank_keeps_the_largest_part(x64):
     ("past", "message"),
     [
         (PastRounds("targts"), "aggregator.past.kind: unknown 'targts'; known: latest, none, prior, targets"),
-        (PRIOR._replace(rank=0), "aggregator.past: needs a rank"),
-        (TARGETS._replace(length=0), "aggregator.past: needs a rank and a length of at least 1"),
+        (PRIOR._replace(rank=0), "aggregator.past.rank: needs at least 1, got 0"),
+        (TARGETS._replace(length=0), "aggregator.past.length: needs at least 1, got 0"),
         (PRIOR._replace(decay=1.0), "aggregator.past.decay: needs"),
         (LATEST._replace(decay=1.1), "aggregator.past.decay: needs"),
         (LATEST._replace(num_clients=0), "aggregator.past.kind: 'latest' needs the number of all clients"),

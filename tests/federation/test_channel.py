@@ -75,6 +75,7 @@ def _run(channel, rates, num_rounds=6):
 OFTEN = {"drop": 0.2, "straggle": 0.4, "nan": 0.2, "flip": 0.2, "scale": 0.2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["late", "faulty"])
 def test_a_chain_is_each_channel_alone_where_the_other_does_nothing(x64, which):
     rates, alone = (_rates(share=0.6), LATE) if which == "late" else (_rates(**OFTEN), FAULTY)

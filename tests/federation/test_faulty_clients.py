@@ -202,6 +202,7 @@ def _rows(workdir):
     return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows]
 
 
+@pytest.mark.slow
 def test_every_rule_goes_on_under_all_faults_and_counts_them(tmp_path):
     """The same rounds for the same seed, others for another; side by side with a rule that has no faults."""
     faulty = ("fedavg:term.name=scaffold", "fipa:server.optimizer=exp", "fisher_diagonal")

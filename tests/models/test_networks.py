@@ -146,7 +146,7 @@ def test_resnets_have_the_published_size(name, widths, blocks, hidden):
     [
         ("mlp", (3, 2, 4), [5, 4], {}),
         ("cnn_6k", (3, 12, 12, 1), [12, 8], {}),
-        ("resnet20", (3, 8, 8, 1), [16, 16, 32, 64], {}),
+        pytest.param("resnet20", (3, 8, 8, 1), [16, 16, 32, 64], {}, marks=pytest.mark.slow),
         ("resnet20", (3, 8, 8, 1), [16, 16, 32, 64], {"head_width": 6}),
     ],
 )
@@ -188,6 +188,7 @@ def test_without_hidden_layers_the_body_is_the_flattened_input():
     chex.assert_trees_all_equal(features, models.Features((), x.reshape(3, 4), x.reshape(3, 4)))
 
 
+@pytest.mark.slow
 def test_a_resnet_computes_in_bfloat16_and_keeps_its_parameters():
     x = _normal(0, 3, 8, 8, 3)
     full = models.build(_config("resnet20"), 7)

@@ -105,11 +105,6 @@ def test_a_client_left_out_is_counted_and_named_with_its_reason(reason, caplog):
     assert len(caplog.records) == 3
 
 
-def test_a_rule_of_ones_own_needs_no_reasons(caplog):
-    report.warn("mine", 4, _info() | {"rejected": np.array([True, False, False])}, Counter())
-    assert "mine, round 4: clients [7]: left out: by the rule" in caplog.text
-
-
 def test_a_fallback_and_a_skipped_round_are_said(caplog):
     for fallback, words in ((1, "the damped form with a larger damping is taken"), (2, "the mean is taken")):
         report.warn("fipa", 4, _info() | {"fallback": np.int32(fallback), "skipped": np.bool_(False)}, Counter())
@@ -255,6 +250,7 @@ def test_features_are_cached_for_the_head_alone(trainable):
         experiment.build(config)
 
 
+@pytest.mark.slow
 def test_every_term_learns_under_every_rule(tmp_path):
     """Those that need neither labels nor the features of a network; every file of the run is that of one pair."""
     rules, names = ("fedavg", "fipa", "fisher_diagonal"), ("dyn", "mifa", "prox", "varp")

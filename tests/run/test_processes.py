@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from fipa_jax.reporting import metrics
 from fipa_jax.run import whole_run
 
@@ -56,6 +58,7 @@ def wait(process, status=0):
     return said
 
 
+@pytest.mark.slow
 def test_two_processes_with_two_devices_are_one_device(tmp_path):
     """Though they were stopped on the way, by a signal to one of them, and have gone on."""
     pair, rows = start_pair(tmp_path), tmp_path / "of0" / "metrics.jsonl"
