@@ -144,13 +144,15 @@ def by_stage(phase: Phase, asked: Callable[[], bool] = lambda: False) -> Advance
         infos, figures, sent = zip(*rounds, strict=True)
         infos, figures = whole("round", jax.device_get((infos, figures)))
         mean = {} if config.stage_seconds else {"seconds_round": whole.seconds["seconds_round"] / len(rounds)}
-        rows = [
-            {"round": k + j} | figures[j] | console.figures(info) | sent[j](info) | clocks[j].seconds | mean
-            for j, info in enumerate(infos)
-        ]
+        rows = [row_of(k + j, figures[j], info, sent[j], clocks[j].seconds | mean) for j, info in enumerate(infos)]
         return state, list(zip(rows, infos, strict=True))
 
     return advance
+
+
+def row_of(k: int, figures: dict, info: dict, sent: Callable[[dict], dict], seconds: dict) -> dict:
+    """Round k's row of the metrics file: the figures of evaluation, of the rule, the bytes sent, the seconds."""
+    return {"round": k} | figures | console.figures(info) | sent(info) | seconds
 
 
 def figures_of(phase: Phase, params: Any, k: int) -> dict:
@@ -186,7 +188,7 @@ def in_blocks(phase: Phase, state: State) -> Advance:
             info, values = jax.tree.map(lambda leaf, i=i: leaf[i], (infos, figures))
             test, clients = due(config.eval, k + i, last)
             wanted = {name: x for name, x in values.items() if (clients if name.startswith("client_") else test)}
-            rows.append(({"round": k + i} | wanted | console.figures(info) | sent(info) | seconds, info))
+            rows.append((row_of(k + i, wanted, info, sent, seconds), info))
         return state, rows
 
     return advance
