@@ -12,12 +12,14 @@ from fipa_jax import config
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # shared with the processes that tests start, and gone with them
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 config.prepare_process(devices=4)
 
 import gc  # noqa: E402
 import hashlib  # noqa: E402
+import math  # noqa: E402
 import warnings  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -28,10 +30,23 @@ from fipa_jax.data import sources as datasets  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+ENOUGH = 1.2 * 2**30  # bytes of a process; what is compiled after that is compiled anew
+
+
+def resident():
+    """The bytes of this process, where Linux tells; else as if there were too many."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return math.inf
+
+
 @pytest.fixture(autouse=True, scope="module")
 def caches():
-    """Lets go of a module's compiled programs: those of hundreds of tests would fill gigabytes."""
+    """Lets go of compiled programs between modules: those of hundreds of tests would fill gigabytes."""
     yield
+    if resident() < ENOUGH:
+        return
     jax.clear_caches()
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # where the C library is another

@@ -112,7 +112,7 @@ def test_the_bounds_count_in_what_is_remembered_too(x64):
     assert_close(bounded[0][-1], free[0][-1])
 
 
-@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.slow), 5])
 def test_a_latest_message_is_cut_or_filled_up_to_its_rank(x64, rank):
     kept = past_of(run(COHORTS[:1], LATEST._replace(rank=rank), ids=IDS[:1])[2]).sketch
     assert kept.eigenvalues.shape == (8, rank) and kept.basis.shape == (8, SIZE, rank)

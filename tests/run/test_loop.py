@@ -52,7 +52,7 @@ def _phase(config, monkeypatch, rule):
 @pytest.mark.parametrize(
     "rule",
     [
-        "fipa:sketch.gradient_scale=0.03:term.name=scaffold:local.lr_decay=0.9",
+        pytest.param("fipa:sketch.gradient_scale=0.03:term.name=scaffold:local.lr_decay=0.9", marks=pytest.mark.slow),
         "fipa_memory:sketch.gradient_scale=0.03:late.share=0.5:late.most=3",
     ],
 )
