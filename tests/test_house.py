@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import runpy
 import shutil
 import subprocess
 import sys
@@ -204,40 +205,25 @@ def test_preparing_the_process_keeps_what_the_user_has_set():
 
 # The shape of the code, by its syntax trees: what keeps it readable is measured, not hoped for.
 FILES = sorted(PACKAGE.rglob("*.py"))
-BRANCHES = ast.If | ast.For | ast.While | ast.IfExp | ast.ExceptHandler
 LONGEST_FUNCTION, LONGEST_FILE, MOST_PARAMETERS, MOST_OF_A_FACADE = 60, 400, 8, 12
 LAMBDAS = 12  # in 1000 lines
 MOST_MODULES = 65  # that define something
 FLAX = ("conv",)  # its parameters are those that flax gives a convolution
 
 
-def functions():
-    """(where, node) of every function of the package."""
-    for file in FILES:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                yield f"{file.relative_to(PACKAGE)}:{node.lineno} {node.name}", node
-
-
-def code_lines(node) -> int:
-    """A function's lines without its docstring."""
-    text = node.body[0] if ast.get_docstring(node) else None
-    return node.end_lineno - node.lineno + 1 - (text.end_lineno - text.lineno + 1 if text else 0)
-
-
-def branches(node) -> int:
-    return sum(isinstance(inner, BRANCHES) for inner in ast.walk(node))
+SHAPE = runpy.run_path(str(ROOT / "scripts" / "shape.py"))
+FUNCTIONS = list(SHAPE["functions"](PACKAGE))
 
 
 def test_functions_are_short():
-    long = [f"{where}: {code_lines(node)} lines" for where, node in functions() if code_lines(node) > LONGEST_FUNCTION]
-    assert not long
+    lines = {where: SHAPE["code_lines"](node) for where, node in FUNCTIONS}
+    assert not {where: number for where, number in lines.items() if number > LONGEST_FUNCTION}
 
 
 def test_functions_take_few_parameters():
     """At most eight; a public factory at most twelve, all beyond two by keyword alone."""
     many = []
-    for where, node in functions():
+    for where, node in FUNCTIONS:
         plain, keyword = len(node.args.posonlyargs + node.args.args), len(node.args.kwonlyargs)
         public = not node.name.startswith("_") and plain <= 2 and plain + keyword <= MOST_OF_A_FACADE
         if plain + keyword > MOST_PARAMETERS and not public and node.name not in FLAX:
@@ -247,17 +233,13 @@ def test_functions_take_few_parameters():
 
 def test_functions_branch_little():
     """95 of 100 have at most four branches, and none more than ten."""
-    counts = {where: branches(node) for where, node in functions()}
+    counts = {where: SHAPE["branches"](node) for where, node in FUNCTIONS}
     assert sorted(counts.values())[int(0.95 * len(counts))] <= 4
     assert not {where: count for where, count in counts.items() if count > 10}
 
 
 def test_lambdas_are_few():
-    lambdas = lines = 0
-    for file in FILES:
-        lambdas += sum(isinstance(node, ast.Lambda) for node in ast.walk(ast.parse(file.read_text())))
-        lines += len(file.read_text().splitlines())
-    assert 1000 * lambdas / lines <= LAMBDAS
+    assert SHAPE["lambdas"](PACKAGE) <= LAMBDAS
 
 
 def test_files_are_short_and_not_too_many():
