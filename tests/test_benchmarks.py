@@ -35,7 +35,7 @@ COMMANDS = {
 }
 
 
-ALWAYS = ("merge", "profile", "round")  # the others when there is time: `.ci/slow`
+ALWAYS = ("merge",)  # the others when there is time: `.ci/slow`
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in ALWAYS else pytest.mark.slow) for x in COMMANDS])

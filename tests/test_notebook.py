@@ -13,6 +13,7 @@ CELLS = json.loads((ROOT / "notebooks" / "fipa_colab.ipynb").read_text())["cells
 SHARED = ROOT.parent / "shared" / "data"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     """All cells with real images where they are at hand; without them, those before the image run."""
     cells = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]

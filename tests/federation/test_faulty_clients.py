@@ -238,6 +238,7 @@ def test_rates_are_traced_and_whether_there_are_any_is_not():
     assert len(built.compiled) == 2
 
 
+@pytest.mark.slow
 def test_many_rounds_in_a_call_have_the_same_faults(tmp_path):
     for per_call in (1, 5):
         whole_run.run(tiny(compare=(f"fedavg:{OFTEN}",), rounds_per_call=per_call), tmp_path / str(per_call))

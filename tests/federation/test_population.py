@@ -66,7 +66,8 @@ def test_figures_of_all_clients_do_not_depend_on_the_place(people, monkeypatch):
     chex.assert_trees_all_close(*figures, rtol=1e-6)
 
 
-@pytest.mark.parametrize("term", [pytest.param("none", marks=pytest.mark.slow), "scaffold"])
+@pytest.mark.parametrize("term", ["none", "scaffold"])
+@pytest.mark.slow
 def test_a_run_from_the_host_is_the_run_on_the_device(tmp_path, term):
     """To the bit, and with it what is said of every client; SCAFFOLD's stores come from the host as well."""
     rows = {}

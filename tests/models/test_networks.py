@@ -147,7 +147,7 @@ def test_resnets_have_the_published_size(name, widths, blocks, hidden):
         ("mlp", (3, 2, 4), [5, 4], {}),
         ("cnn_6k", (3, 12, 12, 1), [12, 8], {}),
         pytest.param("resnet20", (3, 8, 8, 1), [16, 16, 32, 64], {}, marks=pytest.mark.slow),
-        ("resnet20", (3, 8, 8, 1), [16, 16, 32, 64], {"head_width": 6}),
+        pytest.param("resnet20", (3, 8, 8, 1), [16, 16, 32, 64], {"head_width": 6}, marks=pytest.mark.slow),
     ],
 )
 def test_the_head_takes_the_body_to_the_outputs(name, shape, levels, options):

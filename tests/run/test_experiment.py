@@ -31,6 +31,7 @@ def figures(workdir):
     return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows]
 
 
+@pytest.mark.slow
 def test_the_number_of_devices_changes_nothing(tmp_path):
     for devices in (1, 2):
         whole_run.run(tiny(devices=devices), tmp_path / str(devices))

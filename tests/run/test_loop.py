@@ -81,6 +81,7 @@ def test_many_rounds_in_a_call_are_the_same_rounds(monkeypatch, rule):
     assert len({row["bytes_up"] for row in found}) > 1, "no rank adapts: a test of nothing"
 
 
+@pytest.mark.slow
 def test_rounds_that_nobody_waits_for_are_the_same_rounds(monkeypatch):
     """Looked at when figures are due, to the bit what they are one by one; a time only for the round as a whole."""
     rule = "fipa:term.name=scaffold"
