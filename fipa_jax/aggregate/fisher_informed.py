@@ -59,18 +59,21 @@ def from_solver(
 ) -> Aggregator:
     """The aggregation rule of a solver.
 
-    Example:
-      few_of_many = from_solver(
-          capped(remembering(limited(damped(0.1, relative=False), max_divergence=0.005), prior(rank=250)))
-      )
-
     Args:
       solver: of `solvers`, as it is or wrapped.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
       late: see `fipa`.
 
+    Returns:
+      The rule, which needs of the clients what the solver needs; its state is a `FipaState`.
+
     Raises:
       ValueError: the weighting is not known; in `apply`, uploads without what the solver needs.
+
+    Example:
+      few_of_many = from_solver(
+          capped(remembering(limited(damped(0.1, relative=False), max_divergence=0.005), prior(rank=250)))
+      )
     """
     lookup(WEIGHTINGS, weighting, "aggregator.weighting")
     numbers = solver.hyper | {"late.max_drift": late.max_drift}

@@ -105,9 +105,12 @@ def remembering(inner: Solver, past: Kind, *, decay: float = 0.9) -> Solver:
         remembered = past.keep(remembered, cohort, now, hyper, solution)
         return solution, hyper, (remembered, rest), info | {"past_share": jnp.sum(everyone[1].weights)}
 
+    def withdraws(state):
+        return inner.withdraws(state[1])
+
     needs = inner.needs._replace(ids=inner.needs.ids or past.needs_ids)
     hyper, wrappers = inner.hyper | {"past.decay": decay}, (*inner.wrappers, "remembering")
-    return Solver(hyper, init, solve, needs, inner.withdraws, wrappers)
+    return Solver(hyper, init, solve, needs, withdraws, wrappers)
 
 
 def kind_of(options: PastRounds, alone: Solver, transport: bool) -> Kind:
