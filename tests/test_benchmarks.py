@@ -35,10 +35,8 @@ COMMANDS = {
 }
 
 
-ALWAYS = ("merge",)  # the others when there is time: `.ci/slow`
-
-
-@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in ALWAYS else pytest.mark.slow) for x in COMMANDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_measurement_runs(name, tmp_path):
     out = tmp_path / "figures.json"
     command = [

@@ -201,7 +201,13 @@ def test_lbfgs_stays_where_the_loss_is_finite(x64):
 
 
 @pytest.mark.parametrize(
-    "name, dtype", [("gram", "float64"), ("cg", "float64"), ("lbfgs", "float64"), ("lbfgs", "float32")]
+    "name, dtype",
+    [
+        ("gram", "float64"),
+        ("cg", "float64"),
+        ("lbfgs", "float64"),
+        pytest.param("lbfgs", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_clients_side_by_side_are_clients_one_after_another(name, dtype):
     with jax.enable_x64(dtype == "float64"):

@@ -127,6 +127,7 @@ PLAIN = _parts(least_clients=2, channel=NOTHING)
 FAULTY = PLAIN._replace(channel=faulty())
 
 
+@pytest.mark.slow
 def test_faults_that_do_not_happen_change_nothing(x64):
     _, wanted, info = _run(PLAIN)
     _, found, same = _run(FAULTY)

@@ -113,6 +113,7 @@ def _locally(params, which):
     return local(network, params, make_data(), data, jax.random.key(0), make_hyper(lr=0.3), (), ()).delta
 
 
+@pytest.mark.slow
 def test_without_late_clients_nothing_changes(x64):
     rule = aggregate.fipa(past=PastRounds("prior", rank=3))
     never, *_, infos = _run(_parts(rule), num_rounds=3, share=0.0)

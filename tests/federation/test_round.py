@@ -160,6 +160,7 @@ def test_stores_on_the_host_do_not_change_a_run(x64):
 
 
 @pytest.mark.parametrize(("chunk", "devices"), [(2, 0), pytest.param(0, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_chunks_do_not_change_a_run(x64, chunk, devices):
     # vmap changes the order of sums: the same to rounding, which a float64 merge does not amplify much.
     chex.assert_trees_all_close(_two_rounds(chunk, devices), _two_rounds(1, 0), rtol=1e-10, atol=1e-12)

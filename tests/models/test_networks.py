@@ -167,6 +167,7 @@ def test_the_head_takes_the_body_to_the_outputs(name, shape, levels, options):
         assert all(np.any(level < 0) for level in features.levels), "levels come before their ReLU"
 
 
+@pytest.mark.slow
 def test_a_resnet_starts_as_its_shortcuts():
     """The kernels on the residual branches of an identity shortcut do not matter yet; those of the shortcuts do."""
     module, x = models.build(_config("resnet20"), 7), _normal(0, 3, 8, 8, 3)
@@ -202,6 +203,7 @@ def test_a_resnet_computes_in_bfloat16_and_keeps_its_parameters():
     assert 1e-5 < error < 20 * 2.0**-8
 
 
+@pytest.mark.slow
 def test_a_gauss_newton_product_and_the_jacobians_of_examples_agree():
     module = models.build(_config("cnn_6k"), 3)
     x = _normal(0, 4, 12, 12, 2)

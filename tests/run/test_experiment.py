@@ -51,6 +51,7 @@ def broken(monkeypatch):
     monkeypatch.setattr(task, "build", spoilt)
 
 
+@pytest.mark.slow
 def test_a_client_of_nan_is_reported_and_every_rule_goes_on_without_it(tmp_path, broken, caplog):
     """Whatever its curvature is seen by: the head's closed form that `auto` picks, a diagonal, and with an own rank."""
     rules = (
@@ -217,6 +218,7 @@ def test_double_precision_outside_its_scope_is_an_error():
         experiment.build(tiny(precision="float64"))
 
 
+@pytest.mark.slow
 def test_a_phase_on_cached_features_is_the_same_phase(tmp_path):
     """Rule by rule, to rounding; and the other rules of the run, on the whole network, go on as before."""
     head = "trainable=^Dense_1/:sketch.solver"

@@ -56,6 +56,7 @@ def _phase(config, monkeypatch, rule):
         "fipa_memory:sketch.gradient_scale=0.03:late.share=0.5:late.most=3",
     ],
 )
+@pytest.mark.slow
 def test_many_rounds_in_a_call_are_the_same_rounds(monkeypatch, rule):
     """Rows, dues, bytes of ranks that adapt, controls or past rounds of a cohort, rates by the round; compiled once."""
     config = tiny(cohort=2, first_round=1)
@@ -141,6 +142,7 @@ def test_pooled_is_one_client_that_owns_everything():
         assert experiment.parts_of(pooled, config.fipa).cohort == experiment.parts_of(wanted, config.fipa).cohort == 1
 
 
+@pytest.mark.slow
 def test_a_centralised_rule_takes_the_step_of_all_examples_and_those_beside_it_do_not(tmp_path):
     """Gauss-Newton, against the dense pooled step; cohort and clients are as they were for the other rule."""
     local = "local.optimizer=gauss_newton:local.lr=1:local.steps=1:local.damping=0.1"

@@ -258,6 +258,7 @@ def test_a_stopped_run_of_another_origin_is_refused_field_by_field(monkeypatch, 
     ]
 
 
+@pytest.mark.slow
 def test_a_run_is_moved_aside_where_it_cannot_go_on_or_is_told_to(monkeypatch, tmp_path, whole):
     run_until(monkeypatch, tmp_path, 1)  # before its first checkpoint
     run_until(monkeypatch, tmp_path, 99)

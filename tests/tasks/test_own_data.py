@@ -117,6 +117,7 @@ def test_kmeans_finds_clusters_whatever_the_units(config):
         assert len(np.unique(problem.train["x"][own, 1] > 0.5e-6)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_on_own_arrays_learns(config, tmp_path):
     settings = config(_arrays(y=_arrays()["x"][:, :2]), split="kmeans")
     settings.fipa.local.optimizer, settings.fipa.local.steps, settings.fipa.rounds = "lbfgs", 2, 8

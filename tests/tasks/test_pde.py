@@ -194,6 +194,7 @@ def test_data_do_not_depend_on_the_precision(problems):
 
 
 @pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
+@pytest.mark.slow
 def test_an_equation_of_ones_own_learns(tmp_path, monkeypatch, precision):
     """Transport u_x + u = f with u given on the left alone; Levenberg-Marquardt as the shipped configs have it."""
     own = pde.Equation(
