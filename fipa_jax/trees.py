@@ -25,6 +25,17 @@ def ravel_stacked(stacked) -> jax.Array:
     return jax.vmap(ravel)(stacked)
 
 
+def widened(tree):
+    """The tree with floating-point leaves of less than 32 bits in float32; all others as they are."""
+
+    def wide(leaf):
+        dtype = jnp.result_type(leaf)
+        narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+        return jnp.asarray(leaf, jnp.float32) if narrow else leaf
+
+    return jax.tree.map(wide, tree)
+
+
 def nbytes(tree) -> int:
     """The bytes of all leaves, or of arrays of their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

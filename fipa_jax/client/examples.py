@@ -29,8 +29,19 @@ def present(client: Client) -> jax.Array:
     return jnp.arange(client.indices.shape[0]) < client.num_examples
 
 
+def own_indices(client: Client) -> jax.Array:
+    """[N], the indices of a client's examples, padded by its first one: no example of others reaches its network."""
+    return jnp.where(present(client), client.indices, client.indices[0])
+
+
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """[], the mean of values [B] where the mask [B] holds; 0 where it holds nowhere."""
+    """[], the mean of values [B] where the mask [B] holds; 0 where it holds nowhere.
+
+    Raises:
+      ValueError: there is not one value for each entry of the mask.
+    """
+    if values.shape != mask.shape:
+        raise ValueError(f"needed one value per example, shape {mask.shape}, got {values.shape}")
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)
 
 

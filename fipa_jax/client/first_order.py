@@ -10,13 +10,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
-from fipa_jax.client.examples import Client, gather
+from fipa_jax.client.examples import Client, gather, own_indices
 from fipa_jax.client.local_solver import Hyper, Improvement, LocalSolver, Work, mean_gradient, regularised, solver_of
 from fipa_jax.client.terms import Term, none
-from fipa_jax.curvature.products import Loss
+from fipa_jax.curvature.contracts import Loss
 from fipa_jax.lookup import lookup
 
 Augment = Callable[[jax.Array, dict], dict]  # (key, {field: [B, ...]}) -> the batch in a random view
@@ -86,7 +85,7 @@ def first_order(
             theta = jax.tree.map(lambda p, u: (p - hyper.lr * u).astype(p.dtype), theta, update)
             return theta, state, order, total + mean_loss
 
-        zero = jnp.zeros([], ravel_pytree(work.params)[0].dtype)
+        zero = jnp.zeros([], trees.ravel(trees.widened(work.params)).dtype)
         start = (work.params, direction.init(work.params), in_order, zero)
         theta, _, _, total = jax.lax.fori_loop(0, num_steps, step, start)
         delta = optax.tree.sub(theta, work.params)
@@ -134,7 +133,7 @@ def _mini_batches(key, client: Client, batch: int, per_epoch):
             order = jax.lax.cond(first == 0, shuffle, lambda _: order, epoch)
         position = first + jnp.arange(batch)
         chosen = jax.lax.dynamic_slice(order, (first,), (batch,))
-        return order, client.indices[jnp.minimum(chosen, size - 1)], position < client.num_examples
+        return order, own_indices(client)[jnp.minimum(chosen, size - 1)], position < client.num_examples
 
     return in_order, next_batch
 

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
-from fipa_jax.client.examples import Client, gather, masked_mean, present
+from fipa_jax import trees
+from fipa_jax.client.examples import Client, gather, masked_mean, own_indices, present
 from fipa_jax.client.terms import Done, Local, Term
-from fipa_jax.curvature.products import Loss
+from fipa_jax.curvature import contracts
+from fipa_jax.curvature.contracts import Loss
 from fipa_jax.curvature.sketch import Sketch, TaskOutputs, smallest
 
 FEW = 5  # examples whose activations in a small network stay in a core's cache
@@ -60,8 +61,8 @@ class Work(NamedTuple):
 
     @property
     def examples(self) -> dict:
-        """{field: [N, ...]}, the client's examples with their padding."""
-        return gather(self.data, self.client.indices)
+        """{field: [N, ...]}, the client's examples; its first one again where there are none."""
+        return gather(self.data, own_indices(self.client))
 
 
 class Improvement(NamedTuple):
@@ -77,6 +78,7 @@ def solver_of(improve: Callable[[Work, jax.Array], Improvement], term: Term) -> 
     """The local solver that improves by `improve(work, key)`, and then keeps what the term asks to keep."""
 
     def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
+        contracts.floating(params, "params")
         found = improve(Work(outputs, params, data, client, hyper, store, shared), key)
         store = term.update(Done(store, shared, params, found.delta, found.travelled, hyper.mu))
         return LocalResult(found.delta, store, found.loss, damping=found.damping)
@@ -99,8 +101,9 @@ def with_initial_loss(local: LocalSolver, loss: Loss) -> LocalSolver:
 
     def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
         result = local(outputs, params, data, client, key, hyper, store, shared)
-        examples = gather(data, client.indices)
-        losses = loss(outputs(params, examples)[0], examples)
+        examples = gather(data, own_indices(client))
+        out = contracts.rows_of_each_example(outputs(params, examples)[0], examples)
+        losses = contracts.one_number_each(loss)(out, examples)
         return result._replace(before=masked_mean(losses, present(client)))
 
     return solve
@@ -112,13 +115,14 @@ def make_objective(work: Work, loss: Loss, term: Term) -> Objective:
     The means are over the mask's examples, {field: [B, ...]} and [B].
     """
     outputs, params, data, client, hyper, store, shared = work
-    owned = present(client)
+    owned, loss = present(client), contracts.one_number_each(loss)
 
     def all_examples(field):
         return data[field][client.indices]
 
     def objective(theta, examples, mask):
         out, features = outputs(theta, examples)
+        out = contracts.rows_of_each_example(out, examples)
         mean_loss = masked_mean(loss(out, examples), mask)
         at = Local(theta, params, store, shared, hyper.mu, examples, mask, out, features, outputs, all_examples, owned)
         return mean_loss + term.penalty(at), mean_loss
@@ -159,7 +163,7 @@ def in_micro_batches(gradient: MeanGradient, number: int) -> MeanGradient:
             value = gradient(theta, *part)
             return jax.tree.map(lambda t, g: (t + share * g).astype(t.dtype), total, value), None
 
-        blank = jax.tree.map(jnp.zeros_like, theta), jnp.zeros([], ravel_pytree(theta)[0].dtype)
+        blank = jax.tree.map(jnp.zeros_like, theta), jnp.zeros([], trees.ravel(trees.widened(theta)).dtype)
         return jax.lax.scan(add, blank, (parts, shares))[0]
 
     return summed

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from fipa_jax import trees
 from fipa_jax.client.examples import present
 from fipa_jax.client.first_order import Augment
 from fipa_jax.client.local_solver import (
@@ -22,8 +23,8 @@ from fipa_jax.client.local_solver import (
     solver_of,
 )
 from fipa_jax.client.terms import Term, none
-from fipa_jax.curvature import products
-from fipa_jax.curvature.products import Loss
+from fipa_jax.curvature import contracts, products
+from fipa_jax.curvature.contracts import Loss
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.lookup import lookup
 from fipa_jax.trees import ratio
@@ -66,7 +67,7 @@ def gauss_newton(
     _refuse_regularisers("gauss_newton", weight_decay, clip_norm)
     if term not in (None, none()):
         raise ValueError("local.optimizer = 'gauss_newton' takes no term: set term.name = 'none', or use 'lbfgs'")
-    steps = steps or epochs
+    steps, loss = steps or epochs, contracts.one_number_each(loss)
     linearise = functools.partial(lookup(SYSTEMS, system, "local.gauss_newton.system"), loss=loss, cg_steps=cg_steps)
 
     def improve(work: Work, key) -> Improvement:
@@ -74,6 +75,7 @@ def gauss_newton(
         flat, unravel = ravel_pytree(work.params)
         weight = mask.astype(flat.dtype) / jnp.maximum(work.client.num_examples, 1)
 
+        @contracts.of_each_example
         def predict(params, batch):
             return work.outputs(params, batch)[0]
 
@@ -303,12 +305,14 @@ def _explained(sketch: Sketch, gradient, damping) -> jax.Array:
 
 
 def _precise(solve: LocalSolver) -> LocalSolver:
-    """Products in full precision: on an accelerator the default's rounding is larger than what is compared."""
+    """Products in full precision, on parameters of at least float32: rounding is smaller than what is compared."""
 
     @functools.wraps(solve)
-    def precisely(*args):
+    def precisely(outputs, params, *args):
         with jax.default_matmul_precision("highest"):
-            return solve(*args)
+            result = solve(outputs, trees.widened(params), *args)
+        delta = jax.tree.map(lambda change, p: change.astype(p.dtype), result.delta, params)
+        return result._replace(delta=delta)
 
     return precisely
 

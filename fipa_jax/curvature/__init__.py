@@ -1,7 +1,8 @@
 """What do a client's data pin down? Products with its Fisher matrix, eigenpairs, sketches."""
 
+from fipa_jax.curvature.contracts import Features, Loss, Outputs, check
 from fipa_jax.curvature.eigenpairs import Eigenpairs, exact, lanczos, subspace
-from fipa_jax.curvature.products import Curvature, Features, Loss, Outputs, make_ggn, make_ggn_diagonal, make_gradient
+from fipa_jax.curvature.products import Curvature, make_ggn, make_ggn_diagonal, make_gradient
 from fipa_jax.curvature.sketch import (
     Diagonal,
     Report,
@@ -30,6 +31,7 @@ __all__ = [
     "SketchFunction",
     "Sketcher",
     "TaskOutputs",
+    "check",
     "exact",
     "keeping_energy",
     "lanczos",

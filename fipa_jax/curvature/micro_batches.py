@@ -7,27 +7,33 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from fipa_jax.curvature import contracts
+
 Add = Callable[..., Any]  # (total, batch, weight [B], *others) -> total
 
 
 class MicroBatches(NamedTuple):
-    """A client's examples, so many at a time; padding repeats the last one and weighs nothing."""
+    """A client's examples, so many at a time; padding repeats examples that are there, and weighs nothing."""
 
     batch: Any  # leaves [n, B, ...]
     weight: jax.Array  # [n, B], 1/N for the examples that are there
-    count: jax.Array  # [] int32, micro-batches up to the last example that is there: no loop looks at those behind
+    count: jax.Array | None  # [] int32, micro-batches up to the last example that is there; None without a mask: all
 
 
 def weights_of(params, batch, mask):
     """[N], 1/N for the examples that are there; an empty client has H = 0."""
-    num_examples = jax.tree.leaves(batch)[0].shape[0]
-    mask = jnp.ones([num_examples], bool) if mask is None else mask
+    mask = jnp.ones([contracts.num_examples(batch)], bool) if mask is None else mask
     dtype = ravel_pytree(params)[0].dtype
     return mask.astype(dtype) / jnp.maximum(jnp.sum(mask), 1).astype(dtype)
 
 
 def micro_batches(params, batch, mask, size) -> MicroBatches:
-    """The batch [N, ...] cut into micro-batches of so many examples; 0 for one of all."""
+    """The batch [N, ...] cut into micro-batches of so many examples; 0 for one of all.
+
+    Raises:
+      ValueError: the batch, or the mask, is none; see `contracts`.
+    """
+    batch, mask = contracts.present_rows(batch, mask)
     weight = weights_of(params, batch, mask)
     size = size or weight.shape[0]
 
@@ -37,7 +43,9 @@ def micro_batches(params, batch, mask, size) -> MicroBatches:
 
     weights = split(weight, "constant")
     occupied = jnp.any(weights > 0, axis=1)
-    count = jnp.max(jnp.where(occupied, 1 + jnp.arange(occupied.shape[0], dtype=jnp.int32), 0))
+    count = None
+    if mask is not None:
+        count = jnp.max(jnp.where(occupied, 1 + jnp.arange(occupied.shape[0], dtype=jnp.int32), 0))
     # Never an input the network has not seen, not even as padding: its derivatives may not be finite.
     return MicroBatches(jax.tree.map(lambda x: split(x, "edge"), batch), weights, count)
 
@@ -57,7 +65,8 @@ def fold(add: Add, total, micro: MicroBatches, *others):
 
     if micro.weight.shape[0] == 1:  # no loop: what does not change can be lifted out of a solver's own
         return body(0, total)
-    return jax.lax.fori_loop(0, _most(micro.count), body, total)
+    steps = micro.weight.shape[0] if micro.count is None else _most(micro.count)
+    return jax.lax.fori_loop(0, steps, body, total)
 
 
 def stack(function: Callable[[Any, jax.Array], Any], micro: MicroBatches):
@@ -69,6 +78,13 @@ def stack(function: Callable[[Any, jax.Array], Any], micro: MicroBatches):
         return jax.tree.map(lambda x, y: x.at[i].set(y), stacked, function(batch, weight))
 
     return fold(put, empty, micro, jnp.arange(micro.weight.shape[0]))
+
+
+def zero_if_empty(micro: MicroBatches, value):
+    """A sum over the examples that are there; 0 where none is, whatever the network has made of those that are not."""
+    if micro.count is None:
+        return value
+    return jax.tree.map(lambda x: jnp.where(micro.count > 0, x, jnp.zeros((), x.dtype)), value)
 
 
 def first(stacked):

@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax.curvature.micro_batches import first, fold, micro_batches, stack, weights_of
+from fipa_jax import trees
+from fipa_jax.curvature import contracts, last_layer
+from fipa_jax.curvature.contracts import Features, Loss, Outputs
+from fipa_jax.curvature.micro_batches import first, fold, micro_batches, stack, zero_if_empty
 from fipa_jax.lookup import lookup
-
-Outputs = Callable[[Any, Any], Any]  # (params, batch) -> out, a pytree of [B, ...], of each example by itself
-Loss = Callable[[Any, Any], jax.Array]  # (out, batch) -> [B], of each example
-Features = Callable[[Any, Any], jax.Array]  # (params, batch) -> [B, F], the inputs of the last layer
 
 
 class Curvature(NamedTuple):
@@ -34,6 +33,7 @@ class Curvature(NamedTuple):
     rows: jax.Array | None = None  # A [M, P] with H = A^T A, where it is held
     trace: jax.Array | None = None  # [], tr H, where it comes for free
     indefinite: jax.Array | bool = False  # [] bool: some L_n has a negative eigenvalue, which `rows` sets to zero
+    not_last_layer: jax.Array | bool = False  # [] bool: the closed form does not hold, and all products are NaN
 
 
 def make_ggn(
@@ -67,11 +67,14 @@ def make_ggn(
         layer's.
     """
     lookup(JACOBIANS, jacobian, "sketch.jacobian")
+    contracts.at_least(0, micro_batch=micro_batch, loss_rank=loss_rank)
+    outputs, loss = contracts.of_each_example(outputs), contracts.one_number_each(loss)
     if jacobian == "head" and features is None:
         raise ValueError("sketch.jacobian: head needs the model's features, the inputs of its last layer")
     options = {"head": {"features": features}, "rows": {"loss_rank": loss_rank}}
 
     def ggn(params, batch, mask=None) -> Curvature:
+        params = trees.widened(contracts.floating(params, "params"))
         micro = micro_batches(params, batch, mask, micro_batch)
         return JACOBIANS[jacobian](outputs, loss, params, micro, **options.get(jacobian, {}))
 
@@ -96,7 +99,7 @@ def _matrix_free(outputs, loss, params, micro):
                 return total + jax.lax.map(column, vectors.T).T
             return total + jax.vmap(column, in_axes=1, out_axes=1)(vectors)
 
-        return fold(add, jnp.zeros_like(vectors), micro)
+        return zero_if_empty(micro, fold(add, jnp.zeros_like(vectors), micro))
 
     return Curvature(product, flat.size, flat.dtype)
 
@@ -113,9 +116,10 @@ def _rows(outputs, loss, params, micro, *, loss_rank):
     def product(vectors):  # [P, B] -> [P, B]
         # A^T (A V) as ((A V)^T A)^T: left to itself XLA transposes within the products, at half the speed on CPU.
         apart = jax.lax.optimization_barrier
-        return apart(apart(rows @ vectors).T @ rows).T
+        return zero_if_empty(micro, apart(apart(rows @ vectors).T @ rows).T)
 
-    return Curvature(product, rows.shape[1], rows.dtype, rows, jnp.vdot(rows, rows), jnp.any(negative))
+    trace = zero_if_empty(micro, jnp.vdot(rows, rows))
+    return Curvature(product, rows.shape[1], rows.dtype, rows, trace, jnp.any(negative))
 
 
 def scaled_rows(outputs, loss, params, batch, weight, loss_rank: int = 0):
@@ -179,15 +183,20 @@ def _head(outputs, loss, params, micro, *, features):
     flat, unravel = ravel_pytree(params)
 
     def seen_by_head(batch, weight):
-        return outputs(params, batch), features(params, batch)
+        out, phi = outputs(params, batch), contracts.of_each_example(features)(params, batch)
+        if not last_layer.fits(params, out, phi):
+            return out, phi, False
+        return out, phi, jnp.any(weight > 0) & last_layer.differs(outputs, params, batch, phi)
 
-    out, phi = stack(seen_by_head, micro)  # [n, B, K], [n, B, F]
-    if not is_last_layer(params, *first((out, phi))):
+    out, phi, differs = stack(seen_by_head, micro)  # [n, B, K], [n, B, F], [n]
+    if not last_layer.fits(params, *first((out, phi))):
         raise ValueError(
             "sketch.jacobian: head needs the trainable parameters to be the last layer's kernel [F, K] and at most its "
             f"bias [K], got {_shapes(params)} for features and outputs of shapes {_shapes((phi, out))}; set trainable "
             "to that layer"
         )
+    differs = jnp.any(differs)
+    phi = jnp.where(differs, jnp.nan, phi)
     has_bias = len(jax.tree.leaves(params)) == 2
 
     def product(vectors):  # [P, B] -> [P, B]
@@ -196,7 +205,7 @@ def _head(outputs, loss, params, micro, *, features):
         def add(total, batch, weight, out, phi):
             return jax.tree.map(jnp.add, total, _head_columns(loss, columns, batch, weight, out, phi))
 
-        total = fold(add, jax.tree.map(jnp.zeros_like, columns), micro, out, phi)
+        total = zero_if_empty(micro, fold(add, jax.tree.map(jnp.zeros_like, columns), micro, out, phi))
         return jax.vmap(_ravelled, in_axes=-1, out_axes=1)(total)
 
     def trace(total, batch, weight, out, phi):
@@ -205,7 +214,8 @@ def _head(outputs, loss, params, micro, *, features):
         diagonal = jax.lax.map(lambda unit: hessian(jnp.broadcast_to(unit, out.shape)) @ unit, jnp.eye(out.shape[1]))
         return total + jnp.vdot(jnp.sum(diagonal, 0), jnp.sum(phi**2, axis=1) + has_bias)
 
-    return Curvature(product, flat.size, flat.dtype, trace=fold(trace, jnp.zeros([], flat.dtype), micro, out, phi))
+    trace = zero_if_empty(micro, fold(trace, jnp.zeros([], flat.dtype), micro, out, phi))
+    return Curvature(product, flat.size, flat.dtype, trace=trace, not_last_layer=differs)
 
 
 def _head_columns(loss, columns, batch, weight, out, phi):
@@ -228,56 +238,42 @@ def _head_columns(loss, columns, batch, weight, out, phi):
 JACOBIANS = {"head": _head, "matrix_free": _matrix_free, "rows": _rows}
 
 
-def is_last_layer(params, out, features) -> bool:
-    """Whether the parameters have a dense layer's shapes, [F, K] and at most [K]: features [B, F] to out [B, K]."""
-    if not all(hasattr(x, "shape") and len(x.shape) == 2 for x in (out, features)):
-        return False
-    bias, shapes = out.shape[1:], [leaf.shape for leaf in jax.tree.leaves(params)]
-    kernel = (*features.shape[1:], *bias)
-    return sorted(shapes, key=len) in ([kernel], [bias, kernel])
-
-
-def depends(function: Features, params, batch) -> bool:
-    """Whether function(params, batch) may depend on the parameters; a call that takes them counts as if it did."""
-    jaxpr = jax.make_jaxpr(function)(params, batch).jaxpr
-    reached = set(jaxpr.invars[: len(jax.tree.leaves(params))])
-
-    def among(variables):
-        return any(not hasattr(v, "val") and v in reached for v in variables)  # literals have a value
-
-    for eqn in jaxpr.eqns:
-        if among(eqn.invars):
-            reached.update(eqn.outvars)
-    return among(jaxpr.outvars)
-
-
 def make_ggn_diagonal(outputs: Outputs, loss: Loss, *, micro_batch: int = 0) -> Callable[..., jax.Array]:
     """Builds `diagonal(params, batch, mask=None) -> [P]`, the diagonal of H, from the squares of its scaled rows.
 
     Args and Raises: see `make_ggn`.
     """
 
+    outputs, loss = contracts.of_each_example(outputs), contracts.one_number_each(loss)
+
     def diagonal(params, batch, mask=None):
+        params = trees.widened(contracts.floating(params, "params"))
         micro = micro_batches(params, batch, mask, micro_batch)
 
         def add(total, batch, weight):
             return total + jnp.sum(scaled_rows(outputs, loss, params, batch, weight)[0] ** 2, axis=0)
 
-        return fold(add, jnp.zeros_like(ravel_pytree(params)[0]), micro)
+        return zero_if_empty(micro, fold(add, jnp.zeros_like(ravel_pytree(params)[0]), micro))
 
     return diagonal
 
 
 def make_gradient(outputs: Outputs, loss: Loss) -> Callable[..., jax.Array]:
-    """Builds `gradient(params, batch, mask=None) -> [P]`, of the mean loss over the mask's examples."""
+    """Builds `gradient(params, batch, mask=None) -> [P]`, of the mean loss over the mask's examples.
+
+    Args and Raises: see `make_ggn`.
+    """
+    outputs, loss = contracts.of_each_example(outputs), contracts.one_number_each(loss)
 
     def gradient(params, batch, mask=None):
-        weight = weights_of(params, batch, mask)
+        params = trees.widened(contracts.floating(params, "params"))
+        micro = micro_batches(params, batch, mask, 0)
 
-        def mean_loss(params):
+        def mean_loss(params, batch, weight):
             return jnp.sum(weight * loss(outputs(params, batch), batch))
 
-        return ravel_pytree(jax.grad(mean_loss)(params))[0]
+        slope = jax.grad(mean_loss)(params, *first((micro.batch, micro.weight)))
+        return zero_if_empty(micro, ravel_pytree(slope)[0])
 
     return gradient
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from fipa_jax import trees
-from fipa_jax.curvature import products
+from fipa_jax.curvature import contracts, products
+from fipa_jax.curvature.contracts import Features, Loss, Outputs
 from fipa_jax.curvature.eigenpairs import TOLERANCE, Eigenpairs
-from fipa_jax.curvature.products import Curvature, Features, Loss, Outputs, make_gradient
+from fipa_jax.curvature.products import Curvature, make_gradient
 from fipa_jax.curvature.solver_choice import SOLVERS, Search, View, make_solver, resolve
 from fipa_jax.lookup import lookup
 
@@ -23,6 +24,8 @@ FLAGS = {
     "indefinite": "the curvature has negative eigenvalues, which are left out: the loss is not convex in the outputs",
     "rank_deficient": "the curvature's numerical rank is below the rank asked for; the surplus pairs are zero",
     "empty": "the client has no examples; the sketch is empty",
+    "examples_mixed": "an example's outputs or loss change with the other examples of its batch",
+    "not_last_layer": "the outputs are not the features times the last layer; the sketch is empty: use another solver",
 }
 
 # The dtypes in which a basis may be sent.
@@ -91,20 +94,23 @@ def make_sketch(
       probes: random vectors for Hutchinson's estimate of the trace, one product each, where it is not known exactly.
 
     Raises:
-      ValueError: a name is not known, or the rank does not fit.
+      ValueError: a name is not known, the rank does not fit, or what is given is not as `contracts` asks.
     """
     lookup(SOLVERS, solver, "sketch.solver")
+    contracts.at_least(0, oversample=oversample, power_steps=power_steps, tolerance=tolerance, probes=probes)
     search = Search(solver, rank, oversample, power_steps, tolerance)
     view = View(micro_batch, jacobian, features, loss_rank)
 
     def sketch(key, params, batch, mask=None, start=None) -> Sketch:
+        batch, mask = contracts.present_rows(batch, mask)
         chosen, seen_by = resolve(outputs, params, batch, search, view)
         solve, ggn = make_solver(chosen), products.make_ggn(outputs, loss, **seen_by._asdict())
-        solve_key, probe_key = jax.random.split(key)
+        solve_key, probe_key = jax.random.split(contracts.key(key))
         with jax.default_matmul_precision("highest"):
             matrix = ggn(params, batch, mask)
             pairs = solve(solve_key, matrix, start)
             left, error = trace_left(probe_key, matrix, pairs, probes)
+            mixed = contracts.mixes_examples(outputs, loss, params, batch)
         trace_is_known = matrix.trace is not None
         report = Report(
             residuals=pairs.residuals,
@@ -112,7 +118,7 @@ def make_sketch(
             converged=jnp.all(pairs.residuals <= tolerance),
             trace=jnp.sum(pairs.eigenvalues) + left,
             trace_error=error,
-            flags=_flags(matrix, pairs, mask),
+            flags=_flags(matrix, pairs, mask) | {"examples_mixed": jnp.asarray(mixed)},
         )
         return Sketch(pairs.eigenvalues, pairs.vectors, _sound(report, trace_is_known or probes))
 
@@ -154,7 +160,9 @@ def _flags(matrix: Curvature, pairs: Eigenpairs, mask) -> dict[str, jax.Array]:
     """{name in `FLAGS`: [] bool}."""
     flags = {name: getattr(pairs, name) for name in ("not_finite", "asymmetric", "indefinite")}
     flags["indefinite"] |= matrix.indefinite
+    flags["not_last_layer"] = jnp.asarray(matrix.not_last_layer)
     flags["empty"] = jnp.zeros([], bool) if mask is None else ~jnp.any(mask)
+    flags["not_finite"] &= ~flags["empty"]  # of examples that are not there
     flags["rank_deficient"] = jnp.any(pairs.eigenvalues == 0) & ~flags["empty"] & ~flags["not_finite"]
     return flags
 

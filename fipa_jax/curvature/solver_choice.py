@@ -6,7 +6,9 @@ import jax
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax.curvature import eigenpairs
-from fipa_jax.curvature.products import Features, Outputs, depends, forward_flops, is_last_layer
+from fipa_jax.curvature.contracts import Features, Outputs
+from fipa_jax.curvature.last_layer import is_last_layer
+from fipa_jax.curvature.products import forward_flops
 from fipa_jax.lookup import lookup
 
 ROWS_GIB = 2.0  # memory that explicit rows may take, for `auto`
@@ -66,7 +68,6 @@ def _choose_for(outputs, params, batch, search: Search, view: View) -> tuple[str
     """`choose` by the sizes of a model and its data."""
     out = jax.eval_shape(outputs, params, batch)
     num_outputs = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(out))
-    phi = None if view.features is None else jax.eval_shape(view.features, params, batch)
     return choose(
         examples=jax.tree.leaves(batch)[0].shape[0],
         outputs=min(view.loss_rank or num_outputs, num_outputs),
@@ -74,8 +75,7 @@ def _choose_for(outputs, params, batch, search: Search, view: View) -> tuple[str
         products=(search.power_steps + 1) * search.rank + search.oversample,
         flops=forward_flops(outputs, params, batch),
         itemsize=ravel_pytree(params)[0].dtype.itemsize,
-        # A layer below may have the last one's shapes, but the last one's inputs depend on it.
-        is_head=phi is not None and is_last_layer(params, out, phi) and not depends(view.features, params, batch),
+        is_head=is_last_layer(outputs, view.features, params, batch),
     )
 
 

@@ -1,0 +1,218 @@
+"""What must a model, a loss and their data be like, for the curvature to be right? Checked where a program is traced.
+
+    params   a pytree of floating-point arrays
+    batch    a pytree of arrays [N, ...], the examples along the first axis of each
+    mask     [N] bool, the examples that are there
+    outputs  (params, batch) -> a pytree of floating-point arrays [N, ...], each example's of that example alone
+    loss     (out, batch) -> [N], one number of each example, of its own outputs
+
+Types and shapes are looked at by every function that takes them; a call of a compiled program pays nothing for it.
+What only numbers can tell is looked at by `check`, and by every sketch for its report.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fipa_jax import trees
+
+Outputs = Callable[[Any, Any], Any]  # (params, batch) -> out, a pytree of [B, ...], of each example by itself
+Loss = Callable[[Any, Any], jax.Array]  # (out, batch) -> [B], of each example
+Features = Callable[[Any, Any], jax.Array]  # (params, batch) -> [B, F], the inputs of the last layer
+
+
+def check(outputs: Outputs, loss: Loss, params: Any, batch: Any, mask: jax.Array | None = None) -> None:
+    """Checks a model and a loss on some examples: types, shapes, finite numbers, and that examples are kept apart.
+
+    For a first call, outside of jit. A report's flag `examples_mixed` says the same of the last point.
+
+    Args:
+      outputs, loss: see `products.make_ggn`.
+      params: parameter pytree.
+      batch: leaves [N, ...].
+      mask: [N] bool, the examples that are there; all without one.
+
+    Raises:
+      ValueError: what is wrong, in words.
+
+    Example:
+      check(outputs, loss, params, {"x": x, "y": y})  # e.g. "loss: needed one number per example, shape (12,), got ..."
+    """
+    floating(params, "params")
+    batch, mask = present_rows(batch, mask)
+    out = of_each_example(outputs)(params, batch)
+    losses = one_number_each(loss)(out, batch)
+    for name, values in {"outputs": out, "loss": losses}.items():
+        wrong = [path for path, leaf in trees.paths(values).items() if not bool(jnp.all(jnp.isfinite(leaf)))]
+        if wrong:
+            raise ValueError(f"{name}: not finite at these parameters{_at(wrong[0])}")
+    if bool(mixes_examples(outputs, loss, params, batch)):
+        raise ValueError(
+            "outputs: an example's outputs, or its loss, change with the other examples of its batch, as with batch "
+            "normalisation in training mode; run the model in evaluation mode"
+        )
+
+
+def mixes_examples(outputs: Outputs, loss: Loss, params: Any, batch: Any) -> jax.Array | bool:
+    """[] bool: the first example's outputs or loss change where the second one stands beside it."""
+    if num_examples(batch) < 2:
+        return False
+
+    def first_of(number):
+        few = jax.tree.map(lambda x: x[:number], batch)
+        out = of_each_example(outputs)(params, few)
+        return [leaf[0] for leaf in jax.tree.leaves((out, one_number_each(loss)(out, few)))]
+
+    def differ(alone, beside):
+        slack = 10 * jnp.sqrt(jnp.finfo(alone.dtype).eps) * jnp.max(jnp.abs(alone), initial=1e-30)
+        return jnp.any(jnp.abs(alone - beside) > slack)  # false for NaN, which has a flag of its own
+
+    return jnp.any(jnp.stack(list(map(differ, first_of(1), first_of(2)))))
+
+
+def floating(tree: Any, name: str) -> Any:
+    """The tree, all of whose leaves are floating-point arrays.
+
+    Integers and booleans cannot be trained or averaged: they are refused everywhere, never rounded.
+
+    Args:
+      name: of what the tree is, for the error.
+
+    Raises:
+      ValueError: a leaf is none, by its path; or there are no leaves.
+    """
+    leaves = trees.paths(tree)
+    wrong = next((path for path, leaf in leaves.items() if not _is_floating(leaf)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{name}: needed floating-point arrays, got {_kind(leaves[wrong])}{_at(wrong)}; keep counters, flags and "
+            "keys out of what is trained"
+        )
+    if not leaves:
+        raise ValueError(f"{name}: there are no arrays in it")
+    return tree
+
+
+def num_examples(batch: Any) -> int:
+    """N, the length of the first axis of every leaf.
+
+    Raises:
+      ValueError: a leaf has no such axis, or another length.
+    """
+    leaves = trees.paths(batch)
+    for path, leaf in leaves.items():
+        if not hasattr(leaf, "shape") or not leaf.shape or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ValueError(f"batch: needed arrays with a first axis of examples, got {_kind(leaf)}{_at(path)}")
+    lengths = {path: leaf.shape[0] for path, leaf in leaves.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"batch: needed as many examples in every array, got {lengths or 'no arrays'}")
+    return next(iter(lengths.values()))
+
+
+def present_rows(batch: Any, mask: jax.Array | None) -> tuple[Any, jax.Array | None]:
+    """(batch, mask) in which rows that are masked out repeat one that is there, so that no network sees them.
+
+    A batch without examples becomes one masked example of zeros.
+
+    Raises:
+      ValueError: the batch's arrays do not fit each other, or the mask does not fit them.
+    """
+    number = num_examples(batch)
+    if number == 0:
+        batch = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch)
+        return batch, jnp.zeros([1], bool)
+    if mask is None:
+        return batch, None
+    if jnp.shape(mask) != (number,) or not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
+        raise ValueError(f"mask: needed {number} booleans, one of each example, got {_kind(mask)}")
+    mask = jnp.asarray(mask)
+    rows = jnp.where(mask, jnp.arange(number, dtype=jnp.int32), jnp.argmax(mask).astype(jnp.int32))
+    return jax.tree.map(lambda x: jnp.asarray(x)[rows], batch), mask
+
+
+def of_each_example(outputs: Outputs) -> Outputs:
+    """The outputs, looked at wherever they are traced, in float32 at least.
+
+    Parameters and inputs of half precision are widened too, as curvature is never seen in less than float32.
+    """
+
+    def checked(params, batch):
+        out = outputs(trees.widened(floating(params, "params")), trees.widened(batch))
+        return rows_of_each_example(out, batch)
+
+    return checked
+
+
+def rows_of_each_example(out: Any, batch: Any) -> Any:
+    """The outputs of a batch, looked at, in float32 at least.
+
+    Raises:
+      ValueError: they are not floating-point arrays with one row of each example.
+    """
+    number = num_examples(batch)
+    for path, leaf in trees.paths(floating(out, "outputs")).items():
+        if jnp.shape(leaf)[:1] != (number,):
+            raise ValueError(f"outputs: needed a first axis of {number} examples, got shape {leaf.shape}{_at(path)}")
+    return trees.widened(out)
+
+
+def one_number_each(loss: Loss) -> Loss:
+    """The loss, looked at wherever it is traced, in float32 at least."""
+
+    def checked(out, batch):
+        losses, number = loss(out, batch), num_examples(batch)
+        if jnp.shape(losses) != (number,):
+            raise ValueError(
+                f"loss: needed one number per example, shape ({number},), got {jnp.shape(losses)}; sum or average over "
+                "the other axes, and leave the mean over examples out"
+            )
+        return trees.widened(floating(losses, "loss"))
+
+    return checked
+
+
+def key(key: jax.Array) -> jax.Array:
+    """The key, which is one.
+
+    Raises:
+      ValueError: it is no single key.
+    """
+    array = hasattr(key, "shape") and hasattr(key, "dtype")
+    new = array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    old = array and key.dtype == jnp.uint32 and len(key.shape) == 1
+    if not (new or old):
+        raise ValueError(f"key: needed one key, such as jax.random.key(0), got {_kind(key)}")
+    return key
+
+
+def at_least(least: float, **numbers: Any) -> None:
+    """Refuses numbers below a bound, or NaN; those that are traced pass.
+
+    Raises:
+      ValueError: names the number.
+    """
+    for name, value in numbers.items():
+        if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) >= least):
+            raise ValueError(f"{name}: needed {least:g} or more, got {value}")
+
+
+def _is_floating(leaf: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    except (TypeError, ValueError):  # what is no number at all
+        return False
+
+
+def _kind(value: Any) -> str:
+    """What something is, in a few words."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        return f"{type(value).__name__} {value!r:.40}"
+    return f"{value.dtype} of shape {tuple(value.shape)}"
+
+
+def _at(path: str) -> str:
+    """Where in a tree, in words; nothing at its root."""
+    return f" at {path!r:.200}" if path else ""
