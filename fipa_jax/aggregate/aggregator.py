@@ -74,11 +74,14 @@ class Aggregator(NamedTuple):
 def step_of(rule: Aggregator, received: Received, state: State, params: Params, info: Info):
     """(step, state, info, received) of a rule, after it has left out whom it must; `info` is that of the screening.
 
+    The rule works in float32 at least; the step has the parameters' own dtypes.
+
     Args:
       received: as `screening.receive` gives it.
     """
     received, refused = rule.admit(received, state)
-    step, state, told = rule.apply(received, state, params)
+    step, state, told = rule.apply(received, state, trees.widened(params))
+    step = jax.tree.map(lambda change, p: change.astype(jnp.result_type(p)), step, params)
     return step, state, info | refused | told, received
 
 
@@ -92,14 +95,14 @@ def weights_of(
     """(weights [C], what they are shares of []): the examples or clients that take part, late ones for less.
 
     Args:
-      params: whose precision the weights have, whatever that of the updates.
+      params: whose precision the weights have, whatever that of the updates; float32 at least.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
       staleness: see `late_updates.freshness`.
 
     Returns:
       Weights that sum to one; if no client takes part all are 0.
     """
-    dtype = jnp.result_type(*jax.tree.leaves(params))
+    dtype = jnp.result_type(*jax.tree.leaves(trees.widened(params)))
     counts = lookup(WEIGHTINGS, weighting, "aggregator.weighting")(received)
     counts = jnp.where(received.took_part, counts, 0).astype(dtype) * freshness(received, staleness, dtype)
     total = jnp.sum(counts)

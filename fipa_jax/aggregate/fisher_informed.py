@@ -16,6 +16,7 @@ from fipa_jax.aggregate.screening import Received, receive
 from fipa_jax.aggregate.solvers import Messages, Now, Solution, Solver
 from fipa_jax.aggregate.trust import trust_region
 from fipa_jax.aggregate.uploads import Uploads
+from fipa_jax.curvature import contracts
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.lookup import lookup
 
@@ -79,7 +80,7 @@ def from_solver(
     numbers = solver.hyper | {"late.max_drift": late.max_drift}
 
     def init(params):
-        theta = ravel_pytree(params)[0]
+        theta = trees.ravel(trees.widened(contracts.floating(params, "params")))
         hyper = {name: jnp.asarray(value, theta.dtype) for name, value in numbers.items()}
         return FipaState(hyper, solver.init(theta))
 

@@ -73,7 +73,7 @@ def diagonal(
     lookup(PLACES, at, "aggregator.at")
 
     def init(params):
-        return {"damping": jnp.asarray(damping, ravel_pytree(params)[0].dtype)}
+        return {"damping": jnp.asarray(damping, trees.ravel(trees.widened(params)).dtype)}
 
     def apply(received: Received, state, params):
         if not isinstance(received.sketch, Diagonal):

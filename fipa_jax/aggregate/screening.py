@@ -13,7 +13,7 @@ import optax
 
 from fipa_jax import trees
 from fipa_jax.aggregate.merged_curvature import over_row_blocks, row_block
-from fipa_jax.aggregate.uploads import Uploads, check_shapes
+from fipa_jax.aggregate.uploads import Uploads, fitting
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 
 # Why a client is left out, in words.
@@ -32,7 +32,7 @@ BLOCK = 2**20  # entries of the bases that are looked at together
 
 
 class Received(NamedTuple):
-    """A round's uploads after screening, as a rule gets them; fields are those of `Uploads`.
+    """A round's uploads after screening, as a rule gets them; fields are those of `Uploads`, in float32 at least.
 
     Who takes no part has 0 for its number of examples, its update and all else but the ids and the sketch, so that a
     sum over all clients is one over those that do. Sketches are not zeroed, which would copy all of them: a rule reads
@@ -81,19 +81,18 @@ def receive(uploads: Uploads, params: Any) -> tuple[Received, dict]:
       weights = received.num_examples / jnp.sum(received.num_examples)
       step = trees.weighted_sum(weights, received.delta)
     """
-    check_shapes(uploads, params)
-    num_examples = jnp.asarray(uploads.num_examples)
+    uploads = fitting(uploads, params)
+    num_examples = uploads.num_examples
     present = num_examples != 0  # NaN is not 0
-    dtype = jnp.result_type(*jax.tree.leaves(params))
-    reasons = {name: present & fault for name, fault in _faults(uploads, num_examples, dtype).items()}
+    reasons = {name: present & fault for name, fault in _faults(uploads, num_examples).items()}
     rejected = jnp.any(jnp.stack(list(reasons.values())), axis=0)
-    fields = uploads._asdict() | {"num_examples": num_examples}
-    received = Received(took_part=jnp.ones_like(present), **fields).only(present & ~rejected)
+    received = Received(took_part=jnp.ones_like(present), **uploads._asdict()).only(present & ~rejected)
     return received, {"rejected": rejected, "reasons": reasons, "absent": ~present}
 
 
-def _faults(uploads: Uploads, num_examples: jax.Array, dtype) -> dict[str, jax.Array]:
+def _faults(uploads: Uploads, num_examples: jax.Array) -> dict[str, jax.Array]:
     """{name in `REASONS`: [C] bool}, of present and absent clients alike."""
+    dtype = jnp.result_type(*jax.tree.leaves(uploads.delta))
     most = jnp.sqrt(jnp.finfo(dtype).max) / num_examples.size  # above it the sum could overflow, over rounds too
     # The norm as well as the entries: it can overflow where no entry does, and the step would.
     lengths = jax.vmap(optax.tree.norm)(uploads.delta)

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fipa_jax.curvature.sketch import Diagonal, Sketch
+from fipa_jax import trees
+from fipa_jax.curvature import contracts
+from fipa_jax.curvature.sketch import FLAGS, STORES, Diagonal, Report, Sketch
 
 
 class Uploads(NamedTuple):
@@ -29,109 +31,219 @@ class Uploads(NamedTuple):
 NUMBERS = ("num_examples", "loss", "damping")  # one of each client
 
 
-def check_shapes(uploads: Uploads, params: Any) -> None:
-    """Checks that stacked uploads fit each other and the parameters.
+def fitting(uploads: Uploads, params: Any) -> Uploads:
+    """Stacked uploads that fit each other and the parameters: in the parameters' own tree, in float32 at least.
+
+    Updates, counts and eigenvalues of half precision are widened. A basis is not: it is read block by block.
 
     Args:
-      params: parameter pytree, whose tree and shapes the updates must have.
+      params: parameter pytree, whose paths and shapes the updates must have.
 
     Raises:
       ValueError: names the field, what was needed and what arrived.
     """
     clients = jnp.shape(uploads.num_examples)
-    if len(clients) != 1:
-        raise ValueError(f"uploads.num_examples: needed shape [C], got {clients}")
-    want = jax.tree.map(lambda leaf: clients + jnp.shape(leaf), params)
-    got = jax.tree.map(jnp.shape, uploads.delta)
-    if want != got:
-        raise ValueError(f"uploads.delta: needed the parameters' tree with a leading clients axis, {want}, got {got}")
-    for field in ("loss", "damping", "ids", "age"):
-        value = getattr(uploads, field)
-        if value is not None and jnp.shape(value) != clients:
-            raise ValueError(f"uploads.{field}: needed shape {clients}, got {jnp.shape(value)}")
-    if uploads.moved is not None and jax.tree.map(jnp.shape, uploads.moved) != want:
-        raise ValueError(f"uploads.moved: needed {want}, got {jax.tree.map(jnp.shape, uploads.moved)}")
-    _check_curvature(uploads.sketch, clients, sum(np.size(leaf) for leaf in jax.tree.leaves(params)))
+    if len(clients) != 1 or not clients[0]:
+        raise ValueError(f"uploads.num_examples: needed shape [C] with C at least 1, got {clients}")
+    contracts.floating(params, "params")
+    numbers = {name: getattr(uploads, name) for name in (*NUMBERS, "ids", "age")}
+    for field, value in numbers.items():
+        if value is not None and (jnp.shape(value) != clients or not _is_real(value)):
+            raise ValueError(f"uploads.{field}: needed {clients[0]} real numbers, got {contracts.kind(value)}")
+    moved = None if uploads.moved is None else like_params(uploads.moved, params, clients, "uploads.moved")
+    delta = like_params(uploads.delta, params, clients, "uploads.delta")
+    sketch = _checked(uploads.sketch, clients, sum(np.size(leaf) for leaf in jax.tree.leaves(params)))
+    counts = jnp.asarray(uploads.num_examples)
+    numbers["num_examples"] = counts.astype(jnp.promote_types(counts.dtype, jnp.float32))
+    return Uploads(delta=delta, sketch=sketch, moved=moved, **trees.widened(numbers))
 
 
-def _check_curvature(sketch: Sketch | Diagonal | None, clients: tuple[int], size: int) -> None:
-    if isinstance(sketch, Diagonal) and sketch.values.shape != (*clients, size):
-        raise ValueError(f"uploads.sketch: needed values {(*clients, size)}, got {sketch.values.shape}")
-    if isinstance(sketch, Sketch):
-        eigenvalues, basis = sketch.eigenvalues.shape, sketch.basis.shape
-        if eigenvalues[:1] != clients or len(eigenvalues) != 2 or basis != (*clients, size, *eigenvalues[1:]):
-            raise ValueError(
-                f"uploads.sketch: needed eigenvalues [C, R] and basis [C, P, R] with C = {clients[0]}, P = {size}, "
-                f"got {eigenvalues} and {basis}"
-            )
+def like_params(tree: Any, params: Any, leading: tuple[int, ...], name: str) -> Any:
+    """The floating-point tree in the parameters' structure, whose paths and shapes it must have, in float32 at least.
 
-
-def collect(sent: Sequence[Uploads], params: Any) -> tuple[Uploads, dict[int, str]]:
-    """Stacks what single clients have sent; one that does not fit becomes a client without examples.
-
-    For clients that are other programs: what arrives may have any tree, shape, rank or dtype.
+    Containers of another kind that hold the same paths, such as a frozen dictionary, are the same tree.
 
     Args:
-      sent: of each client, without the leading clients axis. `ids`, `age` and `moved`, the server's own, are left
-        out, for it to set.
-      params: parameter pytree, whose tree and shapes the updates must have.
-
-    Returns:
-      (uploads [C, ...], {place of a client that does not fit: why, in words}). The kind and the rank of the sketches
-      are those that most of the others have.
+      leading: the axes that every leaf has before those of the parameter.
+      name: of the tree, for the error.
 
     Raises:
-      ValueError: no client fits.
+      ValueError: names the first path that differs.
     """
-    sent = [one._replace(ids=None, age=None, moved=None) for one in sent]
-    wrong = {place: why for place, one in enumerate(sent) if (why := _misfit(one, params))}
-    kinds = {place: _kind(one) for place, one in enumerate(sent) if place not in wrong}
-    if not kinds:
-        raise ValueError(f"uploads: none of {len(sent)} clients fits the parameters: {wrong}")
-    usual = Counter(kinds.values()).most_common(1)[0][0]
-    wrong |= {place: f"sent {kind}, most sent {usual}" for place, kind in kinds.items() if kind != usual}
-    blank = jax.tree.map(np.zeros_like, next(one for place, one in enumerate(sent) if place not in wrong))
-    fitting = [blank if place in wrong else one for place, one in enumerate(sent)]
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *fitting), wrong
+    got, want = trees.paths(tree), trees.paths(params)
+    if set(got) != set(want):
+        path = min(set(got) ^ set(want))
+        raise ValueError(f"{name}: {f'{path!r} is no parameter' if path in got else f'{path!r} is missing'}")
+    contracts.floating(tree, name)
+    for path, leaf in want.items():
+        if jnp.shape(got[path]) != leading + jnp.shape(leaf):
+            raise ValueError(f"{name}: needed {leading + jnp.shape(leaf)} at {path!r}, got {jnp.shape(got[path])}")
+    structure = jax.tree.structure(params)
+    return trees.widened(structure.unflatten([jnp.asarray(got[path]) for path in want]))
 
 
-def _misfit(one: Uploads, params: Any) -> str:
-    """What of a single client's upload does not fit the parameters, in words; "" if all fits."""
-    if not isinstance(one.sketch, Sketch | Diagonal | None):
-        return f"its sketch is a {type(one.sketch).__name__}, needed Sketch, Diagonal or None"
-    sketch = one.sketch._replace(report=None) if isinstance(one.sketch, Sketch) else one.sketch
+def _is_real(value: Any) -> bool:
+    """Whether an array, or number, is of integers or floating-point numbers, which a bool is not."""
+    dtype = jnp.result_type(value)
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def _checked(sketch: Sketch | Diagonal | None, clients: tuple[int], size: int) -> Sketch | Diagonal | None:
+    """A stacked sketch of C = `clients` clients and P = `size` that fits, its eigenvalues in float32 at least."""
+    if isinstance(sketch, Diagonal):
+        if jnp.shape(sketch.values) != (*clients, size):
+            raise ValueError(f"uploads.sketch: needed values {(*clients, size)}, got {jnp.shape(sketch.values)}")
+        return trees.widened(contracts.floating(sketch, "uploads.sketch"))
+    if not isinstance(sketch, Sketch):
+        return None
+    eigenvalues, basis = jnp.shape(sketch.eigenvalues), jnp.shape(sketch.basis)
+    if eigenvalues[:1] != clients or len(eigenvalues) != 2 or basis != (*clients, size, *eigenvalues[1:]):
+        raise ValueError(
+            f"uploads.sketch: needed eigenvalues [C, R] and basis [C, P, R] with C = {clients[0]}, P = {size}, "
+            f"got {eigenvalues} and {basis}"
+        )
+    contracts.floating((sketch.eigenvalues, sketch.basis), "uploads.sketch")
+    return sketch._replace(eigenvalues=trees.widened(sketch.eigenvalues))
+
+
+def collect(sent: Sequence[Any], params: Any, like: Uploads | None = None) -> tuple[Uploads, dict[int, str]]:
+    """Stacks what single clients have sent; one that does not fit becomes a client without examples.
+
+    For clients that are other programs: what arrives may be any object at all, and nothing of it raises.
+
+    Args:
+      sent: what each client has sent, by right `Uploads` without the leading clients axis. `ids`, `age` and `moved`,
+        the server's own, are left out, for it to set.
+      params: parameter pytree, whose paths and shapes the updates must have.
+      like: an upload, or its shapes, of the kind that is asked for: with a sketch of which rank, with a report, with a
+        loss and so on. Without one it is the kind that most of those have sent which fit the parameters.
+
+    Returns:
+      (uploads [C, ...], {place of a client that does not fit: why, in words}). Where nobody fits and nothing says what
+      was asked for, there is no sketch in them.
+
+    Raises:
+      ValueError: there are no clients.
+
+    Example:
+      uploads, wrong = collect([first, None, third], params)
+      wrong is {1: "it has sent a NoneType, needed Uploads"}, and uploads.num_examples[1] is 0.
+    """
+    if not len(sent):
+        raise ValueError("uploads: there are no clients to collect from")
+    contracts.floating(params, "params")
+    read, wrong = {}, {}
+    for place, one in enumerate(sent):
+        try:
+            read[place] = _read(one, params)
+        except _Misfit as misfit:
+            wrong[place] = f"{misfit!s:.300}"
+        except Exception as error:  # whatever an object of another program does when it is looked at
+            wrong[place] = f"it cannot be read: {type(error).__name__}"
+    kinds = {place: _kind(one) for place, one in read.items()}
+    usual = Counter(kinds.values()).most_common(1)[0][0] if kinds and like is None else _kind(like)
+    asked = "most sent" if like is None else "asked for"
+    wrong |= {place: f"sent {kind}, {asked} {usual}" for place, kind in kinds.items() if kind != usual}
+    fits = (one for place, one in read.items() if place not in wrong)
+    blank = (like or next(fits, Uploads(None, np.float32(0))))._replace(delta=params)
+    blank = jax.tree.map(lambda x: np.zeros(getattr(x, "shape", ()), jnp.result_type(x)), blank)
+    stacked = [blank if place in wrong else read[place] for place in range(len(sent))]
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *stacked), wrong
+
+
+class _Misfit(Exception):
+    """Why an upload does not fit, in words."""
+
+
+def _read(one: Any, params: Any) -> Uploads:
+    """One client's upload as NumPy arrays of the parameters' tree."""
+    if not isinstance(one, Uploads):
+        raise _Misfit(f"it has sent a {type(one).__name__}, needed Uploads")
     try:
-        shapes = jax.tree.map(np.shape, one._replace(sketch=sketch))
-        numbers = one.delta, sketch, one.loss, one.damping
-        dtypes = {jnp.result_type(leaf).name for leaf in jax.tree.leaves(numbers)}
-    except (TypeError, ValueError) as error:
-        return f"holds what is no array: {error}"
-    want = jax.tree.map(np.shape, params)
-    if shapes.delta != want:
-        return f"its update has the tree or shapes {shapes.delta}, needed {want}"
-    if any(getattr(shapes, field) not in ((), None) for field in NUMBERS):
-        got = f"{shapes.num_examples}, {shapes.loss} and {shapes.damping}"
-        return f"num_examples, loss and damping need to be numbers, got shapes {got}"
-    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
-        return f"needed floating-point numbers, got {', '.join(sorted(dtypes))}"
-    return _misfit_of_curvature(shapes.sketch, sum(np.size(leaf) for leaf in jax.tree.leaves(params)))
+        delta = like_params(jax.tree.map(_array, one.delta), params, (), "its update")
+    except ValueError as error:
+        raise _Misfit(str(error)) from error
+    numbers = {name: getattr(one, name) for name in NUMBERS}
+    read = {name: None if value is None else _number(value, name) for name, value in numbers.items()}
+    if read["num_examples"] is None:
+        raise _Misfit("it does not say of how many examples it is")
+    sketch = _read_curvature(one.sketch, sum(np.size(leaf) for leaf in jax.tree.leaves(params)))
+    return Uploads(delta=jax.tree.map(np.asarray, delta), sketch=sketch, **read)
 
 
-def _misfit_of_curvature(shapes: Sketch | Diagonal | None, size: int) -> str:
-    """The same of the shapes of a client's sketch or diagonal, for P = `size`."""
-    if isinstance(shapes, Diagonal) and shapes.values != (size,):
-        return f"its diagonal has the shape {shapes.values}, needed {(size,)}"
-    if isinstance(shapes, Sketch):
-        eigenvalues, basis = shapes.eigenvalues, shapes.basis
-        if len(eigenvalues) != 1 or basis != (size, *eigenvalues):
-            return f"its sketch has eigenvalues {eigenvalues} and basis {basis}, needed [R] and [{size}, R]"
-    return ""
+def _read_curvature(sketch: Any, size: int) -> Sketch | Diagonal | None:
+    """One client's sketch or diagonal for P = `size`."""
+    if sketch is None:
+        return None
+    if isinstance(sketch, Diagonal):
+        return Diagonal(_shaped(sketch.values, (size,), "its diagonal"))
+    if not isinstance(sketch, Sketch):
+        raise _Misfit(f"its sketch is a {type(sketch).__name__}, needed Sketch, Diagonal or None")
+    rank = np.size(_array(sketch.eigenvalues))
+    eigenvalues = _shaped(sketch.eigenvalues, (rank,), "the eigenvalues of its sketch")
+    basis = _shaped(sketch.basis, (size, rank), "the basis of its sketch")
+    return Sketch(eigenvalues, basis, _read_report(sketch.report, rank))
 
 
-def _kind(one: Uploads) -> str:
+def _read_report(report: Any, rank: int) -> Report | None:
+    """One client's report on a sketch of R = `rank`."""
+    if report is None:
+        return None
+    if not isinstance(report, Report):
+        raise _Misfit(f"its report is a {type(report).__name__}, needed Report or None")
+    if not isinstance(report.flags, dict) or set(report.flags) != set(FLAGS):
+        raise _Misfit(f"its report has the flags {_names(report.flags)}, needed {_names(FLAGS)}")
+    return Report(
+        residuals=_shaped(report.residuals, (rank,), "the residuals of its report"),
+        products=np.asarray(_number(report.products, "products"), np.int32),
+        converged=np.asarray(_flag(report.converged, "converged")),
+        trace=_number(report.trace, "trace"),
+        trace_error=_number(report.trace_error, "trace_error"),
+        flags={name: np.asarray(_flag(report.flags[name], name)) for name in FLAGS},
+    )
+
+
+def _array(value: Any) -> np.ndarray:
+    """A value that is an array or a number, as one that the server may look at."""
+    if not isinstance(value, np.ndarray | np.generic | jax.Array | int | float) or isinstance(value, np.ma.MaskedArray):
+        raise _Misfit(f"needed arrays, got a {type(value).__name__}")
+    return np.asarray(value)
+
+
+def _shaped(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """An array of this shape in one of the dtypes in which floating-point numbers may be sent."""
+    array = _array(value)
+    if array.shape != shape or array.dtype.name not in STORES:
+        raise _Misfit(f"{name}: needed floating-point numbers of shape {shape}, got {contracts.kind(array)}")
+    return array.astype(STORES[array.dtype.name], copy=False)  # in this machine's byte order
+
+
+def _number(value: Any, name: str) -> np.ndarray:
+    """A real number in float32, or float64 where it was that; a bool is none."""
+    array = _array(value)
+    if array.shape or (array.dtype.kind not in "iu" and array.dtype.name not in STORES):
+        raise _Misfit(f"{name}: needed a number, got {contracts.kind(array)}")
+    return array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32)
+
+
+def _flag(value: Any, name: str) -> bool:
+    array = _array(value)
+    if array.shape or array.dtype != bool:
+        raise _Misfit(f"{name}: needed true or false, got {contracts.kind(array)}")
+    return bool(array)
+
+
+def _names(table: Any) -> str:
+    """The names in a table that may be anything, in some words."""
+    return ", ".join(sorted(map(str, table)))[:200] if isinstance(table, dict) else type(table).__name__
+
+
+def _kind(one: Uploads | None) -> str:
     """What kind of curvature a client has sent; those that are stacked share it."""
+    if one is None:
+        return "no sketch"
     loss = "" if one.loss is None else ", with its loss"
     loss += "" if one.damping is None else ", with its damping"
     if not isinstance(one.sketch, Sketch):
         return f"{'no sketch' if one.sketch is None else 'a diagonal'}{loss}"
-    return f"a sketch of rank {len(one.sketch.eigenvalues)}{' with a report' if one.sketch.report else ''}{loss}"
+    return f"a sketch of rank {one.sketch.eigenvalues.shape[0]}{' with a report' if one.sketch.report else ''}{loss}"

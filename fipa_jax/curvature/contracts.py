@@ -88,7 +88,7 @@ def floating(tree: Any, name: str) -> Any:
     wrong = next((path for path, leaf in leaves.items() if not _is_floating(leaf)), None)
     if wrong is not None:
         raise ValueError(
-            f"{name}: needed floating-point arrays, got {_kind(leaves[wrong])}{_at(wrong)}; keep counters, flags and "
+            f"{name}: needed floating-point arrays, got {kind(leaves[wrong])}{_at(wrong)}; keep counters, flags and "
             "keys out of what is trained"
         )
     if not leaves:
@@ -105,7 +105,7 @@ def num_examples(batch: Any) -> int:
     leaves = trees.paths(batch)
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape") or not leaf.shape or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise ValueError(f"batch: needed arrays with a first axis of examples, got {_kind(leaf)}{_at(path)}")
+            raise ValueError(f"batch: needed arrays with a first axis of examples, got {kind(leaf)}{_at(path)}")
     lengths = {path: leaf.shape[0] for path, leaf in leaves.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"batch: needed as many examples in every array, got {lengths or 'no arrays'}")
@@ -127,7 +127,7 @@ def present_rows(batch: Any, mask: jax.Array | None) -> tuple[Any, jax.Array | N
     if mask is None:
         return batch, None
     if jnp.shape(mask) != (number,) or not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
-        raise ValueError(f"mask: needed {number} booleans, one of each example, got {_kind(mask)}")
+        raise ValueError(f"mask: needed {number} booleans, one of each example, got {kind(mask)}")
     mask = jnp.asarray(mask)
     rows = jnp.where(mask, jnp.arange(number, dtype=jnp.int32), jnp.argmax(mask).astype(jnp.int32))
     return jax.tree.map(lambda x: jnp.asarray(x)[rows], batch), mask
@@ -184,7 +184,7 @@ def key(key: jax.Array) -> jax.Array:
     new = array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
     old = array and key.dtype == jnp.uint32 and len(key.shape) == 1
     if not (new or old):
-        raise ValueError(f"key: needed one key, such as jax.random.key(0), got {_kind(key)}")
+        raise ValueError(f"key: needed one key, such as jax.random.key(0), got {kind(key)}")
     return key
 
 
@@ -206,7 +206,7 @@ def _is_floating(leaf: Any) -> bool:
         return False
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     """What something is, in a few words."""
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         return f"{type(value).__name__} {value!r:.40}"

@@ -57,9 +57,11 @@ def init(parts: Parts, params: Any, round: int = 0, on_host: bool = False) -> St
       on_host: whether what clients keep lives on the host.
     """
     chosen = trees.select(params, parts.trainable)
-    blank = parts.term.init(chosen)
+    # What is kept of parameters of half precision is kept in float32: sums and moments would not move otherwise.
+    wide = trees.widened(chosen)
+    blank = parts.term.init(wide)
     store = () if on_host else jax.tree.map(lambda leaf: _repeated(leaf, parts.num_clients), blank)
-    rule, server, history = parts.aggregator.init(chosen), parts.server.init(chosen), parts.channel.init(chosen)
+    rule, server, history = parts.aggregator.init(wide), parts.server.init(wide), parts.channel.init(chosen)
     state = State(params, rule, server, store, blank, jnp.asarray(round, jnp.int32), history)
     if parts.mesh is not None:  # placed where a round leaves it, or the second round would compile anew
         state = replicate(state, parts.mesh)

@@ -91,7 +91,8 @@ def move(parts: Parts, state: State, rates: Rates, chosen: dict, step: Any, rece
     """(the trainable parameters after the server's optimiser, the optimiser's state)."""
     rule = optax.with_extra_args_support(parts.server)
     sent = {"deltas": received.delta, "present": received.took_part}
-    update, server = rule.update(optax.tree.scale(-1, step), state.server, chosen, **sent)
+    gradient = optax.tree.scale(-1, trees.widened(step))
+    update, server = rule.update(gradient, state.server, trees.widened(chosen), **sent)
     return jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update), server
 
 
