@@ -310,7 +310,7 @@ def _precise(solve: LocalSolver) -> LocalSolver:
     @functools.wraps(solve)
     def precisely(outputs, params, *args):
         with jax.default_matmul_precision("highest"):
-            result = solve(outputs, trees.widened(params), *args)
+            result = solve(outputs, trees.widened(contracts.floating(params, "params")), *args)
         delta = jax.tree.map(lambda change, p: change.astype(p.dtype), result.delta, params)
         return result._replace(delta=delta)
 
