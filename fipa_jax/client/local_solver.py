@@ -69,7 +69,7 @@ class Improvement(NamedTuple):
 
     delta: Any  # new minus broadcast parameters
     loss: jax.Array  # [], mean training loss over its steps
-    travelled: jax.Array  # [], sum of the learning rates, or what corresponds to it: see `terms.Done`
+    gradient: Any = None  # of its objective, the mean over the local work, where the term needs it: see `terms.Done`
     damping: jax.Array | None = None  # [], see `LocalResult`
 
 
@@ -78,7 +78,7 @@ def solver_of(improve: Callable[[Work, jax.Array], Improvement], term: Term) -> 
 
     def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
         found = improve(Work(outputs, params, data, client, hyper, store, shared), key)
-        store = term.update(Done(store, shared, params, found.delta, found.travelled, hyper.mu))
+        store = term.update(Done(store, shared, params, found.delta, found.gradient, hyper.mu))
         return LocalResult(found.delta, store, found.loss, damping=found.damping)
 
     return solve
