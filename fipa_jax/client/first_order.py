@@ -120,7 +120,8 @@ def first_order(
         theta, _, _, total, entries = jax.lax.fori_loop(0, num_steps, step, start)
         found = Improvement(optax.tree.sub(theta, work.params), total / jnp.maximum(num_steps, 1))
         if linear:
-            return _told_by(entries, found, hyper.lr, weight_decay, term.needs.gradient)
+            pull = weight_decay + (hyper.mu if term.pulls else 0.0)
+            return _told_by(entries, found, hyper.lr, pull, term.needs.gradient)
         return found._replace(gradient=_at_broadcast(work, gradient_of, batch)) if term.needs.gradient else found
 
     return solver_of(improve, term)
@@ -168,14 +169,15 @@ def _precision(params):
     return jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
 
 
-def _told_by(entries: Entries, found: Improvement, lr, weight_decay: float, gradient: bool) -> Improvement:
+def _told_by(entries: Entries, found: Improvement, lr, pull, gradient: bool) -> Improvement:
     """What a linear optimiser's client has found, with its damping and, if wanted, the mean of its gradients.
 
-    delta = -lr (sum of the entries' gradients + entries.decay), and the gradients' weights sum to entries.weight.
+    Its delta is -lr (weighted sum of gradients + entries.decay), the weights sum to entries.weight, and beside the loss
+    its objective holds pull/2 |theta|^2 or pull/2 |theta - broadcast|^2.
     """
     travelled = jnp.where(entries.weight > 0, entries.weight, 1) * lr
     # So much descent is (1 - e^{-travelled lam}) / lam times the gradient, about 1 / (lam + 1 / travelled).
-    found = found._replace(damping=trees.ratio(1, travelled) + weight_decay)
+    found = found._replace(damping=trees.ratio(1, travelled) + pull)
     if not gradient:
         return found
     moved = found.delta if entries.decay == () else jax.tree.map(lambda d, w: d + lr * w, found.delta, entries.decay)

@@ -94,6 +94,7 @@ class Term(NamedTuple):
     travels: bool = False  # whether the store is sent to the server, and `shared` to the clients
     remember: Callable[[Any], Any] | None = None  # delta -> store, of a client as the server received its update
     needs: Needs = Needs()
+    pulls: bool = False  # whether the penalty holds mu/2 |params - broadcast|^2, which damps a client's update
 
 
 def none() -> Term:
@@ -103,7 +104,7 @@ def none() -> Term:
 
 def prox() -> Term:
     """FedProx (Li et al. 2020, eq. 2): mu/2 |params - broadcast|^2."""
-    return Term(penalty=_proximity, needs=Needs(several_steps=True))
+    return Term(penalty=_proximity, needs=Needs(several_steps=True), pulls=True)
 
 
 def scaffold() -> Term:
@@ -145,7 +146,7 @@ def dyn() -> Term:
     def correct(served: Served):
         return jax.tree.map(lambda s, h: s - h / served.mu, served.step, served.shared)
 
-    return Term(optax.tree.zeros_like, penalty, update, correct)
+    return Term(optax.tree.zeros_like, penalty, update, correct, pulls=True)
 
 
 def moon(temperature: float = 0.5) -> Term:
