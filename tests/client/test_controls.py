@@ -186,6 +186,21 @@ def test_the_fixed_point_is_the_minimum_of_all_clients_loss(x64, name, optimizer
         assert moved[m, "there"] < 1e-6 * moved[m, "elsewhere"] and np.linalg.norm(gradient(m, theta)) > 0.1
 
 
+@pytest.mark.parametrize("optimizer", first_order.LINEAR)
+@pytest.mark.parametrize("case", ["plain", "decay", "clip", "prox", "part"])
+def test_an_updates_own_damping_gives_the_gradient_back(x64, optimizer, case):
+    """(H + beta_m I) delta = -gradient, nearly: (1 + x) (1 - e^-x) / x of it, 1 to 1.299, with x = t (lam + pull)."""
+    options = {"decay": {"weight_decay": 0.5}, "clip": {"clip_norm": 0.2}}.get(case, {}) | {"steps": 300}
+    program = compiled(local(terms.prox() if case == "prox" else terms.none(), optimizer, **options))
+    eigenvalues, basis = np.linalg.eigh(CURVATURE[0])
+    slope = gradient(0, np.ones(WIDTH)) + options.get("weight_decay", 0)
+    for lr in (1e-4, 1e-3, 1e-2, 5e-2):
+        hyper = make_hyper(lr=lr, mu=0.5)._replace(part=jnp.asarray(0.5) if case == "part" else None)
+        result = program({"w": jnp.ones(WIDTH)}, hyper, (), ())
+        found = -(eigenvalues + result.damping) * (basis.T @ result.delta["w"]) / (basis.T @ slope)
+        assert np.all(found > 0.97) and np.all(found < 1.35)
+
+
 def quadratic_rounds(optimizer, number):
     """How far from the minimum 10 steps of 0.02 a round end: curvatures of 3 and 1, minima at 1 and -2."""
     steps, lr = 10, 0.02

@@ -97,13 +97,15 @@ def test_a_term_is_refused_in_one_line_where_it_finds_nothing(term, name, folder
         assert any(need in error for need in NEEDS[term].split())
 
 
-QUICK = ("images",)  # of the others the step is taken in the slow suite
+# In the fast suite those that look into the model.
+STEPS = [
+    pytest.param(term, name, marks=() if term in NEEDS and name == "images" else pytest.mark.slow)
+    for term in terms.TERMS
+    for name in TASKS
+]
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in TASKS if name not in QUICK)]
-)
-@pytest.mark.parametrize("term", terms.TERMS)
+@pytest.mark.parametrize(("term", "name"), STEPS)
 def test_a_term_that_is_accepted_takes_a_finite_step(term, name, folder):
     problem, config, parts, params, error = tried(term, name, folder)
     if error:
