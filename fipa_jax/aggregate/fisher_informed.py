@@ -153,14 +153,14 @@ def fipa(
       relative: whether beta counts in units of H's largest eigenvalue.
       rcond: for pinv, the cut-off of H's eigenvalues relative to the largest.
       own_damping: whether the damped form takes an update for what it is to the client, (H_m + beta_m I) delta_m =
-        -g_m with `uploads.damping` beta_m, 1 / (learning rate x steps) of gradient descent, so that with the server's
-        beta
+        -g_m with `uploads.damping` beta_m, 1 / (learning rate x steps) of gradient descent (with momentum what its
+        gradients have counted in all; weight decay and a proximal term's mu add to it), so that with the server's beta
 
             step = (H + beta I)^{-1} sum_m w_m (H_m + beta_m I) delta_m
 
         is the Levenberg-Marquardt step whatever the local damping: exactly for one Gauss-Newton step, nearly for
-        gradient descent on the loss alone; a proximal term adds its mu to beta_m, which is not seen. Bounds on the
-        step then count in units of the longest beta_m / beta |delta_m|. Beta must be absolute.
+        gradient descent. Bounds on the step then count in units of the longest beta_m / beta |delta_m|. Beta must be
+        absolute.
       trust: whether beta follows the clients' losses and a step that raised them is undone, see `trust_region`; for
         rounds in which all clients take part, and a server's learning rate of 1. `damping` is the first round's.
       limits: on the step and on each client, see `limits.limited` and `limits.capped`.

@@ -3,7 +3,9 @@
 The gradient that they see is the negative step; the learning rate, `server.lr`, is applied outside, as it is traced.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,16 +32,51 @@ def fedexp(epsilon: float = 1e-3) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+class Moments(NamedTuple):
+    """What an adaptive server keeps of past steps."""
+
+    first: Any  # m, of the parameters' shapes
+    second: Any  # v
+
+
+# (v, squared step, beta_2) -> v
+SECOND_MOMENTS: dict[str, Callable] = {
+    "adagrad": lambda v, square, b2: v + square,
+    "adam": lambda v, square, b2: b2 * v + (1 - b2) * square,
+    "yogi": lambda v, square, b2: v - (1 - b2) * square * jnp.sign(v - square),
+}
+
+
+def adaptive(kind: str, momentum: float = 0.9, b2: float = 0.99, tau: float = 1e-3) -> optax.GradientTransformation:
+    """FedAdagrad, FedAdam or FedYogi (Reddi et al. 2021, algorithm 2), of updates d:
+
+        m <- beta_1 m + (1 - beta_1) d,    v <- v as `SECOND_MOMENTS[kind]` says,    m / (sqrt(v) + tau)
+
+    with m from 0 and v from tau^2, in float32 at least, and without Adam's correction of their bias. The published
+    beta_2 and tau are the defaults.
+    """
+    second_of = SECOND_MOMENTS[kind]
+
+    def init(params):
+        dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
+        return Moments(*(optax.tree.full_like(params, value, dtype) for value in (0.0, tau**2)))
+
+    def update(updates, state, params=None):
+        first = jax.tree.map(lambda m, d: momentum * m + (1 - momentum) * d, state.first, updates)
+        second = jax.tree.map(lambda v, d: second_of(v, d.astype(v.dtype) ** 2, b2), state.second, updates)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + tau), first, second), Moments(first, second)
+
+    return optax.GradientTransformation(init, update)
+
+
 # name -> (momentum -> transform). FedAvgM (Hsu et al. 2019) is `momentum`. `acg` is FedACG (Kim et al. 2024), whose
 # lookahead theta + lambda m, held as the parameters, moves by Nesterov's momentum; its clients add the term `prox`.
-# FedAdam and FedYogi (Reddi et al. 2021) with their beta_2 = 0.99 and tau = 1e-3.
 OPTIMIZERS: dict[str, Callable] = {
-    "acg": lambda momentum: optax.trace(momentum, nesterov=True),
-    "adam": lambda momentum: optax.scale_by_adam(b1=momentum, b2=0.99, eps=1e-3),
+    **{kind: functools.partial(adaptive, kind) for kind in SECOND_MOMENTS},
+    "acg": functools.partial(optax.trace, nesterov=True),
     "exp": lambda momentum: fedexp(),
-    "momentum": lambda momentum: optax.trace(momentum),
+    "momentum": optax.trace,
     "sgd": lambda momentum: optax.identity(),
-    "yogi": lambda momentum: optax.scale_by_yogi(b1=momentum, b2=0.99, eps=1e-3),
 }
 
 

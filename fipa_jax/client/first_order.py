@@ -6,6 +6,7 @@ use curvature are in `second_order`.
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +14,41 @@ import optax
 
 from fipa_jax import trees
 from fipa_jax.client.examples import Client, gather, own_indices
-from fipa_jax.client.local_solver import Hyper, Improvement, LocalSolver, Work, mean_gradient, regularised, solver_of
+from fipa_jax.client.local_solver import (
+    Hyper,
+    Improvement,
+    LocalSolver,
+    MeanGradient,
+    Work,
+    in_micro_batches,
+    mean_gradient,
+    regularised,
+    solver_of,
+)
 from fipa_jax.client.terms import Term, none
 from fipa_jax.curvature.contracts import Loss
 from fipa_jax.lookup import lookup
 
 Augment = Callable[[jax.Array, dict], dict]  # (key, {field: [B, ...]}) -> the batch in a random view
 
+
+def yogi() -> optax.GradientTransformation:
+    """Yogi (Zaheer et al. 2018, algorithm 2) as optax has it, with Adam's bias correction and v from 1e-6.
+
+    But for its first moment, which starts at 0 as published: optax's starts at 1e-6, and moves where no gradient is.
+    """
+    rule = optax.scale_by_yogi()
+
+    def init(params):
+        return rule.init(params)._replace(mu=optax.tree.zeros_like(params))
+
+    return optax.GradientTransformation(init, rule.update)
+
+
 # Gradient -> direction, without the learning rate: that is traced, so that a schedule or a sweep does not recompile.
 WITH_MOMENTUM = {"momentum": optax.trace, "nesterov": functools.partial(optax.trace, nesterov=True)}
-WITHOUT_MOMENTUM = {"adam": optax.scale_by_adam, "sgd": optax.identity, "yogi": optax.scale_by_yogi}
-OPTIMIZERS = WITH_MOMENTUM | WITHOUT_MOMENTUM
+LINEAR = WITH_MOMENTUM | {"sgd": optax.identity}  # in the gradients: their steps are weighted sums of them
+OPTIMIZERS = LINEAR | {"adam": optax.scale_by_adam, "yogi": yogi}
 
 
 def first_order(
@@ -45,7 +70,8 @@ def first_order(
     Args:
       loss: (out, batch) -> [B].
       augment: (key, batch) -> batch.
-      optimizer: a name in `OPTIMIZERS`; its state starts anew each round.
+      optimizer: a name in `OPTIMIZERS`; its state starts anew each round. `adam` is algorithm 1 of Kingma and Ba
+        (2015), `yogi` what `yogi` says, both with optax's defaults.
       momentum: of the optimisers `momentum` and `nesterov`.
       weight_decay: added to the gradient after clipping, as weight_decay * params.
       clip_norm: bound on the gradient's norm; 0 for none.
@@ -65,6 +91,8 @@ def first_order(
     if micro_batch > 0 and term.whole_batch:
         raise ValueError("local.micro_batch: this term compares the batch's examples with each other; set it to 0")
     scaled = make(momentum) if optimizer in WITH_MOMENTUM else make()
+    linear = optimizer in LINEAR
+    tally = _tally(scaled if linear else optax.identity(), clip_norm, weight_decay if term.needs.gradient else 0.0)
     direction = optax.chain(regularised(clip_norm, weight_decay), scaled)
 
     def improve(work: Work, key) -> Improvement:
@@ -77,23 +105,91 @@ def first_order(
         gradient_of = mean_gradient(work, loss, term, batch, micro_batch)
 
         def step(s, carry):
-            theta, state, order, total = carry
+            theta, state, order, total, entries = carry
             order, chosen, mask = next_batch(s, order)
             examples = augment(jax.random.fold_in(augment_key, s), gather(work.data, chosen))
             gradient, mean_loss = gradient_of(theta, examples, mask)
             update, state = direction.update(gradient, state, theta)
+            entries = tally.add(entries, gradient, theta)
             theta = jax.tree.map(lambda p, u: (p - hyper.lr * u).astype(p.dtype), theta, update)
-            return theta, state, order, total + mean_loss
+            return theta, state, order, total + mean_loss, entries
 
         zero = jnp.zeros([], trees.ravel(trees.widened(work.params)).dtype)
-        start = (work.params, direction.init(work.params), in_order, zero)
-        theta, _, _, total = jax.lax.fori_loop(0, num_steps, step, start)
-        delta = optax.tree.sub(theta, work.params)
-        travelled = jnp.maximum(num_steps, 1) * hyper.lr
-        # So much descent is (1 - e^{-travelled lam}) / lam times the gradient, about 1 / (lam + 1 / travelled).
-        return Improvement(delta, total / jnp.maximum(num_steps, 1), travelled, damping=trees.ratio(1, travelled))
+        start = (work.params, direction.init(work.params), in_order, zero, tally.init(work.params))
+        theta, _, _, total, entries = jax.lax.fori_loop(0, num_steps, step, start)
+        found = Improvement(optax.tree.sub(theta, work.params), total / jnp.maximum(num_steps, 1))
+        if linear:
+            pull = weight_decay + (hyper.mu if term.pulls else 0.0)
+            return _told_by(entries, found, hyper.lr, pull, term.needs.gradient)
+        return found._replace(gradient=_at_broadcast(work, gradient_of, batch)) if term.needs.gradient else found
 
     return solver_of(improve, term)
+
+
+class Entries(NamedTuple):
+    """What the steps of a linear optimiser are made of; a step's direction is sum_k a_k (s_k g_k + decay theta_k)."""
+
+    state: Any  # the optimiser's, on the entries
+    weight: jax.Array  # [], sum of all a_k s_k so far, s_k what clipping leaves of the gradient g_k
+    decay: Any  # sum of all a_k decay theta_k so far; () for none
+
+
+class Tally(NamedTuple):
+    """How `Entries` come about."""
+
+    init: Callable[[Any], Entries]  # params -> no entries
+    add: Callable[[Entries, Any, Any], Entries]  # (entries, gradient, params) -> entries, after one more step
+
+
+def _tally(optimizer: optax.GradientTransformation, clip_norm: float, weight_decay: float) -> Tally:
+    """What all gradients count in the move together, by the optimiser itself run on s_k and on decay theta_k.
+
+    With momentum b and n steps sum_k a_k is (n - b (1 - b^n) / (1 - b)) / (1 - b); with Nesterov's, as optax has it, a
+    gradient's a_k counts one step more: (n - b^2 (1 - b^n) / (1 - b)) / (1 - b).
+    """
+
+    def entry(gradient, params):
+        kept = clip_norm / jnp.maximum(optax.tree.norm(gradient), clip_norm) if clip_norm else jnp.ones([])
+        return kept.astype(_precision(params)), optax.tree.scale(weight_decay, params) if weight_decay else ()
+
+    def init(params):
+        blank = jnp.zeros([], _precision(params)), optax.tree.zeros_like(params) if weight_decay else ()
+        return Entries(optimizer.init(blank), *blank)
+
+    def add(entries, gradient, params):
+        taken, state = optimizer.update(entry(gradient, params), entries.state)
+        return Entries(state, *optax.tree.add((entries.weight, entries.decay), taken))
+
+    return Tally(init, add)
+
+
+def _precision(params):
+    """The parameters' own, and float32 at least: a count must not stop at 256."""
+    return jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
+
+
+def _told_by(entries: Entries, found: Improvement, lr, pull, gradient: bool) -> Improvement:
+    """What a linear optimiser's client has found, with its damping and, if wanted, the mean of its gradients.
+
+    Its delta is -lr (weighted sum of gradients + entries.decay), the weights sum to entries.weight, and beside the loss
+    its objective holds pull/2 |theta|^2 or pull/2 |theta - broadcast|^2.
+    """
+    travelled = jnp.where(entries.weight > 0, entries.weight, 1) * lr
+    # So much descent is (1 - e^{-travelled lam}) / lam times the gradient, about 1 / (lam + 1 / travelled).
+    found = found._replace(damping=trees.ratio(1, travelled) + pull)
+    if not gradient:
+        return found
+    moved = found.delta if entries.decay == () else jax.tree.map(lambda d, w: d + lr * w, found.delta, entries.decay)
+    return found._replace(gradient=jax.tree.map(lambda d: (-trees.ratio(d, travelled)).astype(d.dtype), moved))
+
+
+def _at_broadcast(work: Work, gradient_of: MeanGradient, batch: int) -> Any:
+    """The gradient of the client's objective at the broadcast parameters, over all of its examples as they are."""
+    size = work.client.indices.shape[0]
+    position = jnp.arange(size + -size % batch)
+    examples = gather(work.data, own_indices(work.client)[jnp.minimum(position, size - 1)])
+    of_all = in_micro_batches(gradient_of, position.size // batch)
+    return of_all(work.params, examples, position < work.client.num_examples)[0]
 
 
 def _number_of_steps(client: Client, hyper: Hyper, default):

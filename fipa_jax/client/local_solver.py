@@ -70,7 +70,7 @@ class Improvement(NamedTuple):
 
     delta: Any  # new minus broadcast parameters
     loss: jax.Array  # [], mean training loss over its steps
-    travelled: jax.Array  # [], sum of the learning rates, or what corresponds to it: see `terms.Done`
+    gradient: Any = None  # of its objective, the mean over the local work, where the term needs it: see `terms.Done`
     damping: jax.Array | None = None  # [], see `LocalResult`
 
 
@@ -80,17 +80,25 @@ def solver_of(improve: Callable[[Work, jax.Array], Improvement], term: Term) -> 
     def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
         contracts.floating(params, "params")
         found = improve(Work(outputs, params, data, client, hyper, store, shared), key)
-        store = term.update(Done(store, shared, params, found.delta, found.travelled, hyper.mu))
+        if term.needs.gradient and found.gradient is None:
+            raise ValueError("term: needs the mean gradient of the local work, and this solver's Improvement has none")
+        store = term.update(Done(store, shared, params, found.delta, found.gradient, hyper.mu))
         return LocalResult(found.delta, store, found.loss, damping=found.damping)
 
     return solve
 
 
-def adaptive_steps(local: LocalSolver, scale: float, most: int) -> LocalSolver:
-    """The local solver with as many steps as `steps_for` says of the client's own sketch, `hyper.sketch`."""
+def adaptive_steps(local: LocalSolver, scale: float, most: int, reach: float = 1.0) -> LocalSolver:
+    """The local solver with as many steps as `steps_for` says of the client's own sketch, `hyper.sketch`.
+
+    Args:
+      scale, most: see `steps_for`, whose rule is that of gradient descent. (With Adam and Yogi it is published too, and
+        a guess.)
+      reach: of the solver's steps in units of the learning rate: 1 / (1 - b) with momentum b.
+    """
 
     def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
-        steps = steps_for(smallest(hyper.sketch.eigenvalues), hyper.lr, scale, most)
+        steps = steps_for(smallest(hyper.sketch.eigenvalues), reach * hyper.lr, scale, most)
         return local(outputs, params, data, client, key, hyper._replace(steps=steps), store, shared)
 
     return solve

@@ -27,7 +27,6 @@ from fipa_jax.curvature import contracts, products
 from fipa_jax.curvature.contracts import Loss
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.lookup import lookup
-from fipa_jax.trees import ratio
 
 GRAM_LIMIT = 2000  # N K up to which `auto` solves with the Gram matrix
 
@@ -97,8 +96,7 @@ def gauss_newton(
 
         start = flat, jnp.zeros([], flat.dtype), hyper.damping
         theta, total, damping = jax.lax.fori_loop(0, steps, step, start)
-        # No term, and so nothing that asks how far it has travelled.
-        return Improvement(unravel(theta - flat), total / steps, jnp.ones([], flat.dtype), damping)
+        return Improvement(unravel(theta - flat), total / steps, damping=damping)
 
     return _precise(solver_of(improve, none()))
 
@@ -248,12 +246,11 @@ def lbfgs(
 
         start = (0, flat, forgotten, 0, jnp.zeros([], flat.dtype))
         taken, theta, _, _, total = jax.lax.while_loop(going, step, start)
-        change = theta - flat
-        square, decrease = jnp.vdot(change, change), value_of(flat) - value_of(theta)
-        # -delta / travelled is the mean gradient over the straight way, along that way; for short steps of gradient
-        # descent this is the sum of the learning rates, as terms expect it.
-        travelled = jnp.where(square > 0, square / decrease, 1)
-        return Improvement(unravel(change), total / jnp.maximum(taken, 1), travelled)
+        found = Improvement(unravel(theta - flat), total / jnp.maximum(taken, 1))
+        if not term.needs.gradient:
+            return found
+        first, last = jax.grad(value_of)(flat), jax.grad(value_of)(theta)  # of least squares their mean is that between
+        return found._replace(gradient=unravel((first + last) / 2))
 
     return _precise(solver_of(improve, term))
 
@@ -285,13 +282,11 @@ def natural_gradient(
     def improve(work: Work, key) -> Improvement:
         params, hyper, mask = work.params, work.hyper, present(work.client)
         gradient_of = mean_gradient(work, loss, term, mask.size, micro_batch)
-        gradient, mean_loss = gradient_of(params, work.examples, mask)
-        gradient, unravel = ravel_pytree(direction.update(gradient, direction.init(params), params)[0])
+        objective, mean_loss = gradient_of(params, work.examples, mask)
+        gradient, unravel = ravel_pytree(direction.update(objective, direction.init(params), params)[0])
         change = -hyper.lr * (gradient - _explained(hyper.sketch, gradient, hyper.damping)) / hyper.damping
         change = jnp.where(work.client.num_examples > 0, change, 0)
-        along = -jnp.vdot(change, gradient)  # as terms expect it, see `lbfgs`
-        travelled = jnp.where(along > 0, ratio(jnp.vdot(change, change), along), 1)
-        return Improvement(unravel(change), mean_loss, travelled, hyper.damping)
+        return Improvement(unravel(change), mean_loss, objective, hyper.damping)
 
     return _precise(solver_of(improve, term))
 

@@ -39,8 +39,18 @@ class Done(NamedTuple):
     shared: Any  # the mean of all T clients' stores
     anchor: Any  # the broadcast parameters
     delta: Any  # new minus broadcast parameters
-    travelled: jax.Array  # [], sum of the local learning rates
+    gradient: Any  # of the term's objective, its mean over the local work; None unless the term needs it, see `Needs`
     mu: jax.Array  # []
+
+
+class Needs(NamedTuple):
+    """What a term asks of the task, of the model and of the local work; a config that cannot give it is refused."""
+
+    fields: tuple[str, ...] = ()  # of the examples
+    classes: bool = False  # outputs are logits of at least two classes, and `label` [B] their integers
+    features: str = ""  # the field of `networks.Features` that it looks at
+    several_steps: bool = False  # where a client takes one step, its slope is zero
+    gradient: bool = False  # `Done.gradient`
 
 
 class Served(NamedTuple):
@@ -83,6 +93,8 @@ class Term(NamedTuple):
     whole_batch: bool = False  # whether the penalty is more than a mean over the batch's examples, or free of them
     travels: bool = False  # whether the store is sent to the server, and `shared` to the clients
     remember: Callable[[Any], Any] | None = None  # delta -> store, of a client as the server received its update
+    needs: Needs = Needs()
+    pulls: bool = False  # whether the penalty holds mu/2 |params - broadcast|^2, which damps a client's update
 
 
 def none() -> Term:
@@ -92,25 +104,30 @@ def none() -> Term:
 
 def prox() -> Term:
     """FedProx (Li et al. 2020, eq. 2): mu/2 |params - broadcast|^2."""
-    return Term(penalty=_proximity)
+    return Term(penalty=_proximity, needs=Needs(several_steps=True), pulls=True)
 
 
 def scaffold() -> Term:
-    """SCAFFOLD (Karimireddy et al. 2020, eq. 4, option II): <c - c_i, params>. It has no weight mu.
+    """SCAFFOLD (Karimireddy et al. 2020, eq. 4): <c - c_i, params>. It has no weight mu.
 
-    store is the control c_i, starting at 0; shared is c = mean_i c_i; c_i <- c_i - c - delta / (lr steps).
+    store is the control c_i, starting at 0; shared is c = mean_i c_i; c_i <- c_i - c + G_i. G_i is the mean gradient of
+    the client's objective, this term included, over its local work, so that c_i is the mean gradient of its loss alone:
+
+    - gradient descent: G_i = -delta / (lr steps), option II;
+    - with momentum every gradient counts as much as it has moved the parameters, a clipped one by what is left of it:
+      G_i = -delta / (lr sum of these weights). Weight decay is no part of G_i, as all clients have it alike;
+    - Adam, Yogi and the natural gradient: G_i is the gradient at the broadcast parameters over all of the client's
+      examples, option I, for their moves are in units of their own. Adam and Yogi take one more pass over them;
+    - L-BFGS: the mean of the gradients at both ends of the way.
     """
 
     def penalty(local: Local):
         return optax.tree.vdot(optax.tree.sub(local.shared, local.store), local.params)
 
     def update(done: Done):
-        def change(c_i, c, d):
-            return c_i - c - d / done.travelled
+        return jax.tree.map(lambda c_i, c, g: c_i - c + g, done.store, done.shared, done.gradient)
 
-        return jax.tree.map(change, done.store, done.shared, done.delta)
-
-    return Term(optax.tree.zeros_like, penalty, update, travels=True)
+    return Term(optax.tree.zeros_like, penalty, update, travels=True, needs=Needs(gradient=True))
 
 
 def dyn() -> Term:
@@ -129,7 +146,7 @@ def dyn() -> Term:
     def correct(served: Served):
         return jax.tree.map(lambda s, h: s - h / served.mu, served.step, served.shared)
 
-    return Term(optax.tree.zeros_like, penalty, update, correct)
+    return Term(optax.tree.zeros_like, penalty, update, correct, pulls=True)
 
 
 def moon(temperature: float = 0.5) -> Term:
@@ -153,7 +170,7 @@ def moon(temperature: float = 0.5) -> Term:
     def update(done: Done):
         return optax.tree.add(done.anchor, done.delta)
 
-    return Term(_itself, penalty, update)
+    return Term(_itself, penalty, update, needs=Needs(features="last"))
 
 
 def rcl(temperature: float = 0.05, negatives: int = 2, threshold: float = 0.7) -> Term:
@@ -187,7 +204,7 @@ def rcl(temperature: float = 0.05, negatives: int = 2, threshold: float = 0.7) -
         levels = local.features.levels
         return local.mu * sum(of_level(level, both & equal, both & ~equal, mask) for level in levels) / len(levels)
 
-    return Term(penalty=penalty, whole_batch=True)
+    return Term(penalty=penalty, whole_batch=True, needs=Needs(fields=("label",), features="levels"))
 
 
 def logit_adjustment() -> Term:
@@ -208,7 +225,7 @@ def logit_adjustment() -> Term:
 
         return masked_mean(loss(local.out + local.mu * jnp.log(prior)[None]) - loss(local.out), local.mask)
 
-    return Term(penalty=penalty)
+    return Term(penalty=penalty, needs=Needs(fields=("label",), classes=True))
 
 
 def mifa() -> Term:

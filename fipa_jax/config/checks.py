@@ -103,6 +103,10 @@ PHASE = {
     "faults.scale": PROBABILITY,
     "faults.scale_by": NOT_NEGATIVE,
 }
+# What a field asks for, set to anything but nothing, and who does not have it: field -> (the choice, its names).
+LACKING = dict.fromkeys(
+    ("data.holdout", "data.side", "data.rotation"), ("task.name", ("sine", "gaussians_2d", "pde", "npz"))
+) | dict.fromkeys(("model.head_width", "model.compute_dtype"), ("model.name", ("mlp", "cnn_6k", "cnn_23k", "cnn_200k")))
 PLACES = ("auto", "device", "host")
 CHOICES = {
     "precision": ("float32", "float64"),
@@ -122,6 +126,7 @@ def validate(config: ConfigDict) -> None:
     for path, known in CHOICES.items():
         lookup(dict.fromkeys(known), fields.value(config, path), f"config.{path}")
     _check_ranges("config", config, RUN)
+    _check_lacking(config)
     _check_images(config)
     _check_compare(config)
     _check_phase("config.warmup", config.warmup)
@@ -152,6 +157,15 @@ def _check_compare(config):
         raise ValueError(f"config.compare: needs a tuple of methods such as ('fipa', 'fedavg'), got {config.compare!r}")
     if len(set(config.compare)) != len(config.compare):
         raise ValueError(f"config.compare: names a method twice: {config.compare}")
+
+
+def _check_lacking(config):
+    """Refuses a field that asks for what the chosen task or model does not have."""
+    for path, (choice, names) in LACKING.items():
+        value, chosen = fields.value(config, path), fields.value(config, choice)
+        if value and chosen in names:
+            nothing = type(value)()
+            raise ValueError(f"config.{path}: {choice} = {chosen!r} has none; set it to {nothing!r}, got {value!r}")
 
 
 def _check_images(config):

@@ -228,7 +228,8 @@ def aggregator(name: str) -> ConfigDict:
 def server() -> ConfigDict:
     """How the server goes along the step: aggregate.server_optimizers.make, and `lr` in federation.parts.Rates."""
     group = ConfigDict()
-    # sgd, momentum (FedAvgM), adam (FedAdam), yogi (FedYogi), acg (FedACG, with the term prox), exp (FedExP)
+    # sgd, momentum (FedAvgM), adam (FedAdam), yogi (FedYogi), adagrad (FedAdagrad), acg (FedACG, with the term prox),
+    # exp (FedExP)
     group.optimizer = "sgd"
     group.momentum = 0.9
     group.lr = 1.0

@@ -135,6 +135,7 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     config, people, params, root = experiment.config, experiment.population, experiment.params, experiment.root
     rates = phase_parts.make_rates(settings, config.precision)
     parts = parts_of(experiment, settings)
+    phase_parts.check_needs(settings, parts, params, people.data, name)
     store_on_host(config, parts, params)
     check_room(parts, params)
     state = parts_lib.init(parts, params, on_host=True)

@@ -16,11 +16,14 @@ def check(experiment, settings: ConfigDict, phase: str) -> None:
     """Checks that a phase trains the head alone, with which its features can be cached.
 
     Raises:
-      ValueError: the model has no head, or more than it is trained; names the field of `config.fipa`.
+      ValueError: the model has no head, or more than it is trained, or there are no random views to keep; names the
+        field of the phase.
     """
     task = experiment.problem.task
     if task.head is None:
         raise ValueError(f"config.{phase}.cache_body: this task's model has no head; set it to False")
+    if settings.cache_views and task.augment is tasks.unaugmented:
+        raise ValueError(f"config.{phase}.cache_views: this task shows no random views; set it to 0")
     trained = trees.select(experiment.params, settings.trainable)
     beyond = [path for path in trained if not re.search(task.head_pattern, path)]
     if beyond:

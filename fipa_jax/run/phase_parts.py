@@ -2,10 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from fipa_jax import trees
 from fipa_jax.aggregate import server_optimizers
 from fipa_jax.aggregate.aggregator import Aggregator, announce_nothing
 from fipa_jax.aggregate.late_updates import LateUpdates
@@ -18,7 +21,7 @@ from fipa_jax.config.methods import method
 from fipa_jax.curvature import sketch
 from fipa_jax.federation.channel import FAULTS, Channel, ChannelRates, FaultRates, chain, faulty, late
 from fipa_jax.federation.parallel import make_mesh
-from fipa_jax.federation.parts import Parts, Rates
+from fipa_jax.federation.parts import Parts, Rates, model_of
 from fipa_jax.lookup import lookup
 from fipa_jax.tasks.task import Task, unaugmented
 
@@ -112,7 +115,9 @@ def local_of(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, tas
     augment = task.augment if settings.local.views else unaugmented
     local = make(task.loss, augment, term=term, **fields)
     if aggregator.needs.curvature == "sketch" and settings.local.adaptive.scale:
-        local = adaptive_steps(local, settings.local.adaptive.scale, settings.local.adaptive.max_steps)
+        momentum = settings.local.momentum if settings.local.optimizer in first_order.WITH_MOMENTUM else 0.0
+        adaptive = settings.local.adaptive
+        local = adaptive_steps(local, adaptive.scale, adaptive.max_steps, reach=1 / (1 - momentum))
     return with_initial_loss(local, task.loss) if aggregator.needs.loss else local
 
 
@@ -177,7 +182,82 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
         _check_own_damping(settings, aggregator)
         _check_matched(settings, aggregator)
         _check_adaptive(settings)
-    _check_faults(settings, cohort)
+    _check_local_work(settings, aggregator, term)
+    _check_faults(settings, aggregator, cohort)
+
+
+def check_needs(settings: ConfigDict, parts: Parts, params: Any, data: dict, phase: str) -> None:
+    """Refuses terms and sketches that find nothing to work on in this task, its model, or what the phase trains of it.
+
+    It goes by shapes alone.
+
+    Args:
+      parts: of the phase.
+      params: the whole model's.
+      data: the training set {field: [N, ...]}.
+      phase: the name of its group in the config, for the error.
+
+    Raises:
+      ValueError: the term needs a field, outputs or features that are not there, or its penalty is the same whatever is
+        trained; or the sketches need the last layer's inputs.
+    """
+    by_head = parts.aggregator.needs.curvature == "sketch" and settings.sketch.solver == "head"
+    has_penalty = parts.term.penalty is not terms.none().penalty
+    if not (by_head or has_penalty):
+        return
+    batch = {field: jax.ShapeDtypeStruct((2, *array.shape[1:]), array.dtype) for field, array in data.items()}
+    out, features = jax.eval_shape(parts.task.outputs, params, batch)
+    if by_head and not _of(features, "last"):
+        raise ValueError(
+            f"config.{phase}.sketch.solver: 'head' needs the inputs of the last layer, features.last, and this task's "
+            "model gives none; set it to 'auto'"
+        )
+    name = f"config.{phase}.term.name: {settings.term.name!r}"
+    lacking = _lacking(parts.term.needs, batch, out, features)
+    if lacking:
+        raise ValueError(f"{name} {lacking}; take another term, or 'none'")
+    if has_penalty and not _feels(parts, params, batch):
+        raise ValueError(
+            f"{name} does not change with what config.{phase}.trainable = {settings.trainable!r} trains, so that it "
+            "would do nothing; let trainable name more of the model, or take another term, or 'none'"
+        )
+
+
+def _lacking(needs: terms.Needs, batch: dict, out: Any, features: Any) -> str:
+    """What a term needs of a batch, the outputs and the features, all by shapes, and does not find; "" for nothing."""
+    absent = [field for field in needs.fields if field not in batch]
+    if absent:
+        return f"needs examples with {absent[0]!r}, and this task's have {', '.join(batch)}"
+    if needs.classes and (out.shape[1] < 2 or not jnp.issubdtype(batch["label"].dtype, jnp.integer)):
+        got = f"{out.shape[1]}, and labels of {batch['label'].dtype}"
+        return f"needs outputs for two classes or more, and whole numbers for labels; this task has {got}"
+    if needs.features and not _of(features, needs.features):
+        return f"needs the model's features.{needs.features}, and there are none: in this task, or of the head alone"
+    return ""
+
+
+def _of(features: Any, field: str) -> list:
+    """The arrays of a field of the features; none where there is no such field."""
+    return jax.tree.leaves(getattr(features, field, ()))
+
+
+def _feels(parts: Parts, params: Any, batch: dict) -> bool:
+    """Whether the term's penalty depends on the trained parameters, as `vmap` sees it: is it another for each?"""
+    theta = trees.select(params, parts.trainable)
+    store, mask = jax.eval_shape(parts.term.init, theta), jax.ShapeDtypeStruct((2,), bool)
+
+    def penalty(theta, params, store, batch, mask):
+        anchor, outputs = model_of(parts, params)
+        told = *outputs(theta, batch), outputs, batch.get, mask
+        return parts.term.penalty(terms.Local(theta, anchor, store, store, 1.0, batch, mask, *told))
+
+    several = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), theta)
+    alike = jax.vmap(penalty, in_axes=(0, None, None, None, None), out_axes=None)
+    try:
+        jax.eval_shape(alike, several, params, store, batch, mask)
+    except ValueError:  # it is not the same for all
+        return True
+    return False
 
 
 def _check_trust(settings: ConfigDict, term: terms.Term, everyone: bool) -> None:
@@ -207,10 +287,10 @@ def _check_own_damping(settings: ConfigDict, aggregator: Aggregator) -> None:
     local = settings.local
     steps = local.steps or local.epochs
     one_step = local.optimizer == "natural_gradient" or (local.optimizer == "gauss_newton" and steps == 1)
-    if aggregator.needs.damping and not (local.optimizer == "sgd" or one_step):
+    if aggregator.needs.damping and not (local.optimizer in first_order.LINEAR or one_step):
         raise ValueError(
-            "config.fipa.aggregator.own_damping: needs local.optimizer = 'sgd', whose damping is 1 / (lr steps), or "
-            f"one 'gauss_newton' step, got {local.optimizer!r} with {steps}; set it to False"
+            "config.fipa.aggregator.own_damping: needs local.optimizer = 'sgd', whose damping is 1 / (lr steps), "
+            f"'momentum', 'nesterov' or one 'gauss_newton' step, got {local.optimizer!r} with {steps}; set it to False"
         )
 
 
@@ -237,10 +317,36 @@ def _check_adaptive(settings: ConfigDict) -> None:
         raise ValueError(f"config.fipa.local.adaptive.scale: {optimizer!r} takes its own number of steps; set it to 0")
 
 
-def _check_faults(settings: ConfigDict, cohort: int) -> None:
+def _check_local_work(settings: ConfigDict, aggregator: Aggregator, term: terms.Term) -> None:
+    """Refuses terms whose slope the clients' local work never meets."""
+    name, local = settings.term.name, settings.local
+    if term.needs.several_steps and _one_step(settings, aggregator):
+        raise ValueError(
+            f"config.fipa.term.name: {name!r} pulls back to where a client starts, and with local.optimizer = "
+            f"{local.optimizer!r} and one local step it never leaves; take more steps, or set term.name = 'none'"
+        )
+    if term.whole_batch and local.batch_size == 1 and local.optimizer in first_order.LOCAL_SOLVERS:
+        raise ValueError(
+            f"config.fipa.local.batch_size: the term {name!r} compares a batch's examples with each other, and needs "
+            "2 or more, or 0 for all, got 1"
+        )
+
+
+def _one_step(settings: ConfigDict, aggregator: Aggregator) -> bool:
+    """Whether clients take one step from where they start, whatever their data."""
+    local = settings.local
+    if local.optimizer not in first_order.LOCAL_SOLVERS:
+        return local.optimizer == "natural_gradient"
+    if local.adaptive.scale and aggregator.needs.curvature == "sketch":
+        return False
+    return local.steps == 1 or (not local.steps and local.epochs == 1 and not local.batch_size)
+
+
+def _check_faults(settings: ConfigDict, aggregator: Aggregator, cohort: int) -> None:
     """Refuses faults that cannot happen, and a minimum of clients that no round reaches."""
     optimizer = settings.local.optimizer
-    if settings.faults.straggle and (optimizer not in first_order.LOCAL_SOLVERS or settings.local.steps == 1):
+    several = optimizer in first_order.LOCAL_SOLVERS and not _one_step(settings, aggregator)
+    if settings.faults.straggle and not several:
         raise ValueError(
             f"config.fipa.faults.straggle: needs a first-order solver that takes several steps, got local.optimizer "
             f"= {optimizer!r} with local.steps = {settings.local.steps}; set it to 0"

@@ -53,8 +53,23 @@ OPTIMIZERS = {
     "momentum": lambda lr: optax.sgd(lr, momentum=0.7),
     "nesterov": lambda lr: optax.sgd(lr, momentum=0.7, nesterov=True),
     "adam": lambda lr: optax.adam(lr),
-    "yogi": lambda lr: optax.yogi(lr),
+    "yogi": lambda lr: _yogi(lr),
 }
+
+
+def _yogi(lr, b1=0.9, b2=0.999, eps=1e-3):
+    """Algorithm 2 of Zaheer et al. 2018, with Adam's correction of the bias, m from 0 and v from 1e-6."""
+
+    def update(gradient, state, params):
+        count, m, v = state
+        count += 1
+        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, m, gradient)
+        v = jax.tree.map(lambda v, g: v - (1 - b2) * jnp.sign(v - g**2) * g**2, v, gradient)
+        corrected = lambda m, v: m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
+        return jax.tree.map(lambda m, v: -lr * corrected(m, v), m, v), (count, m, v)
+
+    start = lambda params: (0, jax.tree.map(jnp.zeros_like, params), optax.tree.full_like(params, 1e-6))
+    return optax.GradientTransformation(start, update)
 
 
 @pytest.mark.parametrize("optimizer", client_lib.OPTIMIZERS)

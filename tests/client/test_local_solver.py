@@ -28,6 +28,19 @@ SOLVERS = {
 }
 
 
+@pytest.mark.parametrize("optimizer", first_order.LINEAR)
+def test_the_rule_of_steps_counts_momentum(x64, optimizer):
+    """On a parabola of the least curvature the error has shrunk by e^-c, but for the start without momentum."""
+    b, lr, least, scale = 0.8, 0.004, jnp.asarray(0.5), 3.0
+    reach = 1 / (1 - b) if optimizer in first_order.WITH_MOMENTUM else 1.0
+    rule = first_order.LINEAR[optimizer](b) if reach > 1 else first_order.LINEAR[optimizer]()
+    theta, state = jnp.asarray(1.0), rule.init(jnp.asarray(1.0))
+    for _ in range(int(steps_for(least, reach * jnp.asarray(lr), scale, 10**6))):
+        move, state = rule.update(least * theta, state)
+        theta = theta - lr * move
+    assert abs(np.log(abs(theta)) + scale) < 0.1
+
+
 def _run(local, count=5, sketch=None, params=None, **hyper):
     local, hyper = jax.jit(functools.partial(local, network)), make_hyper(**hyper)._replace(sketch=sketch)
     return local(params or make_params(), make_data(), make_client(count), jax.random.key(0), hyper, (), ())

@@ -269,9 +269,44 @@ def test_acg_is_a_lookahead_with_momentum(x64):
         np.testing.assert_allclose(held["w"], theta + lam * m, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", server.SECOND_MOMENTS)
+def test_adaptive_servers_are_those_of_algorithm_2(x64, kind):
+    """Line by line, on updates whose sizes differ by orders of magnitude, so that Yogi's sign takes both values."""
+    beta_1, beta_2, tau, size = 0.8, 0.99, 1e-3, 5
+    rule, m, v, signs = server.make(kind, beta_1), np.zeros(size), np.full(size, tau**2), set()
+    state = rule.init({"w": jnp.zeros(size)})
+    for k in range(10):
+        delta = _draw(k, size) * 10.0 ** (-(k % 4))
+        m = beta_1 * m + (1 - beta_1) * delta
+        signs |= set(np.sign(v - delta**2))
+        if kind == "adagrad":
+            v = v + delta**2
+        elif kind == "yogi":
+            v = v - (1 - beta_2) * delta**2 * np.sign(v - delta**2)
+        else:
+            v = beta_2 * v + (1 - beta_2) * delta**2
+        found, state = rule.update({"w": jnp.asarray(delta)}, state)
+        np.testing.assert_allclose(found["w"], m / (np.sqrt(v) + tau), rtol=1e-12)
+    assert signs == {-1, 1}
+
+
+@pytest.mark.parametrize("kind", server.SECOND_MOMENTS)
+def test_adaptive_servers_in_half_precision_are_those_in_full(kind):
+    """The squares of small updates would underflow."""
+    rule, steps = server.make(kind, 0.9), [1e-4 * _draw(k, 3) for k in range(10)]
+
+    def last(dtype):
+        state = rule.init({"w": jnp.zeros(3, dtype)})
+        for step in steps:
+            found, state = rule.update({"w": jnp.asarray(step, dtype)}, state)
+        return found["w"].astype(float)
+
+    np.testing.assert_allclose(last("float16"), last("float32"), rtol=1e-2)
+
+
 @pytest.mark.parametrize("optimizer", sorted(server.OPTIMIZERS))
 def test_every_server_optimiser_learns(x64, optimizer):
-    lr = {"adam": 0.1, "yogi": 0.1, "momentum": 0.2, "acg": 0.2}.get(optimizer, 1.0)
+    lr = {"adagrad": 0.3, "adam": 0.1, "yogi": 0.1, "momentum": 0.2, "acg": 0.2}.get(optimizer, 1.0)
     states = _states(_parts(terms.none(), optimizer=optimizer, steps=5), 40, server_lr=lr)
     loss = lambda state: np.mean((DATA["x"] @ np.asarray(state.params["w"]) - DATA["label"]) ** 2)
     best = np.mean((DATA["x"] @ OPTIMUM - DATA["label"]) ** 2)
@@ -279,5 +314,7 @@ def test_every_server_optimiser_learns(x64, optimizer):
 
 
 def test_a_wrong_server_optimiser_names_the_field():
-    with pytest.raises(ValueError, match=r"config\.server\.optimizer: unknown 'adma'; known: acg, adam, .*yogi"):
+    with pytest.raises(
+        ValueError, match=r"config\.server\.optimizer: unknown 'adma'; known: acg, adagrad, adam, .*yogi"
+    ):
         server.make("adma", 0.9)
