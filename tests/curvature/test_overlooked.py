@@ -90,7 +90,7 @@ def test_convergence_is_not_claimed_where_copies_are_missing(x64, name, options,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["head at zero", "targets", "clients", "symmetric", "trained"])
+@pytest.mark.parametrize("kind", ["zero_head", "targets", "equal_clients", "symmetric_network", "trained"])
 def test_no_solver_claims_wrongly_over_twenty_keys(monkeypatch, kind):
     """The table of `benchmark.py eigenpairs`: against dense float64, by networks and their data."""
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "scripts")
