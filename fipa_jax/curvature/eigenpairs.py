@@ -61,7 +61,8 @@ def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance
         first = _orthonormal(_draw(key, matrix, block, start))
         basis = jax.lax.fori_loop(0, power_steps, lambda _, q: _orthonormal(matrix.product(q)), first)
         pairs = rayleigh_ritz(basis, matrix.product(basis), rank, products=(power_steps + 1) * block)
-        return _asked(jax.random.fold_in(key, 1), matrix, pairs, basis, tolerance, True)[0]
+        # Of the pairs alone: the other columns may hold a large vector half way, which would hide it.
+        return _asked(jax.random.fold_in(key, 1), matrix, pairs, pairs.vectors, tolerance, True)[0]
 
     return _checked(rank, solve)
 
@@ -78,11 +79,11 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance:
 
     Blocks of b columns find b copies of a multiple eigenvalue, and a start may span other eigenvectors than the top
     ones. So where the residuals are within the tolerance a fresh random block asks whether a vector was overlooked, at
-    the cost of some ten products (see `overlooked`). An eigenvector orthogonal to all that was searched, such as a
-    missing copy, whose eigenvalue is above lam_R + tolerance lam_max passes unnoticed with a probability of 0.001 at
-    most. If a large one turns up, or the first b values are equal, which says as much, Lanczos goes on in
-    blocks of R fresh columns beside the pairs found, 6 R more products at most, and asks again. Else the pairs are as
-    they were, and not `converged`.
+    the cost of some ten products, twenty with a start (see `overlooked`). An eigenvector orthogonal to all that was
+    searched (with a start, or after the search in wide blocks: to the pairs), such as a missing copy, whose eigenvalue
+    is above lam_R + tolerance lam_max passes unnoticed with a probability of 0.001 at most. If a large one turns up, or
+    the first b values are equal, which says as much, Lanczos goes on in blocks of R fresh columns beside the pairs
+    found, 6 R more products at most, and asks again. Else the pairs are as they were, and not `converged`.
 
     Args:
       rank: R.
@@ -113,6 +114,7 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance:
         grow = functools.partial(_grown, matrix=matrix, rank=rank, tolerance=tolerance)
         first = _draw(key, matrix, block, start)
         pairs, searched = grow(key, first, None, looks=[j + 1 in looks for j in range(depth)])
+        searched = searched if start is None else pairs.vectors  # what grows from a start may hold a vector half way
         return _completed(jax.random.fold_in(key, depth), pairs, searched, _crowded(pairs, block), grow)
 
     return _checked(rank, solve)
@@ -179,7 +181,7 @@ def rayleigh_ritz(basis, image, rank: int, *, products: int) -> Eigenpairs:
     image, size = near_one(image)
     projected = basis.T @ image
     slack = jnp.sqrt(jnp.finfo(basis.dtype).eps) * jnp.max(jnp.abs(projected))
-    eigenvalues, rotation = jnp.linalg.eigh((projected + projected.T) / 2)
+    eigenvalues, rotation = _eigh((projected + projected.T) / 2)
     top = rotation[:, ::-1][:, :rank]
     pairs = _pairs(
         eigenvalues[::-1][:rank],
@@ -192,6 +194,22 @@ def rayleigh_ritz(basis, image, rank: int, *, products: int) -> Eigenpairs:
         indefinite=indefinite(eigenvalues),
     )
     return _times(pairs, size)
+
+
+@jax.custom_jvp
+def _eigh(matrix):
+    """Eigenvalues and vectors; where eigenvalues are equal, as those of zero columns, no derivative rotates them."""
+    return tuple(jnp.linalg.eigh(matrix))
+
+
+@_eigh.defjvp
+def _eigh_jvp(primals, tangents):
+    values, vectors = _eigh(*primals)
+    turned = vectors.T @ tangents[0] @ vectors
+    gaps = values[None] - values[:, None]
+    equal = jnp.abs(gaps) <= jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
+    rotation = jnp.where(equal, 0, turned / jnp.where(equal, 1, gaps))
+    return (values, vectors), (jnp.diag(turned), vectors @ rotation)
 
 
 def near_one(x):
@@ -254,13 +272,12 @@ def _completed(key, pairs: Eigenpairs, searched, crowded, grow) -> Eigenpairs:
     blocks = max(min(WIDE_BLOCKS, matrix.size // rank - 1), 0)
     # Fresh columns leave good pairs as they are until two products have turned them.
     looks = [j > 1 or j + 1 == blocks for j in range(blocks)]
-    searched = _widened(searched, max(searched.shape[1], rank * (blocks + 1)))
     ask_key, wide_key = jax.random.split(key)
 
     def widen(state):
         fresh = jax.random.normal(wide_key, state[0].vectors.shape, matrix.dtype)
-        found, space = grow(wide_key, fresh, state[0], looks=looks)
-        return found, _widened(space, searched.shape[1])
+        found, _ = grow(wide_key, fresh, state[0], looks=looks)
+        return found, _widened(found.vectors, searched.shape[1])
 
     def turn(i, state):
         pairs, searched, is_new, crowded = state
