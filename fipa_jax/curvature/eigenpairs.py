@@ -4,15 +4,18 @@ Every solver is built by a factory of what is static and returns `solve(key, mat
 `products.Curvature`. Jit it with the products inside.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from fipa_jax.curvature.overlooked import ask, for_anyone
 from fipa_jax.curvature.products import Curvature, indefinite
 
 TOLERANCE = 1e-3  # of the residuals
+WIDE_BLOCKS = 6  # of R columns each, by which overlooked eigenvectors are sought
 
 
 class Eigenpairs(NamedTuple):
@@ -26,13 +29,15 @@ class Eigenpairs(NamedTuple):
     not_finite: jax.Array  # [] bool, a product was not finite: everything is 0
     asymmetric: jax.Array  # [] bool, the products are not those of a symmetric matrix
     indefinite: jax.Array  # [] bool, the matrix has negative eigenvalues; they are left out
+    # [] bool, the residuals are within the tolerance, and none of the R largest is overlooked, see `overlooked`
+    converged: jax.Array | bool = False
 
 
 # (key, matrix, start [P, R] | None) -> Eigenpairs
 Solver = Callable[..., Eigenpairs]
 
 
-def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Solver:
+def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance: float = TOLERANCE) -> Solver:
     """Randomised subspace iteration with a Rayleigh-Ritz finish (arXiv 2601.13608, section 3; Halko et al. 2011).
 
         Q = qr(Omega);  power_steps times: Q = qr(H Q);  T = Q^T H Q = S diag(lam) S^T;  U = Q S
@@ -41,6 +46,8 @@ def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Solver
       rank: R, the eigenpairs kept; where it exceeds the matrix's rank the surplus pairs are masked.
       oversample: s, further columns carried through the iteration and dropped at the end.
       power_steps: q, products before the last one. It costs (q + 1) (R + s) products.
+      tolerance: of the residuals |H u - lam u| / lam_max. Where all are within it, some ten products more ask whether
+        a vector was overlooked.
 
     Returns:
       solve(key, matrix, start=None) -> Eigenpairs. start: a basis [P, R] to begin from, completed by random columns.
@@ -53,7 +60,9 @@ def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2) -> Solver
         block = min(rank + oversample, matrix.size)
         first = _orthonormal(_draw(key, matrix, block, start))
         basis = jax.lax.fori_loop(0, power_steps, lambda _, q: _orthonormal(matrix.product(q)), first)
-        return rayleigh_ritz(basis, matrix.product(basis), rank, products=(power_steps + 1) * block)
+        pairs = rayleigh_ritz(basis, matrix.product(basis), rank, products=(power_steps + 1) * block)
+        # Of the pairs alone: the other columns may hold a large vector half way, which would hide it.
+        return _asked(jax.random.fold_in(key, 1), matrix, pairs, pairs.vectors, tolerance, True)[0]
 
     return _checked(rank, solve)
 
@@ -66,7 +75,15 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance:
     have R / 4 columns, and R with a start. Where the matrix holds its rows, the quarter is rounded to 8, 16, 24 or 32:
     to read the rows is most of what a product costs, and narrower blocks find more for as many columns. It stops as
     soon as all residuals are below the tolerance, looked at when the space has 2 R columns and after each further R;
-    with a start also at R, so that a start which spans other eigenvectors than the top ones passes for converged.
+    with a start also at R.
+
+    Blocks of b columns find b copies of a multiple eigenvalue, and a start may span other eigenvectors than the top
+    ones. So where the residuals are within the tolerance a fresh random block asks whether a vector was overlooked, at
+    the cost of some ten products, twenty with a start (see `overlooked`). An eigenvector orthogonal to all that was
+    searched (with a start, or after the search in wide blocks: to the pairs), such as a missing copy, whose eigenvalue
+    is above lam_R + tolerance lam_max passes unnoticed with a probability of 0.001 at most. If a large one turns up, or
+    the first b values are equal, which says as much, Lanczos goes on in blocks of R fresh columns beside the pairs
+    found, 6 R more products at most, and asks again. Else the pairs are as they were, and not `converged`.
 
     Args:
       rank: R.
@@ -76,14 +93,14 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance:
       tolerance: of the residuals |H u - lam u| / lam_max. An eigenvalue's error is about the square of its residual.
 
     Returns:
-      solve(key, matrix, start=None) -> Eigenpairs, see `subspace`; as many products as the space has columns.
+      solve(key, matrix, start=None) -> Eigenpairs, see `subspace`.
 
     Raises:
       ValueError: rank is below 1 or above P.
     """
 
     def solve(key, matrix: Curvature, start=None) -> Eigenpairs:
-        size, dtype = matrix.size, matrix.dtype
+        size = matrix.size
         widest = rank if start is not None else -(-rank // 4)
         if matrix.rows is not None and start is None:
             widest = min(8 * -(-rank // 32), 32)
@@ -93,36 +110,17 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance:
         # Smaller blocks where P is so small that the wanted ones do not fill the space.
         block = next(b for b in range(min(widest, wanted), 0, -1) if size // b * b >= wanted)
         depth, stride = -(-wanted // block), -(-rank // block)
-        stops = [*range(stride if start is not None else 2 * stride, depth, stride), depth]
-
-        def extend(j, carry):
-            basis, images, new = carry
-            new = _next_block(jax.random.fold_in(key, j), matrix, new, basis)
-            image = matrix.product(new)
-            at = (0, j * block)
-            return jax.lax.dynamic_update_slice(basis, new, at), jax.lax.dynamic_update_slice(images, image, at), image
-
-        empty = jnp.zeros([size, 0], dtype)
-        space, pairs, reached = (empty, empty, _draw(key, matrix, block, start)), None, 0
-        for stop in stops:
-            space = _widened(space[0], stop * block), _widened(space[1], stop * block), space[2]
-
-            def grow(space, reached=reached, stop=stop):
-                space = jax.lax.fori_loop(reached, stop, extend, space)
-                return space, rayleigh_ritz(*space[:2], rank, products=stop * block)
-
-            if pairs is None:
-                space, pairs = grow(space)
-            else:
-                done = jnp.all(pairs.residuals <= tolerance) | pairs.not_finite
-                space, pairs = jax.lax.cond(done, lambda space, pairs=pairs: (space, pairs), grow, space)
-            reached = stop
-        return pairs
+        looks = {*range(stride if start is not None else 2 * stride, depth, stride), depth}
+        grow = functools.partial(_grown, matrix=matrix, rank=rank, tolerance=tolerance)
+        first = _draw(key, matrix, block, start)
+        pairs, searched = grow(key, first, None, looks=[j + 1 in looks for j in range(depth)])
+        searched = searched if start is None else pairs.vectors  # what grows from a start may hold a vector half way
+        return _completed(jax.random.fold_in(key, depth), pairs, searched, _crowded(pairs, block), grow)
 
     return _checked(rank, solve)
 
 
-def exact(rank: int, *, oversample: int = 10) -> Solver:
+def exact(rank: int, *, oversample: int = 10, tolerance: float = TOLERANCE) -> Solver:
     """The eigenpairs of H = A^T A from its rows A [M, P], which the matrix must hold; no iteration, no start.
 
     With few parameters, P <= M, by the singular values of A. Else the eigenvectors of the Gram matrix A A^T [M, M] give
@@ -132,6 +130,7 @@ def exact(rank: int, *, oversample: int = 10) -> Solver:
     Args:
       rank: R.
       oversample: s, further columns that are cleaned up and dropped.
+      tolerance: of the residuals |H u - lam u| / lam_max.
 
     Returns:
       solve(key, matrix) -> Eigenpairs; R + s products for the clean-up and R for the residuals.
@@ -144,7 +143,7 @@ def exact(rank: int, *, oversample: int = 10) -> Solver:
         if matrix.rows is None:
             raise ValueError("sketch.solver: the exact solver needs the matrix's rows: curvature by jacobian 'rows'")
         finite = jnp.all(jnp.isfinite(matrix.rows))
-        rows = jnp.where(finite, matrix.rows, 0)
+        rows, size = near_one(jnp.where(finite, matrix.rows, 0))
         columns = min(rank + oversample, *rows.shape)
         if rows.shape[1] <= rows.shape[0]:
             vectors = jnp.linalg.svd(rows, full_matrices=False)[2][:columns].T
@@ -157,7 +156,7 @@ def exact(rank: int, *, oversample: int = 10) -> Solver:
         pushed = rows @ vectors
         eigenvalues, images = jnp.sum(pushed**2, axis=0), rows.T @ pushed
         order = jnp.argsort(-eigenvalues)
-        return _pairs(
+        pairs = _pairs(
             eigenvalues[order],
             vectors[:, order],
             images[:, order],
@@ -167,6 +166,7 @@ def exact(rank: int, *, oversample: int = 10) -> Solver:
             asymmetric=False,
             indefinite=matrix.indefinite,
         )
+        return _times(pairs, size, size)._replace(converged=finite & _within(pairs, tolerance))
 
     return _checked(rank, solve)
 
@@ -178,11 +178,12 @@ def rayleigh_ritz(basis, image, rank: int, *, products: int) -> Eigenpairs:
     """The best eigenpairs within span(basis), given image = H basis, both [P, B]; zero columns are allowed."""
     finite = jnp.all(jnp.isfinite(image)) & jnp.all(jnp.isfinite(basis))
     basis, image = jnp.where(finite, basis, 0), jnp.where(finite, image, 0)
+    image, size = near_one(image)
     projected = basis.T @ image
     slack = jnp.sqrt(jnp.finfo(basis.dtype).eps) * jnp.max(jnp.abs(projected))
-    eigenvalues, rotation = jnp.linalg.eigh((projected + projected.T) / 2)
+    eigenvalues, rotation = _eigh((projected + projected.T) / 2)
     top = rotation[:, ::-1][:, :rank]
-    return _pairs(
+    pairs = _pairs(
         eigenvalues[::-1][:rank],
         basis @ top,
         image @ top,
@@ -192,6 +193,38 @@ def rayleigh_ritz(basis, image, rank: int, *, products: int) -> Eigenpairs:
         asymmetric=jnp.max(jnp.abs(projected - projected.T)) > slack,
         indefinite=indefinite(eigenvalues),
     )
+    return _times(pairs, size)
+
+
+@jax.custom_jvp
+def _eigh(matrix):
+    """Eigenvalues and vectors; where eigenvalues are equal, as those of zero columns, no derivative rotates them."""
+    return tuple(jnp.linalg.eigh(matrix))
+
+
+@_eigh.defjvp
+def _eigh_jvp(primals, tangents):
+    values, vectors = _eigh(*primals)
+    turned = vectors.T @ tangents[0] @ vectors
+    gaps = values[None] - values[:, None]
+    equal = jnp.abs(gaps) <= jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
+    rotation = jnp.where(equal, 0, turned / jnp.where(equal, 1, gaps))
+    return (values, vectors), (jnp.diag(turned), vectors @ rotation)
+
+
+def near_one(x):
+    """(x / size, size): a power of two, so that nothing is rounded, and squares neither overflow nor vanish."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
+    exponent = jnp.frexp(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1))[1] - 1
+    size = jnp.ldexp(jnp.ones_like(largest), exponent)
+    return x / size, size
+
+
+def _times(pairs: Eigenpairs, *sizes) -> Eigenpairs:
+    """The pairs of the matrix times the sizes, one after another."""
+    for size in sizes:
+        pairs = pairs._replace(eigenvalues=pairs.eigenvalues * size, images=pairs.images * size)
+    return pairs
 
 
 def _pairs(eigenvalues, vectors, images, *, noise: int, products: int, **flags) -> Eigenpairs:
@@ -205,7 +238,94 @@ def _pairs(eigenvalues, vectors, images, *, noise: int, products: int, **flags) 
     distance = jnp.linalg.norm(images - vectors * eigenvalues[None], axis=0)
     residuals = masked(distance / jnp.where(largest > 0, largest, 1))
     pairs = (masked(eigenvalues), masked(vectors), masked(images), residuals)
-    return Eigenpairs(*pairs, jnp.int32(products), **{name: jnp.asarray(flag) for name, flag in flags.items()})
+    flags = {name: jnp.asarray(flag) for name, flag in flags.items()}
+    return Eigenpairs(*pairs, jnp.int32(products), **flags, converged=jnp.array(False))
+
+
+def _within(pairs: Eigenpairs, tolerance):
+    return jnp.all(pairs.residuals <= tolerance)
+
+
+def _crowded(pairs: Eigenpairs, block: int):
+    """Whether as many of the largest are equal as blocks have columns, so that more copies may be missing.
+
+    Of one column that says nothing, and of two little.
+    """
+    values = pairs.eigenvalues
+    if not 2 < block < len(values):
+        return jnp.array(False)
+    return (values[0] > 0) & (values[0] - values[block - 1] <= TOLERANCE * values[0])
+
+
+def _asked(key, matrix: Curvature, pairs: Eigenpairs, searched, tolerance, wanted):
+    """(the pairs, with what a fresh block says of them, and whether a large eigenvalue was overlooked)."""
+    wanted = wanted & _within(pairs, tolerance) & ~pairs.not_finite
+    answer = ask(key, matrix, searched, pairs.eigenvalues, tolerance, wanted)
+    large = answer.beyond > pairs.eigenvalues[(len(pairs.eigenvalues) - 1) // 2]
+    products = pairs.products + answer.products
+    return pairs._replace(products=products, converged=pairs.converged | answer.sure), large & ~answer.sure
+
+
+def _completed(key, pairs: Eigenpairs, searched, crowded, grow) -> Eigenpairs:
+    """The pairs, after the question whether any was overlooked, and after a search in wide blocks if so."""
+    matrix, rank, tolerance = (grow.keywords[name] for name in ("matrix", "rank", "tolerance"))
+    blocks = max(min(WIDE_BLOCKS, matrix.size // rank - 1), 0)
+    # Fresh columns leave good pairs as they are until two products have turned them.
+    looks = [j > 1 or j + 1 == blocks for j in range(blocks)]
+    ask_key, wide_key = jax.random.split(key)
+
+    def widen(state):
+        fresh = jax.random.normal(wide_key, state[0].vectors.shape, matrix.dtype)
+        found, _ = grow(wide_key, fresh, state[0], looks=looks)
+        return found, _widened(found.vectors, searched.shape[1])
+
+    def turn(i, state):
+        pairs, searched, is_new, crowded = state
+        pairs, large = _asked(jax.random.fold_in(ask_key, i), matrix, pairs, searched, tolerance, is_new & ~crowded)
+        missing = (large | crowded) & (i == 0)
+        if blocks:
+            pairs, searched = for_anyone(missing, widen, (pairs, searched))
+        return pairs, searched, missing, jnp.zeros_like(crowded)
+
+    return jax.lax.fori_loop(0, 2, turn, (pairs, searched, jnp.array(True), crowded))[0]
+
+
+def _grown(key, new, known: Eigenpairs | None, *, matrix: Curvature, rank: int, tolerance, looks: list[bool]):
+    """(pairs, searched space [P, M]) of the Krylov space of the columns `new` [P, b], and of the pairs that are known.
+
+    Args:
+      looks: [depth], after which blocks the pairs are computed; it goes on until they are good, or the blocks are used.
+    """
+    size, block = new.shape
+    empty = jnp.zeros([size, 0], matrix.dtype)
+    before = (empty, empty) if known is None else (known.vectors, known.images)
+    number, products = before[0].shape[1], jnp.int32(0) if known is None else known.products
+    width, looks = number + len(looks) * block, jnp.asarray(looks)
+
+    def extend(j, state):
+        def step(state):
+            basis, images, new, pairs = state
+            new = _next_block(jax.random.fold_in(key, j), matrix, new, basis)
+            image = matrix.product(new)
+            at = (0, number + j * block)
+            basis = jax.lax.dynamic_update_slice(basis, new, at)
+            images = jax.lax.dynamic_update_slice(images, image, at)
+
+            def look():
+                return rayleigh_ritz(basis, images, rank, products=products + (j + 1) * block)
+
+            return basis, images, image, jax.lax.cond(looks[j], look, lambda: pairs)
+
+        done = _within(state[3], tolerance) | state[3].not_finite | _crowded(state[3], block)
+        return for_anyone(~done, step, state)
+
+    space = [_widened(columns, width) for columns in before]
+    shapes = jax.eval_shape(lambda: rayleigh_ritz(*space, rank, products=products))
+    pairs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    pairs = pairs._replace(residuals=jnp.full_like(pairs.residuals, jnp.nan))
+    space = (*space, new, pairs)
+    basis, _, _, pairs = jax.lax.fori_loop(0, len(looks), extend, space)
+    return pairs, basis
 
 
 def _checked(rank: int, solve: Solver) -> Solver:
@@ -252,6 +372,7 @@ def _next_block(key, matrix: Curvature, new, basis):
     def reduce(new):
         return jnp.linalg.qr(new - basis @ (basis.T @ new))
 
+    new = near_one(new)[0]
     scale = jnp.max(jnp.linalg.norm(new, axis=0))
     new, triangle = reduce(new)
     # Where the Krylov space ends (H has a low rank) only rounding noise is left: go on with fresh columns.

@@ -34,6 +34,9 @@ class Curvature(NamedTuple):
     trace: jax.Array | None = None  # [], tr H, where it comes for free
     indefinite: jax.Array | bool = False  # [] bool: some L_n has a negative eigenvalue, which `rows` sets to zero
     not_last_layer: jax.Array | bool = False  # [] bool: the closed form does not hold, and all products are NaN
+    truncated: jax.Array | bool = False  # [] bool: `loss_rank` leaves out some of H; `product` and `trace` lack it
+    # (key, number) -> [number], independent estimates of the trace of what `loss_rank` leaves out
+    left_out: Callable[[jax.Array, int], jax.Array] | None = None
 
 
 def make_ggn(
@@ -60,7 +63,8 @@ def make_ggn(
         1/N sum_n (phi_n phi_n^T) kron L_n over cached features phi_n, no network in the loop.
       features: (params, batch) -> [B, F], the inputs phi of the last layer; for `head`.
       loss_rank: for `rows`, how many eigendirections of each L_n are pulled back, the largest first: the work and the
-        memory are proportional to it, and what is left out is positive semi-definite. 0 takes all K.
+        memory are proportional to it, and what is left out is positive semi-definite. 0 takes all K. Products and
+        trace are those of what is kept; `Curvature.truncated` says whether that is less than H.
 
     Raises:
       ValueError: the name of `jacobian` is not known; `head` without features, or with other parameters than a last
@@ -108,9 +112,11 @@ def _rows(outputs, loss, params, micro, *, loss_rank):
     """H = A^T A by explicit scaled rows A, computed once, micro-batch by micro-batch."""
 
     def rows_of(batch, weight):
-        return scaled_rows(outputs, loss, params, batch, weight, loss_rank)
+        return _rows_of(outputs, loss, params, batch, weight, loss_rank)
 
-    rows, negative = stack(rows_of, micro)
+    rows, negative, truncated = stack(rows_of, micro)
+    out = jax.eval_shape(outputs, params, first(micro.batch))
+    num_outputs = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(out))
     rows = rows.reshape(-1, rows.shape[-1])
 
     def product(vectors):  # [P, B] -> [P, B]
@@ -118,8 +124,18 @@ def _rows(outputs, loss, params, micro, *, loss_rank):
         apart = jax.lax.optimization_barrier
         return zero_if_empty(micro, apart(apart(rows @ vectors).T @ rows).T)
 
-    trace = zero_if_empty(micro, jnp.vdot(rows, rows))
-    return Curvature(product, rows.shape[1], rows.dtype, rows, trace, jnp.any(negative))
+    return Curvature(
+        product,
+        rows.shape[1],
+        rows.dtype,
+        rows,
+        zero_if_empty(micro, jnp.vdot(rows, rows)),
+        indefinite=jnp.any(negative),
+        truncated=jnp.any(truncated),
+        left_out=functools.partial(_left_out, outputs, loss, params, micro, loss_rank)
+        if 0 < loss_rank < num_outputs
+        else None,
+    )
 
 
 def scaled_rows(outputs, loss, params, batch, weight, loss_rank: int = 0):
@@ -128,10 +144,35 @@ def scaled_rows(outputs, loss, params, batch, weight, loss_rank: int = 0):
     Returns:
       (A [B K', P], whether an L_n has a negative eigenvalue), K' = loss_rank or K.
     """
+    return _rows_of(outputs, loss, params, batch, weight, loss_rank)[:2]
+
+
+def _rows_of(outputs, loss, params, batch, weight, loss_rank: int):
+    """(A, whether an L_n has a negative eigenvalue, whether `loss_rank` leaves out more than rounding)."""
     out, pull_back = _linearise_each(outputs, params, batch)
     roots, negative = _roots(loss, out, batch, weight)
     rows = pull_back(roots[: loss_rank or None])
-    return rows.reshape(-1, rows.shape[-1]), negative
+    sizes = jnp.sum(roots**2, axis=2)  # the eigenvalues of weight_n L_n, [K, B]
+    rounding = 10 * len(sizes) * jnp.finfo(sizes.dtype).eps * sizes[0]
+    left_out = jnp.any(sizes[loss_rank or len(sizes) :] > rounding[None])
+    return rows.reshape(-1, rows.shape[-1]), negative, left_out
+
+
+def _left_out(outputs, loss, params, micro, loss_rank, key, number: int):
+    """[number]: estimates of the trace of what `loss_rank` leaves out, sum_n weight_n tr(J_n^T E_n J_n).
+
+    Each is of an example, drawn by the weights: one pullback of the left-out columns r_k of L_n^{1/2} with random signs
+    s_k, E |J_n^T sum_k s_k r_k|^2 = tr(J_n^T E_n J_n).
+    """
+    weight = micro.weight.ravel()
+    draw_key, sign_key = jax.random.split(key)
+    chosen = jax.random.categorical(draw_key, jnp.log(weight), shape=[number])
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[chosen], micro.batch)
+    out, pull_back = _linearise_each(outputs, params, batch)
+    roots = _roots(loss, out, batch, jnp.ones([number], weight.dtype))[0][loss_rank:]
+    signs = jax.random.rademacher(sign_key, [*roots.shape[:2], 1], roots.dtype)
+    pulled = pull_back(jnp.sum(signs * roots, axis=0)[None])[:, 0]
+    return jnp.sum(pulled**2, axis=1) * jnp.sum(weight)  # the weights' sum is 1, or 0 without examples
 
 
 def jacobian_rows(outputs, params, batch) -> jax.Array:

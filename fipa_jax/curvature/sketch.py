@@ -23,10 +23,14 @@ FLAGS = {
     "asymmetric": "products with the curvature are not symmetric",
     "indefinite": "the curvature has negative eigenvalues, which are left out: the loss is not convex in the outputs",
     "rank_deficient": "the curvature's numerical rank is below the rank asked for; the surplus pairs are zero",
+    "loss_truncated": "loss_rank leaves out curvature; residuals are those of what it keeps",
     "empty": "the client has no examples; the sketch is empty",
     "examples_mixed": "an example's outputs or loss change with the other examples of its batch",
     "not_last_layer": "the outputs are not the features times the last layer; the sketch is empty: use another solver",
 }
+
+# Flags that a client without a fault may well raise: by its data, or by what was asked.
+EXPECTED = ("rank_deficient", "loss_truncated")
 
 # The dtypes in which a basis may be sent.
 STORES = {name: jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float64")}
@@ -35,11 +39,11 @@ STORES = {name: jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "
 class Report(NamedTuple):
     """How good a sketch is: computed by the client, a few numbers to send."""
 
-    residuals: jax.Array  # [R], |H u - lam u| / lam_max: bounds the distance to the nearest eigenvalue
+    residuals: jax.Array  # [R], |H u - lam u| / lam_max: bounds the distance to the nearest eigenvalue; 0 of no pair
     products: jax.Array  # [] int32, columns multiplied by H
-    converged: jax.Array  # [] bool, whether all residuals are within the tolerance
-    trace: jax.Array  # [], tr H, or its estimate; the curvature that the sketch misses is trace - sum(eigenvalues)
-    trace_error: jax.Array  # [], one standard deviation of that estimate; 0 where it is exact
+    converged: jax.Array  # [] bool, all residuals are within the tolerance, and no larger eigenvalue is overlooked
+    trace: jax.Array  # [], tr H, or its estimate, 0 if there is none; the sketch misses trace - sum(eigenvalues)
+    trace_error: jax.Array  # [], one standard deviation of that estimate; 0 where it is exact, infinite if unknown
     flags: dict[str, jax.Array]  # [] bool each, see `FLAGS`
 
 
@@ -92,6 +96,8 @@ def make_sketch(
         `solver_choice.choose`.
       oversample, power_steps, tolerance: see `eigenpairs`.
       probes: random vectors for Hutchinson's estimate of the trace, one product each, where it is not known exactly.
+        With `loss_rank`, eight times as many examples for the trace of what it leaves out. One gives an estimate
+        without its error, none no estimate.
 
     Raises:
       ValueError: a name is not known, the rank does not fit, or what is given is not as `contracts` asks.
@@ -111,16 +117,17 @@ def make_sketch(
             pairs = solve(solve_key, matrix, start)
             left, error = trace_left(probe_key, matrix, pairs, probes)
             mixed = contracts.mixes_examples(outputs, loss, params, batch)
-        trace_is_known = matrix.trace is not None
+        products_for_trace = probes if matrix.trace is None else 0
+        trace_is_sought = probes or (matrix.trace is not None and matrix.left_out is None)
         report = Report(
             residuals=pairs.residuals,
-            products=pairs.products + (0 if trace_is_known else probes),
-            converged=jnp.all(pairs.residuals <= tolerance),
+            products=pairs.products + products_for_trace,
+            converged=pairs.converged & ~jnp.asarray(matrix.truncated),
             trace=jnp.sum(pairs.eigenvalues) + left,
             trace_error=error,
             flags=_flags(matrix, pairs, mask) | {"examples_mixed": jnp.asarray(mixed)},
         )
-        return Sketch(pairs.eigenvalues, pairs.vectors, _sound(report, trace_is_known or probes))
+        return Sketch(pairs.eigenvalues, pairs.vectors, _sound(report, trace_is_sought))
 
     return sketch
 
@@ -128,7 +135,8 @@ def make_sketch(
 def keeping_energy(sketch: SketchFunction, share: float) -> SketchFunction:
     """The sketch function with as few pairs as reach this share of the trace; the others are zero.
 
-    All pairs stay where the trace is not known, as from products without probes (`make_sketch`).
+    The report's residuals are those of the pairs that are kept. All pairs stay where the trace is not known, as from
+    products without probes (`make_sketch`).
     """
 
     def kept(key, params, batch, mask=None, start=None) -> Sketch:
@@ -138,11 +146,13 @@ def keeping_energy(sketch: SketchFunction, share: float) -> SketchFunction:
     return kept
 
 
-def stored_as(sketch: SketchFunction, dtype: str) -> SketchFunction:
+def stored_as(sketch: SketchFunction, dtype: str, tolerance: float = TOLERANCE) -> SketchFunction:
     """The sketch function with the basis in the dtype in which it is sent.
 
     `bfloat16` rounds each entry by at most 2^-8 of itself. The step moves by about 0.5 % where clients differ, but
     where their subspaces nearly coincide by as much as 2^-8 / damping allows: see `scripts/benchmark.py merge`.
+    The report is that of the rounded basis: its residuals are bounds, see `_residuals_of`, and it has `converged` only
+    if these are within the tolerance.
 
     Raises:
       ValueError: the dtype is not known.
@@ -151,9 +161,34 @@ def stored_as(sketch: SketchFunction, dtype: str) -> SketchFunction:
 
     def stored(key, params, batch, mask=None, start=None) -> Sketch:
         whole = sketch(key, params, batch, mask, start)
-        return whole._replace(basis=whole.basis.astype(store))
+        basis = whole.basis.astype(store)
+        if whole.report is None or jnp.finfo(store).bits >= jnp.finfo(whole.basis.dtype).bits:
+            return whole._replace(basis=basis)
+        residuals = _residuals_of(basis.astype(whole.basis.dtype), whole)
+        converged = whole.report.converged & jnp.all(residuals <= tolerance)
+        return whole._replace(basis=basis, report=whole.report._replace(residuals=residuals, converged=converged))
 
     return stored
+
+
+def _residuals_of(basis, sketch: Sketch):
+    """[R]: at most how far U + E, the columns of a basis [P, R] near U, are from eigenvectors, in units of lam_max.
+
+        H (u + e) - lam (u + e) = (H u - lam u) + (U diag(lam) c - lam e) + H (e - U c) + ..,    c = U^T e,
+
+    where |H (e - U c)| <= mu |e - U c|, mu the largest eigenvalue outside of the sketch: its smallest one plus the
+    largest residual if it has converged, else lam_max. The dots stand for residuals times c.
+    """
+    values, own = sketch.eigenvalues, sketch.report.residuals
+    unit = jnp.where(values[0] > 0, values[0], 1)
+    values, there = values / unit, values > 0
+    moved = jnp.where(there[None], basis - sketch.basis, 0)
+    inside = sketch.basis.T @ moved
+    within = jnp.linalg.norm(sketch.basis @ (values[:, None] * inside) - values[None] * moved, axis=0)
+    outside = jnp.linalg.norm(moved - sketch.basis @ inside, axis=0)
+    beyond = jnp.where(sketch.report.converged, smallest(values) + jnp.max(own), 1)
+    second_order = jnp.linalg.norm(own) * jnp.linalg.norm(inside, axis=0)
+    return jnp.where(there, own + within + beyond * outside + second_order, 0)
 
 
 def _flags(matrix: Curvature, pairs: Eigenpairs, mask) -> dict[str, jax.Array]:
@@ -161,20 +196,24 @@ def _flags(matrix: Curvature, pairs: Eigenpairs, mask) -> dict[str, jax.Array]:
     flags = {name: getattr(pairs, name) for name in ("not_finite", "asymmetric", "indefinite")}
     flags["indefinite"] |= matrix.indefinite
     flags["not_last_layer"] = jnp.asarray(matrix.not_last_layer)
+    flags["loss_truncated"] = jnp.asarray(matrix.truncated)
     flags["empty"] = jnp.zeros([], bool) if mask is None else ~jnp.any(mask)
     flags["not_finite"] &= ~flags["empty"]  # of examples that are not there
     flags["rank_deficient"] = jnp.any(pairs.eigenvalues == 0) & ~flags["empty"] & ~flags["not_finite"]
     return flags
 
 
-def _sound(report: Report, trace_is_estimated) -> Report:
-    """The report with finite numbers; a trace that is not finite raises its flag, unless nobody has estimated it."""
+def _sound(report: Report, trace_is_sought) -> Report:
+    """The report without a NaN; a trace that is not finite raises its flag, unless nobody has estimated it."""
     flags = report.flags
-    if trace_is_estimated:
+    if trace_is_sought:
         flags = flags | {"not_finite": flags["not_finite"] | ~jnp.isfinite(report.trace)}
-    trace, error = (jnp.where(jnp.isfinite(x), x, 0) for x in (report.trace, report.trace_error))
+    is_known = jnp.isfinite(report.trace) & ~flags["not_finite"]
     return report._replace(
-        converged=report.converged & ~flags["not_finite"], trace=trace, trace_error=error, flags=flags
+        converged=report.converged & ~flags["not_finite"],
+        trace=jnp.where(is_known, report.trace, 0),
+        trace_error=jnp.where(is_known & ~jnp.isnan(report.trace_error), report.trace_error, jnp.inf),
+        flags=flags,
     )
 
 
@@ -183,19 +222,33 @@ def trace_left(key, matrix: Curvature, pairs: Eigenpairs, probes: int):
 
     Exact where the trace is known. Else by Hutchinson's method on what is left, w = z - U U^T z with random signs z:
     H w = H z - (H U) U^T z needs one product for each probe and the images H U that the solver has at hand. The pairs'
-    part, which is the largest by far, adds no variance. NaN without probes.
+    part, which is the largest by far, adds no variance. What `loss_rank` leaves out of the matrix is estimated by
+    itself. NaN without probes; with one the error is infinite.
     """
+    unknown = jnp.full([], jnp.nan, matrix.dtype)
     if matrix.trace is not None:
-        return jnp.maximum(matrix.trace - jnp.sum(pairs.eigenvalues), 0), jnp.zeros([], matrix.dtype)
+        left = jnp.maximum(matrix.trace - jnp.sum(pairs.eigenvalues), 0)
+        if matrix.left_out is None:
+            return left, jnp.zeros_like(left)
+        more, error = _mean_and_error(matrix.left_out(key, 8 * probes)) if probes else (unknown, unknown)
+        return left + more, error
     if not probes:
-        return jnp.full([], jnp.nan, matrix.dtype), jnp.full([], jnp.nan, matrix.dtype)
+        return unknown, unknown
     signs = jax.random.rademacher(key, [matrix.size, probes], matrix.dtype)
     inside = pairs.vectors.T @ signs
     left = signs - pairs.vectors @ inside
     image = matrix.product(signs) - pairs.images @ inside
-    estimates = jnp.sum(left * image, axis=0)  # [probes]
-    error = jnp.std(estimates) / jnp.sqrt(max(probes - 1, 1))
-    return jnp.maximum(jnp.mean(estimates), 0), error
+    mean, error = _mean_and_error(jnp.sum(left * image, axis=0))
+    return jnp.maximum(mean, 0), error
+
+
+def _mean_and_error(values):
+    """The mean of independent estimates [n] and its standard deviation, which for one of them is unknown: infinite."""
+    mean, number = jnp.mean(values), len(values)
+    scale = jnp.max(jnp.abs(values - mean))
+    apart = (values - mean) / jnp.where(scale > 0, scale, 1)  # whose squares neither overflow nor vanish
+    error = scale * jnp.sqrt(jnp.mean(apart**2)) / jnp.sqrt(max(number - 1, 1))
+    return mean, error if number > 1 else jnp.full_like(mean, jnp.inf)
 
 
 def enough(sketch: Sketch, energy) -> jax.Array:
@@ -224,12 +277,18 @@ def smallest(eigenvalues: jax.Array) -> jax.Array:
 
 
 def truncate(sketch: Sketch, keep: jax.Array) -> Sketch:
-    """Zeroes the pairs with keep [R] false: shapes stay, and a pair that is zero need not be sent."""
+    """Zeroes the pairs with keep [R] false: shapes stay, and a pair that is zero need not be sent.
+
+    So are their residuals in the report. `converged` stays: what was not is not made so by leaving out.
+    """
 
     def zero(values, mask):
         return jnp.where(mask, values, jnp.zeros((), values.dtype))
 
-    return sketch._replace(eigenvalues=zero(sketch.eigenvalues, keep), basis=zero(sketch.basis, keep[None]))
+    report = sketch.report
+    if report is not None:
+        report = report._replace(residuals=zero(report.residuals, keep))
+    return Sketch(zero(sketch.eigenvalues, keep), zero(sketch.basis, keep[None]), report)
 
 
 def make_diagonal(outputs: Outputs, loss: Loss, *, micro_batch: int = 0) -> Callable[..., Diagonal]:

@@ -8,6 +8,7 @@ from jax.flatten_util import ravel_pytree
 from fipa_jax.curvature import eigenpairs
 from fipa_jax.curvature.contracts import Features, Outputs
 from fipa_jax.curvature.last_layer import is_last_layer
+from fipa_jax.curvature.overlooked import USUAL
 from fipa_jax.curvature.products import forward_flops
 from fipa_jax.lookup import lookup
 
@@ -46,10 +47,11 @@ def make_solver(search: Search) -> eigenpairs.Solver:
     """The solver of eigenpairs that a resolved search names."""
     options = {
         "exact": {},
-        "lanczos": {"power_steps": search.power_steps, "tolerance": search.tolerance},
+        "lanczos": {"power_steps": search.power_steps},
         "subspace": {"power_steps": search.power_steps},
-    }
-    return eigenpairs.SOLVERS[search.solver](search.rank, oversample=search.oversample, **options[search.solver])
+    }[search.solver]
+    make = eigenpairs.SOLVERS[search.solver]
+    return make(search.rank, oversample=search.oversample, tolerance=search.tolerance, **options)
 
 
 def resolve(outputs: Outputs, params, batch, search: Search, view: View) -> tuple[Search, View]:
@@ -72,7 +74,7 @@ def _choose_for(outputs, params, batch, search: Search, view: View) -> tuple[str
         examples=jax.tree.leaves(batch)[0].shape[0],
         outputs=min(view.loss_rank or num_outputs, num_outputs),
         size=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        products=(search.power_steps + 1) * search.rank + search.oversample,
+        products=(search.power_steps + 1) * search.rank + search.oversample + USUAL,
         flops=forward_flops(outputs, params, batch),
         itemsize=ravel_pytree(params)[0].dtype.itemsize,
         is_head=is_last_layer(outputs, view.features, params, batch),
@@ -96,7 +98,7 @@ def choose(
 
     Args:
       examples, outputs, size: N, K, P.
-      products: B, that Lanczos may take.
+      products: B, that Lanczos may take, with those that ask whether it has overlooked a vector.
       flops: f.
       itemsize: bytes of an entry.
       is_head: whether the parameters are those of the last layer, with its inputs at hand.

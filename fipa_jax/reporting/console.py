@@ -80,7 +80,7 @@ def _marked(info: dict) -> dict:
     marked = {f"left out: {REASONS[reason]}": clients for reason, clients in info.get("reasons", {}).items()}
     marked |= {words: info[field] for field, words in NOTED.items() if field in info}
     # A rank beyond the curvature's own is no fault: its surplus pairs are not even sent.
-    flags = {flag: clients for flag, clients in info.get("flags", {}).items() if flag != "rank_deficient"}
+    flags = {flag: clients for flag, clients in info.get("flags", {}).items() if flag not in sketch.EXPECTED}
     return marked | {sketch.FLAGS[flag]: clients for flag, clients in flags.items()}
 
 

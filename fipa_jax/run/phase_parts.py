@@ -134,7 +134,7 @@ def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task) -> ske
 
     def make(outputs, features):
         of_client = sketch.make_sketch(outputs, task.loss, features=features, **fields)
-        of_client = sketch.stored_as(of_client, settings.store) if settings.store else of_client
+        of_client = sketch.stored_as(of_client, settings.store, settings.tolerance) if settings.store else of_client
         return sketch.keeping_energy(of_client, settings.energy) if settings.energy else of_client
 
     make(None, None)  # so that what is wrong with its fields shows now

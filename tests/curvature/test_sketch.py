@@ -11,8 +11,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax.curvature import eigenpairs as eigen
+from fipa_jax.curvature import overlooked, sketch, solver_choice
 from fipa_jax.curvature import products as curvature
-from fipa_jax.curvature import sketch, solver_choice
 
 RANK, EXAMPLES, WIDTH, CLASSES = 6, 6, 4, 3
 SIZE = WIDTH * CLASSES + CLASSES  # P
@@ -95,9 +95,12 @@ def test_a_sketch_and_its_report_equal_their_dense_values(x64, way):
         assert report.trace_error == 0
     else:  # the four probes' estimate of what is left
         assert 0 < abs(report.trace - np.trace(dense)) < 5 * report.trace_error
-    # (q + 1) (R + s), s = 10 and P = 15; the first look at 2 R columns of lanczos; R + s and R of the exact solver.
+    # (q + 1) (R + s), s = 10 and P = 15; the first look at 2 R columns of lanczos; R + s and R of the exact solver;
+    # then those that ask whether a vector was overlooked, in a space that is nearly searched through.
     products = {"subspace": 45 + 4, "subspace_on_rows": 45, "rows": SIZE + RANK}.get(way)
-    assert report.products == products if products else 2 * RANK <= report.products <= SIZE + 4
+    asked = 0 if way == "rows" else 3 * overlooked.WIDTH
+    least, most = (products, products) if products else (2 * RANK, SIZE + 4)
+    assert least <= report.products <= most + asked
 
 
 def test_a_full_rank_is_the_whole_matrix(x64):
@@ -168,7 +171,7 @@ def _pairs(dense, rank):
     values, vectors = (part[..., ::-1] for part in np.linalg.eigh(dense))
     kept = vectors[:, :rank]
     found = (values[:rank], kept, dense @ kept, np.zeros(rank))
-    return eigen.Eigenpairs(*map(jnp.asarray, found), jnp.int32(0), *[jnp.array(False)] * 3)
+    return eigen.Eigenpairs(*map(jnp.asarray, found), jnp.int32(0), *[jnp.array(False)] * 4)
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -185,6 +188,84 @@ def test_the_estimate_of_the_trace_that_is_left_has_its_stated_error(x64, rank):
     np.testing.assert_allclose(left.var(), variance, rtol=0.15)
     np.testing.assert_allclose(np.mean(error**2), variance, rtol=0.15)
     assert (np.sqrt(variance) < 0.1 * np.trace(dense)) == (rank > 0), "the pairs' part adds no variance"
+
+
+SCALES = (1e-18, 1e-9, 1e9, 1e18)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_report_is_the_same_at_any_scale_of_the_curvature(way):
+    """In float32, whose squares vanish below 1e-19 and overflow above 1e19: residuals, trace, errors, flags."""
+    options = WAYS[way][0] | {"power_steps": 0, "oversample": 2, "rank": 3}
+    if options["solver"] in ("lanczos", "head"):
+        options["tolerance"] = 0.3  # so that it stops at once, and its residuals are not those of rounding
+    params, batch = _problem()
+
+    @jax.jit
+    def scaled(scale):
+        make = sketch.make_sketch(
+            _outputs, lambda out, batch: scale * _loss(out, batch), features=lambda p, b: b["x"], **options
+        )
+        return make(jax.random.key(0), params, batch, jnp.asarray(HERE))
+
+    one = jax.tree.map(np.asarray, scaled(jnp.float32(1)))
+    assert np.max(one.report.residuals) > 1e-8
+    for scale in SCALES:
+        found = jax.tree.map(np.asarray, scaled(jnp.float32(scale)))
+        np.testing.assert_allclose(found.report.residuals, one.report.residuals, rtol=1e-3, atol=1e-6)
+        for mine, own in (
+            (found.eigenvalues, one.eigenvalues),
+            (found.report.trace, one.report.trace),
+            (found.report.trace_error, one.report.trace_error),
+        ):
+            np.testing.assert_allclose(mine / np.float32(scale), own, rtol=1e-4)
+        assert found.report.converged == one.report.converged and _raised(found) == _raised(one)
+        share = sketch.enough(found, 0.7)
+        np.testing.assert_array_equal(share, sketch.enough(one, 0.7))
+
+
+@pytest.mark.parametrize("loss_rank", [1, 2])
+def test_what_loss_rank_leaves_out_is_in_the_trace_and_in_the_flags(x64, loss_rank):
+    """A softmax over three classes has a Hessian of rank two, so that a rank of two leaves nothing out."""
+    dense, found = _dense(), []
+    for seed in range(40):
+        found.append(_sketch(solver="rows", loss_rank=loss_rank, seed=seed, rank=3))
+    reports = [one.report for one in found]
+    kept = np.asarray([one.eigenvalues.sum() for one in found])
+    left_out = loss_rank == 1
+    assert all(report.flags["loss_truncated"] == left_out for report in reports)
+    assert all(report.converged != left_out for report in reports), "of the whole curvature"
+    assert np.ptp(kept) < 1e-12, "the pairs need no key"
+    traces, errors = np.asarray([[report.trace, report.trace_error] for report in reports]).T
+    if left_out:
+        assert abs(traces.mean() - np.trace(dense)) < 4 * traces.std() / np.sqrt(len(traces))
+        np.testing.assert_allclose(np.sqrt(np.mean(errors**2)), traces.std(), rtol=0.5)
+        assert 0 < traces.std() < 0.3 * np.trace(dense)
+        np.testing.assert_array_equal(_sketch(solver="rows", loss_rank=1, rank=3, probes=0).report.trace, 0)
+    else:
+        np.testing.assert_allclose(traces, np.trace(dense), rtol=1e-6)
+
+
+@pytest.mark.parametrize("probes", [0, 1, 2])
+def test_the_error_of_the_trace_is_infinite_where_it_is_unknown(x64, probes):
+    report = _sketch(solver="subspace", probes=probes, rank=3, oversample=0).report
+    assert np.isfinite(report.trace_error) == (probes == 2) and not np.isnan(report.trace_error)
+    assert (report.trace > 0) == (probes > 0)
+
+
+@pytest.mark.parametrize("store", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rank", [3, SIZE])
+def test_the_residuals_of_a_rounded_basis_are_bounded(x64, store, rank):
+    """By a bound that is no more than three times what dense products with the rounded basis give."""
+    dense = _dense()
+    stored = sketch.stored_as(_compiled(rank=rank, solver="rows"), store)
+    found = jax.tree.map(np.asarray, jax.jit(stored)(jax.random.key(0), *_problem(), jnp.asarray(HERE)))
+    basis = found.basis.astype(float)
+    true = np.linalg.norm(dense @ basis - basis * found.eigenvalues, axis=0) / found.eigenvalues[0]
+    true = true[found.eigenvalues > 0]
+    bound = found.report.residuals[found.eigenvalues > 0]
+    assert np.all(true <= bound * (1 + 1e-6)) and np.max(bound) < 3 * np.max(true)
+    assert found.report.converged == np.all(bound <= eigen.TOLERANCE) == (store == "float16")
 
 
 def test_without_probes_the_trace_is_not_known_and_nothing_is_wrong(x64):
@@ -208,8 +289,9 @@ def test_what_is_not_finite_gives_a_finite_sketch_of_zeros_and_a_flag(x64, solve
     _, batch = _problem()
     found = _sketch(batch=batch | {"x": batch["x"].at[0, 0].set(jnp.nan)}, solver=solver)
     assert _raised(found) - {"asymmetric"} == {"not_finite"} and not found.report.converged
-    for leaf in (found.eigenvalues, found.basis, found.report.residuals, found.report.trace, found.report.trace_error):
+    for leaf in (found.eigenvalues, found.basis, found.report.residuals, found.report.trace):
         np.testing.assert_array_equal(leaf, 0)
+    assert found.report.trace_error == np.inf, "nothing is known of the trace"
 
 
 @pytest.mark.parametrize("solver", ["subspace", "rows"])
@@ -229,7 +311,9 @@ def test_energy_keeps_the_fewest_pairs_that_reach_its_share_of_the_trace(x64, sh
     cut = jax.tree.map(np.asarray, sketch.truncate(whole, jnp.asarray(keep)))
     np.testing.assert_array_equal(cut.eigenvalues, whole.eigenvalues * keep)
     np.testing.assert_array_equal(cut.basis, whole.basis * keep)
-    assert cut.report is whole.report or jax.tree.all(jax.tree.map(np.array_equal, cut.report, whole.report))
+    np.testing.assert_array_equal(cut.report.residuals, whole.report.residuals * keep)
+    others = [found.report._replace(residuals=0) for found in (cut, whole)]
+    assert jax.tree.all(jax.tree.map(np.array_equal, *others)), "the trace is that of the whole"
 
 
 def test_what_is_sent_is_cut_by_energy_and_rounded_to_nearest(x64):
@@ -243,7 +327,9 @@ def test_what_is_sent_is_cut_by_energy_and_rounded_to_nearest(x64):
     sent = found.basis.astype(float)
     assert np.all(np.abs(sent - cut.basis) <= 2.0**-8 * np.abs(cut.basis))
     assert not np.array_equal(sent, cut.basis)
-    for mine, own in zip(jax.tree.leaves(found._replace(basis=0)), jax.tree.leaves(cut._replace(basis=0)), strict=True):
+    assert whole.report.converged and not found.report.converged, "the rounding is above the tolerance"
+    found, cut = (x._replace(basis=0, report=x.report._replace(residuals=0, converged=0)) for x in (found, cut))
+    for mine, own in zip(jax.tree.leaves(found), jax.tree.leaves(cut), strict=True):
         np.testing.assert_array_equal(mine, own)
         assert np.asarray(mine).dtype == np.asarray(own).dtype
 
@@ -273,7 +359,7 @@ def test_a_start_is_handed_to_the_solver(x64):
     start = _sketch(solver="rows").basis
     once = _compiled(solver="subspace", oversample=0, power_steps=0)
     warm = once(jax.random.key(0), params, batch, jnp.asarray(HERE), start)
-    assert warm.report.products == RANK + 4
+    assert RANK + 4 < warm.report.products <= RANK + 4 + overlooked.WIDTH * overlooked.DEPTH
     assert np.max(warm.report.residuals) < 1e-12
     np.testing.assert_allclose(np.abs(np.sum(warm.basis * start, axis=0)), 1, rtol=1e-12)
 
