@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,23 @@ SUMS = "SHA256SUMS"  # the file with the sums of all others in its folder
 PARTIAL = ".partial"  # how the names of temporary files end
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, or quota, says
 PROBE = 2**26  # bytes; file systems that cannot reserve them write them
+
+
+def local(path: str | Path, field: str) -> Path:
+    """The path on this machine that a user has written, with `~` for a home folder.
+
+    Args:
+      field: that holds the path, for the error.
+
+    Raises:
+      ValueError: it is the address of an object store, or of a home that there is not.
+    """
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
+        raise ValueError(f"{field}: {str(path)!r} is an address; needs a path on this machine, such as a mounted one")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{field}: {str(path)!r} begins with the home of nobody who is known here") from None
 
 
 def digest_of_file(path: Path) -> str:

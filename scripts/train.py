@@ -9,13 +9,25 @@ import sys
 import traceback
 from pathlib import Path
 
-from fipa_jax import config as config_lib
+
+def say(kind, error, where):
+    """Writes what ends the program: one line for Ctrl-C, at whatever moment it comes."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped by Ctrl-C; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, where)
+
+
+sys.excepthook = say
+
+from fipa_jax import config as config_lib  # noqa: E402
 
 config_lib.prepare_process()  # before jax starts
 
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+from fipa_jax import files  # noqa: E402
 from fipa_jax.config import command_line  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "sine.py"
@@ -42,7 +54,7 @@ def parse(argv):
     try:
         rest = command_line.parse(argv, CONFIG, DEFAULT)
         if not PROCESS.value and COORDINATOR.value != "auto":  # only the first process writes
-            command_line.check_workdir(Path(WORKDIR.value or "runs"))
+            command_line.check_workdir(files.local(WORKDIR.value or "runs", "--workdir"))
     except ValueError as error:
         sys.exit(f"error: {error}")
     if flags.FLAGS["verbosity"].using_default_value:
@@ -69,7 +81,7 @@ def main(_):
     join()
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
     try:
-        whole_run.main(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"), RESUME.value)
+        whole_run.main(CONFIG.value, files.local(WORKDIR.value or f"runs/{name}", "--workdir"), RESUME.value)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from fipa_jax import files
 from fipa_jax.config import fields
 from fipa_jax.config.defaults import default
 from fipa_jax.config.methods import method
@@ -24,6 +25,7 @@ class Range(NamedTuple):
 POSITIVE, NOT_NEGATIVE = Range(1), Range(0)  # for whole numbers, for all
 PROBABILITY, MOMENTUM = Range(0, 1, "probability"), Range(0, 1, brackets="[)")
 
+PATHS = ("data.cache_dir", "data.dir", "init_from", "partition.file", "task.file")  # read by `files.local`
 RUN = {
     "seed": NOT_NEGATIVE,
     "cohort": NOT_NEGATIVE,
@@ -125,6 +127,8 @@ def validate(config: ConfigDict) -> None:
     fields.check(config, default())
     for path, known in CHOICES.items():
         lookup(dict.fromkeys(known), fields.value(config, path), f"config.{path}")
+    for path in PATHS:
+        files.local(fields.value(config, path), f"config.{path}")
     _check_ranges("config", config, RUN)
     _check_lacking(config)
     _check_images(config)

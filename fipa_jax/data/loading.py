@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from fipa_jax.config.process import user_cache
-from fipa_jax.files import SUMS, digest_of_file, replacing, sums_of, write
+from fipa_jax.files import SUMS, digest_of_file, local, replacing, sums_of, write
 
 # Channel means and standard deviations of the training images over 255, as the published experiments normalise. (Those
 # of CIFAR-10 are means of each image's deviation, a widespread slip: over all pixels they are 0.2470, 0.2435, 0.2616.)
@@ -110,7 +110,7 @@ def standardise(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def root(data_dir: str = "") -> Path:
     """Returns the folder of all prepared data sets: `data_dir`, or TFDS's own default if that is ""."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return local(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "config.data.dir")
 
 
 def shrink(images: np.ndarray, side: int) -> np.ndarray:
@@ -275,7 +275,7 @@ def _decode(builder, split: str, num_examples: int) -> dict[str, np.ndarray]:
 
 def _cached(folder: Path, split: str, cache_dir: str) -> dict[str, Path]:
     """Names the cache files after the data set, its version, the split, and the fingerprint of the prepared files."""
-    root = Path(cache_dir).expanduser() if cache_dir else user_cache()
+    root = local(cache_dir, "config.data.cache_dir") if cache_dir else user_cache()
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
     fingerprint = hashlib.sha256(repr((split, files)).encode()).hexdigest()[:16]
     stem = "-".join([folder.parent.name, folder.name, re.sub(r"\W+", "_", split), fingerprint])

@@ -5,12 +5,12 @@ Every error names the file, what is wrong with it, and what to change.
 
 import difflib
 import os
-from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import numpy as np
 
 from fipa_jax.data.partition import BROKEN, why
+from fipa_jax.files import local
 
 NAMES = ("x", "y", "x_test", "y_test", "client")  # of the arrays that are known
 RECIPE = 'np.savez("mine.npz", x=x, y=y)'
@@ -29,9 +29,10 @@ def read(file: str) -> dict[str, np.ndarray]:
       FileNotFoundError: there is no such file.
       ValueError: the file is no .npz of plain arrays that fit together.
     """
-    if not Path(file).is_file():
+    path = local(file, "config.task.file")
+    if not path.is_file():
         raise FileNotFoundError(f"config.task.file: no file at {file!r}; give the path of an .npz with arrays x and y")
-    with open(file, "rb") as stream:
+    with path.open("rb") as stream:
         archive = _open(file, stream)
         _check_spelling(file, archive.files)
         arrays = {name: _array(file, archive, name) for name in NAMES if name in archive.files}

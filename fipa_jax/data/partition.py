@@ -9,11 +9,11 @@ import ast
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from fipa_jax.files import local
 from fipa_jax.lookup import lookup
 
 # What reading a damaged archive raises; NotImplementedError, a RuntimeError, where a bit makes it another kind.
@@ -182,10 +182,11 @@ def from_file(rng: np.random.Generator, labels: np.ndarray, num_clients: int, fi
 def _read_lists(file: str) -> dict:
     """{client: its list of indices, or array} of a published split, not checked yet."""
     try:
-        if Path(file).suffix == ".npz":
-            with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+        path = local(file, "config.partition.file")
+        if path.suffix == ".npz":
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 return {int(name.removeprefix("arr_")): arrays[name] for name in arrays.files}
-        return _literal(Path(file).read_text())
+        return _literal(path.read_text("utf-8-sig"))  # some editors begin a file with a mark
     except FileNotFoundError as error:
         raise FileNotFoundError(f"config.partition.file: no split at {file}") from error
     except (TypeError, SyntaxError, *BROKEN) as error:

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fipa_jax.data import loading
-from fipa_jax.files import digest_of_file, replacing
+from fipa_jax.files import digest_of_file, local, replacing
 from fipa_jax.lookup import lookup
 
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, struct.error, EOFError)
@@ -69,7 +69,7 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> Path:
         raise FileExistsError(f"{folder} is there but holds no prepared data set; remove it")
     tfds = loading.import_tfds(f"preparing {name}")
     if manual_dir:
-        find, archives = _given, Path(manual_dir).expanduser()
+        find, archives = _given, local(manual_dir, "--manual_dir")
     else:
         find, archives = _downloaded, root / "downloads" / name
     class_names, splits = source.read([find(source, file, archives) for file in source.archives])

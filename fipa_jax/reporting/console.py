@@ -4,14 +4,19 @@ A round's `info` is for people alone, and ends here: in warnings and in the colu
 """
 
 import math
+import os
+import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from fipa_jax import trees
 from fipa_jax.aggregate.screening import REASONS
@@ -30,6 +35,82 @@ NOTED = {
     "capped": "eigenvalues scaled down, their sum being above aggregator.limits.trace_cap times the median client's",
 }
 CELL = 11  # characters of a figure in the table of methods
+WIDTH, NAME = 80, 32  # characters of a line, and of a method's name in it
+LINE_SECONDS = 30.0  # between two lines on how far a phase is, where there is no terminal
+
+
+def attempt(show: Callable, *args: Any) -> Any:
+    """What show(*args) returns; an error in it is a warning alone, as no result may hang on how it is shown."""
+    try:
+        return show(*args)
+    except Exception as error:
+        words = " ".join(str(error).split())
+        logging.warning("%s failed, and the run goes on: %s: %.300s", show.__name__, type(error).__name__, words)
+        return None
+
+
+class Progress:
+    """How far a phase is, on the standard error: a bar on a terminal, else a line now and then.
+
+    The first rounds, in which programs are compiled, do not count for the time that is left. `TQDM_DISABLE=1` turns
+    it off.
+
+    Args:
+      name: of the phase.
+      total: its rounds.
+      done: of them, before this run goes on.
+    """
+
+    def __init__(self, name: str, total: int, done: int):
+        self._name, self._total, self._done, self._lines = shortened(name, NAME), total, done, not sys.stderr.isatty()
+        quiet = bool(jax.process_index()) or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+        self._quiet, self._said, self._timed = quiet, -math.inf, None
+        form = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+        self._bar = tqdm(
+            desc=f"{self._name:<12}", total=total, initial=done, bar_format=form, dynamic_ncols=True, smoothing=0,
+            disable=quiet or self._lines,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Progress":
+        self._bar.set_postfix_str("compiling")
+        self._say("compiling")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def advance(self, rounds: int, figures: str) -> None:
+        """Shows that so many more rounds are done, and the last one's figures."""
+        first, now = self._timed is None, time.monotonic()
+        self._done += rounds
+        self._bar.set_postfix_str(figures, refresh=False)
+        self._bar.update(rounds)
+        if first:  # time counts from here
+            self._timed = now, self._done
+            self._bar.initial = self._bar.n
+            self._bar.unpause()
+            self._bar.refresh()
+        if first or self._done >= self._total or now - self._said >= LINE_SECONDS:
+            self._say(figures)
+
+    def _say(self, words: str) -> None:
+        """A line of its own, where there is no terminal to draw a bar on."""
+        if self._quiet or not self._lines:
+            return
+        self._said = time.monotonic()
+        print(f"{self._name}: {self._done} of {self._total} rounds{self._left()}, {words}", file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        """How long the other rounds will take, in words; nothing where that is not known."""
+        if self._timed is None or self._done in (self._timed[1], self._total):
+            return ""
+        seconds = (time.monotonic() - self._timed[0]) / (self._done - self._timed[1])
+        return f", {tqdm.format_interval(seconds * (self._total - self._done))} left"
+
+
+def shortened(name: str, most: int) -> str:
+    """A name of at most so many characters."""
+    return name if len(name) <= most else f"{name[: most - 3]}..."
 
 
 class Compilations:
@@ -111,9 +192,18 @@ def progress(row: dict) -> str:
 
 def table(summary: dict) -> str:
     """The compared methods side by side, as printed at the end of a run: each figure's final and best value."""
-    runs = summary["runs"]
+    runs = {shortened(name, NAME): result for name, result in summary["runs"].items()}
+    if len(runs) < len(summary["runs"]):  # they differ only where they were cut
+        runs = summary["runs"]
     names = [name for name in next(iter(runs.values()))["final"] if name.startswith(("test_", "holdout_"))]
     width = max(len(name) for name in ["method", *runs])
+    side_by_side = max((WIDTH - width) // (2 * CELL + 2), 1)
+    blocks = [names[i : i + side_by_side] for i in range(0, len(names), side_by_side)] or [[]]
+    return "\n\n".join(_block(runs, width, block) for block in blocks)
+
+
+def _block(runs: dict, width: int, names: list[str]) -> str:
+    """The table's columns of these figures; the methods' names take `width` characters."""
     columns = [max(len(name), 2 * CELL) for name in names]
     above = "".join(f"  {name:>{column}}" for name, column in zip(names, columns, strict=True))
     heads = "".join(f"  {'final':>{column - CELL}}{'best':>{CELL}}" for column in columns)

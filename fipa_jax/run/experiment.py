@@ -1,7 +1,9 @@
 """A config made real: the data where they find room, and the functions of a run; checked by shapes before it starts."""
 
+import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fipa_jax import trees
+from fipa_jax import files, trees
 from fipa_jax.client.examples import Client
 from fipa_jax.config.checks import validate
 from fipa_jax.config.methods import method
@@ -25,6 +27,9 @@ from fipa_jax.run import head_features, phase_parts, programs
 from fipa_jax.saving.model_files import load
 from fipa_jax.tasks import task as tasks
 from fipa_jax.tasks.task import Problem
+
+# Where Linux writes how much memory a container may take, by the second and by the first version of its groups.
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 class Experiment(NamedTuple):
@@ -99,7 +104,7 @@ def _first_params(config: ConfigDict, problem: tasks.Problem, root: jax.Array) -
     if not config.init_from:
         return params
     try:
-        return load(config.init_from, params)
+        return load(files.local(config.init_from, "config.init_from"), params)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"config.init_from: {error}") from error
 
@@ -193,5 +198,13 @@ def device_bytes() -> int:
 
 
 def host_bytes() -> int:
-    """The bytes of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The bytes of memory that this process may take: the machine's, or its container's where that has less."""
+    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *map(_limit_in, CGROUP_LIMITS))
+
+
+def _limit_in(path: str) -> float:
+    """The bytes that a control group's file allows; infinite where it says `max`, or is not there."""
+    try:
+        return float(Path(path).read_text())
+    except (OSError, ValueError):
+        return math.inf

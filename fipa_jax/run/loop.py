@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fipa_jax.aggregate.screening import REASONS
 from fipa_jax.federation import parts as parts_lib
@@ -44,7 +43,13 @@ class Phase(NamedTuple):
 
 
 def run_phase(
-    experiment: Experiment, settings: ConfigDict, name: str, params: Any, first: int, journal: Journal
+    experiment: Experiment,
+    settings: ConfigDict,
+    name: str,
+    params: Any,
+    first: int,
+    journal: Journal,
+    at_checkpoint: Callable[[], Any] = lambda: None,
 ) -> Any:
     """Runs one phase from `params`, or from where it was when the run was stopped; returns the parameters after it.
 
@@ -54,6 +59,7 @@ def run_phase(
       params: the whole model's, that the phase starts from.
       first: number of its first round.
       journal: of the run.
+      at_checkpoint: called after every checkpoint but the phase's last one, to show what there is so far.
     """
     parts = parts_of(experiment, settings)
     rates = replicate(make_rates(settings, experiment.config.precision), parts.mesh)
@@ -64,18 +70,25 @@ def run_phase(
     phase = Phase(experiment, settings, parts, rates, first, first + settings.rounds - 1)
     in_one_call = experiment.config.rounds_per_call > 1
     advance = in_blocks(phase, state) if in_one_call else by_stage(phase, journal.asked)
-    return rounds_of(phase, name, advance, state, journal, note.get("skipped", 0)).params
+    return rounds_of(phase, name, advance, state, journal, note.get("skipped", 0), at_checkpoint).params
 
 
-def rounds_of(phase: Phase, name: str, advance: Advance, state: State, journal: Journal, skipped: int) -> State:
+def rounds_of(
+    phase: Phase,
+    name: str,
+    advance: Advance,
+    state: State,
+    journal: Journal,
+    skipped: int,
+    at_checkpoint: Callable[[], Any] = lambda: None,
+) -> State:
     """Advances to the phase's end, and writes down every round; returns the last state.
 
     Args:
       skipped: rounds in a row up to this one that were skipped.
     """
     k, last, warned = int(state.round), phase.last, Counter()
-    quiet = {"disable": True} if jax.process_index() else {}  # else it is as $TQDM_DISABLE says
-    with tqdm(total=phase.settings.rounds, initial=k - phase.first, desc=f"{name:<12}", unit="round", **quiet) as bar:
+    with console.Progress(name, phase.settings.rounds, k - phase.first) as bar:
         while k <= last:
             state, rows = advance(state, k, min(count_to(phase.experiment.config, k), last + 1 - k))
             for row, info in rows:
@@ -84,11 +97,11 @@ def rounds_of(phase: Phase, name: str, advance: Advance, state: State, journal: 
                 journal.write(row)
                 skipped = skipped + 1 if row.get("skipped") else 0
                 check_progress(name, row, skipped, phase.settings.max_skips)
-            bar.set_postfix_str(console.progress(row), refresh=False)
-            bar.update(len(rows))
+            bar.advance(len(rows), console.progress(row))
             k += len(rows)
             note = {"first": phase.first, "chunk": phase.parts.chunk, "skipped": skipped}
-            journal.keep(name, state, row, note, ended=k > last)
+            if journal.keep(name, state, row, note, ended=k > last) and k <= last:
+                at_checkpoint()
     return state
 
 

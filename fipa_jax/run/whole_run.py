@@ -5,9 +5,9 @@ keeps.
 """
 
 import contextlib
+import functools
 import io
 import json
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from fipa_jax.run import head_features, loop
 from fipa_jax.run.experiment import Experiment, build, pooled
 from fipa_jax.saving import provenance
 from fipa_jax.saving.journal import Journal
-from fipa_jax.saving.model_files import export
+from fipa_jax.saving.model_files import export, stems
 from fipa_jax.saving.resume import open_at
 
 WARMUP = "warmup"  # the name of its rows
@@ -41,7 +41,7 @@ def main(config: ConfigDict, workdir: Path, resume: str = "yes") -> None:
     # What orbax has to say of a write that failed is raised as one error.
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
     summary = run(config, workdir, resume)
-    print(f"\n{console.table(summary)}\n\ncompiled {compilations}")
+    console.attempt(print, f"\n{console.table(summary)}\n\ncompiled {compilations}")
     print(f"metrics, models and plots are in {workdir}")
 
 
@@ -63,6 +63,7 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
       loop.Stalled: the run makes no progress.
     """
     validate(config)
+    workdir = files.local(workdir, "--workdir")
     with jax.enable_x64(config.precision == "float64"):
         experiment = build(config)
         origin = {
@@ -70,9 +71,9 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
             "code": provenance.of_code(),
         }
         try:
-            with open_at(Path(workdir), config, origin, resume) as journal:
-                console.draw_split(experiment.problem, workdir)
-                return run_phases(experiment, Path(workdir), journal)
+            with open_at(workdir, config, origin, resume) as journal:
+                console.attempt(console.draw_split, experiment.problem, workdir)
+                return run_phases(experiment, workdir, journal)
         except OSError as error:
             if error.errno in files.FULL:
                 hint = "free some room, and the same command goes on from the last checkpoint"
@@ -98,7 +99,8 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
         settings = phases[name].warmup if warmup else phases[name].fipa
         first = config.first_round + (0 if warmup else config.warmup.rounds)
         view = view_of(experiment, settings, start, seen_by_head, warmup)
-        params = loop.run_phase(view, settings, name, start, first, journal)
+        at_checkpoint = functools.partial(refresh, phases, workdir)
+        params = loop.run_phase(view, settings, name, start, first, journal, at_checkpoint)
         summary = finish(experiment, phases, name, params, workdir)
         if warmup:
             start = journal.start = params
@@ -130,15 +132,21 @@ def view_of(experiment: Experiment, settings: ConfigDict, params: Any, seen_by_h
 
 
 def finish(experiment: Experiment, phases: dict[str, ConfigDict], name: str, params: Any, workdir: Path) -> dict:
-    """Writes what a phase leaves, its model, its pictures and the summary of all phases so far; returns the summary."""
-    file = re.sub(r"[^\w.-]", "_", name.replace("=", "-"))
+    """Writes what a phase leaves, its model, the summary of all phases so far, its pictures; returns the summary."""
+    file = stems([WARMUP, *experiment.config.compare])[name]
     export(workdir / f"{file}.msgpack", params)
-    console.draw_prediction(experiment.problem, params, workdir / f"{file}.png")
+    summary = refresh(phases, workdir)
+    console.attempt(console.draw_prediction, experiment.problem, params, workdir / f"{file}.png")
+    return summary
+
+
+def refresh(phases: dict[str, ConfigDict], workdir: Path) -> dict:
+    """Writes the summary of all rounds so far, and then draws their curves; returns the summary."""
     rows = metrics.read(workdir / "metrics.jsonl")
-    figures = dict.fromkeys(figure for row in rows for figure in row if figure.startswith("test_"))
-    plots.curves(rows, list(figures), workdir / "curves.png")
     summary = summary_of(phases, rows)
     files.write(workdir / "summary.json", f"{json.dumps(metrics.jsonable(summary), indent=2)}\n".encode())
+    figures = dict.fromkeys(figure for row in rows for figure in row if figure.startswith("test_"))
+    console.attempt(plots.curves, rows, list(figures), workdir / "curves.png")
     return summary
 
 

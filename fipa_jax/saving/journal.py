@@ -93,8 +93,10 @@ class Journal:
         """Whether this process, alone, has been asked to stop."""
         return bool(self._signals.asked) and jax.process_count() == 1
 
-    def keep(self, phase: str, state: State, row: dict, note: dict, ended: bool) -> None:
+    def keep(self, phase: str, state: State, row: dict, note: dict, ended: bool) -> bool:
         """Saves the state where it is due: at the phase's end, after some time, or as the run is asked to stop.
+
+        Returns whether it was due.
 
         Args:
           phase: its name.
@@ -107,15 +109,17 @@ class Journal:
           OSError: the checkpoint, or the one before it, cannot be written.
           Stopped: the run was asked to stop; all is saved.
         """
-        number = self._asked_of_any()
+        number, due = self._asked_of_any(), False
         if self._checkpoints is not None:
             self._checkpoints.check()
-            if ended or number or time.monotonic() - self._saved_at >= self._seconds:
+            due = ended or bool(number) or time.monotonic() - self._saved_at >= self._seconds
+            if due:
                 self._save(phase, state, row, note, ended)
         if number:
             if self._checkpoints is not None:
                 self._checkpoints.wait()
             raise Stopped(number, f"after round {row['round']} of {phase}; the same command goes on from there")
+        return due
 
     def _asked_of_any(self) -> int:
         """The number of a signal that asked any of the processes to stop, the same in all of them; 0 for none."""
@@ -172,8 +176,9 @@ class Rows(list):
         """False: no signal is heard."""
         return False
 
-    def keep(self, *_, ended: bool) -> None:
-        """Saves nothing."""
+    def keep(self, *_, ended: bool) -> bool:
+        """False: nothing is saved."""
+        return False
 
 
 def score_of(row: dict) -> float | None:

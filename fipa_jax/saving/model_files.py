@@ -1,5 +1,9 @@
 """A model as one portable file, written and read whole."""
 
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,6 +14,24 @@ from flax import serialization
 from fipa_jax import trees
 from fipa_jax.files import write
 from fipa_jax.saving.checkpoints import digest, read
+
+LONGEST = 100  # bytes of a file's name without its ending
+
+
+def stems(names: Sequence[str]) -> dict[str, str]:
+    """{name of a phase: what its files are called, without an ending}: each its own, and short enough for any disk.
+
+    A name that is too long, or whose file another one would have too, is told apart by a digest.
+    """
+    plain = {name: re.sub(r"[^\w.-]", "_", name.replace("=", "-")) for name in names}
+    shared = Counter(stem.lower() for stem in plain.values())  # some disks do not tell capitals apart
+
+    def told_apart(name: str, stem: str) -> str:
+        if len(stem.encode()) <= LONGEST and shared[stem.lower()] == 1:
+            return stem
+        return f"{stem.encode()[:LONGEST].decode(errors='ignore')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+    return {name: told_apart(name, stem) for name, stem in plain.items()}
 
 
 def export(path: Path, params) -> None:

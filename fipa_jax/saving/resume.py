@@ -18,6 +18,7 @@ from fipa_jax.files import PARTIAL, remove_partial
 from fipa_jax.lookup import lookup
 from fipa_jax.saving.checkpoints import Checkpoints, Saved, recover
 from fipa_jax.saving.journal import Journal
+from fipa_jax.saving.model_files import stems
 from fipa_jax.saving.provenance import differences
 from fipa_jax.saving.signals import Signals
 
@@ -31,6 +32,8 @@ WRITTEN = (
     "config.json", "origin.json", "metrics.jsonl", "summary.json", "checkpoints", "broken", "*.png", "*.msgpack",
     f"*{PARTIAL}",
 )  # fmt: skip
+MARKS = ("config.json", "origin.json", "metrics.jsonl", "checkpoints")  # of which a run leaves one at least
+PICTURES, ENDINGS = ("curves.png", "split.png"), ("msgpack", "png")
 RESUMES = {  # what --resume may say: what becomes of a run that is there already
     "yes": "goes on where its origin is the same; is moved aside where it is finished, or had saved nothing",
     "anyway": "goes on whatever its origin",
@@ -80,7 +83,7 @@ def _find(workdir: Path, origin: dict, resume: str, held: contextlib.ExitStack) 
     workdir.mkdir(parents=True, exist_ok=True)
     held.enter_context(_lock(workdir / "lock"))
     if not _earlier(workdir):
-        return None
+        return _check_strangers(workdir, origin["config"])
     if resume == "no":
         return _move_aside(workdir, "is not resumed")
     saved = recover(workdir / "checkpoints", functools.partial(_check_rows, workdir / "metrics.jsonl"))
@@ -138,14 +141,22 @@ def _lock(path: Path):
 
 
 def _earlier(workdir: Path) -> list[Path]:
-    """What an earlier run has left in the work directory."""
-    paths = [path for path in workdir.iterdir() if not path.match("previous-*") and path.name != "lock"]
-    foreign = [path.name for path in paths if not any(path.match(name) for name in WRITTEN)]
-    if foreign:
-        raise ValueError(
-            f"--workdir: {workdir} holds {min(foreign)!r}, no run's file; move it elsewhere, or name another folder"
-        )
-    return paths
+    """What an earlier run has left in the work directory, if there was one; files of others stay where they are."""
+    if not any((workdir / name).exists() for name in MARKS):
+        return []
+    return [path for path in workdir.iterdir() if any(path.match(name) for name in WRITTEN)]
+
+
+def _check_strangers(workdir: Path, config: dict) -> None:
+    """Refuses a work directory in which the run would write over a file of others.
+
+    Raises:
+      ValueError: names the file.
+    """
+    of_phases = [f"{stem}.{kind}" for stem in stems(["warmup", *config["compare"]]).values() for kind in ENDINGS]
+    taken = [name for name in [*PICTURES, "summary.json", *of_phases] if (workdir / name).exists()]
+    if taken:
+        raise ValueError(f"--workdir: the run would write over {taken[0]!r} in {workdir}; name another folder")
 
 
 def _move_aside(workdir: Path, why: str) -> None:
