@@ -4,9 +4,11 @@ import errno
 import os
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
+from fipa_jax import files
 from fipa_jax.files import SUMS, check_room, remove_partial, replacing, sums_of, write
 
 
@@ -83,3 +85,17 @@ def test_room_is_looked_for_and_given_back(tmp_path):
     with pytest.raises(OSError, match="no room for"):
         check_room(tmp_path, 2**62)
     assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "http://host/x", "file:///tmp/x", "gs:/bucket"])
+def test_addresses_are_no_paths(path):
+    with pytest.raises(ValueError, match=r"config\.init_from: .* is an address; needs a path on this machine"):
+        files.local(path, "config.init_from")
+
+
+def test_a_home_is_found_and_one_of_nobody_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.local("~/runs", "--workdir") == tmp_path / "runs"
+    assert files.local("runs/x:1", "--workdir") == Path("runs/x:1")
+    with pytest.raises(ValueError, match=r"--workdir: '~nobody-of-that-name/x' begins with the home of nobody"):
+        files.local("~nobody-of-that-name/x", "--workdir")

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import platform
+import sys
+import warnings
 from pathlib import Path
 
 
@@ -12,6 +14,8 @@ def prepare_process(devices: int = 1) -> None:
     Batched LAPACK calls can deadlock XLA's CPU thread pool on machines with few cores unless its concurrent scheduler
     is off, and OpenBLAS's own threads slow small factorisations up to a hundred times. Compiled programs are kept in
     the user's cache, also those that took no time to compile: a run has dozens of them. Values the user has set win.
+
+    Where jax is imported already, which has read its settings by then, it says so in a RuntimeWarning.
     """
     # A program compiled for one kind of CPU may not run on another that shares the home folder.
     programs = user_cache() / f"programs-{platform.machine()}-{hashlib.sha256(_cpu_features()).hexdigest()[:8]}"
@@ -22,6 +26,8 @@ def prepare_process(devices: int = 1) -> None:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+    if "jax" in sys.modules and not defaults.keys() <= os.environ.keys():
+        warnings.warn("prepare_process: jax is imported already, call it before; it changes nothing now", stacklevel=2)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     flags = os.environ.get("XLA_FLAGS", "")

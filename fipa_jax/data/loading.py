@@ -248,7 +248,14 @@ def import_tfds(purpose: str):
             f"{purpose} needs tensorflow_datasets, array_record and pillow (not tensorflow), and {error.name} "
             f"is not installed: pip install 'fipa_jax[tfds]'"
         ) from error
+    # Once an image run it would advise another package, which changes nothing here.
+    logging.get_absl_logger().addFilter(_no_advice)
     return tfds
+
+
+def _no_advice(record) -> bool:
+    """False for TFDS's advice to install OpenCV."""
+    return "OpenCV" not in record.getMessage()
 
 
 def _decode(builder, split: str, num_examples: int) -> dict[str, np.ndarray]:

@@ -84,7 +84,8 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
     )
     # A mistake in the last of the phases must show now, not after hours of the first.
     if config.warmup.rounds:
-        trace(experiment, config.warmup, "warmup")
+        with phase_parts.naming_fields_of(warmup=True):
+            trace(experiment, config.warmup, "warmup")
     for spec in config.compare if config.fipa.rounds else ():
         trace(experiment, method(config, spec), "fipa")
     return experiment

@@ -1,7 +1,8 @@
 """How does a phase's config become the parts of its rounds? Names become functions, fields become their arguments."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -87,10 +88,22 @@ def check(config: ConfigDict) -> None:
     if config.fipa.rounds:
         phases |= {f"the method {spec!r}": method(config, spec) for spec in config.compare}
     for name, settings in phases.items():
-        try:
-            make_parts(config, settings, blank, num_clients=config.cohort or MANY)
-        except ValueError as error:
-            raise ValueError(f"{error} (in {name})") from None
+        with naming_fields_of(settings is config.warmup):
+            try:
+                make_parts(config, settings, blank, num_clients=config.cohort or MANY)
+            except ValueError as error:
+                raise ValueError(f"{error} (in {name})") from None
+
+
+@contextlib.contextmanager
+def naming_fields_of(warmup: bool) -> Iterator[None]:
+    """A context in which an error that names a phase's field names that of the warm-up, if it is of that."""
+    try:
+        yield
+    except ValueError as error:
+        if not warmup:
+            raise
+        raise ValueError(str(error).replace("config.fipa.", "config.warmup.")) from error
 
 
 def aggregator_of(settings: ConfigDict, num_clients: int) -> Aggregator:

@@ -9,16 +9,19 @@ import functools
 import io
 import json
 import tempfile
+import timeit
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
 from fipa_jax import files
 from fipa_jax.config.checks import validate
 from fipa_jax.config.methods import method
+from fipa_jax.curvature.products import forward_flops
 from fipa_jax.reporting import console, metrics, plots
 from fipa_jax.run import head_features, loop
 from fipa_jax.run.experiment import Experiment, build, pooled
@@ -28,6 +31,7 @@ from fipa_jax.saving.model_files import export, stems
 from fipa_jax.saving.resume import open_at
 
 WARMUP = "warmup"  # the name of its rows
+LONG = 12 * 3600.0  # seconds of a run that a person wants to know of before
 
 
 def main(config: ConfigDict, workdir: Path, resume: str = "yes") -> None:
@@ -90,6 +94,8 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
     config = experiment.config
     console.describe(config, experiment.problem, experiment.params)
     phases, seen_by_head = configs_of(config), {}
+    if not journal.saved:
+        console.attempt(say_if_long, experiment, phases)
     names, start = list(phases), journal.started_from(experiment.params)
     going_on = journal.saved.note["phase"] if journal.saved else names[0]
     if going_on not in names:
@@ -105,6 +111,45 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
         if warmup:
             start = journal.start = params
     return summary
+
+
+def say_if_long(experiment: Experiment, phases: dict[str, ConfigDict]) -> None:
+    """Says before a run that takes longer than a night how long it takes at least on this machine."""
+    settings = {name: config.warmup if name == WARMUP else config.fipa for name, config in phases.items()}
+    operations = sum(least_operations(experiment, phase) for phase in settings.values())
+    seconds = operations / operations_a_second() / jax.device_count()
+    if seconds > LONG:
+        logging.warning(
+            "local training alone will take at least %.0f hours (%.1f days) on this %s; the config file's first lines "
+            "name smaller variants; or lower the rounds, config.cohort or local.epochs. Ctrl-C ends it",
+            seconds / 3600, seconds / 86400, jax.default_backend(),
+        )  # fmt: skip
+
+
+def least_operations(experiment: Experiment, settings: ConfigDict) -> float:
+    """Floating-point operations of a phase's local training: passes through the network, and no sketches.
+
+    A step takes a forward pass, and where all is trained two as dear for the gradient. 0 where the body is cached.
+    """
+    if settings.cache_body:
+        return 0.0
+    config, problem = experiment.config, experiment.problem
+    one = {name: field[:1] for name, field in problem.train.items()}
+    passes = (3 if settings.trainable == ".*" else 1) * forward_flops(problem.task.outputs, experiment.params, one)
+    total, local = sum(map(len, problem.clients)), settings.local
+    clients = 1 if settings.pooled else config.cohort or len(problem.clients)
+    own = total / (1 if settings.pooled else len(problem.clients))  # examples of a client
+    in_a_round = local.steps * (local.batch_size or own) if local.steps else local.epochs * own
+    return settings.rounds * clients * in_a_round * passes
+
+
+def operations_a_second() -> float:
+    """Floating-point operations a second of a device in a product of two matrices, the fastest thing that it does."""
+    square = jnp.ones([1024, 1024], jnp.float32)
+    product = jax.jit(lambda x: x @ x)
+    jax.block_until_ready(product(square))
+    seconds = min(timeit.repeat(lambda: jax.block_until_ready(product(square)), number=1, repeat=3))
+    return 2 * square.shape[0] ** 3 / seconds
 
 
 def configs_of(config: ConfigDict) -> dict[str, ConfigDict]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+from absl import logging
 from scipy.cluster.vq import ClusterError, kmeans2
 
 from fipa_jax.data.own_arrays import read, refuse
@@ -13,6 +14,7 @@ from fipa_jax.tasks.regression import pack, regression
 from fipa_jax.tasks.task import Problem
 
 KMEANS_STEPS = 30
+FEW = 5  # examples of a client, below which a person is told
 Examples = tuple[np.ndarray, np.ndarray]  # (x [N, d], y [N, K])
 # (task, x [N, d], client [N] or None) -> [N] owners, the clients in the order of their values
 OwnerOf = Callable[..., np.ndarray]
@@ -37,8 +39,21 @@ def build(config) -> Problem:
     if task.standardise:
         (x, x_test), (y, y_test) = _standardise(x, x_test), _standardise(y, y_test)
     module = networks.build(config.model, num_outputs=y.shape[1])
-    train, test = pack(x, y, dtype), pack(x_test, y_test, dtype)
+    with np.errstate(over="ignore"):  # which is an error of the file's, below
+        train, test = pack(x, y, dtype), pack(x_test, y_test, dtype)
+    for name, array in (*train.items(), *test.items()):
+        if not np.all(np.isfinite(array)):
+            refuse(task.file, f"holds {name} too large for config.precision = {config.precision!r}; scale it down")
+    _warn_of_small(clients)
     return Problem(regression(module, train["x"][0]), train, test, None, clients)
+
+
+def _warn_of_small(clients: Ragged) -> None:
+    """Says which clients have so few examples that their updates are hardly more than noise."""
+    small = {place: len(indices) for place, indices in enumerate(clients) if len(indices) < FEW}
+    if small:
+        shown = ", ".join(f"{place} ({number})" for place, number in list(small.items())[:10])
+        logging.warning("clients with fewer than %d examples: %s%s", FEW, shown, " ..." if len(small) > 10 else "")
 
 
 def split(task, x: np.ndarray, client: np.ndarray | None) -> Ragged:
@@ -137,6 +152,9 @@ def _check_all_train(file: str, client: np.ndarray, owner: np.ndarray) -> None:
 
 def _standardise(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
     """Columns to mean 0 and variance 1 by the moments of the first array [N, d]; its constant columns stay."""
-    varies = np.ptp(train, axis=0) > 0
-    mean, scale = np.where(varies, train.mean(0), 0), np.where(varies, train.std(0), 1)
-    return [(array - mean) / scale for array in (train, *others)]
+    varies = np.any(train != train[:1], axis=0)
+    # Columns near one, by powers of two, which rounds nothing: the squares of 1e-170 or 1e200 are no numbers.
+    exponent = np.where(varies, np.frexp(np.max(np.abs(train), axis=0, initial=0))[1], 0)
+    near_one = np.ldexp(train, -exponent)
+    mean, scale = np.where(varies, near_one.mean(0), 0), np.where(varies, near_one.std(0), 1)
+    return [(np.ldexp(array, -exponent) - mean) / scale for array in (train, *others)]

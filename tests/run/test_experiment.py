@@ -1,5 +1,6 @@
 """Whole runs in this process: what does not depend on the plan of execution, and what is never lost."""
 
+import json
 import types
 from collections import Counter
 
@@ -19,7 +20,7 @@ from fipa_jax.curvature import sketch
 from fipa_jax.curvature.sketch import Sketcher
 from fipa_jax.federation.state import State
 from fipa_jax.reporting import console as report
-from fipa_jax.reporting import metrics
+from fipa_jax.reporting import metrics, plots
 from fipa_jax.run import experiment, programs, whole_run
 from fipa_jax.saving.model_files import export, load
 from fipa_jax.tasks import task
@@ -177,11 +178,31 @@ def test_bytes_kept_are_those_of_rule_optimiser_and_what_the_server_remembers_of
     assert kept(terms.varp(), jnp.zeros(5)) == 4 * (5 + 7 * 10)
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path):
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"--workdir: .* holds 'thesis\.tex'"):
-        whole_run.run(tiny(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "photo.png").write_text("a picture")
+    for name in ("curves.png", "summary.json", "fipa.msgpack", "fedavg.png"):
+        (tmp_path / name).write_text("of others")
+        with pytest.raises(ValueError, match=f"--workdir: the run would write over '{name}'"):
+            whole_run.run(tiny(compare=("fipa", "fedavg")), tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "photo.png", name}
+        (tmp_path / name).unlink()
+    whole_run.run(tiny(), tmp_path)
+    whole_run.run(tiny(seed=3), tmp_path)  # which moves the first one's files aside
+    assert (tmp_path / "previous-1").is_dir() and (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_no_result_hangs_on_a_picture(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OverflowError("log ticks")
+
+    for name in ("curves", "split_by_class", "split_by_position", "prediction"):
+        monkeypatch.setattr(plots, name, fails)
+    monkeypatch.setattr(report, "table", fails)
+    config = tiny(compare=("fipa:server.lr=" + "1" * 20 + "e-19" + ":local.lr=0.1" * 20, "fedavg"))
+    whole_run.run(config, tmp_path)
+    assert len(json.loads((tmp_path / "summary.json").read_text())["runs"]) == 2
+    assert len(list(tmp_path.glob("*.msgpack"))) == 3 - (not config.warmup.rounds)
 
 
 def test_rules_share_a_program_only_where_their_numbers_are_traced(tmp_path, monkeypatch):

@@ -1,0 +1,71 @@
+"""What a person sees: it fits a terminal and a log file, and no result hangs on it."""
+
+import re
+
+import pytest
+
+from fipa_jax.reporting import console
+
+
+def summary(names, figures=("test_loss", "test_accuracy", "test_calibration_error", "holdout_loss")):
+    values = {figure: 10.0 ** (3 * place) for place, figure in enumerate(figures)}
+    return {"runs": {name: {"final": values, "best": values} for name in names}}
+
+
+@pytest.mark.parametrize("names", [("fipa",), ("fipa", "x" * 300), ("m" * 300 + "a", "m" * 300 + "b")])
+def test_the_table_fits_80_columns_and_loses_no_figure(names):
+    text = console.table(summary(names))
+    told_apart = len({name[:29] for name in names}) == len(names)
+    if told_apart:
+        assert max(map(len, text.splitlines())) <= 80
+    for figure in ("test_loss", "test_accuracy", "test_calibration_error", "holdout_loss"):
+        assert figure in text
+    assert len(re.findall(r"1e\+09", text)) == 2 * len(names)  # the last figure of each method, final and best
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("bad\nticks"), OverflowError("1e284"), OSError(28, "full"), KeyError("x")]
+)
+def test_what_cannot_be_shown_is_a_warning(error, caplog):
+    def draw():
+        raise error
+
+    assert console.attempt(draw) is None
+    assert "draw failed, and the run goes on" in caplog.text and type(error).__name__ in caplog.text
+    assert console.attempt(lambda: 3) == 3
+    with pytest.raises(KeyboardInterrupt):
+        console.attempt(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+
+
+def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 7))
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    with console.Progress("fipa" * 30, 100, 40) as bar:
+        for _ in range(60):
+            bar.advance(1, "test_loss=1")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("40 of 100 rounds, compiling") and lines[-1].endswith("100 of 100 rounds, test_loss=1")
+    assert 3 < len(lines) < 60 and all(len(line) <= 80 and "\r" not in line for line in lines)
+    assert all(" left, " in line for line in lines[2:-1])
+
+
+def test_progress_can_be_turned_off(capsys, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with console.Progress("fipa", 2, 0) as bar:
+        bar.advance(2, "")
+    assert not capsys.readouterr().err
+
+
+def test_the_time_that_is_left_does_not_count_the_first_rounds(monkeypatch, capsys):
+    monkeypatch.setattr(console.sys.stderr, "isatty", lambda: True, raising=False)
+    now = [0.0]
+    with console.Progress("fipa", 10, 0) as bar:
+        bar._bar._time, bar._bar.start_t, bar._bar.last_print_t = lambda: now[0], 0.0, 0.0
+        now[0] += 1000  # of compilation
+        bar.advance(1, "a=1")
+        now[0] += 2
+        bar.advance(1, "a=1")
+        rate = bar._bar.format_dict["elapsed"] / (bar._bar.n - bar._bar.initial)
+    assert rate == pytest.approx(2, abs=0.5)
+    assert "compiling" in capsys.readouterr().err
