@@ -83,13 +83,12 @@ class Progress:
         """Shows that so many more rounds are done, and the last one's figures."""
         first, now = self._timed is None, time.monotonic()
         self._done += rounds
-        self._bar.set_postfix_str(figures, refresh=False)
-        self._bar.update(rounds)
         if first:  # time counts from here
             self._timed = now, self._done
-            self._bar.initial = self._bar.n
             self._bar.unpause()
-            self._bar.refresh()
+            self._bar.initial = self._done
+        self._bar.set_postfix_str(figures, refresh=False)
+        self._bar.update(rounds)
         if first or self._done >= self._total or now - self._said >= LINE_SECONDS:
             self._say(figures)
 
