@@ -35,7 +35,7 @@ NOTED = {
     "capped": "eigenvalues scaled down, their sum being above aggregator.limits.trace_cap times the median client's",
 }
 CELL = 11  # characters of a figure in the table of methods
-WIDTH, NAME = 80, 32  # characters of a line, and of a method's name in it
+WIDTH, NAME = 80, 32  # characters of a line, and of a phase's name in one on its progress
 LINE_SECONDS = 30.0  # between two lines on how far a phase is, where there is no terminal
 
 
@@ -191,7 +191,7 @@ def progress(row: dict) -> str:
 
 def table(summary: dict) -> str:
     """The compared methods side by side, as printed at the end of a run: each figure's final and best value."""
-    runs = {shortened(name, NAME): result for name, result in summary["runs"].items()}
+    runs = {shortened(name, WIDTH - 2 * CELL - 2): result for name, result in summary["runs"].items()}
     if len(runs) < len(summary["runs"]):  # they differ only where they were cut
         runs = summary["runs"]
     names = [name for name in next(iter(runs.values()))["final"] if name.startswith(("test_", "holdout_"))]

@@ -78,10 +78,10 @@ def test_a_row_for_every_round_of_every_run(runs):
 def test_bytes_are_those_of_what_is_sent(runs):
     """Two clients, float64, 10 parameters: an update each, and for FIPA three eigenpairs and what the report says of
 
-    them: residuals, products, whether they converged, the trace and its error, and six flags. One layer is four.
+    them: residuals, products, whether they converged, the trace and its error, and its flags. One layer is four.
     """
     rows = {row["run"]: row for row in metrics.read(runs[0] / "metrics.jsonl")}
-    report = 3 * 8 + 4 + 1 + 2 * 8 + 6
+    report = 3 * 8 + 4 + 1 + 2 * 8 + len(FLAGS)
     assert [rows[name]["bytes_down"] for name in ("warmup", *METHODS)] == [2 * 8 * 10, 2 * 8 * 10, 2 * 8 * 4]
     assert [rows[name]["bytes_up"] for name in ("warmup", *METHODS)] == [160, 160 + 2 * (8 * 3 * (10 + 1) + report), 64]
 
