@@ -13,6 +13,7 @@ from absl import flags
 from absl.testing import flagsaver
 from helpers.runs import tiny
 
+from fipa_jax.curvature.sketch import FLAGS
 from fipa_jax.reporting import metrics
 from fipa_jax.run import whole_run
 
