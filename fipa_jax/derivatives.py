@@ -1,4 +1,4 @@
-"""What is a derivative that jax's own rules get wrong, or cannot reach? It is said here, or refused in words.
+"""What is a derivative that jax's own rules get wrong, or cannot reach? It is given here, or refused in words.
 
 Eigenvectors have none where two eigenvalues coincide, though smooth functions of the matrix do; and what is float64
 within a process of float32 is so in a scope alone, which the reverse sweep of `jax.grad` runs outside of.
@@ -117,13 +117,24 @@ batching.fancy_primitive_batchers[_refused] = _refused_of_many
 
 
 def vary_with(tree: Any, *others: Any) -> Any:
-    """The tree as it is, of the type of what differs between devices where one of the other trees does.
+    """The tree as it is, of the type of what differs between devices wherever one of the other trees does.
 
-    Within `jax.shard_map` the carry of a loop must have that type from the start: zeros, which differ nowhere, do not.
+    Within `jax.shard_map` the carry of a loop must have that type from the start, which zeros do not; and a gradient in
+    what does not differ is summed over the devices, silently. Elsewhere nothing is done.
     """
-    leaves = [leaf for leaf in jax.tree.leaves(others) if jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool]
-    never = functools.reduce(jnp.logical_or, [jnp.any(_empty(leaf)) for leaf in leaves])
-    return jax.tree.map(lambda leaf: jnp.where(never, leaf, leaf), tree)
+    axes = frozenset().union(*map(_axes, jax.tree.leaves((tree, others))))
+
+    def varied(leaf):
+        lacking = tuple(sorted(axes - _axes(leaf), key=str))
+        return jax.lax.pcast(leaf, lacking, to="varying") if lacking else leaf
+
+    return jax.tree.map(varied, tree)
+
+
+def _axes(leaf: jax.Array) -> frozenset:
+    """The axes of the devices' mesh along which a value may differ; how its type says so depends on jax's version."""
+    kind = jax.typeof(leaf)
+    return frozenset(getattr(getattr(kind, "mat", kind), "varying", None) or getattr(kind, "vma", ()))
 
 
 def _empty(array: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from fipa_jax.aggregate import merged_curvature
 from fipa_jax.aggregate.aggregator import Needs, never, sound
 from fipa_jax.aggregate.merged_curvature import Factor, Filter
 from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.derivatives import vary_with
 from fipa_jax.trees import length, ratio
 
 
@@ -165,17 +166,20 @@ def _solve(messages: Sequence[Messages], form: str, hyper: Hyper, relative: bool
     least = jnp.min(jnp.where((filtered > 0) & (spectrum > floor), spectrum, spectrum[0]))
     longest = jnp.max(jnp.concatenate([_lengths(each) * _share(each, beta) for each in messages if each.clients]))
 
+    def alike(*results):
+        return vary_with(results, step, spectrum, beta)
+
     def careful():
         """The damped form, with a damping that no rounding gets through."""
         enough = jnp.maximum(beta, CAREFUL * spectrum[0])
         base = _base(messages, enough, mean)
         own = any(each.damping is not None for each in messages)
         again = factor if form == "damped" and not own else _merged_about(base, messages, merge)
-        return merged_curvature.solve(again, _filter(again, spectrum, enough)), enough
+        return alike(merged_curvature.solve(again, _filter(again, spectrum, enough)), enough)
 
     limit = jnp.where(hyper["limits.explosion"] > 0, hyper["limits.explosion"] * longest, jnp.inf)
     failed = ~sound(step, limit)
-    step, used = jax.lax.cond(failed, careful, lambda: (step, beta))
+    step, used = jax.lax.cond(failed, careful, lambda: alike(step, beta))
     failed_too = failed & ~sound(step, limit)
     step = jnp.where(failed_too, mean, step)
     return Solution(step, step, used, mean, longest, factor, filtered, least, failed.astype(jnp.int32) + failed_too)
