@@ -18,12 +18,15 @@ from jax.interpreters import ad, batching, mlir
 def with_derivative_of(smooth: Callable, value: Callable, scope: Callable) -> Callable:
     """The function `value`, with the derivative of another one, `smooth`, that equals it where both are defined.
 
-    In forward and reverse mode, under jit and vmap, and again for second derivatives. All is traced within `scope`,
-    that of the reverse sweep too.
+    In forward and reverse mode, under jit, vmap and shard_map. All is traced within `scope`, the reverse sweep too.
 
     Args:
-      smooth: differentiable by jax's rules within the scope; called only where a derivative is asked for.
+      smooth: differentiable by jax's rules within the scope; called only where a derivative is asked for. Its own
+        derivative need not be right twice.
       scope: () -> a context.
+
+    Raises:
+      TypeError: on a second derivative.
     """
 
     @jax.custom_jvp
@@ -41,13 +44,23 @@ def with_derivative_of(smooth: Callable, value: Callable, scope: Callable) -> Ca
             return smooth(*jax.tree.unflatten(tree, [given.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
         with scope():
-            at, out = [leaves[i] for i in moving], call(*primals)
+            at, out = [refusing(_same, ONCE)(leaves[i]) for i in moving], call(*primals)
             push = lambda tangent: jax.jvp(along, at, tangent)[1]
             pull = lambda cotangent: list(jax.vjp(along, *at)[1](cotangent))
             return out, _linear(push, pull, [every[i] for i in moving], out)
 
     call.defjvp(rule, symbolic_zeros=True)
     return call
+
+
+ONCE = (
+    "eigenvalues and functions of merged curvature can be differentiated once, not twice; take finite differences of "
+    "the gradient"
+)
+
+
+def _same(leaf):
+    return leaf
 
 
 def _linear(push: Callable, pull: Callable, vector: list, like: Any) -> Any:

@@ -219,10 +219,11 @@ def latest(rank: int, num_clients: int, transport: bool = True) -> Kind:
     def join(past: Past, cohort: Messages, now: Now, hyper: dict):
         present = jnp.zeros(past.weights.shape, bool).at[now.ids].max(cohort.weights > 0)
         moved = now.theta[None] - past.starts
+        seen = past, moved, present, hyper["late.max_drift"]
         near = jax.lax.cond(
             hyper["late.max_drift"] > 0,
-            lambda: vary_with(drift(past.sketch, moved) <= hyper["late.max_drift"], past, moved),
-            lambda: vary_with(jnp.ones_like(present), past, moved),
+            lambda: vary_with(drift(past.sketch, moved) <= hyper["late.max_drift"], *seen),
+            lambda: vary_with(jnp.ones_like(present), *seen),
         )
         weights = jnp.where(near & ~present, past.weights * hyper["past.decay"], 0)
         moved = trees.zero_unless(weights > 0, moved) if transport else None
