@@ -15,6 +15,16 @@ def ratio(a, b):
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
 
+def root(square: jax.Array) -> jax.Array:
+    """The square root, whose derivative at 0 is 0, not NaN."""
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
+
+
+def length(array: jax.Array, axis: int | None = None) -> jax.Array:
+    """|x| of an array, or along an axis, whose derivative at 0 is 0, not NaN."""
+    return root(jnp.sum(array * array, axis=axis))
+
+
 def ravel(tree) -> jax.Array:
     """Concatenates all leaves to one vector [P], in the order of `jax.tree.leaves`."""
     return ravel_pytree(tree)[0]

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "fipa_jax"
 
 # From the ground up: a module imports from the floors below its own, and on its own from its own package alone.
 FLOORS = (
-    {"trees", "lookup", "files"},
+    {"trees", "lookup", "files", "derivatives"},
     {"curvature", "config", "models"},
     {"aggregate", "client", "data"},
     {"federation", "tasks"},
@@ -26,7 +26,7 @@ FLOORS = (
     {"run"},
 )
 LIGHT = {"jax", "optax", "numpy"}  # what the packages for other people's loops may need
-FOR_IMPORTERS = ("trees", "lookup", "files", "curvature", "aggregate", "client", "federation")
+FOR_IMPORTERS = ("trees", "lookup", "files", "derivatives", "curvature", "aggregate", "client", "federation")
 HEAVY = {
     "flax",
     "tensorflow_datasets",

@@ -111,14 +111,14 @@ def weights_of(
 
 def sound(step: jax.Array, limit: jax.Array | float = jnp.inf) -> jax.Array:
     """[] bool: the step [P] is finite, and no longer than the limit."""
-    length = jnp.linalg.norm(step)
+    length = trees.length(step)
     return jnp.isfinite(length) & (length <= limit)
 
 
 def compare(step: Params, average: Params, received: Received) -> Info:
     """The step beside the clients' updates and beside FedAvg's."""
-    norm, other = optax.tree.norm(step), optax.tree.norm(average)
-    longest = jnp.max(jnp.linalg.norm(received.deltas, axis=1))
+    norm, other = (trees.root(optax.tree.norm(tree, squared=True)) for tree in (step, average))
+    longest = jnp.max(trees.length(received.deltas, axis=1))
     return {
         "step_ratio": trees.ratio(norm, longest),
         "fedavg_cosine": trees.ratio(optax.tree.vdot(step, average), norm * other),

@@ -46,7 +46,8 @@ def limited(inner: Solver, *, max_step: float = 5.0, max_divergence: float = 0.0
         bound = jnp.where(hyper["limits.max_step"] > 0, hyper["limits.max_step"] * solution.longest, jnp.inf)
         curve = jnp.minimum(merged_curvature.quadratic(solution.factor, full), jnp.finfo(full.dtype).max)
         limit = jnp.where(hyper["limits.max_divergence"] > 0, 2 * hyper["limits.max_divergence"], jnp.inf)
-        factor = jnp.where(curve > limit, jnp.sqrt(trees.ratio(limit, curve)), 1)
+        over = curve > limit  # asked twice, as a derivative of inf / curve would be NaN
+        factor = trees.root(jnp.where(over, trees.ratio(jnp.where(over, limit, 1), curve), 1))
         step = _bounded(factor * full, bound)
         factor = shortened(step, full)
         return solution._replace(step=step, curve=curve), hyper, state, info | {"divergence": factor**2 * curve / 2}
@@ -57,13 +58,14 @@ def limited(inner: Solver, *, max_step: float = 5.0, max_divergence: float = 0.0
 
 def shortened(step: jax.Array, full: jax.Array) -> jax.Array:
     """[], the length of a step over that of the one before its bounds."""
-    return trees.ratio(jnp.linalg.norm(step), jnp.linalg.norm(full))
+    return trees.ratio(trees.length(step), trees.length(full))
 
 
 def _bounded(step: jax.Array, bound: jax.Array) -> jax.Array:
     """Shortens the step to `bound`; a step of that length or less passes bit for bit."""
-    length = jnp.linalg.norm(step)
-    return jnp.where(length > bound, step * trees.ratio(bound, length), step)
+    length = trees.length(step)
+    over = length > bound
+    return step * jnp.where(over, trees.ratio(jnp.where(over, bound, 1), length), 1)
 
 
 def capped(inner: Solver, *, trace_cap: float = 1000.0) -> Solver:

@@ -6,10 +6,14 @@ What each direction is multiplied by, such as the pseudo-inverse, is a filter of
 F itself is never held: `merge` passes over blocks of its rows, factorises F^T F = V diag(lam) V^T and projects the
 updates; `solve`, `quadratic` and `top` pass over them once more. Beside the uploads only one block is alive. Sketches
 of several ranks, such as the clients' and those of past rounds, stand side by side in F as `Part`s.
+
+All but `top` has derivatives, in what the parts hold and in the filter: those of functions of F^T F, which have no
+eigenvector in them and so are right where eigenvalues coincide.
 """
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,23 +21,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fipa_jax.aggregate.row_blocks import over_row_blocks, row_block
 from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.derivatives import refusing, vary_with, with_derivative_of
 from fipa_jax.lookup import lookup
+from fipa_jax.trees import root
 
 BLOCK = 2**22  # entries of F in one block of rows
-ROUNDING = 100.0  # eigenvalues of H below so many eps^2 of the largest are noise
+ROUNDING = 10.0  # singular values of F below so many eps of the largest are noise of the data
 DOUBLE = ("cpu", "cuda", "gpu", "rocm")  # backends with float64 arithmetic
-
-Targets = Callable[[jax.Array, int], jax.Array]  # (first row, number of rows b) -> [C, b], those rows
-Filter = Callable[[jax.Array], jax.Array]  # eigenvalues of H [D] -> what each direction is multiplied by [D]
 
 
 class Part(NamedTuple):
-    """Sketches of one rank, and what each one's curvature is applied to."""
+    """Sketches of one rank, and what each one's curvature is applied to: deltas - base - moved."""
 
     weights: jax.Array  # [C]; one of weight 0 may hold anything, NaN included
     sketch: Sketch  # eigenvalues [C, R], basis [C, P, R] in any floating-point dtype
-    targets: Targets
+    deltas: jax.Array  # [C, P]; of weight 0 too it must be finite
+    moved: jax.Array | None = None  # [C, P]; None for zero
+
+
+class Filter(NamedTuple):
+    """What each direction is multiplied by: 1 / (lam + shift) where the eigenvalue lam of H is above least, else 0."""
+
+    shift: jax.Array | float  # []
+    least: jax.Array | float  # []
+
+    def of(self, eigenvalues: jax.Array) -> jax.Array:
+        """[D], of eigenvalues [D]."""
+        keep = (eigenvalues > self.least) & ~(eigenvalues + self.shift <= 0)  # a shift of NaN must show
+        return jnp.where(keep, 1 / jnp.where(keep, eigenvalues + self.shift, 1), 0)
+
+    def slopes(self, eigenvalues: jax.Array) -> jax.Array:
+        """[D, D], (f(lam_i) - f(lam_j)) / (lam_i - lam_j), and f'(lam_i) where they coincide."""
+        values = self.of(eigenvalues)
+        # Of two that pass it is -f(lam_i) f(lam_j), however near they are; one that does not is on the other side.
+        mixed = (values[:, None] > 0) != (values[None] > 0)
+        gaps = jnp.where(mixed, eigenvalues[:, None] - eigenvalues[None], 1)
+        return jnp.where(mixed, (values[:, None] - values[None]) / gaps, -values[:, None] * values[None])
 
 
 @jax.tree_util.register_dataclass
@@ -46,18 +71,43 @@ class Factor:
 
     bases: list  # of each part [C, P, R], as they came
     scales: list  # of each part [C, R], sqrt(w_m lam_m)
+    ways: list  # of each part its (deltas, moved), as they came
+    base: jax.Array | None  # [P], what the targets are seen from and `solve` adds
     eigenvalues: jax.Array  # [D], descending: H's, the squares of F's singular values; float64 where there is any
     right: jax.Array  # [D, D], V^T
     projected: jax.Array  # [D], V^T F^T targets
     length: int = dataclasses.field(metadata={"static": True})  # rows in a block of a pass over F
+    squared: bool = dataclasses.field(metadata={"static": True})  # whether they are of F^T F, formed
 
     @property
     def spectrum(self) -> jax.Array:
         """[D], the eigenvalues in the precision of the updates."""
-        return self.eigenvalues.astype(self.scales[0].dtype)
+
+        def value(factor: Factor):
+            return factor.eigenvalues.astype(factor.scales[0].dtype)
+
+        def smooth(factor: Factor):  # v^T (F^T F) v
+            turned = _dot_all(_dot_all(factor.right, _products(factor)[0]), factor.right.T)
+            return jnp.diag(turned).astype(factor.scales[0].dtype)
+
+        return with_derivative_of(smooth, value, self._scope)(self)
+
+    @property
+    def rounding(self) -> tuple[float, float]:
+        """Shares of the largest eigenvalue below which (a direction, an eigenvalue) is noise of the arithmetic.
+
+        Directions F v come with an error of eps of the largest singular value. So do the singular values themselves,
+        but of those that are eigenvalues of F^T F the square root of eps is the limit.
+        """
+        eps, width = float(jnp.finfo(self.right.dtype).eps), self.eigenvalues.size
+        direction = (eps * width) ** 2
+        return direction, max(direction, eps * width if self.squared else 0.0)
+
+    def _scope(self):
+        return _arithmetic(self.right.dtype)
 
 
-def merge(parts: Sequence[Part], method: str = "auto") -> Factor:
+def merge(parts: Sequence[Part], method: str = "auto", base: jax.Array | None = None) -> Factor:
     """Factorises the merged curvature, in float64 arithmetic where the device has it.
 
     With nearly collinear clients the entries of F c cancel to eps / beta of their size, and the rounding of z is
@@ -66,6 +116,7 @@ def merge(parts: Sequence[Part], method: str = "auto") -> Factor:
 
     Args:
       parts: what stands side by side in F; D is the sum of their C R.
+      base: [P], see `Part`; None for zero.
       method: how F^T F is factorised, `auto` picks by `choose`. `qr`: the triangle of F at once (the paper's merge).
         `tsqr`: the triangle of each block stacked on the one before. `gram`: F^T F summed over blocks.
 
@@ -74,55 +125,42 @@ def merge(parts: Sequence[Part], method: str = "auto") -> Factor:
     """
     check(method)
     dtype, bases = parts[0].weights.dtype, [part.sketch.basis for part in parts]
-    scales = [_scale(part, dtype) for part in parts]
+    scales, ways = [_scale(part, dtype) for part in parts], [(part.deltas, part.moved) for part in parts]
     size, width = bases[0].shape[1], sum(scale.size for scale in scales)
     if method == "auto":
         method = choose(size, width, dtype, jax.default_backend())
     add, factorise = METHODS[method]
     length = size if method == "qr" else min(size, max(BLOCK // width, 2 * width))
     wide = jnp.float64 if jax.default_backend() in DOUBLE else dtype
-
-    def visit(bases, start, carry):
-        reduced, projected = carry
-        begin, blocks = _blocks(bases, scales, length, start, wide)
-        along = [
-            _along(rows, part.targets(begin, length).astype(wide)) for part, rows in zip(parts, blocks, strict=True)
-        ]
-        projected = [total + new for total, new in zip(projected, along, strict=True)]
-        return add(reduced, _side_by_side(blocks)), projected
+    # The decomposition has no derivatives; `solve` and the others have, from the parts alone.
+    fixed = jax.lax.stop_gradient((bases, scales, ways, base))
 
     with _arithmetic(wide):
-        start = jnp.zeros([width, width], wide), [jnp.zeros(scale.shape, wide) for scale in scales]
-        reduced, projected = over_row_blocks(bases, length, visit, start)
+        reduced, projected = _pass(*fixed, length, wide, add)
         eigenvalues, right = factorise(reduced)
-        projected = _dot(right, jnp.concatenate([part.reshape(-1) for part in projected]))
-        return Factor(bases, scales, eigenvalues, right, projected, length)
+        return Factor(bases, scales, ways, base, eigenvalues, right, _dot(right, projected), length, method == "gram")
 
 
 def solve(factor: Factor, inverse: Filter) -> jax.Array:
-    """F V diag(inverse(lam)) V^T F^T targets [P]: a function of H applied to sum_m w_m H_m targets_m / lam."""
-    with _arithmetic(factor.right.dtype):
-        coefficients = _dot(factor.right.T, inverse(factor.eigenvalues) * factor.projected)
-        edges = np.cumsum([0, *(scale.size for scale in factor.scales)])
-        of_part = [
-            coefficients[a:b].reshape(scale.shape) for a, b, scale in zip(edges, edges[1:], factor.scales, strict=False)
-        ]
+    """base + F V diag(inverse(lam)) V^T F^T targets [P]: a function of H applied to sum_m w_m H_m targets_m / lam."""
 
-        def rows_of(blocks):
-            products = [
-                jax.lax.dot_general(rows, c, (((0, 2), (0, 1)), ((), ())))
-                for rows, c in zip(blocks, of_part, strict=True)
-            ]
-            return sum(products)
+    def value(factor: Factor, inverse: Filter):
+        return _combine(factor, _dot(factor.right.T, inverse.of(factor.eigenvalues) * factor.projected))
 
-        return _fill_rows(factor, rows_of, ())
+    def smooth(factor: Factor, inverse: Filter):
+        # A direction of noise adds nothing, but what it turns into does.
+        every = inverse._replace(least=jnp.where(inverse.shift > 0, -1, inverse.least))
+        coefficients = _filtered(*_products(factor), every, factor.eigenvalues, factor.right)
+        return _combine(factor, coefficients, each_by_itself=True)
+
+    return with_derivative_of(smooth, value, factor._scope)(factor, Filter(*map(jnp.asarray, inverse)))
 
 
 def quadratic(factor: Factor, vector: jax.Array) -> jax.Array:
     """vector^T H vector [] of a vector [P]."""
-    wide, dtype = factor.right.dtype, factor.scales[0].dtype
-    length = factor.length
-    with _arithmetic(wide):
+
+    def value(factor: Factor, vector, each_by_itself=False):
+        wide, length = factor.right.dtype, factor.length
 
         def visit(bases, start, total):
             begin, blocks = _blocks(bases, factor.scales, length, start, wide)
@@ -130,28 +168,47 @@ def quadratic(factor: Factor, vector: jax.Array) -> jax.Array:
             along = [jax.lax.dot_general(rows, part, (((1,), (0,)), ((), ()))) for rows in blocks]
             return [old + new for old, new in zip(total, along, strict=True)]
 
-        blank = [jnp.zeros(scale.shape, wide) for scale in factor.scales]
-        image = over_row_blocks(factor.bases, length, visit, blank)  # F^T vector
-        return sum(jnp.sum(part**2) for part in image).astype(dtype)
+        blank = vary_with([jnp.zeros(scale.shape, wide) for scale in factor.scales], factor.scales, vector)
+        image = over_row_blocks(factor.bases, length, visit, blank, each_by_itself)  # F^T vector
+        return sum(jnp.sum(part**2) for part in image).astype(factor.scales[0].dtype)
+
+    smooth = functools.partial(value, each_by_itself=True)
+    return with_derivative_of(smooth, value, factor._scope)(factor, vector)
 
 
 def top(factor: Factor, rank: int) -> Sketch:
-    """The first `rank` eigenpairs of H: eigenvalues [rank], basis [P, rank]; pairs beyond D, or of noise, are zero."""
-    dtype = factor.scales[0].dtype
-    with _arithmetic(factor.right.dtype):
-        kept = min(rank, factor.eigenvalues.size)
-        values = factor.eigenvalues[:kept]
-        # F V lam^{-1/2}. What is at rounding level beside the largest has no direction.
-        sound = values > ROUNDING * jnp.finfo(dtype).eps ** 2 * factor.eigenvalues[0]
-        scaled = factor.right[:kept].T * jnp.where(sound, 1 / jnp.sqrt(jnp.where(sound, values, 1)), 0)[None]
+    """The first `rank` eigenpairs of H: eigenvalues [rank], basis [P, rank]; pairs beyond D, or of noise, are zero.
 
-        def rows_of(blocks):
-            return jax.lax.dot_general(_side_by_side(blocks), scaled, (((1,), (0,)), ((), ())))
+    Raises:
+      TypeError: on differentiation, as eigenvectors are not differentiable where eigenvalues coincide.
+    """
 
-        basis = _fill_rows(factor, rows_of, (kept,))
-        values = jnp.where(sound, values, 0).astype(dtype)
-        pad = rank - kept
-        return Sketch(jnp.pad(values, (0, pad)), jnp.pad(basis, ((0, 0), (0, pad))))
+    def value(factor: Factor):
+        dtype = factor.scales[0].dtype
+        with factor._scope():
+            kept = min(rank, factor.eigenvalues.size)
+            values = factor.eigenvalues[:kept]
+            # F V lam^{-1/2}. What is at rounding level beside the largest, of the data or the merge, has no direction.
+            data = (ROUNDING * jnp.finfo(dtype).eps) ** 2
+            sound = values > max(data, factor.rounding[1]) * factor.eigenvalues[0]
+            scaled = factor.right[:kept].T * jnp.where(sound, 1 / jnp.sqrt(jnp.where(sound, values, 1)), 0)[None]
+
+            def rows_of(begin, blocks):
+                return _dot_all(_side_by_side(blocks), scaled)
+
+            basis = _fill_rows(factor, rows_of, (kept,), scaled)
+            values = jnp.where(sound, values, 0).astype(dtype)
+            pad = rank - kept
+            return Sketch(jnp.pad(values, (0, pad)), jnp.pad(basis, ((0, 0), (0, pad))))
+
+    blind = dataclasses.replace(factor, ways=jax.lax.stop_gradient(factor.ways), base=None)
+    return refusing(value, NO_PAIRS)(blind)
+
+
+NO_PAIRS = (
+    "aggregator.past: what is remembered of a round's curvature, its eigenvectors, has no derivative in the sketches "
+    "and num_examples; apply jax.lax.stop_gradient to these, or to the rule's new state"
+)
 
 
 def check(method: str) -> None:
@@ -172,37 +229,6 @@ def choose(size: int, width: int, dtype, backend: str) -> str:
     return "qr" if size * width**2 <= 2**30 else "tsqr"
 
 
-def row_block(size: int, length: int, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(first row, [length] bool: which rows are new) of the block at `start`.
-
-    The last block's start is moved back so that all have one length; what it repeats is not new.
-    """
-    begin = jnp.minimum(start, size - length)
-    return begin, begin + jnp.arange(length, dtype=jnp.int32) >= start
-
-
-def over_row_blocks(bases: list, length: int, visit: Callable, initial: Any) -> Any:
-    """carry <- visit(bases, start, carry) over blocks of so many rows of bases [C, P, R], one after another.
-
-    Args:
-      bases: read by `visit`, which is given them anew in each step.
-      visit: see `row_block` for what a start means.
-      initial: the first carry.
-    """
-    size = bases[0].shape[1]
-    if length == size:
-        return visit(bases, jnp.int32(0), initial)
-
-    def body(i, carry):
-        # Behind a barrier, or XLA converts a bfloat16 basis to float32 as a whole, before the loop.
-        bases, inner = carry
-        bases, i = jax.lax.optimization_barrier((bases, i))
-        return bases, visit(bases, i * length, inner)
-
-    # int32, as int64 would outlive the scope of `_arithmetic` where a vmap traces this anew.
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(-(-size // length)), body, (bases, initial))[1]
-
-
 def _blocks(bases: list, scales: list, length: int, start: jax.Array, wide) -> tuple[jax.Array, list]:
     """(first row, rows [C, b, R] of each part's columns of F); what the last block repeats is zero."""
     begin, new = row_block(bases[0].shape[1], length, start)
@@ -210,24 +236,94 @@ def _blocks(bases: list, scales: list, length: int, start: jax.Array, wide) -> t
     def rows(basis, scale):
         part = jax.lax.dynamic_slice_in_dim(basis, begin, length, axis=1).astype(wide)
         counts = new[None, :, None] & (scale > 0)[:, None, :]
-        return jnp.where(counts, part * scale.astype(wide)[:, None, :], 0)
+        # Both before the product, as its derivative would be NaN where one of them is.
+        return jnp.where(counts, part, 0) * jnp.where(scale > 0, scale, 0).astype(wide)[:, None, :]
 
     return begin, list(map(rows, bases, scales))
 
 
-def _fill_rows(factor: Factor, rows_of: Callable, trailing: tuple) -> jax.Array:
-    """[P, *trailing] in the updates' precision, of which rows_of(blocks of F) gives each block's rows."""
+def _pass(bases: list, scales: list, ways: list, base, length: int, wide, add: Callable, each_by_itself: bool = False):
+    """(the sum of F's blocks by `add` [D, D], F^T targets [D])."""
+    width = sum(scale.size for scale in scales)
+
+    def visit(bases, start, carry):
+        reduced, projected = carry
+        begin, blocks = _blocks(bases, scales, length, start, wide)
+        along = [_along(rows, _targets(way, base, begin, length, wide)) for way, rows in zip(ways, blocks, strict=True)]
+        projected = [total + new for total, new in zip(projected, along, strict=True)]
+        return add(reduced, _side_by_side(blocks)), projected
+
+    start = jnp.zeros([width, width], wide), [jnp.zeros(scale.shape, wide) for scale in scales]
+    start = vary_with(start, scales, ways, base)
+    reduced, projected = over_row_blocks(bases, length, visit, start, each_by_itself)
+    return reduced, jnp.concatenate([part.reshape(-1) for part in projected])
+
+
+def _targets(way: tuple, base, begin: jax.Array, length: int, wide) -> jax.Array:
+    """[C, b], deltas - base - moved of a block of rows."""
+
+    def rows(array):
+        return jax.lax.dynamic_slice_in_dim(array, begin, length, axis=-1).astype(wide)
+
+    deltas, moved = way
+    seen = rows(deltas) if base is None else rows(deltas) - rows(base)[None]
+    return seen if moved is None else seen - rows(moved)
+
+
+def _products(factor: Factor) -> tuple[jax.Array, jax.Array]:
+    """(F^T F [D, D], F^T targets [D]), of which derivatives can be taken."""
+    given = factor.bases, factor.scales, factor.ways, factor.base
+    return _pass(*given, factor.length, factor.right.dtype, _gram, each_by_itself=True)
+
+
+@jax.custom_jvp
+def _filtered(gram, projected, inverse: Filter, eigenvalues, right) -> jax.Array:
+    """f(G) z [D], for the filter f, G = F^T F = V diag(lam) V^T and z = F^T targets."""
+    return _dot(right.T, inverse.of(eigenvalues) * _dot(right, projected))
+
+
+@_filtered.defjvp
+def _filtered_jvp(given, tangents):
+    """By Daleckii and Krein: d f(G) = V (slopes * V^T dG V) V^T, without the eigenvectors' own derivatives."""
+    _, projected, inverse, eigenvalues, right = given
+    turn, turned, values = tangents[0], _dot(right, projected), inverse.of(eigenvalues)
+    turn = inverse.slopes(eigenvalues) * _dot_all(_dot_all(right, turn), right.T)
+    moved = _dot(turn, turned) + values * _dot(right, tangents[1]) - tangents[2].shift * values**2 * turned
+    return _filtered(*given), _dot(right.T, moved)
+
+
+def _combine(factor: Factor, coefficients: jax.Array, each_by_itself: bool = False) -> jax.Array:
+    """base + F coefficients [P], rounded once: where the base is large, they cancel."""
+    edges = np.cumsum([0, *(scale.size for scale in factor.scales)])
+    of_part = [
+        coefficients[a:b].reshape(scale.shape) for a, b, scale in zip(edges, edges[1:], factor.scales, strict=False)
+    ]
+
+    def rows_of(begin, blocks):
+        products = [
+            jax.lax.dot_general(rows, c, (((0, 2), (0, 1)), ((), ()))) for rows, c in zip(blocks, of_part, strict=True)
+        ]
+        if factor.base is not None:
+            products.append(jax.lax.dynamic_slice_in_dim(factor.base, begin, factor.length).astype(factor.right.dtype))
+        return sum(products)
+
+    return _fill_rows(factor, rows_of, (), (coefficients, factor.base), each_by_itself)
+
+
+def _fill_rows(factor: Factor, rows_of: Callable, trailing: tuple, seen: Any, each_by_itself: bool = False):
+    """[P, *trailing] in the updates' precision: of each block rows_of(first row, rows of F), which holds `seen`."""
     size, length, dtype = factor.bases[0].shape[1], factor.length, factor.scales[0].dtype
 
     def visit(bases, start, total):
         begin, blocks = _blocks(bases, factor.scales, length, start, factor.right.dtype)
-        rows = rows_of(blocks)
+        rows = rows_of(begin, blocks)
         # The rows that the last block repeats are zero in it: they must not be written.
         old = jax.lax.dynamic_slice_in_dim(total, begin, length)
         new = row_block(size, length, start)[1].reshape(-1, *[1] * (rows.ndim - 1))
         return jax.lax.dynamic_update_slice_in_dim(total, jnp.where(new, rows.astype(dtype), old), begin, 0)
 
-    return over_row_blocks(factor.bases, length, visit, jnp.zeros([size, *trailing], dtype))
+    blank = vary_with(jnp.zeros([size, *trailing], dtype), factor.scales, seen)
+    return over_row_blocks(factor.bases, length, visit, blank, each_by_itself)
 
 
 def _scale(part: Part, dtype) -> jax.Array:
@@ -235,7 +331,7 @@ def _scale(part: Part, dtype) -> jax.Array:
     eigenvalues = part.sketch.eigenvalues.astype(dtype)
     # A zero eigenvalue may come out of a solver as a slightly negative one.
     eigenvalues = jnp.where(part.weights[:, None] > 0, jnp.maximum(eigenvalues, 0), 0)
-    return jnp.sqrt(part.weights[:, None] * eigenvalues)
+    return root(part.weights[:, None] * eigenvalues)
 
 
 def _along(rows: jax.Array, target: jax.Array) -> jax.Array:
@@ -258,6 +354,11 @@ def _arithmetic(wide):
 def _dot(matrix, vector):
     # Not `@`, which names its result's dtype: a vmap outside of `_arithmetic` would read float64 as float32.
     return jax.lax.dot_general(matrix, vector, (((1,), (0,)), ((), ())))
+
+
+def _dot_all(left, right):
+    """`_dot` of two matrices."""
+    return jax.lax.dot_general(left, right, (((1,), (0,)), ((), ())))
 
 
 def _triangle(reduced, part):

@@ -34,6 +34,7 @@ from fipa_jax.aggregate import merged_curvature
 from fipa_jax.aggregate.late_updates import drift
 from fipa_jax.aggregate.solvers import Messages, Now, Solution, Solver, check_order
 from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.derivatives import vary_with
 from fipa_jax.lookup import lookup
 from fipa_jax.trees import ratio
 
@@ -218,10 +219,11 @@ def latest(rank: int, num_clients: int, transport: bool = True) -> Kind:
     def join(past: Past, cohort: Messages, now: Now, hyper: dict):
         present = jnp.zeros(past.weights.shape, bool).at[now.ids].max(cohort.weights > 0)
         moved = now.theta[None] - past.starts
+        seen = past, moved, present, hyper["late.max_drift"]
         near = jax.lax.cond(
             hyper["late.max_drift"] > 0,
-            lambda: drift(past.sketch, moved) <= hyper["late.max_drift"],
-            lambda: jnp.ones_like(present),
+            lambda: vary_with(drift(past.sketch, moved) <= hyper["late.max_drift"], *seen),
+            lambda: vary_with(jnp.ones_like(present), *seen),
         )
         weights = jnp.where(near & ~present, past.weights * hyper["past.decay"], 0)
         moved = trees.zero_unless(weights > 0, moved) if transport else None

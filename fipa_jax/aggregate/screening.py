@@ -12,9 +12,10 @@ import numpy as np
 import optax
 
 from fipa_jax import trees
-from fipa_jax.aggregate.merged_curvature import over_row_blocks, row_block
+from fipa_jax.aggregate.row_blocks import over_row_blocks, row_block
 from fipa_jax.aggregate.uploads import Uploads, fitting
 from fipa_jax.curvature.sketch import Diagonal, Sketch
+from fipa_jax.derivatives import vary_with
 
 # Why a client is left out, in words.
 REASONS = {
@@ -155,6 +156,6 @@ def orthonormality(sketch: Sketch) -> tuple[jax.Array, jax.Array]:
         rows = jnp.where(new[None], rows, 0)  # the last block repeats some
         return finite, image + jnp.einsum("cbr,cb->cr", part, rows, precision="highest")
 
-    start = jnp.ones([clients], bool), jnp.zeros([clients, rank], dtype)
+    start = vary_with((jnp.ones([clients], bool), jnp.zeros([clients, rank], dtype)), probe)
     finite, image = over_row_blocks([sketch.basis], length, look, start)
     return finite, jnp.max(jnp.where(kept, jnp.abs(image - probe), 0), axis=1)

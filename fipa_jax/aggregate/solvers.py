@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from fipa_jax.aggregate import merged_curvature
 from fipa_jax.aggregate.aggregator import Needs, never, sound
-from fipa_jax.aggregate.merged_curvature import Factor, Targets
+from fipa_jax.aggregate.merged_curvature import Factor, Filter
 from fipa_jax.curvature.sketch import Sketch
-from fipa_jax.trees import ratio
+from fipa_jax.derivatives import vary_with
+from fipa_jax.trees import length, ratio
 
 
 class Messages(NamedTuple):
@@ -155,21 +156,18 @@ def _solve(messages: Sequence[Messages], form: str, hyper: Hyper, relative: bool
     """The step of a form by all messages; a failing one gives way, see `pinv`."""
     mean = sum(_weighted(each.weights, each) for each in messages)
     damping = jnp.zeros([], mean.dtype) if form == "pinv" else hyper["damping"]
-    base = _base(messages, damping, mean) if form == "damped" else jnp.zeros_like(mean)
+    base = _base(messages, damping, mean) if form == "damped" else None
     factor = _merged_about(base, messages, merge)
     spectrum = factor.spectrum
     beta = damping * spectrum[0] if relative else damping
-    # With beta = 0 a direction at rounding level, which carries no information, must not be divided by.
-    floor = (jnp.finfo(mean.dtype).eps * spectrum.size) ** 2
-
-    def inverse(spectrum):
-        if form == "pinv":
-            return _pinv_inverse(spectrum, hyper["rcond"], floor)
-        return _damped_inverse(spectrum, beta, floor)
-
-    step, filtered = base + merged_curvature.solve(factor, inverse), inverse(spectrum)
-    least = jnp.min(jnp.where((filtered > 0) & (spectrum > floor * spectrum[0]), spectrum, spectrum[0]))
+    inverse = _filter(factor, spectrum, beta, hyper["rcond"] if form == "pinv" else 0.0)
+    step, filtered = merged_curvature.solve(factor, inverse), inverse.of(spectrum)
+    floor = _floors(factor, mean.dtype)[1] * spectrum[0]
+    least = jnp.min(jnp.where((filtered > 0) & (spectrum > floor), spectrum, spectrum[0]))
     longest = jnp.max(jnp.concatenate([_lengths(each) * _share(each, beta) for each in messages if each.clients]))
+
+    def alike(*results):
+        return vary_with(results, step, spectrum, beta)
 
     def careful():
         """The damped form, with a damping that no rounding gets through."""
@@ -177,11 +175,11 @@ def _solve(messages: Sequence[Messages], form: str, hyper: Hyper, relative: bool
         base = _base(messages, enough, mean)
         own = any(each.damping is not None for each in messages)
         again = factor if form == "damped" and not own else _merged_about(base, messages, merge)
-        return base + merged_curvature.solve(again, lambda lam: _damped_inverse(lam, enough, floor)), enough
+        return alike(merged_curvature.solve(again, _filter(again, spectrum, enough)), enough)
 
     limit = jnp.where(hyper["limits.explosion"] > 0, hyper["limits.explosion"] * longest, jnp.inf)
     failed = ~sound(step, limit)
-    step, used = jax.lax.cond(failed, careful, lambda: (step, beta))
+    step, used = jax.lax.cond(failed, careful, lambda: alike(step, beta))
     failed_too = failed & ~sound(step, limit)
     step = jnp.where(failed_too, mean, step)
     return Solution(step, step, used, mean, longest, factor, filtered, least, failed.astype(jnp.int32) + failed_too)
@@ -194,9 +192,10 @@ def _base(messages: Sequence[Messages], beta: jax.Array, mean: jax.Array) -> jax
     return sum(_weighted(each.weights * _share(each, beta), each) for each in messages)
 
 
-def _merged_about(base: jax.Array, messages: Sequence[Messages], merge: str) -> Factor:
-    parts = [merged_curvature.Part(each.weights, each.sketch, _targets(each, base)) for each in messages]
-    return merged_curvature.merge(parts, merge)
+def _merged_about(base: jax.Array | None, messages: Sequence[Messages], merge: str) -> Factor:
+    """What each one's curvature is applied to is the way from the present parameters + base to where it wants them."""
+    parts = [merged_curvature.Part(each.weights, each.sketch, each.deltas, each.moved) for each in messages]
+    return merged_curvature.merge(parts, merge, base)
 
 
 def _weighted(weights: jax.Array, messages: Messages) -> jax.Array:
@@ -206,7 +205,7 @@ def _weighted(weights: jax.Array, messages: Messages) -> jax.Array:
 def _lengths(messages: Messages) -> jax.Array:
     """[C], of the updates as seen from the present parameters."""
     seen = messages.deltas if messages.moved is None else messages.deltas - messages.moved
-    return jnp.linalg.norm(seen, axis=1)
+    return length(seen, axis=1)
 
 
 def _share(messages: Messages, beta: jax.Array) -> jax.Array | int:
@@ -214,25 +213,17 @@ def _share(messages: Messages, beta: jax.Array) -> jax.Array | int:
     return 1 if messages.damping is None else ratio(messages.damping, beta)
 
 
-def _targets(messages: Messages, base: jax.Array) -> Targets:
-    """What each one's curvature is applied to, the way from the present parameters + base to where it wants them."""
-
-    def rows(array, start, number):
-        return jax.lax.dynamic_slice_in_dim(array, start, number, axis=-1)
-
-    def targets(start, number):  # [C, number]
-        way = rows(messages.deltas, start, number) - rows(base, start, number)[None]
-        return way if messages.moved is None else way - rows(messages.moved, start, number)
-
-    return targets
+def _filter(factor: Factor, spectrum: jax.Array, beta: jax.Array, rcond: jax.Array | float = 0.0) -> Filter:
+    """1 / (lam + beta) of H's eigenvalues lam, where that is no noise, and above rcond lam_max."""
+    # What comes from a direction of noise is that noise / beta. Without a beta above the noise of the eigenvalues
+    # themselves they are divided by, and must be above that too, and carry information.
+    direction, alone = _floors(factor, spectrum.dtype)
+    _, eigenvalue = factor.rounding
+    floor = jnp.where(beta > eigenvalue * spectrum[0], direction, alone)
+    return Filter(beta, jax.lax.stop_gradient(jnp.maximum(floor, rcond) * spectrum[0]))
 
 
-def _damped_inverse(spectrum: jax.Array, beta: jax.Array | float, floor: float) -> jax.Array:
-    """1 / (lam + beta), for H's eigenvalues lam."""
-    keep = (spectrum > floor * spectrum[0]) | (beta > 0)
-    return jnp.where(keep, 1 / jnp.where(keep, spectrum + beta, 1), 0)
-
-
-def _pinv_inverse(spectrum: jax.Array, rcond: jax.Array, floor: float) -> jax.Array:
-    """1 / lam where lam > rcond lam_max, else 0."""
-    return jnp.where(spectrum > rcond * spectrum[0], _damped_inverse(spectrum, 0.0, floor), 0)
+def _floors(factor: Factor, dtype) -> tuple[float, float]:
+    """Shares of H's largest eigenvalue below which nothing is let through: (with damping, without)."""
+    direction, eigenvalue = factor.rounding
+    return direction, max(eigenvalue, float(jnp.finfo(dtype).eps * factor.eigenvalues.size) ** 2)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from fipa_jax.curvature.overlooked import ask, for_anyone
 from fipa_jax.curvature.products import Curvature, indefinite
+from fipa_jax.derivatives import vary_with
 
 TOLERANCE = 1e-3  # of the residuals
 WIDE_BLOCKS = 6  # of R columns each, by which overlooked eigenvectors are sought
@@ -287,7 +288,8 @@ def _completed(key, pairs: Eigenpairs, searched, crowded, grow) -> Eigenpairs:
             pairs, searched = for_anyone(missing, widen, (pairs, searched))
         return pairs, searched, missing, jnp.zeros_like(crowded)
 
-    return jax.lax.fori_loop(0, 2, turn, (pairs, searched, jnp.array(True), crowded))[0]
+    state = pairs, searched, jnp.array(True), crowded
+    return jax.lax.fori_loop(0, 2, turn, vary_with(state, state))[0]
 
 
 def _grown(key, new, known: Eigenpairs | None, *, matrix: Curvature, rank: int, tolerance, looks: list[bool]):
@@ -312,7 +314,8 @@ def _grown(key, new, known: Eigenpairs | None, *, matrix: Curvature, rank: int, 
             images = jax.lax.dynamic_update_slice(images, image, at)
 
             def look():
-                return rayleigh_ritz(basis, images, rank, products=products + (j + 1) * block)
+                found = rayleigh_ritz(basis, images, rank, products=products + (j + 1) * block)
+                return vary_with(found, pairs)
 
             return basis, images, image, jax.lax.cond(looks[j], look, lambda: pairs)
 
@@ -323,7 +326,7 @@ def _grown(key, new, known: Eigenpairs | None, *, matrix: Curvature, rank: int, 
     shapes = jax.eval_shape(lambda: rayleigh_ritz(*space, rank, products=products))
     pairs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     pairs = pairs._replace(residuals=jnp.full_like(pairs.residuals, jnp.nan))
-    space = (*space, new, pairs)
+    space = vary_with((*space, new, pairs), new, products)
     basis, _, _, pairs = jax.lax.fori_loop(0, len(looks), extend, space)
     return pairs, basis
 

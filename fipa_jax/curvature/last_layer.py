@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from fipa_jax.curvature.contracts import Features, Outputs
+from fipa_jax.derivatives import vary_with
 
 CALLS = {"pjit", "jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"}
 
@@ -41,7 +42,7 @@ def differs(outputs: Outputs, params: Any, batch: Any, features: jax.Array) -> j
     direction = structure.unflatten(
         [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
     )
-    pushed = jax.jvp(lambda p: outputs(p, batch), (params,), (direction,))[1]
+    pushed = jax.jvp(lambda p: outputs(p, batch), (params,), (vary_with(direction, params),))[1]
     expected = affine(direction, features)
     slack = jnp.sqrt(jnp.finfo(expected.dtype).eps) * jnp.max(jnp.abs(expected), initial=1e-30)
     return jnp.any(jnp.abs(pushed - expected) > slack)
@@ -59,6 +60,7 @@ def is_last_layer(outputs: Outputs, features: Features | None, params: Any, batc
     out, phi = jax.eval_shape(outputs, params, batch), jax.eval_shape(features, params, batch)
     if phi is None or not fits(params, out, phi) or depends(features, params, batch):
         return False
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     program = jax.make_jaxpr(outputs)(params, batch)
     rng = np.random.default_rng(0)
     leaves, structure = jax.tree.flatten(params)

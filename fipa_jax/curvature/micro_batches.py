@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax.curvature import contracts
+from fipa_jax.derivatives import vary_with
 
 Add = Callable[..., Any]  # (total, batch, weight [B], *others) -> total
 
@@ -53,11 +54,12 @@ def micro_batches(params, batch, mask, size) -> MicroBatches:
 def fold(add: Add, total, micro: MicroBatches, *others):
     """total <- add(total, batch, weight, *others) over the micro-batches that hold examples, one after another.
 
-    It has no reverse-mode derivative, as the number of steps is the data's.
+    With a mask it has no reverse-mode derivative, as the number of steps is the data's; `fold_all` has.
 
     Args:
       others: what goes with each micro-batch, leaves [n, ...].
     """
+    total = vary_with(total, micro, others)
 
     def body(i, total):
         stacked = (micro.batch, micro.weight, *others)
@@ -67,6 +69,16 @@ def fold(add: Add, total, micro: MicroBatches, *others):
         return body(0, total)
     steps = micro.weight.shape[0] if micro.count is None else _most(micro.count)
     return jax.lax.fori_loop(0, steps, body, total)
+
+
+def fold_all(add: Add, total, micro: MicroBatches):
+    """`fold` over all micro-batches, each computed anew by the reverse sweep of a derivative."""
+
+    def body(total, one):
+        return add(total, *one), None
+
+    stacked = micro.batch, micro.weight
+    return jax.lax.scan(jax.checkpoint(body), vary_with(total, micro), stacked)[0]
 
 
 def stack(function: Callable[[Any, jax.Array], Any], micro: MicroBatches):

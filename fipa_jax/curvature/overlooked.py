@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from fipa_jax.curvature.products import Curvature
+from fipa_jax.derivatives import vary_with
 
 RISK = 1e-3  # that an overlooked eigenvector goes unnoticed
 WIDTH = 2  # columns of the random block; a narrow one is the cheapest for a given risk
@@ -88,7 +89,8 @@ def ask(key, matrix: Curvature, searched, eigenvalues, tolerance, wanted) -> Ans
     root = jnp.zeros([WIDTH, WIDTH], matrix.dtype)
     if matrix.size < WIDTH:  # a space of one dimension was searched all through
         return nothing._replace(sure=jnp.asarray(wanted))
-    return jax.lax.fori_loop(0, DEPTH, grow, _Chain(empty, empty, fresh, root, nothing)).answer
+    chain = vary_with(_Chain(empty, empty, fresh, root, nothing), searched, eigenvalues, wanted)
+    return jax.lax.fori_loop(0, DEPTH, grow, chain).answer
 
 
 def _block(new, spaces):

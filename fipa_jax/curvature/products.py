@@ -21,6 +21,7 @@ from fipa_jax import trees
 from fipa_jax.curvature import contracts, last_layer
 from fipa_jax.curvature.contracts import Features, Loss, Outputs
 from fipa_jax.curvature.micro_batches import first, fold, micro_batches, stack, zero_if_empty
+from fipa_jax.derivatives import vary_with
 from fipa_jax.lookup import lookup
 
 
@@ -78,11 +79,17 @@ def make_ggn(
     options = {"head": {"features": features}, "rows": {"loss_rank": loss_rank}}
 
     def ggn(params, batch, mask=None) -> Curvature:
-        params = trees.widened(contracts.floating(params, "params"))
-        micro = micro_batches(params, batch, mask, micro_batch)
+        params, micro = _given(params, batch, mask, micro_batch)
         return JACOBIANS[jacobian](outputs, loss, params, micro, **options.get(jacobian, {}))
 
     return ggn
+
+
+def _given(params, batch, mask, micro_batch) -> tuple:
+    """(parameters, micro-batches) in float32 at least, both of a type that differs between devices if either does."""
+    params = trees.widened(contracts.floating(params, "params"))
+    micro = micro_batches(params, batch, mask, micro_batch)
+    return vary_with(params, micro), vary_with(micro, params)
 
 
 def _matrix_free(outputs, loss, params, micro):
@@ -90,6 +97,8 @@ def _matrix_free(outputs, loss, params, micro):
     flat, unravel = ravel_pytree(params)
 
     def product(vectors):  # [P, B] -> [P, B]
+        vectors = vary_with(vectors, params)
+
         def add(total, batch, weight):
             out, push = jax.linearize(lambda p: outputs(p, batch), params)
             pull = jax.linear_transpose(push, params)
@@ -103,7 +112,7 @@ def _matrix_free(outputs, loss, params, micro):
                 return total + jax.lax.map(column, vectors.T).T
             return total + jax.vmap(column, in_axes=1, out_axes=1)(vectors)
 
-        return zero_if_empty(micro, fold(add, jnp.zeros_like(vectors), micro))
+        return zero_if_empty(micro, fold(add, vary_with(jnp.zeros_like(vectors), vectors), micro))
 
     return Curvature(product, flat.size, flat.dtype)
 
@@ -200,7 +209,8 @@ def _linearise_each(outputs, params, batch):
         return ravel_pytree(pull(unravel(cotangent))[0])[0]
 
     def pull_back(cotangents):
-        return jnp.moveaxis(jax.lax.map(functools.partial(jax.vmap(row), pulls), cotangents), 0, 1)
+        pulled = jax.lax.map(functools.partial(jax.vmap(row), pulls), vary_with(cotangents, out))
+        return jnp.moveaxis(pulled, 0, 1)
 
     return out, pull_back
 
@@ -241,12 +251,13 @@ def _head(outputs, loss, params, micro, *, features):
     has_bias = len(jax.tree.leaves(params)) == 2
 
     def product(vectors):  # [P, B] -> [P, B]
-        columns = jax.vmap(unravel, in_axes=1, out_axes=-1)(vectors)
+        columns = jax.vmap(unravel, in_axes=1, out_axes=-1)(vary_with(vectors, params))
 
         def add(total, batch, weight, out, phi):
             return jax.tree.map(jnp.add, total, _head_columns(loss, columns, batch, weight, out, phi))
 
-        total = zero_if_empty(micro, fold(add, jax.tree.map(jnp.zeros_like, columns), micro, out, phi))
+        blank = vary_with(jax.tree.map(jnp.zeros_like, columns), columns)
+        total = zero_if_empty(micro, fold(add, blank, micro, out, phi))
         return jax.vmap(_ravelled, in_axes=-1, out_axes=1)(total)
 
     def trace(total, batch, weight, out, phi):
@@ -288,8 +299,7 @@ def make_ggn_diagonal(outputs: Outputs, loss: Loss, *, micro_batch: int = 0) -> 
     outputs, loss = contracts.of_each_example(outputs), contracts.one_number_each(loss)
 
     def diagonal(params, batch, mask=None):
-        params = trees.widened(contracts.floating(params, "params"))
-        micro = micro_batches(params, batch, mask, micro_batch)
+        params, micro = _given(params, batch, mask, micro_batch)
 
         def add(total, batch, weight):
             return total + jnp.sum(scaled_rows(outputs, loss, params, batch, weight)[0] ** 2, axis=0)
@@ -307,8 +317,7 @@ def make_gradient(outputs: Outputs, loss: Loss) -> Callable[..., jax.Array]:
     outputs, loss = contracts.of_each_example(outputs), contracts.one_number_each(loss)
 
     def gradient(params, batch, mask=None):
-        params = trees.widened(contracts.floating(params, "params"))
-        micro = micro_batches(params, batch, mask, 0)
+        params, micro = _given(params, batch, mask, 0)
 
         def mean_loss(params, batch, weight):
             return jnp.sum(weight * loss(outputs(params, batch), batch))
@@ -326,7 +335,7 @@ def loss_derivatives(loss, out, batch, weight):
         return jnp.sum(weight * loss(out, batch))
 
     def hessian(tangent):
-        return jax.jvp(jax.grad(weighted), (out,), (tangent,))[1]
+        return jax.jvp(jax.grad(weighted), (out,), (vary_with(tangent, out),))[1]
 
     return jax.grad(weighted)(out), hessian
 

@@ -13,8 +13,10 @@ from fipa_jax import trees
 from fipa_jax.curvature import contracts, products
 from fipa_jax.curvature.contracts import Features, Loss, Outputs
 from fipa_jax.curvature.eigenpairs import TOLERANCE, Eigenpairs
+from fipa_jax.curvature.eigenvalue_derivatives import differentiable
 from fipa_jax.curvature.products import Curvature, make_gradient
 from fipa_jax.curvature.solver_choice import SOLVERS, Search, View, make_solver, resolve
+from fipa_jax.derivatives import vary_with
 from fipa_jax.lookup import lookup
 
 # What a flag of the report means, in words.
@@ -101,6 +103,7 @@ def make_sketch(
 
     Raises:
       ValueError: a name is not known, the rank does not fit, or what is given is not as `contracts` asks.
+      TypeError: on differentiation of more than the eigenvalues, see `eigenvalue_derivatives`.
     """
     lookup(SOLVERS, solver, "sketch.solver")
     contracts.at_least(0, oversample=oversample, power_steps=power_steps, tolerance=tolerance, probes=probes)
@@ -111,7 +114,11 @@ def make_sketch(
         batch, mask = contracts.present_rows(batch, mask)
         chosen, seen_by = resolve(outputs, params, batch, search, view)
         solve, ggn = make_solver(chosen), products.make_ggn(outputs, loss, **seen_by._asdict())
-        solve_key, probe_key = jax.random.split(contracts.key(key))
+        # Random numbers, too, differ between devices if anything does.
+        solve_key, probe_key = jax.random.split(vary_with(contracts.key(key), params, batch, mask, start))
+        given = params, batch
+        # Eigenpairs have no derivatives; their eigenvalues get one, see `eigenvalue_derivatives`.
+        params, batch, start = jax.lax.stop_gradient((params, batch, start))
         with jax.default_matmul_precision("highest"):
             matrix = ggn(params, batch, mask)
             pairs = solve(solve_key, matrix, start)
@@ -127,7 +134,8 @@ def make_sketch(
             trace_error=error,
             flags=_flags(matrix, pairs, mask) | {"examples_mixed": jnp.asarray(mixed)},
         )
-        return Sketch(pairs.eigenvalues, pairs.vectors, _sound(report, trace_is_sought))
+        found = Sketch(pairs.eigenvalues, pairs.vectors, _sound(report, trace_is_sought))
+        return differentiable(outputs, loss, found, *given, mask, micro_batch, loss_rank)
 
     return sketch
 
