@@ -69,7 +69,8 @@ def from_solver(
       The rule, which needs of the clients what the solver needs; its state is a `FipaState`.
 
     Raises:
-      ValueError: the weighting is not known; in `apply`, uploads without what the solver needs.
+      ValueError: the weighting is not known, or a number is negative or NaN; in `apply`, uploads without what the
+        solver needs.
 
     Example:
       few_of_many = from_solver(
@@ -78,6 +79,7 @@ def from_solver(
     """
     lookup(WEIGHTINGS, weighting, "aggregator.weighting")
     numbers = solver.hyper | {"late.max_drift": late.max_drift}
+    contracts.at_least(0, **numbers)
 
     def init(params):
         theta = trees.ravel(trees.widened(contracts.floating(params, "params")))

@@ -12,6 +12,7 @@ from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Needs, compare
 from fipa_jax.aggregate.fisher_informed import fipa
 from fipa_jax.aggregate.late_updates import LateUpdates, freshness
 from fipa_jax.aggregate.screening import Received
+from fipa_jax.curvature import contracts
 from fipa_jax.curvature.sketch import Diagonal
 from fipa_jax.lookup import lookup
 
@@ -71,6 +72,7 @@ def diagonal(
     """
     lookup(WEIGHTINGS, weighting, "aggregator.weighting")
     lookup(PLACES, at, "aggregator.at")
+    contracts.at_least(0, damping=damping)
 
     def init(params):
         return {"damping": jnp.asarray(damping, trees.ravel(trees.widened(params)).dtype)}

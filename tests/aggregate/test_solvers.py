@@ -96,3 +96,17 @@ def test_own_damping_needs_the_clients(x64):
     sent, step = uploads_of(*clients_of(2)), functools.partial(aggregate.fipa_step, relative=False, own_damping=True)
     with pytest.raises(ValueError, match=r"uploads\.damping"):
         jax.eval_shape(step, sent.delta, sent.sketch, sent.num_examples)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+@pytest.mark.parametrize("name", ["damping", "rcond", "max_step", "max_divergence", "explosion", "max_drift"])
+def test_numbers_that_are_negative_or_none_are_refused(name, value):
+    limits = {name: value} if name in aggregate.Limits._fields else {}
+    late = {name: value} if name in aggregate.LateUpdates._fields else {}
+    options = {name: value} if not limits | late else {}
+    form = "pinv" if name == "rcond" else "damped"
+    with pytest.raises(ValueError, match=f"{name}: needed 0 or more, got {value}"):
+        aggregate.fipa(form, limits=aggregate.Limits(**limits), late=aggregate.LateUpdates(**late), **options)
+    if name == "damping":
+        with pytest.raises(ValueError, match="damping: needed 0 or more"):
+            aggregate.diagonal(damping=value)
