@@ -124,11 +124,10 @@ def median_trace(traces: jax.Array, weights: jax.Array) -> jax.Array:
     is no more than some sound client's. Two clients alone cannot outvote each other: as far as a full vote beside the
     two largest is missing, the largest trace counts.
     """
-    clients = traces.size
-    if clients < 3:
+    traces = jnp.where(weights > 0, traces, 0)
+    if traces.size < 3:
         return jnp.max(traces)
-    largest = jnp.max(weights)
-    votes = jnp.minimum(trees.ratio(weights, FULL_VOTE * largest), 1)
+    votes = jnp.minimum(trees.ratio(weights, FULL_VOTE * jnp.max(weights)), 1)
     order = jnp.argsort(traces)
     until = jnp.cumsum(votes[order])
     start = until[-1] / 2
