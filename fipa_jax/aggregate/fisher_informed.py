@@ -40,7 +40,7 @@ INFO = {
     "sketches_unconverged": "[] int, sketches whose residuals are above their tolerance",
     "spectrum": "[D], the eigenvalues of H within the span of all bases, descending",
     "step_ratio": "[], the step's length over the longest client's update",
-    "trace_ratio": "[], the largest client's trace over the clients' lower median",
+    "trace_ratio": "[], the largest client's trace over the clients' median, see `limits.median_trace`",
     "undone": "[] bool, whether the step takes the last one back, where there is a trust region",
 }
 

@@ -17,7 +17,7 @@ class Limits(NamedTuple):
     max_step: float = 5.0  # on |step| / max_m |delta_m|, see `limited`
     max_divergence: float = 0.0  # on step^T H step / 2, see `limited`
     explosion: float = 100.0  # the ratio above which another step is taken, see `solvers.pinv`
-    trace_cap: float = 1000.0  # on a client's trace over the clients' lower median, see `capped`
+    trace_cap: float = 1000.0  # on a client's trace over the clients' median, see `capped`
 
 
 def limited(inner: Solver, *, max_step: float = 5.0, max_divergence: float = 0.0) -> Solver:
@@ -69,7 +69,7 @@ def _bounded(step: jax.Array, bound: jax.Array) -> jax.Array:
 
 
 def capped(inner: Solver, *, trace_cap: float = 1000.0) -> Solver:
-    """Scales the clients' eigenvalues down so that no client's sum is above `trace_cap` times their lower median.
+    """Scales the clients' eigenvalues down so that no client's sum is above `trace_cap` times their median.
 
     How far can one client j move the step? In the damped form, with s' the step without it at the same beta,
     d = delta_j - s', A = sum_{m != j} w_m (H_m + beta I) and K = w_j (H_j + beta I):
@@ -78,11 +78,14 @@ def capped(inner: Solver, *, trace_cap: float = 1000.0) -> Solver:
         |x|_A^2 + |x|_K^2 = x^T K d <= |x|_K |d|_K, so that |x|_A <= |d|_K / 2
 
     The first holds whatever its eigenvalues are: a client without bounds decides alone in the directions that it names.
-    With the cap c and tau the lower median of the traces K <= kappa I, kappa = w_j (c tau + beta): the others' model of
+    With the cap c and tau the median of the traces K <= kappa I, kappa = w_j (c tau + beta): the others' model of
     their loss, |x|_A^2 / 2, rises by at most kappa |d|^2 / 8. `limited` says nothing of that; its max_step bounds |x|
     by 2 max_step max_m |delta_m|, in any form and at any beta. Through A >= (1 - w_j) beta I the cap gives
     |x| <= (kappa / ((1 - w_j) beta))^{1/2} |d| / 2, which is more unless beta is large. And where beta is relative the
     cap keeps one client's eigenvalues from raising it above all that the others know.
+
+    That is worth something where tau is no more than a sound client's trace, see `median_trace`: while less than half
+    of the clients are at fault. Of two nobody can say which one is, and neither is capped.
 
     Args:
       trace_cap: c; 0 for no cap.
@@ -94,31 +97,52 @@ def capped(inner: Solver, *, trace_cap: float = 1000.0) -> Solver:
 
     def solve(messages, hyper, state, now):
         clients, *others = messages
-        relative = relative_traces(clients.sketch, clients.weights)
-        sketch, over = cap_traces(clients.sketch, relative, trace_cap)
+        traces = traces_of(clients.sketch, clients.weights)
+        middle = median_trace(traces, clients.weights)
+        sketch, over = cap_traces(clients.sketch, traces, trace_cap * middle) if trace_cap else _as_it_is(clients.sketch)
         solution, hyper, state, info = inner.solve([clients._replace(sketch=sketch), *others], hyper, state, now)
-        return solution, hyper, state, info | {"capped": over, "trace_ratio": jnp.max(relative)}
+        told = {"capped": over, "trace_ratio": trees.ratio(jnp.max(traces), middle)}
+        return solution, hyper, state, info | told
 
     return inner._replace(solve=solve, wrappers=(*inner.wrappers, "capped"))
 
 
-def relative_traces(sketch: Sketch, weights: jax.Array) -> jax.Array:
-    """[C], the sums of the clients' eigenvalues [C, R] over their lower median; 0 for clients of weight 0.
+FULL_VOTE = 0.01  # of the largest weight: a client of less has less of a say in what is usual
 
-    While at most half of the clients are at fault, the median is no more than some sound client's. Where it is 0, as
-    half of the clients have no curvature, all are 0.
+
+def traces_of(sketch: Sketch, weights: jax.Array) -> jax.Array:
+    """[C], the sums of the clients' eigenvalues [C, R]; 0 for clients of weight 0."""
+    return jnp.where(weights > 0, jnp.sum(jnp.maximum(sketch.eigenvalues, 0), axis=1), 0)
+
+
+def median_trace(traces: jax.Array, weights: jax.Array) -> jax.Array:
+    """[], the median of the clients' traces [C], continuous in traces and weights [C]; of two clients the larger.
+
+    Each client has a vote, one of less than a hundredth of the largest weight as much less. In the order of their
+    traces, the votes that follow half of all, as many as half a full one, say what is usual: of equal votes the middle
+    client's trace, the upper one of two. While less than half of the votes are at fault, by half a vote at least, that
+    is no more than some sound client's. Two clients alone cannot outvote each other: as far as a full vote beside the
+    two largest is missing, the largest trace counts.
     """
-    there = weights > 0
-    traces = jnp.where(there, jnp.sum(jnp.maximum(sketch.eigenvalues, 0), axis=1), 0)
-    middle = jnp.sort(jnp.where(there, traces, jnp.inf))[jnp.maximum(jnp.sum(there) - 1, 0) // 2]
-    known = (middle > 0) & jnp.isfinite(middle)
-    return trees.ratio(traces, jnp.where(known, middle, 0))
+    traces = jnp.where(weights > 0, traces, 0)
+    if traces.size < 3:
+        return jnp.max(traces)
+    votes = jnp.minimum(trees.ratio(weights, FULL_VOTE * jnp.max(weights)), 1)
+    order = jnp.argsort(traces)
+    until = jnp.cumsum(votes[order])
+    start = until[-1] / 2
+    shares = jnp.clip(until - start, 0, 0.5)
+    middle = 2 * jnp.sum(jnp.diff(shares, prepend=0) * traces[order])
+    beside = jnp.minimum(jnp.sum(jnp.sort(votes)[:-2]), 1)
+    return beside * middle + (1 - beside) * jnp.max(traces)
 
 
-def cap_traces(sketch: Sketch, relative: jax.Array, cap: float) -> tuple[Sketch, jax.Array]:
-    """(sketch, capped [C] bool): eigenvalues scaled down so that no relative trace [C] is above `cap`; 0 for no cap."""
-    if not cap:
-        return sketch, jnp.zeros(relative.shape, bool)
-    over = relative > cap
-    factor = jnp.where(over, trees.ratio(cap, relative), 1).astype(sketch.eigenvalues.dtype)
+def cap_traces(sketch: Sketch, traces: jax.Array, most: jax.Array) -> tuple[Sketch, jax.Array]:
+    """(sketch, capped [C] bool): eigenvalues scaled down so that no trace [C] is above `most` []."""
+    over = traces > most
+    factor = jnp.where(over, trees.ratio(most, traces), 1).astype(sketch.eigenvalues.dtype)
     return sketch._replace(eigenvalues=sketch.eigenvalues * factor[:, None]), over
+
+
+def _as_it_is(sketch: Sketch) -> tuple[Sketch, jax.Array]:
+    return sketch, jnp.zeros(sketch.eigenvalues.shape[:1], bool)

@@ -213,7 +213,7 @@ def aggregator(name: str) -> ConfigDict:
                 "max_step": 5.0,  # bound on |step| / max |delta|; 0 for none
                 "max_divergence": 0.0,  # bound on step^T H step / 2, the move of the model's answers; 0 for none
                 "explosion": 100.0,  # the ratio above which the damped form, or the mean, is taken instead; 0 for none
-                "trace_cap": 1000.0,  # bound on a client's eigenvalues' sum over the clients' lower median; 0 for none
+                "trace_cap": 1000.0,  # bound on a client's eigenvalues' sum over the clients' median; 0 for none
             },
             "late": {  # aggregate.late_updates.LateUpdates
                 "staleness": 0.5,  # s, of late clients: their weight is (1 + age)^-s of another's

@@ -97,11 +97,11 @@ def _matrix_free(outputs, loss, params, micro):
     flat, unravel = ravel_pytree(params)
 
     def product(vectors):  # [P, B] -> [P, B]
-        vectors = vary_with(vectors, params)
+        vectors, theta = vary_with(vectors, params), vary_with(params, vectors)
 
         def add(total, batch, weight):
-            out, push = jax.linearize(lambda p: outputs(p, batch), params)
-            pull = jax.linear_transpose(push, params)
+            out, push = jax.linearize(lambda p: outputs(p, batch), theta)
+            pull = jax.linear_transpose(push, theta)
             hessian = loss_derivatives(loss, out, batch, weight)[1]
 
             def column(v):  # [P] -> [P]
@@ -335,7 +335,7 @@ def loss_derivatives(loss, out, batch, weight):
         return jnp.sum(weight * loss(out, batch))
 
     def hessian(tangent):
-        return jax.jvp(jax.grad(weighted), (out,), (vary_with(tangent, out),))[1]
+        return jax.jvp(jax.grad(weighted), (vary_with(out, tangent),), (vary_with(tangent, out),))[1]
 
     return jax.grad(weighted)(out), hessian
 

@@ -36,19 +36,65 @@ def test_the_bound_in_curvature_norm_shortens_the_step_and_does_not_turn_it(x64)
     assert_close(bounded[0][-1] / np.linalg.norm(bounded[0][-1]), step / np.linalg.norm(step), 1e-9)
 
 
-def test_traces_are_capped_at_the_lower_median_of_those_who_take_part(x64):
-    eigenvalues = np.array([[3.0, 1], [2, 0], [1e9, 1], [np.nan, 1], [600, 400]])
-    weights = np.array([0.2, 0.2, 0.4, 0, 0.2])  # traces 4, 2, 1e9, out, 1000: the lower median is 4
-    given = Sketch(jnp.asarray(eigenvalues), jnp.zeros([5, 3, 2]))
-    found, capped = limits.cap_traces(given, limits.relative_traces(given, jnp.asarray(weights)), 100.0)
-    assert capped.tolist() == [False, False, True, False, True]
+def _capped(eigenvalues, weights, cap):
+    sketch, weights = Sketch(jnp.asarray(eigenvalues), jnp.zeros([len(weights), 3, 2])), jnp.asarray(weights)
+    traces = limits.traces_of(sketch, weights)
+    return limits.cap_traces(sketch, traces, cap * limits.median_trace(traces, weights))
+
+
+def test_traces_are_capped_at_the_median_of_those_who_take_part(x64):
+    eigenvalues = np.array([[3.0, 1], [2, 0], [1e9, 1], [np.nan, 1], [600, 400], [5, 0]])
+    weights = np.array([0.2, 0.1, 0.3, 0, 0.2, 0.2])  # traces 4, 2, 1e9, out, 1000, 5: the median is 5
+    found, capped = _capped(eigenvalues, weights, 100.0)
+    assert capped.tolist() == [False, False, True, False, True, False]
     np.testing.assert_array_equal(found.eigenvalues[:2], eigenvalues[:2])
-    np.testing.assert_allclose(found.eigenvalues[2], 400 * eigenvalues[2] / (1e9 + 1))
-    np.testing.assert_allclose(found.eigenvalues[4], [240, 160])
-    assert limits.cap_traces(given, jnp.ones(5), 0.0)[0] is given
-    some = Sketch(jnp.asarray(eigenvalues * [[0], [0], [1], [1], [1]]), given.basis)  # half have no curvature
-    found, capped = limits.cap_traces(some, limits.relative_traces(some, jnp.asarray(weights)), 100.0)
-    assert not capped.any() and found.eigenvalues[2, 0] == 1e9
+    np.testing.assert_allclose(found.eigenvalues[2], 500 * eigenvalues[2] / (1e9 + 1))
+    np.testing.assert_allclose(found.eigenvalues[4], [300, 200])
+
+
+def _median(traces, weights):
+    return float(limits.median_trace(jnp.asarray(traces), jnp.asarray(weights)))
+
+
+@pytest.mark.parametrize("clients", [2, 3, 4, 7])
+def test_the_median_trace_is_continuous_and_no_minority_moves_it(x64, clients):
+    draw = np.random.default_rng(clients)
+    for _ in range(20):
+        traces, weights = 10.0 ** draw.uniform(-6, 3, clients), 10.0 ** draw.uniform(-4, 0, clients)
+        middle, order = _median(traces, weights), draw.permutation(clients)
+        np.testing.assert_allclose(_median(traces[order], weights[order]), middle, rtol=1e-12)
+        np.testing.assert_allclose(_median(np.r_[traces, 1e9], np.r_[weights, 0]), middle, rtol=1e-12)
+        # It moves no further than the trace that moves most, also to zero, and little with the weights.
+        moved = traces * draw.choice([0, 1e-3, 1, 1.1], clients)
+        assert abs(_median(moved, weights) - middle) <= np.max(np.abs(moved - traces)) * (1 + 1e-9)
+        nearby = weights * (1 + 1e-7 * draw.normal(size=clients))
+        assert abs(_median(traces, nearby) - middle) <= 1e-4 * np.max(traces)
+        leaving = weights * np.where(np.arange(clients) == order[0], 1e-9, 1)
+        gone, others = weights * (np.arange(clients) != order[0]), order[1:]
+        scaled = [np.minimum(1, 10 * _median(traces, left) / traces[others]) for left in (leaving, gone)]
+        np.testing.assert_allclose(*scaled, atol=1e-4)
+        # Full votes: while less than half are at fault, it is no more than a sound client's.
+        sound, full = traces.copy(), draw.uniform(0.1, 1, clients)
+        sound[order[: (clients - 1) // 2]] = 1e30
+        assert _median(sound, full) <= np.max(traces)
+
+
+def _two_and(weight, small):
+    """The step of two clients, one of them with a curvature of `small` beside the other's, and a third's weight."""
+    fields = [field[:3] for field in _five(1.0)]
+    fields[2] = fields[2] * np.array([1, small, 1])[:, None]
+    sent = jnp.asarray(fields[0]), Sketch(*map(jnp.asarray, fields[2:])), jnp.asarray([5.0, 3.0, weight])
+    step, info = _step(10.0)(*sent, damping=0.05, max_step=0.0)
+    return np.asarray(step), np.asarray(info["capped"])
+
+
+def test_two_clients_cannot_outvote_each_other_and_no_step_jumps(x64):
+    (none, _), (tiny, capped) = _two_and(0.0, 0.0), _two_and(0.0, 1e-5)
+    assert not capped.any()
+    assert_close(tiny, none, 1e-3)
+    assert_close(_two_and(1e-7, 1e-5)[0], tiny, 1e-3)
+    assert np.linalg.norm(_two_and(3.0, 1e-5)[0] - tiny) > 0.01 * np.linalg.norm(tiny)
+    assert _two_and(3.0, 1e9)[1].tolist() == [False, True, False], "of three one is"
 
 
 def _five(scale, seed=0, size=8, rank=4):
