@@ -99,7 +99,8 @@ def capped(inner: Solver, *, trace_cap: float = 1000.0) -> Solver:
         clients, *others = messages
         traces = traces_of(clients.sketch, clients.weights)
         middle = median_trace(traces, clients.weights)
-        sketch, over = cap_traces(clients.sketch, traces, trace_cap * middle) if trace_cap else _as_it_is(clients.sketch)
+        most = trace_cap * middle if trace_cap else jnp.inf
+        sketch, over = cap_traces(clients.sketch, traces, most)
         solution, hyper, state, info = inner.solve([clients._replace(sketch=sketch), *others], hyper, state, now)
         told = {"capped": over, "trace_ratio": trees.ratio(jnp.max(traces), middle)}
         return solution, hyper, state, info | told
@@ -142,7 +143,3 @@ def cap_traces(sketch: Sketch, traces: jax.Array, most: jax.Array) -> tuple[Sket
     over = traces > most
     factor = jnp.where(over, trees.ratio(most, traces), 1).astype(sketch.eigenvalues.dtype)
     return sketch._replace(eigenvalues=sketch.eigenvalues * factor[:, None]), over
-
-
-def _as_it_is(sketch: Sketch) -> tuple[Sketch, jax.Array]:
-    return sketch, jnp.zeros(sketch.eigenvalues.shape[:1], bool)
