@@ -141,5 +141,6 @@ def median_trace(traces: jax.Array, weights: jax.Array) -> jax.Array:
 def cap_traces(sketch: Sketch, traces: jax.Array, most: jax.Array) -> tuple[Sketch, jax.Array]:
     """(sketch, capped [C] bool): eigenvalues scaled down so that no trace [C] is above `most` []."""
     over = traces > most
+    most = jnp.where(over, most, 1)  # a derivative of inf / trace would be NaN
     factor = jnp.where(over, trees.ratio(most, traces), 1).astype(sketch.eigenvalues.dtype)
     return sketch._replace(eigenvalues=sketch.eigenvalues * factor[:, None]), over
