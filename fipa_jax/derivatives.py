@@ -44,10 +44,10 @@ def with_derivative_of(smooth: Callable, value: Callable, scope: Callable) -> Ca
             return smooth(*jax.tree.unflatten(tree, [given.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
         with scope():
-            at, out = [refusing(_same, ONCE)(leaves[i]) for i in moving], call(*primals)
+            at, out = refusing(list, ONCE)([leaves[i] for i in moving]), call(*primals)
             push = lambda tangent: jax.jvp(along, at, tangent)[1]
             pull = lambda cotangent: list(jax.vjp(along, *at)[1](cotangent))
-            return out, _linear(push, pull, [every[i] for i in moving], out)
+            return out, _linear(push, pull, [every[i] for i in moving], out, at)
 
     call.defjvp(rule, symbolic_zeros=True)
     return call
@@ -59,24 +59,22 @@ ONCE = (
 )
 
 
-def _same(leaf):
-    return leaf
-
-
-def _linear(push: Callable, pull: Callable, vector: list, like: Any) -> Any:
-    """push(vector), a linear function with its transpose given.
+def _linear(push: Callable, pull: Callable, vector: list, like: Any, at: list) -> Any:
+    """push(vector), a linear function at some point `at` with its transpose given.
 
     As the second half of the solution of [[I, 0], [-push, I]] (x, y) = (vector, 0), which jax can transpose, map and
     differentiate again. (`jax.custom_derivatives.linear_call` cannot be mapped.)
     """
     # An empty sum of all entries, so that each part of the right-hand side depends on the vector, as jax asks.
-    nothing = sum(jnp.sum(_empty(part)) for part in vector)
+    nothing = _nothing(vector)
     vector = [part + nothing.astype(part.dtype) for part in vector]
     zero = jax.tree.map(lambda leaf: jnp.broadcast_to(nothing.astype(leaf.dtype), leaf.shape), like)
     add = functools.partial(jax.tree.map, jnp.add)
 
-    def matvec(x):
-        return x[0], jax.tree.map(jnp.subtract, x[1], push(x[0]))
+    def matvec(x):  # of which jax wants all to depend on the point, if its derivative does
+        one = 1 + _nothing(at)
+        first, second = jax.tree.map(lambda leaf: leaf * one.astype(leaf.dtype), x)
+        return first, jax.tree.map(jnp.subtract, second, push(x[0]))
 
     def solve(_, b):
         return b[0], add(b[1], push(b[0]))
@@ -150,7 +148,7 @@ def _axes(leaf: jax.Array) -> frozenset:
     return frozenset(getattr(getattr(kind, "mat", kind), "varying", None) or getattr(kind, "vma", ()))
 
 
-def _empty(array: jax.Array) -> jax.Array:
-    """No entry of an array, of its type in all else."""
-    array = jnp.atleast_1d(array)
-    return jax.lax.slice(array, [0] * array.ndim, [0] * array.ndim)
+def _nothing(arrays: list) -> jax.Array:
+    """[], 0, as the sum of no entries of the arrays, which depends on all of them."""
+    flat = [jnp.atleast_1d(array) for array in arrays]
+    return sum(jnp.sum(jax.lax.slice(array, [0] * array.ndim, [0] * array.ndim)) for array in flat)

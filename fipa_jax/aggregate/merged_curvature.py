@@ -52,6 +52,10 @@ class Filter(NamedTuple):
         keep = (eigenvalues > self.least) & ~(eigenvalues + self.shift <= 0)  # a shift of NaN must show
         return jnp.where(keep, 1 / jnp.where(keep, eigenvalues + self.shift, 1), 0)
 
+    def with_noise(self) -> "Filter":
+        """Without the floor, if it is shifted: a direction of noise adds nothing, but what it turns into does."""
+        return self._replace(least=jnp.where(self.shift > 0, -1, self.least))
+
     def slopes(self, eigenvalues: jax.Array) -> jax.Array:
         """[D, D], (f(lam_i) - f(lam_j)) / (lam_i - lam_j), and f'(lam_i) where they coincide."""
         values = self.of(eigenvalues)
@@ -59,6 +63,17 @@ class Filter(NamedTuple):
         mixed = (values[:, None] > 0) != (values[None] > 0)
         gaps = jnp.where(mixed, eigenvalues[:, None] - eigenvalues[None], 1)
         return jnp.where(mixed, (values[:, None] - values[None]) / gaps, -values[:, None] * values[None])
+
+
+class Noise(NamedTuple):
+    """Shares of H's largest eigenvalue below which there is only rounding.
+
+    F comes with an error of eps of its largest singular value; eigenvalues of F^T F, formed, have one of eps of theirs.
+    """
+
+    direction: float  # of the direction F v, by the arithmetic
+    eigenvalue: float  # of the eigenvalue, by the arithmetic and the way of factorising
+    data: float  # of the direction, if what stands in F was itself rounded to the precision of the updates
 
 
 @jax.tree_util.register_dataclass
@@ -93,15 +108,12 @@ class Factor:
         return with_derivative_of(smooth, value, self._scope)(self)
 
     @property
-    def rounding(self) -> tuple[float, float]:
-        """Shares of the largest eigenvalue below which (a direction, an eigenvalue) is noise of the arithmetic.
-
-        Directions F v come with an error of eps of the largest singular value. So do the singular values themselves,
-        but of those that are eigenvalues of F^T F the square root of eps is the limit.
-        """
-        eps, width = float(jnp.finfo(self.right.dtype).eps), self.eigenvalues.size
-        direction = (eps * width) ** 2
-        return direction, max(direction, eps * width if self.squared else 0.0)
+    def noise(self) -> "Noise":
+        """What of the spectrum is rounding."""
+        given, wide = (float(jnp.finfo(array.dtype).eps) for array in (self.scales[0], self.right))
+        width = self.eigenvalues.size
+        direction = (wide * width) ** 2
+        return Noise(direction, max(direction, wide * width if self.squared else 0.0), (given * width) ** 2)
 
     def _scope(self):
         return _arithmetic(self.right.dtype)
@@ -148,9 +160,7 @@ def solve(factor: Factor, inverse: Filter) -> jax.Array:
         return _combine(factor, _dot(factor.right.T, inverse.of(factor.eigenvalues) * factor.projected))
 
     def smooth(factor: Factor, inverse: Filter):
-        # A direction of noise adds nothing, but what it turns into does.
-        every = inverse._replace(least=jnp.where(inverse.shift > 0, -1, inverse.least))
-        coefficients = _filtered(*_products(factor), every, factor.eigenvalues, factor.right)
+        coefficients = _filtered(*_products(factor), inverse, factor.eigenvalues, factor.right)
         return _combine(factor, coefficients, each_by_itself=True)
 
     return with_derivative_of(smooth, value, factor._scope)(factor, Filter(*map(jnp.asarray, inverse)))
@@ -188,9 +198,9 @@ def top(factor: Factor, rank: int) -> Sketch:
         with factor._scope():
             kept = min(rank, factor.eigenvalues.size)
             values = factor.eigenvalues[:kept]
-            # F V lam^{-1/2}. What is at rounding level beside the largest, of the data or the merge, has no direction.
-            data = (ROUNDING * jnp.finfo(dtype).eps) ** 2
-            sound = values > max(data, factor.rounding[1]) * factor.eigenvalues[0]
+            # F V lam^{-1/2}. What is at rounding level beside the largest has no direction.
+            floor = max((ROUNDING * jnp.finfo(dtype).eps) ** 2, factor.noise.eigenvalue)
+            sound = values > floor * factor.eigenvalues[0]
             scaled = factor.right[:kept].T * jnp.where(sound, 1 / jnp.sqrt(jnp.where(sound, values, 1)), 0)[None]
 
             def rows_of(begin, blocks):
@@ -279,16 +289,17 @@ def _products(factor: Factor) -> tuple[jax.Array, jax.Array]:
 @jax.custom_jvp
 def _filtered(gram, projected, inverse: Filter, eigenvalues, right) -> jax.Array:
     """f(G) z [D], for the filter f, G = F^T F = V diag(lam) V^T and z = F^T targets."""
-    return _dot(right.T, inverse.of(eigenvalues) * _dot(right, projected))
+    return _dot(right.T, inverse.with_noise().of(eigenvalues) * _dot(right, projected))
 
 
 @_filtered.defjvp
 def _filtered_jvp(given, tangents):
     """By Daleckii and Krein: d f(G) = V (slopes * V^T dG V) V^T, without the eigenvectors' own derivatives."""
     _, projected, inverse, eigenvalues, right = given
-    turn, turned, values = tangents[0], _dot(right, projected), inverse.of(eigenvalues)
-    turn = inverse.slopes(eigenvalues) * _dot_all(_dot_all(right, turn), right.T)
-    moved = _dot(turn, turned) + values * _dot(right, tangents[1]) - tangents[2].shift * values**2 * turned
+    every, turned = inverse.with_noise(), _dot(right, projected)
+    turn = every.slopes(eigenvalues) * _dot_all(_dot_all(right, tangents[0]), right.T)
+    moved = _dot(turn, turned) + every.of(eigenvalues) * _dot(right, tangents[1])
+    moved -= tangents[2].shift * inverse.of(eigenvalues) ** 2 * turned
     return _filtered(*given), _dot(right.T, moved)
 
 

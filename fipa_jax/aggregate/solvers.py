@@ -160,10 +160,10 @@ def _solve(messages: Sequence[Messages], form: str, hyper: Hyper, relative: bool
     factor = _merged_about(base, messages, merge)
     spectrum = factor.spectrum
     beta = damping * spectrum[0] if relative else damping
-    inverse = _filter(factor, spectrum, beta, hyper["rcond"] if form == "pinv" else 0.0)
+    remembered = not all(each.clients for each in messages)
+    inverse = _filter(factor, spectrum, beta, remembered, hyper["rcond"] if form == "pinv" else 0.0)
     step, filtered = merged_curvature.solve(factor, inverse), inverse.of(spectrum)
-    floor = _floors(factor, mean.dtype)[1] * spectrum[0]
-    least = jnp.min(jnp.where((filtered > 0) & (spectrum > floor), spectrum, spectrum[0]))
+    least = jnp.min(jnp.where((filtered > 0) & (spectrum > factor.noise.data * spectrum[0]), spectrum, spectrum[0]))
     longest = jnp.max(jnp.concatenate([_lengths(each) * _share(each, beta) for each in messages if each.clients]))
 
     def alike(*results):
@@ -175,7 +175,7 @@ def _solve(messages: Sequence[Messages], form: str, hyper: Hyper, relative: bool
         base = _base(messages, enough, mean)
         own = any(each.damping is not None for each in messages)
         again = factor if form == "damped" and not own else _merged_about(base, messages, merge)
-        return alike(merged_curvature.solve(again, _filter(again, spectrum, enough)), enough)
+        return alike(merged_curvature.solve(again, _filter(again, spectrum, enough, remembered)), enough)
 
     limit = jnp.where(hyper["limits.explosion"] > 0, hyper["limits.explosion"] * longest, jnp.inf)
     failed = ~sound(step, limit)
@@ -213,17 +213,14 @@ def _share(messages: Messages, beta: jax.Array) -> jax.Array | int:
     return 1 if messages.damping is None else ratio(messages.damping, beta)
 
 
-def _filter(factor: Factor, spectrum: jax.Array, beta: jax.Array, rcond: jax.Array | float = 0.0) -> Filter:
-    """1 / (lam + beta) of H's eigenvalues lam, where that is no noise, and above rcond lam_max."""
-    # What comes from a direction of noise is that noise / beta. Without a beta above the noise of the eigenvalues
-    # themselves they are divided by, and must be above that too, and carry information.
-    direction, alone = _floors(factor, spectrum.dtype)
-    _, eigenvalue = factor.rounding
-    floor = jnp.where(beta > eigenvalue * spectrum[0], direction, alone)
+def _filter(factor: Factor, spectrum: jax.Array, beta: jax.Array, remembered: bool, rcond: Any = 0.0) -> Filter:
+    """1 / (lam + beta) of H's eigenvalues lam, where that is no noise, and above rcond lam_max.
+
+    A direction of noise would come out as that noise / beta. What clients send is taken as it is; what is remembered of
+    it was rounded, and coincides with it no better. Where beta is not above the noise of the eigenvalues themselves,
+    these must be, and carry information.
+    """
+    noise = factor.noise
+    damped = noise.data if remembered else noise.direction
+    floor = jnp.where(beta > noise.eigenvalue * spectrum[0], damped, max(noise.data, noise.eigenvalue))
     return Filter(beta, jax.lax.stop_gradient(jnp.maximum(floor, rcond) * spectrum[0]))
-
-
-def _floors(factor: Factor, dtype) -> tuple[float, float]:
-    """Shares of H's largest eigenvalue below which nothing is let through: (with damping, without)."""
-    direction, eigenvalue = factor.rounding
-    return direction, max(eigenvalue, float(jnp.finfo(dtype).eps * factor.eigenvalues.size) ** 2)

@@ -262,3 +262,99 @@ def test_a_factor_can_leave_a_jit(method, wide):
         chex.assert_trees_all_equal_shapes_and_dtypes(results, wanted)
         chex.assert_trees_all_close(results, wanted, rtol=tolerance, atol=tolerance)
         assert {leaf.dtype for leaf in jax.tree.leaves(wanted)} == {np.dtype(dtype)}
+
+
+@functools.cache
+def _in_float32(form, own):
+    """A rule that no compiled program of a device with float64 is shared with."""
+    options = {"relative": False, "own_damping": True} if own else {}
+    rule = aggregate.fipa(form, rcond=RCOND, limits=aggregate.Limits(0.0, 0.0, 0.0, 0.0), **options)
+    return rule, jax.jit(functools.partial(apply, rule))
+
+
+def _own_dense(clients, damping, own):
+    weights, deltas, eigenvalues, basis = (np.asarray(np.asarray(field, np.float32), float) for field in clients)
+    weights = weights / weights.sum()
+    each = np.einsum("cpr,cr,cqr->cpq", basis, eigenvalues, basis) + own[:, None, None] * np.eye(SIZE)
+    total = np.tensordot(weights, each, 1) + (damping - weights @ own) * np.eye(SIZE)
+    return np.linalg.solve(total, np.einsum("c,cpq,cq->p", weights, each, deltas))
+
+
+OWN = np.array([1.0, 0.5, 2, 1])
+
+
+def _without_float64(form, clients, damping=1e-6):
+    """The step, with the clients' own damping where the form is `own`."""
+    own, (uploads, params) = form == "own", _uploads(clients)
+    rule, compiled = _in_float32("damped" if own else form, own)
+    uploads = uploads._replace(damping=jnp.asarray(OWN, jnp.float32) if own else None)
+    state = rule.init(params) if form == "pinv" else with_hyper(rule.init(params), damping=damping)
+    return np.asarray(compiled(uploads, state, params)[0]), (compiled, uploads, state, params)
+
+
+def _equal(angle=0.0):
+    weights, deltas, eigenvalues, basis = _clients(angle=angle)
+    return weights, deltas, np.repeat(eigenvalues[:1], CLIENTS, axis=0), basis
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["float64", "float32 alone"])
+@pytest.mark.parametrize("form", [*FORMS, "own"])
+def test_at_a_small_damping_equal_and_generic_clients_give_the_step_of_float64(monkeypatch, form, double):
+    """Also where a client's own damping is a million times the server's."""
+    monkeypatch.setattr(merge, "DOUBLE", merge.DOUBLE if double else ())
+    _in_float32.cache_clear()
+    for clients in (_clients(angle=1.0), _clients(angle=0.0), _equal()):
+        step, _ = _without_float64(form, clients)
+        wanted = _own_dense(clients, 1e-6, OWN) if form == "own" else _dense_step(form, clients, 1e-6)
+        assert np.linalg.norm(step - wanted) < 1e-6 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_float64_nearly_collinear_clients_are_off_as_by_a_rounding_of_their_bases(monkeypatch, form):
+    """Float32 alone cannot tell a small angle better than the bases that were sent in it do."""
+    monkeypatch.setattr(merge, "DOUBLE", ())
+    _in_float32.cache_clear()
+    draw = np.random.default_rng(3)
+    for angle in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
+        clients = _clients(angle=angle)
+        step, wanted = _without_float64(form, clients)[0], _dense_step(form, clients, 1e-6)
+
+        def rounded(clients=clients):
+            signs = draw.choice([-1, 1], size=clients[3].shape) * EPS * np.max(np.abs(clients[3]))
+            return _dense_step(form, (*clients[:3], clients[3] + signs), 1e-6)
+
+        moved = np.mean([np.linalg.norm(rounded() - wanted) for _ in range(5)])
+        assert np.linalg.norm(step - wanted) < 3 * moved + 1e-6 * np.linalg.norm(wanted), angle
+
+
+def test_without_float64_the_program_for_a_tpu_holds_none(monkeypatch):
+    monkeypatch.setattr(merge, "DOUBLE", ())
+    _in_float32.cache_clear()
+    for form in (*FORMS, "own"):
+        _, (compiled, *given) = _without_float64(form, _clients(angle=1.0))
+        text = jax.export.export(compiled, platforms=["tpu"])(*given).mlir_module()
+        assert "f32" in text and "f64" not in text
+
+
+@each_method
+@pytest.mark.parametrize("form", FORMS)
+def test_without_damping_equal_clients_are_divided_by_no_noise(x64, form, method):
+    """In float64, where eigenvalues of a Gram matrix are known to eps and singular values to eps squared."""
+    for seed in range(5):
+        weights, deltas, eigenvalues, basis = _clients(seed=seed)
+        eigenvalues, basis = np.repeat(eigenvalues[:1], CLIENTS, axis=0), np.repeat(basis[:1], CLIENTS, axis=0)
+        uploads = aggregate.Uploads(
+            jnp.asarray(deltas), jnp.asarray(weights), Sketch(*map(jnp.asarray, (eigenvalues, basis)))
+        )
+        none = {"rcond": 0.0} if form == "pinv" else {"damping": 0.0}
+        rule, compiled = _undamped(form, method)
+        step, *_ = compiled(uploads, with_hyper(rule.init(jnp.zeros(SIZE)), **none), jnp.zeros(SIZE))
+        mean = weights @ deltas
+        wanted = mean if form == "damped" else basis[0] @ (basis[0].T @ mean)
+        assert np.linalg.norm(step - wanted) < 1e-9 * np.linalg.norm(mean)
+
+
+@functools.cache
+def _undamped(form, method):
+    rule = aggregate.fipa(form, limits=aggregate.Limits(0.0, 0.0, 0.0, 0.0), merge=method)
+    return rule, jax.jit(functools.partial(apply, rule))

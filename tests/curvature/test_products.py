@@ -351,3 +351,17 @@ def test_wrong_choices_name_the_field():
         curvature.make_ggn(_network, _two_fields_loss, jacobian="dense")
     with pytest.raises(ValueError, match=r"sketch\.jacobian: head needs the model's features"):
         curvature.make_ggn(_network, _two_fields_loss, jacobian="head")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_products_side_by_side_are_those_one_after_another(x64, monkeypatch, backend):
+    """What another device than a CPU takes, seen on one."""
+    draw = np.random.default_rng(0)
+    params, batch = {"w": jnp.asarray(draw.normal(size=(4, 3)))}, {"x": jnp.asarray(draw.normal(size=(7, 4)))}
+    outputs = lambda params, batch: jnp.tanh(batch["x"] @ params["w"])
+    loss = lambda out, batch: jax.nn.logsumexp(out, axis=1)
+    vectors = jnp.asarray(draw.normal(size=(12, 5)))
+    rows = curvature.make_ggn(outputs, loss, jacobian="rows")(params, batch).rows
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    found = curvature.make_ggn(outputs, loss, micro_batch=3)(params, batch).product(vectors)
+    np.testing.assert_allclose(found, rows.T @ (rows @ vectors), rtol=1e-10, atol=1e-12)
