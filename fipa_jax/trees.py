@@ -80,10 +80,19 @@ def zero_unless(keep: jax.Array, stacked):
     return jax.tree.map(kept, stacked)
 
 
+def with_paths(tree) -> list:
+    """[(jax's path, leaf)] of all leaves: paths that no two leaves share, whatever their names hold."""
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def in_words(path) -> str:
+    """A path of jax's as a person writes it, such as `Dense_0/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def paths(tree) -> dict:
     """{path: leaf} with paths such as `Dense_0/kernel`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {in_words(path): leaf for path, leaf in with_paths(tree)}
 
 
 def below(leaves: dict, name: str) -> dict:

@@ -70,14 +70,16 @@ def like_params(tree: Any, params: Any, leading: tuple[int, ...], name: str) -> 
     Raises:
       ValueError: names the first path that differs.
     """
-    got, want = trees.paths(tree), trees.paths(params)
-    if set(got) != set(want):
-        path = min(set(got) ^ set(want))
-        raise ValueError(f"{name}: {f'{path!r} is no parameter' if path in got else f'{path!r} is missing'}")
+    got, want = dict(trees.with_paths(tree)), dict(trees.with_paths(params))
+    for path in (*want, *got):
+        if path not in got or path not in want:
+            what = "is missing" if path in want else "is no parameter"
+            raise ValueError(f"{name}: {trees.in_words(path)!r:.200} {what}")
     contracts.floating(tree, name)
     for path, leaf in want.items():
-        if jnp.shape(got[path]) != leading + jnp.shape(leaf):
-            raise ValueError(f"{name}: needed {leading + jnp.shape(leaf)} at {path!r}, got {jnp.shape(got[path])}")
+        needed, arrived = leading + jnp.shape(leaf), jnp.shape(got[path])
+        if arrived != needed:
+            raise ValueError(f"{name}: needed {needed} at {trees.in_words(path)!r:.200}, got {arrived}")
     structure = jax.tree.structure(params)
     return trees.widened(structure.unflatten([jnp.asarray(got[path]) for path in want]))
 
@@ -94,8 +96,10 @@ def _checked(sketch: Sketch | Diagonal | None, clients: tuple[int], size: int) -
         if jnp.shape(sketch.values) != (*clients, size):
             raise ValueError(f"uploads.sketch: needed values {(*clients, size)}, got {jnp.shape(sketch.values)}")
         return trees.widened(contracts.floating(sketch, "uploads.sketch"))
-    if not isinstance(sketch, Sketch):
+    if sketch is None:
         return None
+    if not isinstance(sketch, Sketch):
+        raise ValueError(f"uploads.sketch: needed Sketch, Diagonal or None, got {type(sketch).__name__}")
     eigenvalues, basis = jnp.shape(sketch.eigenvalues), jnp.shape(sketch.basis)
     if eigenvalues[:1] != clients or len(eigenvalues) != 2 or basis != (*clients, size, *eigenvalues[1:]):
         raise ValueError(

@@ -49,20 +49,25 @@ def check(outputs: Outputs, loss: Loss, params: Any, batch: Any, mask: jax.Array
         wrong = [path for path, leaf in trees.paths(values).items() if not bool(jnp.all(jnp.isfinite(leaf)))]
         if wrong:
             raise ValueError(f"{name}: not finite at these parameters{_at(wrong[0])}")
-    if bool(mixes_examples(outputs, loss, params, batch)):
+    if bool(mixes_examples(outputs, loss, params, batch, mask)):
         raise ValueError(
             "outputs: an example's outputs, or its loss, change with the other examples of its batch, as with batch "
             "normalisation in training mode; run the model in evaluation mode"
         )
 
 
-def mixes_examples(outputs: Outputs, loss: Loss, params: Any, batch: Any) -> jax.Array | bool:
-    """[] bool: the first example's outputs or loss change where the second one stands beside it."""
-    if num_examples(batch) < 2:
+def mixes_examples(
+    outputs: Outputs, loss: Loss, params: Any, batch: Any, mask: jax.Array | None = None
+) -> jax.Array | bool:
+    """[] bool: the first example's outputs or loss change where the last one stands beside it."""
+    number = num_examples(batch)
+    if number < 2:
         return False
+    first, last = (0, number - 1) if mask is None else (jnp.argmax(mask), number - 1 - jnp.argmax(mask[::-1]))
+    pair = jnp.array([first, last])
 
     def first_of(number):
-        few = jax.tree.map(lambda x: x[:number], batch)
+        few = jax.tree.map(lambda x: x[pair[:number]], batch)
         out = of_each_example(outputs)(params, few)
         return [leaf[0] for leaf in jax.tree.leaves((out, one_number_each(loss)(out, few)))]
 
@@ -84,13 +89,13 @@ def floating(tree: Any, name: str) -> Any:
     Raises:
       ValueError: a leaf is none, by its path; or there are no leaves.
     """
-    leaves = trees.paths(tree)
-    wrong = next((path for path, leaf in leaves.items() if not _is_floating(leaf)), None)
-    if wrong is not None:
-        raise ValueError(
-            f"{name}: needed floating-point arrays, got {kind(leaves[wrong])}{_at(wrong)}; keep counters, flags and "
-            "keys out of what is trained"
-        )
+    leaves = trees.with_paths(tree)
+    for path, leaf in leaves:
+        if not _is_floating(leaf):
+            raise ValueError(
+                f"{name}: needed floating-point arrays, got {kind(leaf)}{_at(trees.in_words(path))}; keep counters, "
+                "flags and keys out of what is trained"
+            )
     if not leaves:
         raise ValueError(f"{name}: there are no arrays in it")
     return tree

@@ -123,7 +123,7 @@ def make_sketch(
             matrix = ggn(params, batch, mask)
             pairs = solve(solve_key, matrix, start)
             left, error = trace_left(probe_key, matrix, pairs, probes)
-            mixed = contracts.mixes_examples(outputs, loss, params, batch)
+            mixed = contracts.mixes_examples(outputs, loss, params, batch, mask)
         products_for_trace = probes if matrix.trace is None else 0
         trace_is_sought = probes or (matrix.trace is not None and matrix.left_out is None)
         report = Report(

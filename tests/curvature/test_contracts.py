@@ -12,6 +12,7 @@ from fipa_jax.client.examples import Client
 from fipa_jax.client.first_order import first_order
 from fipa_jax.client.local_solver import Hyper, with_initial_loss
 from fipa_jax.client.second_order import gauss_newton, lbfgs, natural_gradient
+from fipa_jax.curvature import contracts
 
 N, F, K, RANK = 12, 5, 2, 3
 VIEWS = {  # how the curvature may be seen, all of the same matrix
@@ -257,3 +258,19 @@ def test_any_pytree_class_may_hold_the_parameters():
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), (model, found))
     step, info = aggregate.fipa_step(*stacked, jnp.array([3, 4]))
     assert isinstance(step, Model) and not jnp.any(info["rejected"])
+
+
+def test_examples_that_mix_are_named_whichever_are_there(x64):
+    params, batch = problem()
+    for there in ([0, 5], [3, 4, 7], [N - 2, N - 1]):
+        mask = jnp.zeros([N], bool).at[jnp.array(there)].set(True)
+        assert contracts.mixes_examples(normalised, loss, params, *contracts.present_rows(batch, mask))
+    alone = jnp.arange(N) == 3  # has nobody to mix with
+    assert not contracts.mixes_examples(normalised, loss, params, *contracts.present_rows(batch, alone))
+
+
+def test_leaves_whose_paths_read_alike_are_told_apart():
+    params, batch = problem(np.float32)
+    twins = {"w": params["w"], "a/b": params["b"], "a": {"b": np.int32(1)}}
+    with pytest.raises(ValueError, match=r"params: needed floating-point arrays, got int32 of shape \(\) at 'a/b'"):
+        curvature.make_gradient(lambda p, b: b["x"] @ p["w"] + p["a/b"], loss)(twins, batch)
