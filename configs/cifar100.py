@@ -15,6 +15,7 @@ def get_config(variant: str = ""):
     config.partition.alpha = 0.3
     config.data.rotation = 10.0
     config.warmup.rounds = 1000
+    config.smaller = "--config=configs/cifar100.py:debug takes a minute, and only shows that all parts run"
 
     config.fipa.rounds = 100
     recipes.head_alone(config, "^head/")

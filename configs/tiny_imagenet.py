@@ -21,6 +21,7 @@ def get_config(variant: str = ""):
     config.partition.alpha = 0.3
     config.data.rotation = 10.0
     config.model.head_width = 720
+    config.smaller = "--config=configs/tiny_imagenet.py:cpu takes ten minutes of one core, :debug a minute"
     config.warmup.rounds = 1000
     for phase in (config.warmup, config.fipa):
         phase.term.name, phase.term.mu = "rcl", 1.0

@@ -4,6 +4,7 @@ Everything that must survive a crash is written by `write` or `replacing`. The s
 beside them, in the format of the command `sha256sum`, so that `sha256sum -c SHA256SUMS` checks them without this code.
 """
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -17,6 +18,14 @@ from pathlib import Path
 SUMS = "SHA256SUMS"  # the file with the sums of all others in its folder
 PARTIAL = ".partial"  # how the names of temporary files end
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, or quota, says
+TEMPORARY = rf".*\.[0-9a-f]{{8}}{re.escape(PARTIAL)}"  # the names that `replacing` gives
+MARKS = {  # byte-order mark: how the text behind it is coded; the longer ones first
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
 PROBE = 2**26  # bytes; file systems that cannot reserve them write them
 
 
@@ -35,6 +44,16 @@ def local(path: str | Path, field: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(f"{field}: {str(path)!r} begins with the home of nobody who is known here") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, in UTF-8 or as its byte-order mark says (some editors write one), without the mark.
+
+    Raises:
+      UnicodeDecodeError: it is no such text.
+    """
+    content = path.read_bytes()
+    return content.decode(next((coding for mark, coding in MARKS.items() if content.startswith(mark)), "utf-8"))
 
 
 def digest_of_file(path: Path) -> str:
@@ -88,7 +107,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def remove_partial(folder: Path) -> None:
     """Removes the temporary files that killed processes have left in a folder which nobody else writes to now."""
     for path in folder.glob(f"*{PARTIAL}"):
-        path.unlink()
+        if re.fullmatch(TEMPORARY, path.name):  # another program's download may be called so, too
+            path.unlink()
 
 
 def check_room(folder: Path, size: int) -> None:
@@ -116,7 +136,8 @@ def check_room(folder: Path, size: int) -> None:
 
 def _temporary(path: Path) -> Path:
     """A name beside a file's that no other writer has; not longer than file systems allow, whatever the file's."""
-    return path.with_name(f"{path.name[:64]}.{secrets.token_hex(4)}{PARTIAL}")
+    beginning = path.name.encode()[:64].decode(errors="ignore")  # limits count bytes
+    return path.with_name(f"{beginning}.{secrets.token_hex(4)}{PARTIAL}")
 
 
 def _sync_folder(folder: Path) -> None:

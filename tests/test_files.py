@@ -99,3 +99,22 @@ def test_a_home_is_found_and_one_of_nobody_refused(monkeypatch, tmp_path):
     assert files.local("runs/x:1", "--workdir") == Path("runs/x:1")
     with pytest.raises(ValueError, match=r"--workdir: '~nobody-of-that-name/x' begins with the home of nobody"):
         files.local("~nobody-of-that-name/x", "--workdir")
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_text_is_read_with_or_without_a_byte_order_mark(tmp_path, coding):
+    (tmp_path / "text").write_bytes("[1, 2]  # größer".encode(coding))
+    assert files.read_text(tmp_path / "text") == "[1, 2]  # größer"
+
+
+def test_another_programs_download_is_no_file_of_ours(tmp_path):
+    (tmp_path / "film.partial").write_text("theirs")
+    (tmp_path / f"rows.json.{'0' * 8}{files.PARTIAL}").write_text("ours")
+    remove_partial(tmp_path)
+    assert names(tmp_path) == ["film.partial"]
+
+
+def test_a_name_of_many_bytes_can_be_replaced(tmp_path):
+    path = tmp_path / ("ü" * 120)
+    write(path, b"new")
+    assert path.read_bytes() == b"new"

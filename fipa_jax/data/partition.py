@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fipa_jax.files import local
+from fipa_jax.files import local, read_text
 from fipa_jax.lookup import lookup
 
 # What reading a damaged archive raises; NotImplementedError, a RuntimeError, where a bit makes it another kind.
@@ -186,7 +186,7 @@ def _read_lists(file: str) -> dict:
         if path.suffix == ".npz":
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 return {int(name.removeprefix("arr_")): arrays[name] for name in arrays.files}
-        return _literal(path.read_text("utf-8-sig"))  # some editors begin a file with a mark
+        return _literal(read_text(path))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"config.partition.file: no split at {file}") from error
     except (TypeError, SyntaxError, *BROKEN) as error:

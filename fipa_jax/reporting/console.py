@@ -39,13 +39,17 @@ WIDTH, NAME = 80, 32  # characters of a line, and of a phase's name in one on it
 LINE_SECONDS = 30.0  # between two lines on how far a phase is, where there is no terminal
 
 
-def attempt(show: Callable, *args: Any) -> Any:
-    """What show(*args) returns; an error in it is a warning alone, as no result may hang on how it is shown."""
+def attempt(what: str, show: Callable, *args: Any) -> Any:
+    """What show(*args) returns; an error in it is a warning alone, as no result may hang on how it is shown.
+
+    Args:
+      what: is shown, for the warning.
+    """
     try:
         return show(*args)
     except Exception as error:
         words = " ".join(str(error).split())
-        logging.warning("%s failed, and the run goes on: %s: %.300s", show.__name__, type(error).__name__, words)
+        logging.warning("%s cannot be shown (%s: %.300s); the run goes on", what, type(error).__name__, words)
         return None
 
 
@@ -79,9 +83,9 @@ class Progress:
     def __exit__(self, *_) -> None:
         self._bar.close()
 
-    def advance(self, rounds: int, figures: str) -> None:
-        """Shows that so many more rounds are done, and the last one's figures."""
-        first, now = self._timed is None, time.monotonic()
+    def advance(self, rounds: int, row: dict) -> None:
+        """Shows that so many more rounds are done, and the test figures of the last one's row."""
+        first, now, figures = self._timed is None, time.monotonic(), progress(row)
         self._done += rounds
         if first:  # time counts from here
             self._timed = now, self._done
@@ -187,6 +191,11 @@ def progress(row: dict) -> str:
     """The round's test figures in one line."""
     values = {name: value for name, value in row.items() if name.startswith(("test_", "step_ratio"))}
     return ", ".join(f"{name}={value:.3g}" for name, value in values.items() if value is not None)
+
+
+def show_table(summary: dict, compilations: Compilations) -> None:
+    """Prints the compared methods side by side, and what was compiled."""
+    print(f"\n{table(summary)}\n\ncompiled {compilations}")
 
 
 def table(summary: dict) -> str:

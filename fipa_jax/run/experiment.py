@@ -1,8 +1,8 @@
 """A config made real: the data where they find room, and the functions of a run; checked by shapes before it starts."""
 
-import math
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from fipa_jax import files, trees
 from fipa_jax.client.examples import Client
 from fipa_jax.config.checks import validate
-from fipa_jax.config.methods import method
 from fipa_jax.data import partition
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation.parallel import make_mesh, replicate
@@ -23,13 +22,10 @@ from fipa_jax.federation.population import OnHost, Resident
 from fipa_jax.federation.round import by_clients
 from fipa_jax.federation.state import fetch
 from fipa_jax.reporting import metrics, plots
-from fipa_jax.run import head_features, phase_parts, programs
+from fipa_jax.run import head_features, phase_checks, phase_parts, programs
 from fipa_jax.saving.model_files import load
 from fipa_jax.tasks import task as tasks
 from fipa_jax.tasks.task import Problem
-
-# Where Linux writes how much memory a container may take, by the second and by the first version of its groups.
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 class Experiment(NamedTuple):
@@ -83,11 +79,9 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
         root=replicate(root, mesh),
     )
     # A mistake in the last of the phases must show now, not after hours of the first.
-    if config.warmup.rounds:
-        with phase_parts.naming_fields_of(warmup=True):
-            trace(experiment, config.warmup, "warmup")
-    for spec in config.compare if config.fipa.rounds else ():
-        trace(experiment, method(config, spec), "fipa")
+    for phase, where, settings in phase_parts.phases_of(config):
+        with phase_checks.naming(phase, where, settings):
+            trace(experiment, settings, phase)
     return experiment
 
 
@@ -141,7 +135,7 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     config, people, params, root = experiment.config, experiment.population, experiment.params, experiment.root
     rates = phase_parts.make_rates(settings, config.precision)
     parts = parts_of(experiment, settings)
-    phase_parts.check_needs(settings, parts, params, people.data, name)
+    phase_checks.check_needs(settings, parts, params, people.data, name)
     store_on_host(config, parts, params)
     check_room(parts, params)
     state = parts_lib.init(parts, params, on_host=True)
@@ -200,12 +194,34 @@ def device_bytes() -> int:
 
 def host_bytes() -> int:
     """The bytes of memory that this process may take: the machine's, or its container's where that has less."""
-    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *map(_limit_in, CGROUP_LIMITS))
+    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *cgroup_limits(Path("/")))
 
 
-def _limit_in(path: str) -> float:
-    """The bytes that a control group's file allows; infinite where it says `max`, or is not there."""
+def cgroup_limits(root: Path) -> list[int]:
+    """The limits of memory, in bytes, of the control groups that this process is in: Linux's, of version 1 or 2.
+
+    Args:
+      root: below which the folders `proc` and `sys` are.
+    """
+    limits = []
+    for base, name, inside in _memory_groups(root):
+        folder = base / inside.lstrip("/")
+        # Inside a container the path may be the host's: then the container's own group is what stands at the top.
+        for group in (folder, *(parent for parent in folder.parents if parent.is_relative_to(base))):
+            with contextlib.suppress(OSError, ValueError):  # no such group or limit, `max` for none
+                limits.append(int((group / name).read_text()))
+    return limits
+
+
+def _memory_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """(folder of the hierarchy, file of the limit, path in it) of the groups of memory that this process is in."""
     try:
-        return float(Path(path).read_text())
-    except (OSError, ValueError):
-        return math.inf
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not on Linux
+        return
+    for line in lines:
+        _, controllers, inside = line.split(":", 2)
+        if not controllers:
+            yield root / "sys/fs/cgroup", "memory.max", inside
+        elif "memory" in controllers.split(","):
+            yield root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", inside

@@ -92,12 +92,12 @@ def rounds_of(
         while k <= last:
             state, rows = advance(state, k, min(count_to(phase.experiment.config, k), last + 1 - k))
             for row, info in rows:
-                console.warn(name, row["round"], info, warned)
+                console.attempt("a warning", console.warn, name, row["round"], info, warned)
                 row = metrics.jsonable({"run": name} | row)
                 journal.write(row)
                 skipped = skipped + 1 if row.get("skipped") else 0
                 check_progress(name, row, skipped, phase.settings.max_skips)
-            bar.advance(len(rows), console.progress(row))
+            console.attempt("the progress", bar.advance, len(rows), row)
             k += len(rows)
             note = {"first": phase.first, "chunk": phase.parts.chunk, "skipped": skipped}
             if journal.keep(name, state, row, note, ended=k > last) and k <= last:

@@ -28,7 +28,8 @@ from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.federation.population import Cohort
 from fipa_jax.federation.round import by_clients
 from fipa_jax.federation.state import State, fetch
-from fipa_jax.run.phase_parts import TRACED, has_faults
+from fipa_jax.run.phase_checks import has_faults
+from fipa_jax.run.phase_parts import TRACED
 
 STEERING = ("rounds", "max_skips")  # fields of a phase that steer the loop alone
 

@@ -5,33 +5,34 @@ keeps.
 """
 
 import contextlib
-import functools
 import io
 import json
 import tempfile
-import timeit
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
 from fipa_jax import files
 from fipa_jax.config.checks import validate
 from fipa_jax.config.methods import method
-from fipa_jax.curvature.products import forward_flops
 from fipa_jax.reporting import console, metrics, plots
 from fipa_jax.run import head_features, loop
+from fipa_jax.run.estimate import say_if_long
 from fipa_jax.run.experiment import Experiment, build, pooled
 from fipa_jax.saving import provenance
 from fipa_jax.saving.journal import Journal
 from fipa_jax.saving.model_files import export, stems
 from fipa_jax.saving.resume import open_at
+from fipa_jax.saving.signals import Stopped
 
 WARMUP = "warmup"  # the name of its rows
-LONG = 12 * 3600.0  # seconds of a run that a person wants to know of before
+SELDOM = 50  # times as long as it took lies between two refreshings of summary and curves
+AT_FIRST = 30.0  # seconds before the first one
 
 
 def main(config: ConfigDict, workdir: Path, resume: str = "yes") -> None:
@@ -45,7 +46,7 @@ def main(config: ConfigDict, workdir: Path, resume: str = "yes") -> None:
     # What orbax has to say of a write that failed is raised as one error.
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
     summary = run(config, workdir, resume)
-    console.attempt(print, f"\n{console.table(summary)}\n\ncompiled {compilations}")
+    console.attempt("the table", console.show_table, summary, compilations)
     print(f"metrics, models and plots are in {workdir}")
 
 
@@ -76,7 +77,7 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
         }
         try:
             with open_at(workdir, config, origin, resume) as journal:
-                console.attempt(console.draw_split, experiment.problem, workdir)
+                console.attempt("split.png", console.draw_split, experiment.problem, workdir)
                 return run_phases(experiment, workdir, journal)
         except OSError as error:
             if error.errno in files.FULL:
@@ -92,64 +93,29 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
     that were done before the run was stopped are passed over.
     """
     config = experiment.config
-    console.describe(config, experiment.problem, experiment.params)
+    console.attempt("the description", console.describe, config, experiment.problem, experiment.params)
     phases, seen_by_head = configs_of(config), {}
+    settings_of = {name: phases[name].warmup if name == WARMUP else phases[name].fipa for name in phases}
     if not journal.saved:
-        console.attempt(say_if_long, experiment, phases)
+        console.attempt("the time that it takes", say_if_long, experiment, list(settings_of.values()))
+    show = refreshing(phases, workdir)
     names, start = list(phases), journal.started_from(experiment.params)
     going_on = journal.saved.note["phase"] if journal.saved else names[0]
     if going_on not in names:
         raise ValueError(f"--resume: the run was stopped in {going_on!r}, which config.compare has no more")
     for name in names[names.index(going_on) :]:
-        warmup = name == WARMUP
-        settings = phases[name].warmup if warmup else phases[name].fipa
+        warmup, settings = name == WARMUP, settings_of[name]
         first = config.first_round + (0 if warmup else config.warmup.rounds)
         view = view_of(experiment, settings, start, seen_by_head, warmup)
-        at_checkpoint = functools.partial(refresh, phases, workdir)
-        params = loop.run_phase(view, settings, name, start, first, journal, at_checkpoint)
+        try:
+            params = loop.run_phase(view, settings, name, start, first, journal, show)
+        except Stopped:
+            refresh(phases, workdir)
+            raise
         summary = finish(experiment, phases, name, params, workdir)
         if warmup:
             start = journal.start = params
     return summary
-
-
-def say_if_long(experiment: Experiment, phases: dict[str, ConfigDict]) -> None:
-    """Says before a run that takes longer than a night how long it takes at least on this machine."""
-    settings = {name: config.warmup if name == WARMUP else config.fipa for name, config in phases.items()}
-    operations = sum(least_operations(experiment, phase) for phase in settings.values())
-    seconds = operations / operations_a_second() / jax.device_count()
-    if seconds > LONG:
-        logging.warning(
-            "local training alone will take at least %.0f hours (%.1f days) on this %s; the config file's first lines "
-            "name smaller variants; or lower the rounds, config.cohort or local.epochs. Ctrl-C ends it",
-            seconds / 3600, seconds / 86400, jax.default_backend(),
-        )  # fmt: skip
-
-
-def least_operations(experiment: Experiment, settings: ConfigDict) -> float:
-    """Floating-point operations of a phase's local training: passes through the network, and no sketches.
-
-    A step takes a forward pass, and where all is trained two as dear for the gradient. 0 where the body is cached.
-    """
-    if settings.cache_body:
-        return 0.0
-    config, problem = experiment.config, experiment.problem
-    one = {name: field[:1] for name, field in problem.train.items()}
-    passes = (3 if settings.trainable == ".*" else 1) * forward_flops(problem.task.outputs, experiment.params, one)
-    total, local = sum(map(len, problem.clients)), settings.local
-    clients = 1 if settings.pooled else config.cohort or len(problem.clients)
-    own = total / (1 if settings.pooled else len(problem.clients))  # examples of a client
-    in_a_round = local.steps * (local.batch_size or own) if local.steps else local.epochs * own
-    return settings.rounds * clients * in_a_round * passes
-
-
-def operations_a_second() -> float:
-    """Floating-point operations a second of a device in a product of two matrices, the fastest thing that it does."""
-    square = jnp.ones([1024, 1024], jnp.float32)
-    product = jax.jit(lambda x: x @ x)
-    jax.block_until_ready(product(square))
-    seconds = min(timeit.repeat(lambda: jax.block_until_ready(product(square)), number=1, repeat=3))
-    return 2 * square.shape[0] ** 3 / seconds
 
 
 def configs_of(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -181,8 +147,22 @@ def finish(experiment: Experiment, phases: dict[str, ConfigDict], name: str, par
     file = stems([WARMUP, *experiment.config.compare])[name]
     export(workdir / f"{file}.msgpack", params)
     summary = refresh(phases, workdir)
-    console.attempt(console.draw_prediction, experiment.problem, params, workdir / f"{file}.png")
+    console.attempt(f"{file}.png", console.draw_prediction, experiment.problem, params, workdir / f"{file}.png")
     return summary
+
+
+def refreshing(phases: dict[str, ConfigDict], workdir: Path) -> Callable[[], None]:
+    """Builds `refresh()` for every checkpoint, which takes no more than a fiftieth of the time."""
+    due = time.monotonic() + AT_FIRST
+
+    def refresh_if_due() -> None:
+        nonlocal due
+        began = time.monotonic()
+        if began >= due:
+            refresh(phases, workdir)
+            due = time.monotonic() + SELDOM * (time.monotonic() - began)
+
+    return refresh_if_due
 
 
 def refresh(phases: dict[str, ConfigDict], workdir: Path) -> dict:
@@ -191,7 +171,7 @@ def refresh(phases: dict[str, ConfigDict], workdir: Path) -> dict:
     summary = summary_of(phases, rows)
     files.write(workdir / "summary.json", f"{json.dumps(metrics.jsonable(summary), indent=2)}\n".encode())
     figures = dict.fromkeys(figure for row in rows for figure in row if figure.startswith("test_"))
-    console.attempt(plots.curves, rows, list(figures), workdir / "curves.png")
+    console.attempt("curves.png", plots.curves, rows, list(figures), workdir / "curves.png")
     return summary
 
 

@@ -13,7 +13,17 @@ from fipa_jax import trees
 from fipa_jax.data.partition import Ragged
 
 # Fields that change no result: where data are found, which are compared themselves, and how the work is laid out.
-FREE = ("checkpoint", "data.cache_dir", "data.dir", "devices", "examples_on", "init_from", "stage_seconds", "task.file")
+FREE = (
+    "checkpoint",
+    "data.cache_dir",
+    "data.dir",
+    "devices",
+    "examples_on",
+    "init_from",
+    "smaller",
+    "stage_seconds",
+    "task.file",
+)
 
 
 def of_data(problem, params) -> dict:

@@ -30,11 +30,11 @@ def test_what_cannot_be_shown_is_a_warning(error, caplog):
     def draw():
         raise error
 
-    assert console.attempt(draw) is None
-    assert "draw failed, and the run goes on" in caplog.text and type(error).__name__ in caplog.text
-    assert console.attempt(lambda: 3) == 3
+    assert console.attempt("a picture", draw) is None
+    assert "a picture cannot be shown" in caplog.text and type(error).__name__ in caplog.text
+    assert console.attempt("three", lambda: 3) == 3
     with pytest.raises(KeyboardInterrupt):
-        console.attempt(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        console.attempt("nothing", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
@@ -43,7 +43,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     with console.Progress("fipa" * 30, 100, 40) as bar:
         for _ in range(60):
-            bar.advance(1, "test_loss=1")
+            bar.advance(1, {"test_loss": 1.0})
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].endswith("40 of 100 rounds, compiling") and lines[-1].endswith("100 of 100 rounds, test_loss=1")
     assert 3 < len(lines) < 60 and all(len(line) <= 80 and "\r" not in line for line in lines)
@@ -53,7 +53,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
 def test_progress_can_be_turned_off(capsys, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     with console.Progress("fipa", 2, 0) as bar:
-        bar.advance(2, "")
+        bar.advance(2, {})
     assert not capsys.readouterr().err
 
 
@@ -63,9 +63,9 @@ def test_the_time_that_is_left_does_not_count_the_first_rounds(monkeypatch, caps
     with console.Progress("fipa", 10, 0) as bar:
         bar._bar._time, bar._bar.start_t, bar._bar.last_print_t = lambda: now[0], 0.0, 0.0
         now[0] += 1000  # of compilation
-        bar.advance(1, "a=1")
+        bar.advance(1, {"test_a": 1.0})
         now[0] += 2
-        bar.advance(1, "a=1")
+        bar.advance(1, {"test_a": 1.0})
         rate = bar._bar.format_dict["elapsed"] / (bar._bar.n - bar._bar.initial)
     assert rate == pytest.approx(2, abs=0.5)
     assert "compiling" in capsys.readouterr().err

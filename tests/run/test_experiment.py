@@ -21,7 +21,7 @@ from fipa_jax.curvature.sketch import Sketcher
 from fipa_jax.federation.state import State
 from fipa_jax.reporting import console as report
 from fipa_jax.reporting import metrics, plots
-from fipa_jax.run import experiment, programs, whole_run
+from fipa_jax.run import estimate, experiment, programs, whole_run
 from fipa_jax.saving.model_files import export, load
 from fipa_jax.tasks import task
 
@@ -192,17 +192,76 @@ def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
     assert (tmp_path / "previous-1").is_dir() and (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_no_result_hangs_on_a_picture(tmp_path, monkeypatch):
+def test_no_result_hangs_on_what_is_shown(tmp_path, monkeypatch, caplog):
     def fails(*_):
         raise OverflowError("log ticks")
 
-    for name in ("curves", "split_by_class", "split_by_position", "prediction"):
-        monkeypatch.setattr(plots, name, fails)
-    monkeypatch.setattr(report, "table", fails)
-    config = tiny(compare=("fipa:server.lr=" + "1" * 20 + "e-19" + ":local.lr=0.1" * 20, "fedavg"))
-    whole_run.run(config, tmp_path)
-    assert len(json.loads((tmp_path / "summary.json").read_text())["runs"]) == 2
-    assert len(list(tmp_path.glob("*.msgpack"))) == 3 - (not config.warmup.rounds)
+    for name in ("describe", "draw_split", "draw_prediction", "warn", "table", "progress"):
+        monkeypatch.setattr(report, name, fails)
+    monkeypatch.setattr(plots, "curves", fails)
+    monkeypatch.setattr(whole_run, "say_if_long", fails)
+    long = "fipa:server.lr=" + "1" * 20 + "e-19" + ":local.lr=0.1" * 20
+    whole_run.main(tiny(compare=(long, "fedavg")), tmp_path)
+    assert list(json.loads((tmp_path / "summary.json").read_text())["runs"]) == [long, "fedavg"]
+    assert len(list(tmp_path.glob("*.msgpack"))) == 2 and len(metrics.read(tmp_path / "metrics.jsonl")) == 4
+    for what in ("the description", "split.png", "curves.png", "fedavg.png", "a warning", "the progress", "the table"):
+        assert f"{what} cannot be shown (OverflowError: log ticks)" in caplog.text
+
+
+def test_a_rule_that_diverges_leaves_its_summary_and_those_after_it_run(tmp_path):
+    config = tiny(compare=("fedavg:local.lr=1e37:local.epochs=1", "fipa"), precision="float64")
+    config.fipa.rounds = 6
+    runs = whole_run.run(config, tmp_path)["runs"]
+    rows = [row for row in metrics.read(tmp_path / "metrics.jsonl") if row["run"] == config.compare[0]]
+    assert any((row["test_mse"] or np.inf) > 1e100 for row in rows)  # else this would be no test
+    assert list(runs) == list(config.compare) == list(json.loads((tmp_path / "summary.json").read_text())["runs"])
+
+
+def test_summary_and_curves_are_refreshed_while_a_phase_runs(tmp_path, monkeypatch):
+    seen, refresh = [], whole_run.refresh
+
+    def watching(phases, workdir):
+        summary = refresh(phases, workdir)
+        seen.append((len(metrics.read(workdir / "metrics.jsonl")), list(summary["runs"])))
+        return summary
+
+    monkeypatch.setattr(whole_run, "refresh", watching)
+    monkeypatch.setattr(whole_run, "AT_FIRST", 0.0)
+    monkeypatch.setattr(whole_run, "SELDOM", 0)
+    whole_run.run(tiny(compare=("fipa", "fedavg"), checkpoint={"seconds": 0.0, "keep": 3}), tmp_path)
+    assert seen == [(1, ["fipa"]), (2, ["fipa"]), (3, ["fipa", "fedavg"]), (4, ["fipa", "fedavg"])]
+
+
+def test_a_run_of_days_says_so_first_and_what_is_shorter(monkeypatch, caplog):
+    config = tiny(smaller="a smaller one")
+    made = experiment.build(config)
+    monkeypatch.setattr(estimate, "operations_a_second", lambda: 1e5)
+    estimate.say_if_long(made, [config.fipa])
+    assert not caplog.text
+    config.fipa.rounds *= 10**9
+    least = estimate.least_operations(made, config.fipa)
+    # Two clients with 8 examples, one epoch, layers of 1 x 3 and 3 x 1: forward 2 x 6, and twice as much backward.
+    assert least == config.fipa.rounds * 2 * 8 * config.fipa.local.epochs * 3 * 2 * 6
+    estimate.say_if_long(made, [config.fipa])
+    days = least / 1e5 / jax.device_count() / 86400
+    assert f"({days:.1f} days)" in caplog.text and "Shorter: a smaller one" in caplog.text
+
+
+def test_memory_is_what_the_control_group_allows(tmp_path):
+    group = tmp_path / "sys/fs/cgroup/job/step"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job/step\n")
+    assert experiment.cgroup_limits(tmp_path) == []
+    (group / "memory.max").write_text("max\n")
+    (group.parent / "memory.max").write_text("1024\n")
+    assert experiment.cgroup_limits(tmp_path) == [1024]
+    old = tmp_path / "sys/fs/cgroup/memory/docker"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("512\n")
+    (tmp_path / "proc/self/cgroup").write_text("4:cpu,memory:/docker\n0::/job/step\n")
+    assert experiment.cgroup_limits(tmp_path) == [512, 1024]
+    assert 0 < experiment.host_bytes() <= experiment.os.sysconf("SC_PAGE_SIZE") * experiment.os.sysconf("SC_PHYS_PAGES")
 
 
 def test_rules_share_a_program_only_where_their_numbers_are_traced(tmp_path, monkeypatch):

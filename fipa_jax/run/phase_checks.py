@@ -1,0 +1,246 @@
+"""Do a phase's choices fit together, and do task, model and data have what they need? Refusals of one line.
+
+What undoes something else, would end in NaN or do nothing shows before data are loaded, `check_fit`, or before the
+first round, `check_needs`.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from fipa_jax import trees
+from fipa_jax.aggregate.aggregator import Aggregator
+from fipa_jax.client import first_order, terms
+from fipa_jax.federation.channel import FAULTS
+from fipa_jax.federation.parts import Parts, model_of
+
+
+@contextlib.contextmanager
+def naming(phase: str, where: str, settings: ConfigDict) -> Iterator[None]:
+    """A context in which a ValueError that begins with a field of a phase names it as the config has it, and where.
+
+    Args:
+      phase: the group of the config, `warmup` or `fipa`.
+      where: what the phase is called.
+      settings: its fields.
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(r"\bconfig\.(fipa|warmup)\.", f"config.{phase}.", str(error))
+        path = re.match(r"(?:config\.)?(?!config\.|fipa\.|warmup\.)([\w.]+)", text)
+        if path and _is_field(settings, path[1]):
+            text = f"config.{phase}.{text.removeprefix('config.')}"
+        raise ValueError(f"{text} (in {where})") from error
+
+
+def _is_field(settings: ConfigDict, path: str) -> bool:
+    """Whether there is such a field, or group of fields, in a phase."""
+    group = settings
+    for name in path.split("."):
+        if not isinstance(group, ConfigDict) or name not in group:
+            return False
+        group = group[name]
+    return True
+
+
+def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, cohort: int, num_clients: int) -> None:
+    """Refuses choices of which one would undo the other, with a ValueError that names the config field."""
+    if aggregator.needs.loss:
+        _check_trust(settings, term, everyone=cohort == num_clients)
+    if settings.local.optimizer == "natural_gradient":
+        _check_natural(settings, aggregator)
+    if aggregator.needs.curvature == "sketch":
+        # Local work that follows the sketches is else left aside, so that rules without them can be compared.
+        _check_own_damping(settings, aggregator)
+        _checkmatched(settings, aggregator)
+        _check_adaptive(settings)
+    _check_local_work(settings, aggregator, term)
+    _check_faults(settings, aggregator, cohort)
+
+
+def check_needs(settings: ConfigDict, parts: Parts, params: Any, data: dict, phase: str) -> None:
+    """Refuses terms and sketches that find nothing to work on in this task, its model, or what the phase trains of it.
+
+    It goes by shapes alone.
+
+    Args:
+      parts: of the phase.
+      params: the whole model's.
+      data: the training set {field: [N, ...]}.
+      phase: the name of its group in the config, for the error.
+
+    Raises:
+      ValueError: the term needs a field, outputs or features that are not there, or its penalty is the same whatever is
+        trained; or the sketches need the last layer's inputs.
+    """
+    by_head = parts.aggregator.needs.curvature == "sketch" and settings.sketch.solver == "head"
+    has_penalty = parts.term.penalty is not terms.none().penalty
+    if not (by_head or has_penalty):
+        return
+    batch = {field: jax.ShapeDtypeStruct((2, *array.shape[1:]), array.dtype) for field, array in data.items()}
+    out, features = jax.eval_shape(parts.task.outputs, params, batch)
+    if by_head and not _of(features, "last"):
+        raise ValueError(
+            f"config.{phase}.sketch.solver: 'head' needs the inputs of the last layer, features.last, and this task's "
+            "model gives none; set it to 'auto'"
+        )
+    name = f"config.{phase}.term.name: {settings.term.name!r}"
+    lacking = _lacking(parts.term.needs, batch, out, features)
+    if lacking:
+        raise ValueError(f"{name} {lacking}; take another term, or 'none'")
+    if has_penalty and not _feels(parts, params, batch):
+        raise ValueError(
+            f"{name} does not change with what config.{phase}.trainable = {settings.trainable!r} trains, so that it "
+            "would do nothing; let trainable name more of the model, or take another term, or 'none'"
+        )
+
+
+def _lacking(needs: terms.Needs, batch: dict, out: Any, features: Any) -> str:
+    """What a term needs of a batch, the outputs and the features, all by shapes, and does not find; "" for nothing."""
+    absent = [field for field in needs.fields if field not in batch]
+    if absent:
+        return f"needs examples with {absent[0]!r}, and this task's have {', '.join(batch)}"
+    if needs.classes and (out.shape[1] < 2 or not jnp.issubdtype(batch["label"].dtype, jnp.integer)):
+        got = f"{out.shape[1]}, and labels of {batch['label'].dtype}"
+        return f"needs outputs for two classes or more, and whole numbers for labels; this task has {got}"
+    if needs.features and not _of(features, needs.features):
+        return f"needs the model's features.{needs.features}, and there are none: in this task, or of the head alone"
+    return ""
+
+
+def _of(features: Any, field: str) -> list:
+    """The arrays of a field of the features; none where there is no such field."""
+    return jax.tree.leaves(getattr(features, field, ()))
+
+
+def _feels(parts: Parts, params: Any, batch: dict) -> bool:
+    """Whether the term's penalty depends on the trained parameters, as `vmap` sees it: is it another for each?"""
+    theta = trees.select(params, parts.trainable)
+    store, mask = jax.eval_shape(parts.term.init, theta), jax.ShapeDtypeStruct((2,), bool)
+
+    def penalty(theta, params, store, batch, mask):
+        anchor, outputs = model_of(parts, params)
+        told = *outputs(theta, batch), outputs, batch.get, mask
+        return parts.term.penalty(terms.Local(theta, anchor, store, store, 1.0, batch, mask, *told))
+
+    several = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), theta)
+    alike = jax.vmap(penalty, in_axes=(0, None, None, None, None), out_axes=None)
+    try:
+        jax.eval_shape(alike, several, params, store, batch, mask)
+    except ValueError:  # it is not the same for all
+        return True
+    return False
+
+
+def _check_trust(settings: ConfigDict, term: terms.Term, everyone: bool) -> None:
+    if not (everyone and settings.server.optimizer == "sgd" and term.correct is terms.none().correct):
+        raise ValueError(
+            "config.fipa.aggregator.trust: needs the losses of all clients in every round, server.optimizer = 'sgd' "
+            "and a term that leaves the server's step as it is; set config.cohort = 0, or trust to False"
+        )
+    if settings.late.share:
+        raise ValueError("config.fipa.aggregator.trust: needs clients that are not late; set late.share = 0")
+    if settings.server.lr != 1:
+        raise ValueError(f"config.fipa.aggregator.trust: needs server.lr = 1, got {settings.server.lr}")
+
+
+def _check_natural(settings: ConfigDict, aggregator: Aggregator) -> None:
+    if aggregator.needs.curvature != "sketch" or aggregator.needs.at != "broadcast":
+        raise ValueError(
+            "config.fipa.local.optimizer: 'natural_gradient' is a step by the client's sketch, of which the rule "
+            f"{settings.aggregator.name!r} knows none; set aggregator.name = 'fipa', or another optimizer"
+        )
+    group = "aggregator" if matched(settings, aggregator) else "local"
+    if not settings[group].damping > 0:
+        raise ValueError(f"config.fipa.{group}.damping: 'natural_gradient' divides by it, it needs more than 0")
+
+
+def _check_own_damping(settings: ConfigDict, aggregator: Aggregator) -> None:
+    local = settings.local
+    steps = local.steps or local.epochs
+    one_step = local.optimizer == "natural_gradient" or (local.optimizer == "gauss_newton" and steps == 1)
+    if aggregator.needs.damping and not (local.optimizer in first_order.LINEAR or one_step):
+        raise ValueError(
+            "config.fipa.aggregator.own_damping: needs local.optimizer = 'sgd', whose damping is 1 / (lr steps), "
+            f"'momentum', 'nesterov' or one 'gauss_newton' step, got {local.optimizer!r} with {steps}; set it to False"
+        )
+
+
+def _checkmatched(settings: ConfigDict, aggregator: Aggregator) -> None:
+    if not settings.local.matched:
+        return
+    if "damping" not in aggregator.hyper:
+        rule = settings.aggregator.form if settings.aggregator.name == "fipa" else settings.aggregator.name
+        raise ValueError(
+            f"config.fipa.local.matched: {rule!r} has no damping to match; set aggregator.form = 'damped' (fipa), or "
+            "matched to False"
+        )
+    if settings.local.optimizer not in ("gauss_newton", "natural_gradient"):
+        raise ValueError(
+            "config.fipa.local.matched: needs local.optimizer = 'gauss_newton' or 'natural_gradient'; set it to False"
+        )
+    if settings.aggregator.relative:
+        raise ValueError("config.fipa.local.matched: needs an absolute damping; set aggregator.relative to False")
+
+
+def _check_adaptive(settings: ConfigDict) -> None:
+    optimizer = settings.local.optimizer
+    if settings.local.adaptive.scale and optimizer not in first_order.LOCAL_SOLVERS:
+        raise ValueError(f"config.fipa.local.adaptive.scale: {optimizer!r} takes its own number of steps; set it to 0")
+
+
+def _check_local_work(settings: ConfigDict, aggregator: Aggregator, term: terms.Term) -> None:
+    """Refuses terms whose slope the clients' local work never meets."""
+    name, local = settings.term.name, settings.local
+    if term.needs.several_steps and _one_step(settings, aggregator):
+        raise ValueError(
+            f"config.fipa.term.name: {name!r} pulls back to where a client starts, and with local.optimizer = "
+            f"{local.optimizer!r} and one local step it never leaves; take more steps, or set term.name = 'none'"
+        )
+    if term.whole_batch and local.batch_size == 1 and local.optimizer in first_order.LOCAL_SOLVERS:
+        raise ValueError(
+            f"config.fipa.local.batch_size: the term {name!r} compares a batch's examples with each other, and needs "
+            "2 or more, or 0 for all, got 1"
+        )
+
+
+def _one_step(settings: ConfigDict, aggregator: Aggregator) -> bool:
+    """Whether clients take one step from where they start, whatever their data."""
+    local = settings.local
+    if local.optimizer not in first_order.LOCAL_SOLVERS:
+        return local.optimizer == "natural_gradient"
+    if local.adaptive.scale and aggregator.needs.curvature == "sketch":
+        return False
+    return local.steps == 1 or (not local.steps and local.epochs == 1 and not local.batch_size)
+
+
+def _check_faults(settings: ConfigDict, aggregator: Aggregator, cohort: int) -> None:
+    """Refuses faults that cannot happen, and a minimum of clients that no round reaches."""
+    optimizer = settings.local.optimizer
+    several = optimizer in first_order.LOCAL_SOLVERS and not _one_step(settings, aggregator)
+    if settings.faults.straggle and not several:
+        raise ValueError(
+            f"config.fipa.faults.straggle: needs a first-order solver that takes several steps, got local.optimizer "
+            f"= {optimizer!r} with local.steps = {settings.local.steps}; set it to 0"
+        )
+    if settings.least_clients > cohort:
+        raise ValueError(
+            f"config.fipa.least_clients: {settings.least_clients} is above the number of clients in a round, "
+            f"{cohort}: every round would be skipped"
+        )
+
+
+def matched(settings: ConfigDict, aggregator: Aggregator) -> bool:
+    """Whether the clients' second-order steps take the rule's damping; they cannot where it is another's."""
+    return settings.local.matched and aggregator.needs.curvature == "sketch"
+
+
+def has_faults(settings: ConfigDict) -> bool:
+    """Whether a fault can happen in this phase."""
+    return any(settings.faults[kind] for kind in FAULTS)
