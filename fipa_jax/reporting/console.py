@@ -3,9 +3,11 @@
 A round's `info` is for people alone, and ends here: in warnings and in the columns of the metrics file.
 """
 
+import functools
 import math
 import os
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,6 +38,7 @@ NOTED = {
 }
 CELL = 11  # characters of a figure in the table of methods
 WIDTH, NAME = 80, 32  # characters of a line, and of a phase's name in one on its progress
+BESIDE = 56  # characters of a phase's name, its bar and its times in such a line, as most are
 LINE_SECONDS = 30.0  # between two lines on how far a phase is, where there is no terminal
 
 
@@ -51,6 +54,16 @@ def attempt(what: str, show: Callable, *args: Any) -> Any:
         words = " ".join(str(error).split())
         logging.warning("%s cannot be shown (%s: %.300s); the run goes on", what, type(error).__name__, words)
         return None
+
+
+class InLines(logging.PythonFormatter):
+    """Formats what is logged for a terminal of 80 columns: level and text, without time and place."""
+
+    def format(self, record) -> str:
+        """The record's lines, each wrapped; a word that is longer, such as a path, stays whole."""
+        lines = f"{record.levelname.lower()}: {record.getMessage()}".splitlines()
+        wrap = functools.partial(textwrap.fill, width=WIDTH, break_long_words=False, break_on_hyphens=False)
+        return "\n".join(map(wrap, lines))
 
 
 class Progress:
@@ -85,7 +98,7 @@ class Progress:
 
     def advance(self, rounds: int, row: dict) -> None:
         """Shows that so many more rounds are done, and the test figures of the last one's row."""
-        first, now, figures = self._timed is None, time.monotonic(), progress(row)
+        first, now, figures = self._timed is None, time.monotonic(), progress(row, WIDTH - BESIDE)
         self._done += rounds
         if first:  # time counts from here
             self._timed = now, self._done
@@ -187,10 +200,17 @@ def figures(info: dict) -> dict:
     return row | {name: int(clients.sum()) for name, clients in counts.items()}
 
 
-def progress(row: dict) -> str:
-    """The round's test figures in one line."""
-    values = {name: value for name, value in row.items() if name.startswith(("test_", "step_ratio"))}
-    return ", ".join(f"{name}={value:.3g}" for name, value in values.items() if value is not None)
+def progress(row: dict, width: int) -> str:
+    """The round's test figures, and how long its step was, as many of them as so many characters hold."""
+    values = {name.removeprefix("test_"): value for name, value in row.items() if name.startswith("test_")}
+    values |= {"step": row.get("step_ratio")}
+    line = ""
+    for name, value in values.items():
+        longer = f"{line}{', ' * bool(line)}{name}={value:.3g}" if value is not None else line
+        if len(longer) > width:
+            break
+        line = longer
+    return line
 
 
 def show_table(summary: dict, compilations: Compilations) -> None:

@@ -7,6 +7,7 @@ keeps.
 import contextlib
 import io
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,6 +43,8 @@ def main(config: ConfigDict, workdir: Path, resume: str = "yes") -> None:
         with tempfile.TemporaryDirectory() as unseen, contextlib.redirect_stdout(io.StringIO()):
             run(config, Path(unseen), resume)
         return
+    if sys.stderr.isatty() and not logging.vlog_is_on(1):
+        logging.get_absl_handler().setFormatter(console.InLines())
     compilations = console.Compilations()
     # What orbax has to say of a write that failed is raised as one error.
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)

@@ -45,7 +45,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
         for _ in range(60):
             bar.advance(1, {"test_loss": 1.0})
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].endswith("40 of 100 rounds, compiling") and lines[-1].endswith("100 of 100 rounds, test_loss=1")
+    assert lines[0].endswith("40 of 100 rounds, compiling") and lines[-1].endswith("100 of 100 rounds, loss=1")
     assert 3 < len(lines) < 60 and all(len(line) <= 80 and "\r" not in line for line in lines)
     assert all(" left, " in line for line in lines[2:-1])
 
@@ -69,3 +69,20 @@ def test_the_time_that_is_left_does_not_count_the_first_rounds(monkeypatch, caps
         rate = bar._bar.format_dict["elapsed"] / (bar._bar.n - bar._bar.initial)
     assert rate == pytest.approx(2, abs=0.5)
     assert "compiling" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [0, 5, 24, 80])
+def test_figures_of_progress_are_as_many_as_there_is_room_for(width):
+    row = {"test_loss": 1.23456, "test_accuracy": None, "test_calibration_error": 0.5, "step_ratio": 2.0, "seed": 1}
+    line = console.progress(row, width)
+    whole = "loss=1.23, calibration_error=0.5, step=2"
+    assert len(line) <= width and whole.startswith(line) and (line == whole or width < len(whole))
+
+
+def test_what_is_logged_fits_a_terminal():
+    record = console.logging.ABSLLogger("x").makeRecord(
+        "x", 30, "f.py", 1, "clients %s: %s\nsecond", ([*range(40)], "w" * 90), None
+    )
+    lines = console.InLines().format(record).splitlines()
+    assert lines[0].startswith("warning: clients [0, 1,") and lines[-1] == "second"
+    assert all(len(line) <= 80 for line in lines if "w" * 90 not in line)
