@@ -5,13 +5,14 @@ Every solver is built by a factory of what is static and returns `solve(key, mat
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fipa_jax.curvature.overlooked import ask, for_anyone
+from fipa_jax.curvature.overlooked import WIDTH, ask, for_anyone
 from fipa_jax.curvature.products import Curvature, indefinite
 from fipa_jax.derivatives import vary_with
 
@@ -59,11 +60,12 @@ def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance
 
     def solve(key, matrix: Curvature, start=None) -> Eigenpairs:
         block = min(rank + oversample, matrix.size)
-        first = _orthonormal(_draw(key, matrix, block, start))
+        drawn, fresh = _random_columns(key, matrix, block, WIDTH)
+        first = _orthonormal(_begun(drawn, start))
         basis = jax.lax.fori_loop(0, power_steps, lambda _, q: _orthonormal(matrix.product(q)), first)
         pairs = rayleigh_ritz(basis, matrix.product(basis), rank, products=(power_steps + 1) * block)
         # Of the pairs alone: the other columns may hold a large vector half way, which would hide it.
-        return _asked(jax.random.fold_in(key, 1), matrix, pairs, pairs.vectors, tolerance, True)[0]
+        return _asked(fresh, matrix, pairs, pairs.vectors, tolerance, True)[0]
 
     return _checked(rank, solve)
 
@@ -113,10 +115,10 @@ def lanczos(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance:
         depth, stride = -(-wanted // block), -(-rank // block)
         looks = {*range(stride if start is not None else 2 * stride, depth, stride), depth}
         grow = functools.partial(_grown, matrix=matrix, rank=rank, tolerance=tolerance)
-        first = _draw(key, matrix, block, start)
-        pairs, searched = grow(key, first, None, looks=[j + 1 in looks for j in range(depth)])
+        drawn, wide, *fresh = _random_columns(key, matrix, block, rank, WIDTH, WIDTH)
+        pairs, searched = grow(_begun(drawn, start), drawn, None, looks=[j + 1 in looks for j in range(depth)])
         searched = searched if start is None else pairs.vectors  # what grows from a start may hold a vector half way
-        return _completed(jax.random.fold_in(key, depth), pairs, searched, _crowded(pairs, block), grow)
+        return _completed(pairs, searched, _crowded(pairs, block), grow, wide, fresh)
 
     return _checked(rank, solve)
 
@@ -258,31 +260,35 @@ def _crowded(pairs: Eigenpairs, block: int):
     return (values[0] > 0) & (values[0] - values[block - 1] <= TOLERANCE * values[0])
 
 
-def _asked(key, matrix: Curvature, pairs: Eigenpairs, searched, tolerance, wanted):
+def _asked(fresh, matrix: Curvature, pairs: Eigenpairs, searched, tolerance, wanted):
     """(the pairs, with what a fresh block says of them, and whether a large eigenvalue was overlooked)."""
     wanted = wanted & _within(pairs, tolerance) & ~pairs.not_finite
-    answer = ask(key, matrix, searched, pairs.eigenvalues, tolerance, wanted)
+    answer = ask(fresh, matrix, searched, pairs.eigenvalues, tolerance, wanted)
     large = answer.beyond > pairs.eigenvalues[(len(pairs.eigenvalues) - 1) // 2]
     products = pairs.products + answer.products
     return pairs._replace(products=products, converged=pairs.converged | answer.sure), large & ~answer.sure
 
 
-def _completed(key, pairs: Eigenpairs, searched, crowded, grow) -> Eigenpairs:
-    """The pairs, after the question whether any was overlooked, and after a search in wide blocks if so."""
+def _completed(pairs: Eigenpairs, searched, crowded, grow, wide, fresh: list) -> Eigenpairs:
+    """The pairs, after the question whether any was overlooked, and after a search in wide blocks if so.
+
+    Args:
+      wide: [P, R] random columns, from which that search begins.
+      fresh: two of [P, WIDTH], for the question before it and after it.
+    """
     matrix, rank, tolerance = (grow.keywords[name] for name in ("matrix", "rank", "tolerance"))
     blocks = max(min(WIDE_BLOCKS, matrix.size // rank - 1), 0)
     # Fresh columns leave good pairs as they are until two products have turned them.
     looks = [j > 1 or j + 1 == blocks for j in range(blocks)]
-    ask_key, wide_key = jax.random.split(key)
 
     def widen(state):
-        fresh = jax.random.normal(wide_key, state[0].vectors.shape, matrix.dtype)
-        found, _ = grow(wide_key, fresh, state[0], looks=looks)
+        found, _ = grow(wide, wide, state[0], looks=looks)
         return found, _widened(found.vectors, searched.shape[1])
 
     def turn(i, state):
         pairs, searched, is_new, crowded = state
-        pairs, large = _asked(jax.random.fold_in(ask_key, i), matrix, pairs, searched, tolerance, is_new & ~crowded)
+        columns = jnp.where(i == 0, *fresh)
+        pairs, large = _asked(columns, matrix, pairs, searched, tolerance, is_new & ~crowded)
         missing = (large | crowded) & (i == 0)
         if blocks:
             pairs, searched = for_anyone(missing, widen, (pairs, searched))
@@ -292,10 +298,11 @@ def _completed(key, pairs: Eigenpairs, searched, crowded, grow) -> Eigenpairs:
     return jax.lax.fori_loop(0, 2, turn, vary_with(state, state))[0]
 
 
-def _grown(key, new, known: Eigenpairs | None, *, matrix: Curvature, rank: int, tolerance, looks: list[bool]):
+def _grown(new, drawn, known: Eigenpairs | None, *, matrix: Curvature, rank: int, tolerance, looks: list[bool]):
     """(pairs, searched space [P, M]) of the Krylov space of the columns `new` [P, b], and of the pairs that are known.
 
     Args:
+      drawn: [P, b] random columns, of which those come that take the place of exhausted ones.
       looks: [depth], after which blocks the pairs are computed; it goes on until they are good, or the blocks are used.
     """
     size, block = new.shape
@@ -307,7 +314,7 @@ def _grown(key, new, known: Eigenpairs | None, *, matrix: Curvature, rank: int, 
     def extend(j, state):
         def step(state):
             basis, images, new, pairs = state
-            new = _next_block(jax.random.fold_in(key, j), matrix, new, basis)
+            new = _next_block(new, basis, jnp.roll(drawn, j + 1, axis=0))
             image = matrix.product(new)
             at = (0, number + j * block)
             basis = jax.lax.dynamic_update_slice(basis, new, at)
@@ -359,18 +366,23 @@ def _widened(columns, number: int):
     return jnp.pad(columns, [(0, 0), (0, number - columns.shape[1])])
 
 
-def _draw(key, matrix: Curvature, block: int, start):
-    """[P, block] random columns, the first ones replaced by the start where it is not zero."""
-    drawn = jax.random.normal(key, [matrix.size, block], matrix.dtype)
+def _random_columns(key, matrix: Curvature, *widths: int) -> list:
+    """Standard normal columns [P, width] of each width, by one draw: to compile one takes a third of a second."""
+    drawn = jax.random.normal(key, [matrix.size, sum(widths)], matrix.dtype)
+    return jnp.split(drawn, list(itertools.accumulate(widths))[:-1], axis=1)
+
+
+def _begun(drawn, start):
+    """[P, b]: the random columns, the first ones replaced by the start where it is not zero."""
     if start is None:
         return drawn
-    start = start[:, :block].astype(matrix.dtype)
+    start = start[:, : drawn.shape[1]].astype(drawn.dtype)
     head = jnp.where(jnp.any(start != 0, axis=0)[None], start, drawn[:, : start.shape[1]])
     return jnp.concatenate([head, drawn[:, start.shape[1] :]], axis=1)
 
 
-def _next_block(key, matrix: Curvature, new, basis):
-    """`new` [P, b] made orthonormal to the basis and in itself."""
+def _next_block(new, basis, fresh):
+    """`new` [P, b] made orthonormal to the basis and in itself; random `fresh` ones replace columns of the basis."""
 
     def reduce(new):
         return jnp.linalg.qr(new - basis @ (basis.T @ new))
@@ -382,7 +394,7 @@ def _next_block(key, matrix: Curvature, new, basis):
     exhausted = jnp.abs(jnp.diag(triangle)) <= 100 * jnp.finfo(new.dtype).eps * scale
 
     def refill(new):
-        return reduce(jnp.where(exhausted[None, :], jax.random.normal(key, new.shape, new.dtype), new))[0]
+        return reduce(jnp.where(exhausted[None, :], fresh, new))[0]
 
     new = jax.lax.cond(jnp.any(exhausted), refill, lambda new: new, new)
     return reduce(new)[0]

@@ -49,10 +49,11 @@ class _Chain(NamedTuple):
     answer: Answer
 
 
-def ask(key, matrix: Curvature, searched, eigenvalues, tolerance, wanted) -> Answer:
+def ask(fresh, matrix: Curvature, searched, eigenvalues, tolerance, wanted) -> Answer:
     """Whether an eigenvalue above lam_R + tolerance lam_1 belongs to a vector outside of the searched space.
 
     Args:
+      fresh: G [P, WIDTH], standard normal columns of which nothing else depends.
       searched: Q [P, M], orthonormal columns, or zero ones.
       eigenvalues: [R], what was found in it, from the largest.
       tolerance: of lam_1; more than 1 is taken for 1.
@@ -83,7 +84,6 @@ def ask(key, matrix: Curvature, searched, eigenvalues, tolerance, wanted) -> Ans
         going = wanted & ~chain.answer.sure & ~(chain.answer.beyond > clear * unit)
         return for_anyone(going, step, chain)
 
-    fresh = jax.random.normal(key, [matrix.size, WIDTH], matrix.dtype)
     empty = jnp.zeros([matrix.size, WIDTH * DEPTH], matrix.dtype)
     nothing = Answer(jnp.array(False), jnp.asarray(-jnp.inf, matrix.dtype), jnp.int32(0))
     root = jnp.zeros([WIDTH, WIDTH], matrix.dtype)

@@ -111,6 +111,7 @@ def make_sketch(
     view = View(micro_batch, jacobian, features, loss_rank)
 
     def sketch(key, params, batch, mask=None, start=None) -> Sketch:
+        contracts.floating(params, "params")
         batch, mask = contracts.present_rows(batch, mask)
         chosen, seen_by = resolve(outputs, params, batch, search, view)
         solve, ggn = make_solver(chosen), products.make_ggn(outputs, loss, **seen_by._asdict())

@@ -20,12 +20,16 @@ def _of(spectrum):
     return Curvature(lambda v: spectrum[:, None] * v, len(spectrum), spectrum.dtype)
 
 
+def _fresh(key, size):
+    return jax.random.normal(key, [size, overlooked.WIDTH], float)
+
+
 def test_an_overlooked_eigenvector_passes_unnoticed_as_seldom_as_stated(x64, monkeypatch):
     """At a risk of a fifth, over many keys; and without one nearly every answer is sure."""
     risk, keys, found = 0.2, 300, np.linspace(1, 0.5, 4)
     monkeypatch.setattr(overlooked, "_SMALLEST", -2 * np.log1p(-risk))
     searched, bound = jnp.eye(40)[:, :4], found[-1] + 1e-3
-    one = lambda key, spectrum: overlooked.ask(key, _of(spectrum), searched, jnp.asarray(found), 1e-3, True)
+    one = lambda key, spectrum: overlooked.ask(_fresh(key, 40), _of(spectrum), searched, jnp.asarray(found), 1e-3, True)
     ask = jax.jit(jax.vmap(one, in_axes=(0, None)))
     for first in (1.001 * bound, 1.5 * bound, 0.45):
         rest = np.r_[first, 0.45 / (2 + np.arange(35.0))]
@@ -45,7 +49,8 @@ def test_where_all_is_searched_nothing_is_overlooked(x64):
 
         @jax.jit
         def ask(spectrum, searched, wanted):
-            return overlooked.ask(jax.random.key(0), _of(spectrum), searched, spectrum[:5], 0.1, wanted)
+            fresh = _fresh(jax.random.key(0), len(spectrum))
+            return overlooked.ask(fresh, _of(spectrum), searched, spectrum[:5], 0.1, wanted)
 
         for scale in (0.0, 1.0):
             for number in (columns, size):
