@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 def default() -> ConfigDict:
     """Every field there is, with its default."""
-    config = ConfigDict()  # the run: run.experiment, run.loop, run.phase_parts, run.whole_run
+    config = ConfigDict()  # the run: run.estimate, run.experiment, run.loop, run.phase_parts, run.whole_run
     config.seed = 0  # of initialisation, cohorts, batches and sketches
     config.precision = "float32"  # or "float64"
     config.cohort = 0  # clients a round; 0 for all

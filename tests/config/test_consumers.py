@@ -12,7 +12,7 @@ from fipa_jax.config import defaults, fields
 # Group -> who takes its fields, inside fipa_jax, as the docstrings and comments of `config.defaults` have it. A
 # callable takes the fields that its parameters are named after; a module those that it reads by name.
 CONSUMERS = {
-    "": ("run.experiment", "run.loop", "run.phase_parts", "run.whole_run"),
+    "": ("run.estimate", "run.experiment", "run.loop", "run.phase_parts", "run.whole_run"),
     "checkpoint": ("saving.resume", "saving.journal"),
     "task": ("tasks.task", "tasks.regression", "tasks.own_data", "tasks.pde"),
     "data": ("tasks.images",),
