@@ -152,7 +152,7 @@ def test_forward_mode_and_a_vmap_over_damping_equal_the_gradient():
         jax.eval_shape(jax.grad(jax.grad(probed)), swept[0])
 
 
-@pytest.mark.parametrize("kind", ["prior", "targets"])
+@pytest.mark.parametrize("kind", ["prior", pytest.param("targets", marks=pytest.mark.slow)])
 def test_what_is_remembered_of_eigenvectors_is_refused_and_the_step_is_not(kind):
     rule, (delta, *sketch, counts) = aggregate.fipa(past=aggregate.PastRounds(kind, rank=3, length=2)), _generic()
     params = jnp.zeros(SIZE)

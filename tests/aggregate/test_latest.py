@@ -11,7 +11,7 @@ from fipa_jax.aggregate import LateUpdates
 
 
 @pytest.mark.parametrize("transport", [True, False])
-@pytest.mark.parametrize("form", ["damped", "tikhonov"])
+@pytest.mark.parametrize("form", ["damped", pytest.param("tikhonov", marks=pytest.mark.slow)])
 def test_the_latest_messages_of_absent_clients(x64, form, transport):
     found, infos, _ = run(COHORTS, LATEST, form, ids=IDS, late=LateUpdates(transport=transport))
     theta, said = np.zeros(SIZE), {}
@@ -112,7 +112,7 @@ def test_the_bounds_count_in_what_is_remembered_too(x64):
     assert_close(bounded[0][-1], free[0][-1])
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
 def test_a_latest_message_is_cut_or_filled_up_to_its_rank(x64, rank):
     kept = past_of(run(COHORTS[:1], LATEST._replace(rank=rank), ids=IDS[:1])[2]).sketch
     assert kept.eigenvalues.shape == (8, rank) and kept.basis.shape == (8, SIZE, rank)

@@ -185,7 +185,7 @@ def test_a_basis_passes_in_every_dtype_it_may_be_stored_in(size, store):
     assert np.all(_distance(jnp.asarray(spoilt).astype(store))[1] > screening.ORTHONORMAL)
 
 
-@pytest.mark.parametrize("solver", ["lanczos", "subspace"])
+@pytest.mark.parametrize("solver", [pytest.param("lanczos", marks=pytest.mark.slow), "subspace"])
 def test_bases_of_the_iterative_solvers_pass(solver):
     """In float32, of a curvature whose rank is below that asked for."""
     draw = np.random.default_rng(2)

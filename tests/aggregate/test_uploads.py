@@ -1,5 +1,7 @@
 """What clients send: what does not fit is named, and what single clients have sent is stacked where it does."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +130,7 @@ def test_where_nobody_fits_all_are_absent(x64):
 
 def apply_to(rule, found, params):
     received, info = aggregate.receive(found, params)
-    step, _, info, _ = aggregate.step_of(rule, received, rule.init(params), params, info)
+    step, _, info, _ = jax.jit(functools.partial(aggregate.step_of, rule))(received, rule.init(params), params, info)
     return step, info
 
 

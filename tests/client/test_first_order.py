@@ -110,7 +110,14 @@ def test_what_the_padding_holds_does_not_matter(x64, batch_size):
 
 @pytest.mark.parametrize("term", ["none", "prox", "logit_adjustment"])
 @pytest.mark.parametrize(
-    ("batch_size", "micro_batch", "count"), [(4, 2, 7), (6, 3, 4), (6, 4, 8), (0, 1, 8), (0, -1, 5)]
+    ("batch_size", "micro_batch", "count"),
+    [
+        pytest.param(4, 2, 7, marks=pytest.mark.slow),
+        (6, 3, 4),
+        pytest.param(6, 4, 8, marks=pytest.mark.slow),
+        (0, 1, 8),
+        (0, -1, 5),
+    ],
 )
 def test_micro_batches_do_not_change_the_steps(x64, term, batch_size, micro_batch, count):
     """Whatever of them is padding: the last batch's may be all of one, and of the next a part."""

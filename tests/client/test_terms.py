@@ -181,7 +181,10 @@ def test_dyn_reaches_the_pooled_optimum_where_averaging_does_not(x64):
     np.testing.assert_allclose(final.shared["w"], 0, atol=1e-5)
 
 
-@pytest.mark.parametrize("trouble", ["none", "absent", "nan", "flip"])
+@pytest.mark.parametrize(
+    "trouble",
+    ["none", pytest.param("absent", marks=pytest.mark.slow), "nan", pytest.param("flip", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", ["mifa", "varp"])
 def test_a_store_of_updates_by_hand(x64, name, trouble):
     injected, server_lr = trouble in FAULTS, 0.7

@@ -209,7 +209,7 @@ def test_examples_that_mix_are_named(case, x64):
         curvature.check(*MIXING[case], params, batch)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.bfloat16, jnp.float32])
 def test_examples_that_are_kept_apart_pass(dtype):
     params, batch = problem(dtype)
     found = jax.jit(curvature.make_sketch(outputs, loss, rank=2, solver="rows"))(jax.random.key(0), params, batch)

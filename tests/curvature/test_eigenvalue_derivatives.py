@@ -45,7 +45,7 @@ def _value(solver, jacobian, params, x):
     return jnp.vdot(jnp.asarray(WEIGHTS, x.dtype), _sketch(solver, jacobian, params, x).eigenvalues)
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["x64 off", "x64 on"])
+@pytest.mark.parametrize("wide", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["x64 off", "x64 on"])
 @pytest.mark.parametrize(
     ("solver", "jacobian"),
     [("subspace", "matrix_free"), ("rows", "rows"), pytest.param("head", "head", marks=pytest.mark.slow)],

@@ -81,7 +81,12 @@ def sketched(outputs, solver, params, batch):
     return jax.jit(make)(jax.random.key(0), params, batch)
 
 
-@pytest.mark.parametrize("name", [*LAYERS, *OTHERS])
+BY_LANCZOS = {"compiled"}  # whose closed form takes longer to compile than one of its kind needs
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in BY_LANCZOS)) for name in (*LAYERS, *OTHERS)]
+)
 def test_auto_is_right_whatever_stands_behind_the_layer(name, x64):
     outputs, (params, batch) = (LAYERS | OTHERS)[name], problem()
     wanted = np.linalg.eigvalsh(dense(outputs, params, batch))[::-1][:RANK]

@@ -193,7 +193,9 @@ def test_the_estimate_of_the_trace_that_is_left_has_its_stated_error(x64, rank):
 SCALES = (1e-18, 1e-9, 1e9, 1e18)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] * (way not in ("lanczos", "rows"))) for way in WAYS]
+)
 def test_a_report_is_the_same_at_any_scale_of_the_curvature(way):
     """In float32, whose squares vanish below 1e-19 and overflow above 1e19: residuals, trace, errors, flags."""
     options = WAYS[way][0] | {"power_steps": 0, "oversample": 2, "rank": 3}

@@ -137,6 +137,7 @@ def _two_rounds(chunk, devices):
     return jax.device_get(state.params)
 
 
+@pytest.mark.slow
 def test_stores_on_the_host_do_not_change_a_run(x64):
     """Stage by stage as a run does it: of all clients' controls the device sees those of the cohort alone."""
     wanted, _ = _run(FULL, 3)
@@ -166,7 +167,7 @@ def test_chunks_do_not_change_a_run(x64, chunk, devices):
     chex.assert_trees_all_close(_two_rounds(chunk, devices), _two_rounds(1, 0), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_devices_do_not_change_a_bit_of_a_run(x64, devices):
     chex.assert_trees_all_equal(_two_rounds(1, devices), _two_rounds(1, 0))
 

@@ -209,7 +209,7 @@ def test_no_result_hangs_on_what_is_shown(tmp_path, monkeypatch, caplog):
 
 
 def test_a_rule_that_diverges_leaves_its_summary_and_those_after_it_run(tmp_path):
-    config = tiny(compare=("fedavg:local.lr=1e37:local.epochs=1", "fipa"), precision="float64")
+    config = tiny(compare=("fedavg:local.lr=1e37:local.epochs=1", "fedavg:local.epochs=1"), precision="float64")
     config.fipa.rounds = 6
     runs = whole_run.run(config, tmp_path)["runs"]
     rows = [row for row in metrics.read(tmp_path / "metrics.jsonl") if row["run"] == config.compare[0]]

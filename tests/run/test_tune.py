@@ -66,6 +66,7 @@ def test_lack_of_memory_is_an_infinite_time_and_other_errors_are_errors(monkeypa
         measure(2)
 
 
+@pytest.mark.slow
 def test_a_run_measures_once_and_is_the_run_of_that_chunk(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(programs, "seconds_of", lambda *args: lambda chunk: 1.0 / chunk)

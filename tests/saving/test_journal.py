@@ -106,11 +106,11 @@ def test_a_run_killed_again_and_again_is_the_run_in_one_go(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     "fields",
     [
-        {"rounds_per_call": 2},
-        pytest.param({"stage_seconds": False}, marks=pytest.mark.slow),
+        pytest.param({"rounds_per_call": 2}, marks=pytest.mark.slow),
+        {"stage_seconds": False},
         pytest.param({"client_store": "host"}, marks=pytest.mark.slow),
         pytest.param({"examples_on": "host"}, marks=pytest.mark.slow),
-        {"compare": ("fipa_memory:late.share=0.5:late.most=2",)},
+        pytest.param({"compare": ("fipa_memory:late.share=0.5:late.most=2",)}, marks=pytest.mark.slow),
         pytest.param(
             {"compare": ("fipa:aggregator.past.kind=targets:aggregator.past.length=2",), "rounds_per_call": 2},
             marks=pytest.mark.slow,
