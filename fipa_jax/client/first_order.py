@@ -27,6 +27,7 @@ from fipa_jax.client.local_solver import (
 )
 from fipa_jax.client.terms import Term, none
 from fipa_jax.curvature.contracts import Loss
+from fipa_jax.derivatives import vary_with
 from fipa_jax.lookup import lookup
 
 Augment = Callable[[jax.Array, dict], dict]  # (key, {field: [B, ...]}) -> the batch in a random view
@@ -116,7 +117,7 @@ def first_order(
 
         zero = jnp.zeros([], trees.ravel(trees.widened(work.params)).dtype)
         start = (work.params, direction.init(work.params), in_order, zero, tally.init(work.params))
-        theta, _, _, total, entries = jax.lax.fori_loop(0, num_steps, step, start)
+        theta, _, _, total, entries = jax.lax.fori_loop(0, num_steps, step, vary_with(start, work.params))
         found = Improvement(optax.tree.sub(theta, work.params), total / jnp.maximum(num_steps, 1))
         if linear:
             pull = weight_decay + (hyper.mu if term.pulls else 0.0)
@@ -221,7 +222,8 @@ def _mini_batches(key, client: Client, batch: int, per_epoch):
     def shuffle(epoch):
         """Positions of the client's examples in a random order, those of the padding behind them."""
         draw = jax.random.uniform(jax.random.fold_in(key, epoch), in_order.shape)
-        return jnp.argsort(jnp.where(in_order < client.num_examples, draw, 2.0))
+        own_first = jnp.where(in_order < client.num_examples, draw, 2.0)
+        return vary_with(jnp.argsort(own_first), own_first)
 
     def next_batch(step, order):
         epoch, first = step // per_epoch, step % per_epoch * batch

@@ -16,6 +16,7 @@ from fipa_jax.client.terms import Done, Local, Term
 from fipa_jax.curvature import contracts
 from fipa_jax.curvature.contracts import Loss
 from fipa_jax.curvature.sketch import Sketch, TaskOutputs, smallest
+from fipa_jax.derivatives import vary_with
 
 FEW = 5  # examples whose activations in a small network stay in a core's cache
 
@@ -79,6 +80,8 @@ def solver_of(improve: Callable[[Work, jax.Array], Improvement], term: Term) -> 
 
     def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
         contracts.floating(params, "params")
+        given = (params, data, client, hyper, store, shared, key)
+        params, data, client, hyper, store, shared, key = vary_with(given)
         found = improve(Work(outputs, params, data, client, hyper, store, shared), key)
         if term.needs.gradient and found.gradient is None:
             raise ValueError("term: needs the mean gradient of the local work, and this solver's Improvement has none")
@@ -172,7 +175,7 @@ def in_micro_batches(gradient: MeanGradient, number: int) -> MeanGradient:
             return jax.tree.map(lambda t, g: (t + share * g).astype(t.dtype), total, value), None
 
         blank = jax.tree.map(jnp.zeros_like, theta), jnp.zeros([], trees.ravel(trees.widened(theta)).dtype)
-        return jax.lax.scan(add, blank, (parts, shares))[0]
+        return jax.lax.scan(add, vary_with(blank, theta, parts), (parts, shares))[0]
 
     return summed
 

@@ -26,6 +26,7 @@ from fipa_jax.client.terms import Term, none
 from fipa_jax.curvature import contracts, products
 from fipa_jax.curvature.contracts import Loss
 from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.derivatives import vary_with
 from fipa_jax.lookup import lookup
 
 GRAM_LIMIT = 2000  # N K up to which `auto` solves with the Gram matrix
@@ -95,7 +96,7 @@ def gauss_newton(
             return theta, total + before, damping
 
         start = flat, jnp.zeros([], flat.dtype), hyper.damping
-        theta, total, damping = jax.lax.fori_loop(0, steps, step, start)
+        theta, total, damping = jax.lax.fori_loop(0, steps, step, vary_with(start, flat))
         return Improvement(unravel(theta - flat), total / steps, damping=damping)
 
     return _precise(solver_of(improve, none()))
@@ -126,7 +127,7 @@ def _marquardt(theta, before, mean_loss, step_for, damping, least, tries: int):
         damping = jnp.where(tried == 0, damping, jnp.maximum(10 * damping, least))
         return damping, step_for(damping), tried + 1
 
-    damping, step, _ = jax.lax.while_loop(failed, again, (damping, jnp.zeros_like(theta), 0))
+    damping, step, _ = jax.lax.while_loop(failed, again, vary_with((damping, jnp.zeros_like(theta), 0), theta))
     return jnp.where(worse(step), theta, theta + step), damping
 
 
@@ -197,7 +198,8 @@ def lbfgs(
     The objective is the mean loss plus the term's penalty. The learning rate scales nothing: the line search chooses
     the step, strong Wolfe. A step that does not lower the objective, or is not finite, is not taken: the
     gradients of before are forgotten, and where that does not help either the client is done. With clients side by side
-    (`chunk` other than 1) every evaluation in the line search costs two.
+    (`chunk` other than 1) every evaluation in the line search costs two. In a `jax.shard_map` of your own it needs
+    `check_vma=False`, which optax's line search asks for; the other local solvers do without.
 
     Args:
       loss: (out, batch) -> [B].
@@ -226,7 +228,7 @@ def lbfgs(
             return jnp.nan_to_num(losses(theta)[0], nan=jnp.inf, posinf=jnp.inf, neginf=jnp.inf)
 
         value_and_gradient = optax.value_and_grad_from_state(value_of)
-        forgotten = search.init(flat)
+        forgotten = vary_with(search.init(flat), flat)
 
         def step(carry):
             s, theta, state, failures, total = carry
@@ -244,7 +246,7 @@ def lbfgs(
             s, _, _, failures, _ = carry
             return (s < num_steps) & (failures < 2)
 
-        start = (0, flat, forgotten, 0, jnp.zeros([], flat.dtype))
+        start = vary_with((0, flat, forgotten, 0, jnp.zeros([], flat.dtype)), flat)
         taken, theta, _, _, total = jax.lax.while_loop(going, step, start)
         found = Improvement(unravel(theta - flat), total / jnp.maximum(taken, 1))
         if not term.needs.gradient:

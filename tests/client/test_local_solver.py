@@ -17,8 +17,10 @@ from helpers.clients import (
     network,
     squared,
 )
+from jax.sharding import AxisType, PartitionSpec
 
-from fipa_jax.client import first_order, second_order
+from fipa_jax.client import first_order, second_order, terms
+from fipa_jax.client.examples import Client
 from fipa_jax.client.local_solver import adaptive_steps, steps_for, with_initial_loss
 from fipa_jax.curvature.sketch import Sketch
 
@@ -66,3 +68,37 @@ def test_the_initial_loss_is_that_of_what_the_client_received(x64, name, count):
     np.testing.assert_allclose(result.before, wanted, rtol=1e-12)
     assert without.before is None
     chex.assert_trees_all_equal(result._replace(before=None), without)
+
+
+SPREAD = {
+    "sgd": functools.partial(first_order.first_order, batch_size=3, epochs=2),
+    "momentum": functools.partial(
+        first_order.first_order, optimizer="momentum", batch_size=4, micro_batch=2, clip_norm=1.0, weight_decay=0.1
+    ),
+    "adam": functools.partial(first_order.first_order, optimizer="adam", batch_size=0, term=terms.scaffold()),
+    "gram": functools.partial(second_order.gauss_newton, system="gram"),
+    "cg": functools.partial(second_order.gauss_newton, system="cg", tries=0),
+    "natural_gradient": second_order.natural_gradient,
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_within_shard_map_at_its_defaults_each_device_gets_what_it_gets_alone(name):
+    local, draw = SPREAD[name](squared, KEEP), np.random.default_rng(0)
+    store = jax.tree.map(jnp.zeros_like, make_params()) if name == "adam" else ()
+    basis = np.linalg.qr(draw.normal(size=(2, 12, 2)))[0].astype(np.float32)
+    clients = Client(jnp.stack([jnp.asarray(INDICES)] * 2), jnp.asarray([5, 7]))
+
+    def alone(client, key, basis):
+        hyper = make_hyper()._replace(sketch=Sketch(jnp.asarray([2.0, 1.0]), basis))
+        return local(network, make_params(), make_data(), client, key, hyper, store, store)
+
+    def on_each(*spread):
+        return jax.tree.map(lambda x: x[None], alone(*jax.tree.map(lambda x: x[0], spread)))
+
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    spread = clients, jax.random.split(jax.random.key(0), 2), jnp.asarray(basis)
+    together = jax.jit(jax.shard_map(on_each, mesh=mesh, in_specs=PartitionSpec("d"), out_specs=PartitionSpec("d")))
+    for device, got in enumerate(jax.tree.map(lambda x: x[i], together(*spread)) for i in range(2)):
+        wanted = jax.jit(alone)(*jax.tree.map(lambda x, device=device: x[device], spread))
+        chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
