@@ -7,6 +7,7 @@ SOURCE = (HERE / "fipa_jax/__init__.py").read_text()
 VERSION = next(line for line in SOURCE.splitlines() if line.startswith("__version__ = "))
 TFDS = ["tensorflow-datasets>=4.9.9", "array_record>=0.8", "importlib_resources>=6", "pillow>=10"]
 PLOTS = ["matplotlib>=3.8"]
+DATASETS = ["scikit-learn>=1.4"]  # which brings the digits
 
 setup(
     name="fipa_jax",
@@ -34,12 +35,14 @@ setup(
     extras_require={
         "tfds": TFDS,
         "plots": PLOTS,
+        "datasets": DATASETS,
         # What scripts/benchmark.py measures beside this package, pinned. pfl==0.6.0 and fedjax==0.0.17 ask for other
         # versions of shared packages: each needs an environment of its own.
         "peers": ["curvlinops-for-pytorch==3.0.1", "matfree==0.6.3", "scipy==1.17.1", "torch==2.15.0"],
         "test": [
             *TFDS,
             *PLOTS,
+            *DATASETS,
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-timeout>=2.3",

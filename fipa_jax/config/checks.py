@@ -176,8 +176,9 @@ def _check_images(config):
     """Refuses what does not fit together in the data set of the task `images` and its split."""
     if config.task.name != "images":
         return
-    if config.data.name.partition(":")[0] == "mnist" and config.data.augment and config.data.flip:
-        raise ValueError("config.data.flip: a mirrored digit is no digit; with the data set 'mnist' set it to False")
+    name = config.data.name.partition(":")[0]
+    if name in ("digits", "mnist") and config.data.augment and config.data.flip:
+        raise ValueError(f"config.data.flip: a mirrored digit is no digit; with the data set {name!r} set it to False")
     if config.cohort > config.partition.num_clients:
         raise ValueError(
             f"config.cohort: {config.cohort} is above the number of clients, {config.partition.num_clients}"

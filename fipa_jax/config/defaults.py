@@ -62,9 +62,9 @@ def task() -> ConfigDict:
 
 
 def data() -> ConfigDict:
-    """The data set of the task `images`, and how it is trained on: tasks.images."""
+    """The data set of the task `images`, data.image_sets.find, and how it is trained on: tasks.images."""
     group = ConfigDict()
-    group.name = "cifar10"  # of a TFDS data set
+    group.name = "cifar10"  # of a TFDS data set, or digits, which scikit-learn brings with it
     group.dir = ""  # where TFDS has prepared it; "" for TFDS's own default
     group.cache_dir = ""  # decoded images; "" for the user's cache
     group.train_split = "train"  # or a slice of it, e.g. train[:1000]

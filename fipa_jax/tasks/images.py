@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fipa_jax.data import loading, partition
+from fipa_jax.data import image_sets, loading, partition
 from fipa_jax.models import networks
 from fipa_jax.tasks.task import Problem, Task
 
@@ -30,11 +30,11 @@ def build(config) -> Problem:
     networks.build(config.model, num_outputs=1)  # what is wrong with the config shows before the data are loaded
     fields = {field: config.partition[field] for field in ("alpha", "shards_per_client", "file")}
     partition.check(config.partition.name, **fields)
+    images = image_sets.find(config.data.name, config.data.dir, config.data.cache_dir)
     if config.partition.name == "file":
-        _check_order(config)
-    test_split = config.data.test_split or loading.test_split(config.data.name)
-    train = loading.load(config.data.name, config.data.train_split, config.data.dir, config.data.cache_dir)
-    test = loading.load(config.data.name, test_split, config.data.dir, config.data.cache_dir)
+        _check_order(config, images)
+    train = images.load(config.data.train_split)
+    test = images.load(config.data.test_split or loading.test_split(config.data.name))
     train, test = (arrays | {"image": loading.shrink(arrays["image"], config.data.side)} for arrays in (train, test))
     mean, std = loading.standardise(config.data.name, train["image"])
     train, holdout = set_apart(train, config.data.holdout, config.partition.seed)
@@ -45,13 +45,13 @@ def build(config) -> Problem:
         config.partition.seed,
         **fields,
     )
-    module = networks.build(config.model, num_outputs=loading.num_classes(config.data.name, config.data.dir))
+    module = networks.build(config.model, num_outputs=images.num_classes())
     augment, rotation, flip = config.data.augment, config.data.rotation, config.data.flip
     task = classifier(module, train["image"].shape[1:], mean, std, augment, rotation, flip)
     return Problem(task=task, train=train, test=test, holdout=holdout, clients=clients)
 
 
-def _check_order(config):
+def _check_order(config, images: image_sets.ImageSet):
     """Refuses published lists of indices where they would not mean the examples that they were made for."""
     name, folder = config.data.name, config.data.dir
     if config.data.holdout or config.data.train_split != "train":
@@ -59,7 +59,7 @@ def _check_order(config):
             f"config.partition.file: its lists count the whole training set; set config.data.holdout to 0 (now "
             f"{config.data.holdout}) and config.data.train_split to 'train' (now {config.data.train_split!r})"
         )
-    if not loading.in_original_order(name, folder):
+    if not images.in_original_order():
         raise ValueError(
             f"config.partition.file: its lists count the examples in their original order, but {name} in {folder!r} "
             f"was prepared in another (TFDS shuffles); prepare it into another folder as scripts/prepare_data.py does"

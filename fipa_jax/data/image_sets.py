@@ -1,0 +1,87 @@
+"""Which set of labelled images has a name? One that TFDS has prepared, or one that a Python package brings with it.
+
+A new set of the second kind is an entry of `PACKAGED`; one of the first kind is one of `sources.SOURCES`.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from fipa_jax.data import loading
+
+SLICE = re.compile(r"(\w+)(?:\[(\d*):(\d*)\])?")  # train, train[:400], test[100:]
+
+
+class ImageSet(NamedTuple):
+    """How a set of labelled images is read."""
+
+    load: Callable[[str], dict[str, np.ndarray]]  # split -> image [N, H, W, C] uint8, label [N] int32
+    num_classes: Callable[[], int]
+    in_original_order: Callable[[], bool]  # whether published lists of indices fit
+
+
+def find(name: str, data_dir: str = "", cache_dir: str = "") -> ImageSet:
+    """The set of a name; whether it is there shows when it is read.
+
+    Args:
+      name: a key of `PACKAGED`, or a TFDS name, with a version or without.
+      data_dir, cache_dir: of prepared data, see `loading.load`.
+
+    Example:
+      train = find("digits").load("train[:400]")
+    """
+    if name in PACKAGED:
+        read, classes = PACKAGED[name]
+        return ImageSet(functools.partial(_part, name, read), lambda: classes, lambda: True)
+    return ImageSet(
+        functools.partial(loading.load, name, data_dir=data_dir, cache_dir=cache_dir),
+        functools.partial(loading.num_classes, name, data_dir),
+        functools.partial(loading.in_original_order, name, data_dir),
+    )
+
+
+def _part(name: str, read: Callable[[], dict[str, dict]], split: str) -> dict[str, np.ndarray]:
+    """A split, or a slice of one, of a packaged set.
+
+    Raises:
+      ImportError: the package that brings the set is not installed.
+      ValueError: the split is not known or empty.
+    """
+    splits = read()
+    matched = SLICE.fullmatch(split)
+    if matched is None or matched[1] not in splits:
+        raise ValueError(
+            f"config.data: {name} has no split {split!r}; known: {', '.join(splits)}, and slices such as train[:400]"
+        )
+    start, stop = (int(bound) if bound else None for bound in matched.groups()[1:])
+    part = {field: array[start:stop] for field, array in splits[matched[1]].items()}
+    if not len(part["label"]):
+        raise ValueError(f"config.data: {split!r} of {name} holds no examples; take another slice")
+    return part
+
+
+def _digits() -> dict[str, dict]:
+    """1797 handwritten digits of 43 people, 8 x 8 in 17 grey levels, in a border of two pixels; every fifth is a test.
+
+    Alpaydin and Kaynak (1998), Optical Recognition of Handwritten Digits, CC BY 4.0, as scikit-learn brings them (the
+    test part of the original). The border makes them large enough for the small CNN. There is no official split.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            f"config.data.name='digits' needs scikit-learn, which brings the images, and {error.name} is not installed: "
+            f"pip install scikit-learn"
+        ) from error
+    bunch = load_digits()
+    grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    image = np.pad(grey, ((0, 0), (2, 2), (2, 2)))[..., None]
+    label, is_test = bunch.target.astype(np.int32), np.arange(len(image)) % 5 == 4
+    parts = {"train": ~is_test, "test": is_test}
+    return {split: {"image": image[chosen], "label": label[chosen]} for split, chosen in parts.items()}
+
+
+PACKAGED = {"digits": (_digits, 10)}  # name -> (() -> {split: arrays}, K)
