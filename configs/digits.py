@@ -13,9 +13,21 @@ def get_config(variant: str = ""):
     config.fipa.sketch.solver, config.fipa.sketch.rank = "auto", 50
     if variant == "tune":
         config.compare = (
-            *(f"fipa_memory:aggregator.damping={b}:aggregator.limits.max_divergence={d}" for b in (0.1, 0.03, 0.01, 0.003) for d in (0.002, 0.005, 0.02)),
+            *(
+                f"fipa_memory:aggregator.damping={b}:aggregator.limits.max_divergence={d}"
+                for b in (0.1, 0.03, 0.01, 0.003)
+                for d in (0.002, 0.005, 0.02)
+            ),
             *(f"fedavg:local.lr={l}:server.lr={s}" for l in (0.3, 0.1, 0.03) for s in (1, 0.3, 0.1, 0.03)),
-            *(f"fedavg:term.name=scaffold:local.lr={l}:server.lr={s}" for l in (0.3, 0.1, 0.03) for s in (1, 0.3, 0.1, 0.03)),
-            *(f"fedavg:server.optimizer=adam:local.lr={l}:server.lr={s}" for l in (0.3, 0.1, 0.03) for s in (0.03, 0.01, 0.003, 0.001)),
+            *(
+                f"fedavg:term.name=scaffold:local.lr={l}:server.lr={s}"
+                for l in (0.3, 0.1, 0.03)
+                for s in (1, 0.3, 0.1, 0.03)
+            ),
+            *(
+                f"fedavg:server.optimizer=adam:local.lr={l}:server.lr={s}"
+                for l in (0.3, 0.1, 0.03)
+                for s in (0.03, 0.01, 0.003, 0.001)
+            ),
         )
     return config

@@ -47,14 +47,18 @@ def gauss_newton(
 ) -> LocalSolver:
     """Levenberg-Marquardt Gauss-Newton steps on all of the client's examples, for regression tasks.
 
-        delta = -(J^T L J / N + damping I)^{-1} J^T e / N = -J^T (L J J^T / N + damping I)^{-1} e / N
+        delta = -(J^T L J / N + c I)^{-1} (J^T e / N + l2 theta)
+              = -J^T (L J J^T / N + c I)^{-1} (e - l2 / c L J theta) / N - l2 / c theta
 
     e are the loss's gradients in the outputs [N K], J the Jacobian's rows [N K, P]; nothing of size [P, P] is formed.
+    l2 is the weight decay, of the objective's l2/2 |theta|^2, and c the damping, l2 at least: with c = l2 the step is
+    Newton's (Gauss's) own. This c is what the client says of its step.
     Each step is scaled by the learning rate. Where it would raise the client's loss, it is tried again with ten times
     the damping (Marquardt 1963); after `tries` of that the client stays where it is.
 
     Args:
       loss: (out, batch) -> [B].
+      weight_decay: l2 of the objective.
       epochs, steps: re-linearised steps a round; an epoch is one step, as it takes all examples.
       tries: dampings that are tried; 0 takes the first one's step untested, as it is.
       system: `gram` solves the right-hand form (push-through identity), one [N K, N K] system; `cg` the left-hand one
@@ -62,13 +66,14 @@ def gauss_newton(
       cg_steps: products with the curvature that a damping may take; fewer where the residual is rounding alone.
 
     Raises:
-      ValueError: a term, weight decay or clipping is asked for, or the system is not known.
+      ValueError: a term or clipping is asked for, or the system is not known.
     """
-    _refuse_regularisers("gauss_newton", weight_decay, clip_norm)
+    _refuse_clipping("gauss_newton", clip_norm)
     if term not in (None, none()):
         raise ValueError("local.optimizer = 'gauss_newton' takes no term: set term.name = 'none', or use 'lbfgs'")
     steps, loss = steps or epochs, contracts.one_number_each(loss)
-    linearise = functools.partial(lookup(SYSTEMS, system, "local.gauss_newton.system"), loss=loss, cg_steps=cg_steps)
+    linearise = lookup(SYSTEMS, system, "local.gauss_newton.system")
+    linearise = functools.partial(linearise, loss=loss, weight_decay=weight_decay, cg_steps=cg_steps)
 
     def improve(work: Work, key) -> Improvement:
         hyper, examples, mask = work.hyper, work.examples, present(work.client)
@@ -82,6 +87,9 @@ def gauss_newton(
         def mean_loss(theta):
             return jnp.sum(weight * loss(predict(unravel(theta), examples), examples))
 
+        def objective(theta):
+            return mean_loss(theta) + _penalty(weight_decay, theta)
+
         def step(_, carry):
             theta, total, _ = carry
             before = mean_loss(theta)
@@ -91,24 +99,31 @@ def gauss_newton(
                 return hyper.lr * direction(damping)
 
             if not tries:
-                return theta + step_for(hyper.damping), total + before, hyper.damping
-            theta, damping = _marquardt(theta, before, mean_loss, step_for, hyper.damping, least, tries)
+                return theta + step_for(first), total + before, first
+            at = theta, before + _penalty(weight_decay, theta)
+            theta, damping = _marquardt(*at, objective, step_for, first, least, tries)
             return theta, total + before, damping
 
-        start = flat, jnp.zeros([], flat.dtype), hyper.damping
+        first = jnp.maximum(hyper.damping, weight_decay)
+        start = flat, jnp.zeros([], flat.dtype), first
         theta, total, damping = jax.lax.fori_loop(0, steps, step, vary_with(start, flat))
         return Improvement(unravel(theta - flat), total / steps, damping=damping)
 
     return _precise(solver_of(improve, none()))
 
 
-def _marquardt(theta, before, mean_loss, step_for, damping, least, tries: int):
-    """(theta [P] after a step that does not raise the loss, the damping [] of that step), by trying ever larger ones.
+def _penalty(weight_decay: float, theta):
+    """[], l2/2 |theta|^2."""
+    return weight_decay / 2 * jnp.sum(theta**2) if weight_decay else 0.0
+
+
+def _marquardt(theta, before, objective, step_for, damping, least, tries: int):
+    """(theta [P] after a step that does not raise the objective, that step's damping []), by trying ever larger ones.
 
     Args:
       theta: [P].
-      before: [], its loss.
-      mean_loss: theta -> [].
+      before: [], its objective.
+      objective: theta -> [].
       step_for: damping -> step [P].
       damping: [], the first one; each further one is ten times the one before it.
       least: [], the smallest damping that changes the step, for the further ones.
@@ -116,7 +131,7 @@ def _marquardt(theta, before, mean_loss, step_for, damping, least, tries: int):
     """
 
     def worse(step):  # NaN compares false, and so is no improvement
-        return ~(mean_loss(theta + step) <= before)
+        return ~(objective(theta + step) <= before)
 
     def failed(attempt):
         _, step, tried = attempt
@@ -131,8 +146,8 @@ def _marquardt(theta, before, mean_loss, step_for, damping, least, tries: int):
     return jnp.where(worse(step), theta, theta + step), damping
 
 
-def _gram(predict, params, examples, mask, *, loss, cg_steps):
-    """(damping -> -J^T (L J J^T / N + damping I)^{-1} e / N [P], the least damping that counts), from one Jacobian."""
+def _gram(predict, params, examples, mask, *, loss, weight_decay, cg_steps):
+    """(damping c -> the step [P] in its second form, the least damping that counts), from one Jacobian."""
     out = predict(params, examples)
     weight = mask.astype(out.dtype) / jnp.maximum(jnp.sum(mask), 1)
     gradient, hessian = products.loss_derivatives(loss, out, examples, weight)
@@ -146,16 +161,22 @@ def _gram(predict, params, examples, mask, *, loss, cg_steps):
     # A padded example's equation reads 0 = 0: with a one on the diagonal it can be solved.
     padding = jnp.repeat(~mask, num_outputs).astype(out.dtype)
 
+    pull = weight_decay * ravel_pytree(params)[0] if weight_decay else None
+
     def direction(damping):
-        return -jnp.linalg.solve(system + jnp.diag(damping + padding), gradient.reshape(-1)) @ rows
+        pulled = 0 if pull is None else hessian((rows @ (pull / damping)).reshape(out.shape))
+        solved = jnp.linalg.solve(system + jnp.diag(damping + padding), (gradient - pulled).reshape(-1))
+        return -solved @ rows - (0 if pull is None else pull / damping)
 
     return direction, jnp.trace(system) * jnp.finfo(out.dtype).eps
 
 
-def _cg(predict, params, examples, mask, *, loss, cg_steps):
-    """(damping -> -(H + damping I)^{-1} g [P], the least damping that counts), by products with H = J^T L J / N."""
+def _cg(predict, params, examples, mask, *, loss, weight_decay, cg_steps):
+    """(damping c -> the step [P] in its first form, the least damping that counts), by products with J^T L J / N."""
     ggn = products.make_ggn(predict, loss)(params, examples, mask)
     gradient = products.make_gradient(predict, loss)(params, examples, mask)
+    if weight_decay:
+        gradient = gradient + weight_decay * ravel_pytree(params)[0]
     eps = jnp.finfo(gradient.dtype).eps
 
     def product(vector):
@@ -172,10 +193,10 @@ def _cg(predict, params, examples, mask, *, loss, cg_steps):
     return direction, jnp.linalg.norm(product(gradient)) / length * eps
 
 
-def _auto(predict, params, examples, mask, *, loss, cg_steps):
+def _auto(predict, params, examples, mask, **options):
     """`_gram` for few outputs, else `_cg`."""
     small = jax.eval_shape(predict, params, examples).size <= GRAM_LIMIT
-    return (_gram if small else _cg)(predict, params, examples, mask, loss=loss, cg_steps=cg_steps)
+    return (_gram if small else _cg)(predict, params, examples, mask, **options)
 
 
 # (predict, params, examples, mask) -> (damping -> step [P], the least damping that counts)
@@ -195,22 +216,23 @@ def lbfgs(
 ) -> LocalSolver:
     """L-BFGS with a zoom line search (Nocedal & Wright 2006, algorithms 7.4 and 3.5) on all of the client's examples.
 
-    The objective is the mean loss plus the term's penalty. The learning rate scales nothing: the line search chooses
-    the step, strong Wolfe. A step that does not lower the objective, or is not finite, is not taken: the
-    gradients of before are forgotten, and where that does not help either the client is done. With clients side by side
-    (`chunk` other than 1) every evaluation in the line search costs two. In a `jax.shard_map` of your own it needs
-    `check_vma=False`, which optax's line search asks for; the other local solvers do without.
+    The objective is the mean loss plus l2/2 |theta|^2, l2 the weight decay, plus the term's penalty. The learning rate
+    scales nothing: the line search chooses the step, strong Wolfe. A step that does not lower the objective, or is not
+    finite, is not taken: the gradients of before are forgotten, and where that does not help either the client is done.
+    With clients side by side (`chunk` other than 1) every evaluation in the line search costs two. In a `jax.shard_map`
+    of your own it needs `check_vma=False`, which optax's line search asks for; the other local solvers do without.
 
     Args:
       loss: (out, batch) -> [B].
       memory_size: pairs of steps and gradient differences that are remembered; a round starts without any.
+      weight_decay: l2 of the objective.
       epochs, steps: iterations a round, at most; an epoch is one, as it takes all examples.
       term: additive term of the objective.
 
     Raises:
-      ValueError: weight decay or clipping is asked for.
+      ValueError: clipping is asked for.
     """
-    _refuse_regularisers("lbfgs", weight_decay, clip_norm)
+    _refuse_clipping("lbfgs", clip_norm)
     term = term or none()
     steps = steps or epochs
     search = optax.lbfgs(memory_size=memory_size)
@@ -225,7 +247,8 @@ def lbfgs(
             return objective(unravel(theta), examples, mask)
 
         def value_of(theta):  # outside the function's domain the line search needs a value to turn back from
-            return jnp.nan_to_num(losses(theta)[0], nan=jnp.inf, posinf=jnp.inf, neginf=jnp.inf)
+            value = losses(theta)[0] + _penalty(weight_decay, theta)
+            return jnp.nan_to_num(value, nan=jnp.inf, posinf=jnp.inf, neginf=jnp.inf)
 
         value_and_gradient = optax.value_and_grad_from_state(value_of)
         forgotten = vary_with(search.init(flat), flat)
@@ -251,8 +274,9 @@ def lbfgs(
         found = Improvement(unravel(theta - flat), total / jnp.maximum(taken, 1))
         if not term.needs.gradient:
             return found
-        first, last = jax.grad(value_of)(flat), jax.grad(value_of)(theta)  # of least squares their mean is that between
-        return found._replace(gradient=unravel((first + last) / 2))
+        slope = jax.grad(lambda theta: losses(theta)[0])
+        between = (slope(flat) + slope(theta)) / 2  # which it is for least squares
+        return found._replace(gradient=unravel(between))
 
     return _precise(solver_of(improve, term))
 
@@ -314,16 +338,14 @@ def _precise(solve: LocalSolver) -> LocalSolver:
     return precisely
 
 
-def _refuse_regularisers(optimizer: str, weight_decay: float, clip_norm: float) -> None:
+def _refuse_clipping(optimizer: str, clip_norm: float) -> None:
     """Refuses what such a solver does not know.
 
     Raises:
-      ValueError: either is not 0.
+      ValueError: it is not 0.
     """
-    if weight_decay or clip_norm:
-        raise ValueError(
-            f"local.optimizer = {optimizer!r} takes no local.weight_decay and no local.clip_norm: set both to 0"
-        )
+    if clip_norm:
+        raise ValueError(f"local.optimizer = {optimizer!r} takes no local.clip_norm: set it to 0")
 
 
 LOCAL_SOLVERS = {"gauss_newton": gauss_newton, "lbfgs": lbfgs, "natural_gradient": natural_gradient}

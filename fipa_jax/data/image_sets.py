@@ -73,8 +73,8 @@ def _digits() -> dict[str, dict]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            f"config.data.name='digits' needs scikit-learn, which brings the images, and {error.name} is not installed: "
-            f"pip install scikit-learn"
+            f"config.data.name='digits' needs scikit-learn, which brings the images, and {error.name} is not "
+            "installed: pip install scikit-learn"
         ) from error
     bunch = load_digits()
     grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)

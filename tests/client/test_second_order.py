@@ -37,7 +37,7 @@ each_solver = pytest.mark.parametrize("options", SOLVERS.values(), ids=SOLVERS)
 flat = lambda tree: np.asarray(ravel_pytree(tree)[0])
 
 
-def _dense_steps(loss, count, steps, lr, damping):
+def _dense_steps(loss, count, steps, lr, damping, l2=0.0):
     """What Gauss-Newton steps by the [P, P] system move the parameters by."""
     start, unravel = ravel_pytree(make_params())
     theta, own = np.asarray(start), {name: field[INDICES[:count]] for name, field in make_data().items()}
@@ -52,17 +52,35 @@ def _dense_steps(loss, count, steps, lr, damping):
     for _ in range(steps):
         jacobian, error, hessian = (np.asarray(piece) for piece in pieces(theta))
         hessian = hessian.reshape(error.size, error.size)
-        system = jacobian.T @ hessian @ jacobian / count + damping * np.eye(theta.size)
-        theta = theta - lr * np.linalg.solve(system, jacobian.T @ error.reshape(-1) / count)
+        system = jacobian.T @ hessian @ jacobian / count + max(damping, l2) * np.eye(theta.size)
+        theta = theta - lr * np.linalg.solve(system, jacobian.T @ error.reshape(-1) / count + l2 * theta)
     return theta - np.asarray(start)
 
 
+@pytest.mark.parametrize("l2", [0.0, 0.03, 0.3])
 @pytest.mark.parametrize("loss", [squared, softmax])
 @pytest.mark.parametrize("system", ["gram", "cg"])
-def test_gauss_newton_equals_the_dense_step(x64, loss, system):
+def test_gauss_newton_equals_the_dense_step(x64, loss, system, l2):
     lr, damping, count = 0.7, 0.1, 5
-    result = solve(make_client(count), make_hyper(lr=lr, damping=damping), loss=loss, **SOLVERS[system])
-    np.testing.assert_allclose(flat(result.delta), _dense_steps(loss, count, 2, lr, damping), rtol=1e-8, atol=1e-12)
+    options = SOLVERS[system] | {"weight_decay": l2}
+    result = solve(make_client(count), make_hyper(lr=lr, damping=damping), loss=loss, **options)
+    wanted = _dense_steps(loss, count, 2, lr, damping, l2)
+    np.testing.assert_allclose(flat(result.delta), wanted, rtol=1e-8, atol=1e-12)
+    assert result.damping == max(damping, l2)
+
+
+@each_solver
+def test_with_weight_decay_a_client_ends_where_its_objective_is_least(x64, options):
+    l2, steps = 0.2, {"steps": 60, "weight_decay": 0.2}
+    own = {name: field[INDICES[:5]] for name, field in make_data().items()}
+
+    def objective(params):
+        return jnp.mean(softmax(network(params, own)[0], own)) + l2 / 2 * jnp.sum(ravel_pytree(params)[0] ** 2)
+
+    found = solve(make_client(5), make_hyper(lr=1.0, damping=1e-6), loss=softmax, **(options | steps))
+    after = jax.tree.map(jnp.add, make_params(), found.delta)
+    before, at_end = (np.linalg.norm(flat(jax.grad(objective)(params))) for params in (make_params(), after))
+    assert at_end < 1e-5 * before
 
 
 def test_the_two_systems_give_the_same_and_auto_takes_the_small_one(x64, monkeypatch):
@@ -234,6 +252,5 @@ def test_wrong_choices_name_the_field():
         second_order.gauss_newton(squared, KEEP, system="dense")
     for name in ("gauss_newton", "lbfgs"):
         solver = second_order.LOCAL_SOLVERS[name]
-        for wrong in ({"weight_decay": 0.1}, {"clip_norm": 1.0}):
-            with pytest.raises(ValueError, match=rf"local\.optimizer = '{name}' takes no local\.weight_decay"):
-                solver(squared, KEEP, **wrong)
+        with pytest.raises(ValueError, match=rf"local\.optimizer = '{name}' takes no local\.clip_norm"):
+            solver(squared, KEEP, clip_norm=1.0)
