@@ -1,33 +1,41 @@
+"""Handwritten digits without a download: 20 clients, 4 a round, Dirichlet 0.1, a small CNN; FIPA beside tuned rules.
+
+Reproduces: nothing published. The 1797 images are scikit-learn's (8 x 8, in a border of two pixels); every fifth is in
+the test set. After 20 rounds of FedAvg every method goes on for 40. Each had 12 settings, chosen by the accuracy on a
+held-out tenth of the training images, over seeds 0 to 2: `configs/digits.py:tune` runs them all.
+Hardware: two CPU cores, under a minute. Expected: DIGITS_EXPECTED
+Command: python scripts/train.py --config=configs/digits.py
+"""
+
+import itertools
+
 from fipa_jax.config import recipes
 
-DAMPING = {f"fipa_memory:aggregator.damping={b}:aggregator.limits.max_divergence={d}" for b in (1, 2) for d in (3, 4)}
+SCAFFOLD = "fedavg:term.name=scaffold:local.lr={}:server.lr={}"
+FEDADAM = "fedavg:server.optimizer=adam:local.lr={}:server.lr={}"
+FEDAVG = "fedavg:local.lr={}:server.lr={}"
+FIPA = "fipa_memory:aggregator.damping={}:aggregator.limits.max_divergence={}"
+LOCAL, SERVER = (0.3, 0.1, 0.03), (1, 0.3, 0.1, 0.03)
+TRIED = {  # method -> the values of its two numbers
+    FIPA: ((0.1, 0.03, 0.01, 0.003), (0.02, 0.005, 0.002)),
+    SCAFFOLD: (LOCAL, SERVER),
+    FEDADAM: (LOCAL, (0.03, 0.01, 0.003, 0.001)),
+    FEDAVG: (LOCAL, SERVER),
+}
+CHOSEN = (FIPA.format(0.003, 0.005), SCAFFOLD.format(0.1, 1), FEDADAM.format(0.1, 0.01), FEDAVG.format(0.1, 1))
 
 
 def get_config(variant: str = ""):
     config = recipes.images("digits", "cnn_6k")
     config.data.augment = False
     config.data.holdout = 0.1
-    config.partition.num_clients, config.cohort, config.partition.alpha = 20, 4, 0.1
-    config.warmup.rounds = 20
-    config.fipa.rounds = 40
+    config.partition.num_clients, config.cohort = 20, 4
+    config.warmup.rounds, config.fipa.rounds = 20, 40
     config.fipa.sketch.solver, config.fipa.sketch.rank = "auto", 50
+    config.compare = CHOSEN
     if variant == "tune":
-        config.compare = (
-            *(
-                f"fipa_memory:aggregator.damping={b}:aggregator.limits.max_divergence={d}"
-                for b in (0.1, 0.03, 0.01, 0.003)
-                for d in (0.002, 0.005, 0.02)
-            ),
-            *(f"fedavg:local.lr={l}:server.lr={s}" for l in (0.3, 0.1, 0.03) for s in (1, 0.3, 0.1, 0.03)),
-            *(
-                f"fedavg:term.name=scaffold:local.lr={l}:server.lr={s}"
-                for l in (0.3, 0.1, 0.03)
-                for s in (1, 0.3, 0.1, 0.03)
-            ),
-            *(
-                f"fedavg:server.optimizer=adam:local.lr={l}:server.lr={s}"
-                for l in (0.3, 0.1, 0.03)
-                for s in (0.03, 0.01, 0.003, 0.001)
-            ),
+        config.compare = tuple(
+            method.format(*numbers) for method, values in TRIED.items() for numbers in itertools.product(*values)
         )
-    return config
+        return config
+    return recipes.variant(config, variant)
