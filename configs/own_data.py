@@ -13,7 +13,7 @@ from fipa_jax import config as config_lib
 
 def get_config():
     config = config_lib.default()
-    config.task.name = "npz"
+    config.task.name = "own_data"
     config.task.split = "kmeans"
     config.task.num_clients = 4
     config.model.widths = (20, 20)

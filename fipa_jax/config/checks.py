@@ -51,6 +51,7 @@ RUN = {
     "model.widths": POSITIVE,
     "model.head_width": NOT_NEGATIVE,
     "data.holdout": Range(0, 1, "fraction", "[)"),
+    "task.holdout": Range(0, 1, "fraction", "[)"),
     "data.side": NOT_NEGATIVE,
     "data.rotation": Range(0, 180, "number of degrees"),
 }
@@ -107,7 +108,7 @@ PHASE = {
 }
 # What a field asks for, set to anything but nothing, and who does not have it: field -> (the choice, its names).
 LACKING = dict.fromkeys(
-    ("data.holdout", "data.side", "data.rotation"), ("task.name", ("sine", "gaussians_2d", "pde", "npz"))
+    ("data.holdout", "data.side", "data.rotation"), ("task.name", ("sine", "gaussians_2d", "pde", "own_data"))
 ) | dict.fromkeys(("model.head_width", "model.compute_dtype"), ("model.name", ("mlp", "cnn_6k", "cnn_23k", "cnn_200k")))
 PLACES = ("auto", "device", "host")
 CHOICES = {

@@ -43,17 +43,24 @@ def checkpoint() -> ConfigDict:
 
 
 def task() -> ConfigDict:
-    """What is learned: tasks.task, then tasks.regression, tasks.pde or tasks.own_data, the npz."""
+    """What is learned: tasks.task, then tasks.regression, tasks.pde or tasks.own_data."""
     group = ConfigDict()
     group.name = "sine"
     group.num_clients = 2  # sine: equal intervals of [0, 1]
     group.examples_per_client = 50
-    group.seed = 0  # of the examples' positions; npz: of the test set and the clusters
-    group.file = ""  # npz: with x [N, d] and y [N] or [N, K]; x_test, y_test and client [N] may be there too
-    group.test_fraction = 0.2  # npz: of the examples, set apart where the file has no x_test
-    group.split = "column"  # npz: column (values or quantiles of one), kmeans (of x), given (the file's client)
-    group.column = 0  # npz: of x, by which the split `column` goes
-    group.standardise = True  # npz: x and y to mean 0 and variance 1, by the training set's moments
+    group.seed = 0  # of the examples' positions; own_data: of the sets set apart and the clusters
+    group.file = (
+        ""  # own_data: .npz with x [N, d] and y [N] or [N, K], maybe x_test, y_test, client [N]; .csv, .parquet
+    )
+    group.targets = ()  # own_data: of a table, the columns to predict; () for y
+    group.inputs = ()  # own_data: of a table, the columns to predict from; () for all others
+    group.client = "client"  # own_data: of a table, the column that says whose a row is, for the split `given`
+    group.kind = "auto"  # own_data: regression, classes; auto: words are classes, numbers are not
+    group.test_fraction = 0.2  # own_data: of the examples, set apart where the file has no x_test
+    group.holdout = 0.0  # own_data: fraction of the other ones set apart, evaluated as `holdout_*`, for tuning
+    group.split = "column"  # own_data: column (values or quantiles of one), kmeans (of x), given (the file's client)
+    group.column = 0  # own_data: of x, by which the split `column` goes
+    group.standardise = True  # own_data: x and y to mean 0 and variance 1, by the training set's moments
     group.equation = "poisson_1d"  # pde: poisson_1d, _2d, _3d, fisher_kpp, burgers, burgers_mild, helmholtz
     group.boundary_points = 20  # pde: on each face of the domain that a client's strip touches
     group.boundary_weight = 100.0  # pde: lambda, of the squared boundary residuals

@@ -1,14 +1,16 @@
-"""A user's own arrays, read from an .npz file that nobody has to trust: nothing in it is unpickled.
+"""A user's own data, read from an .npz file or a table that nobody has to trust: nothing in it is unpickled.
 
 Every error names the file, what is wrong with it, and what to change.
 """
 
 import difflib
 import os
+from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import numpy as np
 
+from fipa_jax.data import tables
 from fipa_jax.data.partition import BROKEN, why
 from fipa_jax.files import local
 
@@ -16,33 +18,44 @@ NAMES = ("x", "y", "x_test", "y_test", "client")  # of the arrays that are known
 RECIPE = 'np.savez("mine.npz", x=x, y=y)'
 
 
-def read(file: str) -> dict[str, np.ndarray]:
-    """{name: array} of those arrays of an .npz that are known, checked: x, y, x_test, y_test, client.
+def read(file: str, columns: tables.Columns = tables.Columns()) -> dict[str, np.ndarray]:
+    """{name: array} of what a file holds, checked: x, y, and where they are there x_test, y_test and client.
 
     Args:
-      file: its path, `config.task.file`.
+      file: its path, `config.task.file`: an .npz of arrays by these names, or a table, see `tables.READERS`.
+      columns: which columns of a table are what.
 
     Returns:
-      x [N, d] and y [N, K] in float64, and where they are there x_test, y_test alike and client [N].
+      x [N, d] in float64; y [N, K] in float64, or [N] of words; x_test and y_test alike; client [N], integers or words.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is no .npz of plain arrays that fit together.
+      ImportError: a package that reading a table needs is not installed.
+      ValueError: the file is no .npz of plain arrays that fit together, or no table with these columns.
     """
     path = local(file, "config.task.file")
     if not path.is_file():
         raise FileNotFoundError(f"config.task.file: no file at {file!r}; give the path of an .npz with arrays x and y")
-    with path.open("rb") as stream:
-        archive = _open(file, stream)
-        _check_spelling(file, archive.files)
-        arrays = {name: _array(file, archive, name) for name in NAMES if name in archive.files}
-    _check_complete(file, arrays)
+    if path.suffix in tables.READERS:
+        arrays = tables.read(file, path, columns)
+    else:
+        arrays = _arrays(file, path)
     arrays |= _pair(file, arrays, "x", "y")
     if "x_test" in arrays:
         arrays |= _pair(file, arrays, "x_test", "y_test")
         _check_columns(file, arrays)
     if "client" in arrays:
         _check_client(file, arrays["client"], len(arrays["x"]))
+    return arrays
+
+
+def _arrays(file: str, path: Path) -> dict[str, np.ndarray]:
+    """Those arrays of an .npz that are known."""
+    with path.open("rb") as stream:
+        archive = _open(file, stream)
+        _check_spelling(file, archive.files)
+        arrays = {name: _array(file, archive, name) for name in NAMES if name in archive.files}
+    _check_complete(file, arrays)
     return arrays
 
 
@@ -82,18 +95,19 @@ def _check_complete(file: str, arrays: dict) -> None:
 
 
 def _array(file: str, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
-    """One array of real numbers."""
+    """One array of real numbers, or of words where there may be some."""
     try:
         array = archive[name]
     except BROKEN as error:
         refuse(file, f"has a {name!r} that cannot be read{why(error)}; nothing is unpickled: save plain numbers")
-    if array.dtype.kind not in "biuf":
-        refuse(file, f"has {name!r} of dtype {array.dtype}; save real numbers")
+    words = "" if name in ("x", "x_test") else "U"
+    if array.dtype.kind not in "biuf" + words:
+        refuse(file, f"has {name!r} of dtype {array.dtype}; save real numbers{' or words' if words else ''}")
     return array
 
 
 def _pair(file: str, arrays: dict, inputs: str, targets: str) -> dict[str, np.ndarray]:
-    """{name: array} of inputs [N, d] and targets [N, K] in float64, checked; targets [N] become [N, 1]."""
+    """{name: array} of inputs [N, d] and targets [N, K] in float64, checked; numbers [N] become [N, 1]."""
     x, y = arrays[inputs], arrays[targets]
     if x.ndim != 2:
         refuse(file, f"has {inputs} of shape {list(x.shape)}; make it [N, d], a single column by x.reshape(-1, 1)")
@@ -103,8 +117,11 @@ def _pair(file: str, arrays: dict, inputs: str, targets: str) -> dict[str, np.nd
         refuse(file, f"has {len(x)} rows in {inputs} but {len(y)} in {targets}; make them equal")
     if not x.size or not y.size:
         refuse(file, f"has {inputs} of shape {list(x.shape)} and {targets} of {list(y.shape)}: nothing is in there")
-    pair = {inputs: x.astype(np.float64), targets: y.reshape(len(y), -1).astype(np.float64)}
-    for name, array in pair.items():
+    if y.dtype.kind == "U" and y.ndim > 1:
+        refuse(file, f"has words in {targets} of shape {list(y.shape)}; make it [N], one class for each example")
+    pair = {inputs: x.astype(np.float64)}
+    pair[targets] = y if y.dtype.kind == "U" else y.reshape(len(y), -1).astype(np.float64)
+    for name, array in pair.items() if y.dtype.kind != "U" else [(inputs, pair[inputs])]:
         _check_finite(file, name, array)
     return pair
 
@@ -119,15 +136,18 @@ def _check_finite(file: str, name: str, array: np.ndarray) -> None:
 def _check_columns(file: str, arrays: dict) -> None:
     """Refuses a test set with other numbers of columns than the training set has."""
     for name in ("x", "y"):
-        wide, test = arrays[name].shape[1], arrays[f"{name}_test"].shape[1]
+        if arrays[name].ndim != arrays[f"{name}_test"].ndim:
+            refuse(file, f"has words in one of {name} and {name}_test; save both alike")
+        wide, test = (arrays[each].shape[1:] or (1,) for each in (name, f"{name}_test"))
         if test != wide:
-            refuse(file, f"has {wide} columns in {name} but {test} in {name}_test; make them equal")
+            refuse(file, f"has {wide[0]} columns in {name} but {test[0]} in {name}_test; make them equal")
 
 
 def _check_client(file: str, client: np.ndarray, num_examples: int) -> None:
-    """Refuses owners that are not one integer for each example."""
-    if client.dtype.kind not in "iu" or client.shape != (num_examples,):
+    """Refuses owners that are not one integer or word for each example."""
+    if client.dtype.kind not in "iuU" or client.shape != (num_examples,):
         refuse(
             file,
-            f"has client of dtype {client.dtype} and shape {list(client.shape)}; make it integers [{num_examples}]",
+            f"has client of dtype {client.dtype} and shape {list(client.shape)}; make it integers or words "
+            f"[{num_examples}]",
         )

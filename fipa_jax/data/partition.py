@@ -337,3 +337,29 @@ def heterogeneity(counts: np.ndarray) -> dict[str, float]:
     entropy = -np.sum(local * np.log(np.where(local > 0, local, 1.0)), axis=1)
     variation = np.abs(local - overall[None]).sum(axis=1) / 2
     return {"label_entropy": float(entropy.mean()), "total_variation": float(variation.mean())}
+
+
+def set_apart(train: dict, fraction: float, seed: int) -> tuple[dict, dict | None]:
+    """Draws a holdout from the training set, before any client owns an example of it.
+
+    Args:
+      train: {field: [N, ...]}.
+      fraction: the holdout's share of the N examples, in [0, 1).
+      seed: seed of the draw.
+
+    Returns:
+      The examples that stay and those set apart, in their order; all and None if the share is zero.
+
+    Raises:
+      ValueError: the share is not in [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"a holdout needs a fraction of the training set in [0, 1), got {fraction}")
+    num_examples = len(next(iter(train.values())))
+    num_apart = round(fraction * num_examples)
+    if num_apart == 0:
+        return train, None
+    # A stream of its own, [seed, 1]: the split over clients draws from `seed`.
+    order = np.random.default_rng([seed, 1]).permutation(num_examples)
+    stay, apart = np.sort(order[num_apart:]), np.sort(order[:num_apart])
+    return {k: v[stay] for k, v in train.items()}, {k: v[apart] for k, v in train.items()}

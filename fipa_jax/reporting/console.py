@@ -254,12 +254,21 @@ def describe(config: ConfigDict, problem: tasks.Problem, params) -> None:
     sizes = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     platform = jax.devices()[0].platform
     print(f"{config.task.name}: {len(counts)} clients with {sizes} examples each, on {platform}")
+    if problem.baseline is not None:
+        print(baseline(problem.baseline))
     by_class = class_counts(problem)
     if by_class is not None:
         spread = partition.heterogeneity(by_class)
         which = "clients" if len(counts) <= SHOWN else f"the first {SHOWN} clients"
         print(", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in spread.items()) + f" over {which}")
     print(f"\n{parameter_table(params, config.fipa.trainable)}\n")
+
+
+def baseline(found: tuple[str, dict]) -> str:
+    """What a constant answer has on the test set, as a line to compare with."""
+    words, values = found
+    shown_values = ", ".join(f"test_{name} {value:.3g}" for name, value in values.items())
+    return "\n".join(textwrap.wrap(f"to compare with: {words}: {shown_values}", WIDTH))
 
 
 def parameter_table(params, trainable: str) -> str:

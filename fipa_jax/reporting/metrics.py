@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fipa_jax.tasks.task import Figures, Task, as_they_are
+from fipa_jax.tasks.task import Figures, Task, means
 
 # (params, {field: [N, ...]}) -> arrays with the examples' axis, [N, ...].
 OfExamples = Callable[[Any, dict], Any]
@@ -42,34 +42,24 @@ def over_examples(function: OfExamples, batch_size: int) -> OfExamples:
     return run
 
 
-def overall(values: dict, prefix: str, figures: Figures = as_they_are) -> dict:
-    """{prefix_name: mean over examples} of {name: [N]}; of `confidence` and `accuracy`, the calibration error.
+def overall(values: dict, prefix: str, figures: Figures = means) -> dict:
+    """{prefix_name: []}, what is reported of a set of examples.
 
     Args:
-      values: of the examples.
+      values: {name: [N, ...]}, the metrics of the examples.
       prefix: of the names.
-      figures: what is reported of the means, `Task.figures`.
+      figures: `Task.figures`.
     """
-    means = figures({name: jnp.mean(value) for name, value in values.items() if name != "confidence"})
-    result = {f"{prefix}_{name}": value for name, value in means.items()}
-    if "confidence" in values:
-        result[f"{prefix}_calibration_error"] = calibration_error(values["confidence"], values["accuracy"])
-    return result
+    return {f"{prefix}_{name}": value for name, value in figures(values).items()}
 
 
-def calibration_error(confidence: jax.Array, correct: jax.Array, bins: int = 15) -> jax.Array:
-    """Expected calibration error (Guo et al. 2017, eq. 3): sum_b n_b/N |accuracy_b - confidence_b|, over equal bins.
-
-    Args:
-      confidence: [N], the probability of the predicted class.
-      correct: [N], 0 or 1.
-    """
-    which = jnp.clip(jnp.floor(confidence * bins).astype(int), 0, bins - 1)
-    gap = jax.ops.segment_sum(correct - confidence, which, num_segments=bins)
-    return jnp.sum(jnp.abs(gap)) / confidence.size
+def of_clients(values: dict, figures: Figures) -> dict:
+    """Those of the metrics {name: [N]} whose means over a client's examples say something: what `figures` has too."""
+    reported = jax.eval_shape(figures, values)
+    return {name: value for name, value in values.items() if name in reported}
 
 
-def over_clients(means: dict, num_examples: jax.Array) -> dict:
+def over_clients(means: dict, num_examples: jax.Array, prefix: str = "client") -> dict:
     """Mean, standard deviation and worst decile over clients of their own means.
 
     The worst decile is the mean over the tenth of the clients (at least one) with the lowest accuracy, or the highest
@@ -78,21 +68,20 @@ def over_clients(means: dict, num_examples: jax.Array) -> dict:
     Args:
       means: {name: [T]}, the mean over each client's examples.
       num_examples: [T]; clients without examples do not count.
+      prefix: of the names.
     """
     present = num_examples > 0  # [T]
     number = jnp.maximum(jnp.sum(present), 1)
     result = {}
     for name, values in means.items():
-        if name == "confidence":  # of use for the calibration error alone
-            continue
         mean = jnp.sum(jnp.where(present, values, 0)) / number
         spread = jnp.sqrt(jnp.sum(jnp.where(present, (values - mean) ** 2, 0)) / number)
-        badness = jnp.where(present, jnp.nan_to_num(-direction(f"client_{name}") * values, nan=jnp.inf), -jnp.inf)
+        badness = jnp.where(present, jnp.nan_to_num(-direction(f"{prefix}_{name}") * values, nan=jnp.inf), -jnp.inf)
         worst = values[jnp.argsort(-badness)]
         decile = jnp.arange(worst.size) < jnp.maximum(number // 10, 1)
-        result[f"client_{name}_mean"] = mean
-        result[f"client_{name}_std"] = spread
-        result[f"client_{name}_worst_decile"] = jnp.sum(jnp.where(decile, worst, 0)) / jnp.sum(decile)
+        result[f"{prefix}_{name}_mean"] = mean
+        result[f"{prefix}_{name}_std"] = spread
+        result[f"{prefix}_{name}_worst_decile"] = jnp.sum(jnp.where(decile, worst, 0)) / jnp.sum(decile)
     return result
 
 
@@ -175,7 +164,7 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def direction(name: str) -> int:
-    """+1 for accuracies, -1 for other figures of evaluation, 0 for what is not one."""
+    """+1 for accuracies and areas under curves, -1 for other figures of evaluation, 0 for what is not one."""
     if not name.startswith(("test_", "holdout_", "client_")) or name.endswith("_std"):
         return 0
-    return 1 if "accuracy" in name else -1
+    return 1 if "accuracy" in name or "auc" in name.split("_") else -1

@@ -11,12 +11,14 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from fipa_jax.aggregate.screening import REASONS
+from fipa_jax.client.examples import Client
+from fipa_jax.data import partition
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as round_lib
 from fipa_jax.federation import state as state_lib
 from fipa_jax.federation.parallel import replicate
 from fipa_jax.federation.parts import Parts, Rates
-from fipa_jax.federation.population import Ahead, Cohort, OnHost
+from fipa_jax.federation.population import Ahead, Cohort, OnHost, Resident
 from fipa_jax.federation.state import State
 from fipa_jax.reporting import console, metrics
 from fipa_jax.reporting.console import NOTED
@@ -173,7 +175,7 @@ def figures_of(phase: Phase, params: Any, k: int) -> dict:
     experiment = phase.experiment
     test, clients = due(experiment.config.eval, k, phase.last)
     figures = on_test(experiment, experiment.held, params) if test else {}
-    return figures | (on_clients(experiment, experiment.population, params) if clients else {})
+    return figures | (on_clients(experiment, experiment.population, experiment.held, params) if clients else {})
 
 
 def in_blocks(phase: Phase, state: State) -> Advance:
@@ -215,7 +217,7 @@ def _block(experiment: Experiment, parts: Parts) -> Callable:
         test, clients = due(config.eval, state.round, last)
         state, info = round_lib.whole_round(parts, state, rates, *people, root)
         figures = _if(test, lambda params: on_test(experiment, held, params), state.params)
-        return state, (info, figures | _if(clients, lambda p: on_clients(experiment, people, p), state.params))
+        return state, (info, figures | _if(clients, lambda p: on_clients(experiment, people, held, p), state.params))
 
     def block(state, rates, people, held, root, count, last):
         row = jax.eval_shape(one, state, rates, people, held, root, last)[1]
@@ -269,9 +271,17 @@ def on_test(experiment: Experiment, held: dict, params: Any) -> dict:
     return result
 
 
-def on_clients(experiment: Experiment, people, params: Any) -> dict:
-    """The figures of every client's own examples, `people` being the population."""
-    return metrics.over_clients(people.means(people.values(experiment.evaluate, params)), people.num_examples)
+def on_clients(experiment: Experiment, people, held: dict, params: Any) -> dict:
+    """The figures of every client's own examples, `people` being the population, and of its own test examples."""
+    figures, tests = experiment.problem.task.figures, experiment.problem.test_clients
+    own = metrics.of_clients(people.values(experiment.evaluate, params), figures)
+    result = metrics.over_clients(people.means(own), people.num_examples)
+    if tests is None:
+        return result
+    owned = [indices for indices in tests if len(indices)]
+    testers = Resident(held["test"], Client(*map(jnp.asarray, partition.pad(owned))))
+    own = metrics.of_clients(testers.values(experiment.evaluate, params), figures)
+    return result | metrics.over_clients(testers.means(own), testers.num_examples, "client_test")
 
 
 class Clock:

@@ -9,7 +9,8 @@ import optax
 
 from fipa_jax.data import image_sets, loading, partition
 from fipa_jax.models import networks
-from fipa_jax.tasks.task import Problem, Task
+from fipa_jax.tasks import classification
+from fipa_jax.tasks.task import Problem, Task, means
 
 PADDING = 4  # pixels on each side that a random crop may reach over
 
@@ -37,7 +38,7 @@ def build(config) -> Problem:
     test = images.load(config.data.test_split or loading.test_split(config.data.name))
     train, test = (arrays | {"image": loading.shrink(arrays["image"], config.data.side)} for arrays in (train, test))
     mean, std = loading.standardise(config.data.name, train["image"])
-    train, holdout = set_apart(train, config.data.holdout, config.partition.seed)
+    train, holdout = partition.set_apart(train, config.data.holdout, config.partition.seed)
     clients = partition.partition(
         config.partition.name,
         train["label"],
@@ -104,7 +105,8 @@ def classifier(
 
     fill = np.round(255 * mean).astype(np.uint8)
     head = functools.partial(networks.apply_head, module.head_layers)
-    task = Task(init, outputs, loss, metrics, head=head, head_pattern=f"^({'|'.join(module.head_layers)})/")
+    pattern = f"^({'|'.join(module.head_layers)})/"
+    task = Task(init, outputs, loss, metrics, figures=figures, head=head, head_pattern=pattern)
     return task._replace(augment=augment) if augmented else task
 
 
@@ -118,6 +120,13 @@ def metrics(outputs: jax.Array, batch: dict) -> dict[str, jax.Array]:
     correct = jnp.argmax(outputs, axis=-1) == batch["label"]
     confidence = jnp.max(jax.nn.softmax(outputs, axis=-1), axis=-1)
     return {"accuracy": correct.astype(outputs.dtype), "loss": loss(outputs, batch), "confidence": confidence}
+
+
+def figures(values: dict) -> dict:
+    """{name: []}, the accuracy, the loss and the calibration error of a set of images."""
+    of_set = means({name: values[name] for name in ("accuracy", "loss")})
+    error = classification.calibration_error(values["confidence"], values["accuracy"])
+    return of_set | {"calibration_error": error}
 
 
 def random_view(key: jax.Array, images: jax.Array, fill: np.ndarray, rotation: float, flip: bool) -> jax.Array:
@@ -178,29 +187,3 @@ def view(
     # One gather does it all. Under `scan` over steps and `vmap` over clients it is 30 times faster on a CPU than a
     # vmapped dynamic_slice and a flip, and unlike a loop over images it is one kernel on an accelerator.
     return padded.at[jnp.arange(num_images)[:, None, None], rows, columns].get(mode="promise_in_bounds")
-
-
-def set_apart(train: dict, fraction: float, seed: int) -> tuple[dict, dict | None]:
-    """Draws a holdout from the training set, before any client owns an example of it.
-
-    Args:
-      train: {field: [N, ...]}.
-      fraction: the holdout's share of the N examples, in [0, 1).
-      seed: seed of the draw.
-
-    Returns:
-      The examples that stay and those set apart, in their order; all and None if the share is zero.
-
-    Raises:
-      ValueError: the share is not in [0, 1).
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"config.data.holdout: needs a fraction of the training set in [0, 1), got {fraction}")
-    num_examples = len(train["label"])
-    num_apart = round(fraction * num_examples)
-    if num_apart == 0:
-        return train, None
-    # A stream of its own, [seed, 1]: the split over clients draws from `seed`.
-    order = np.random.default_rng([seed, 1]).permutation(num_examples)
-    stay, apart = np.sort(order[num_apart:]), np.sort(order[:num_apart])
-    return {k: v[stay] for k, v in train.items()}, {k: v[apart] for k, v in train.items()}

@@ -1,51 +1,184 @@
-"""Regression on a user's own arrays, split over clients by a column, by clusters, or as the user says."""
+"""Regression or classification on a user's own data, split over clients by a column, by clusters, or as they say."""
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from scipy.cluster.vq import ClusterError, kmeans2
 
 from fipa_jax.data.own_arrays import read, refuse
-from fipa_jax.data.partition import Ragged, by_owner
+from fipa_jax.data.partition import Ragged, by_owner, set_apart
+from fipa_jax.data.tables import Columns
 from fipa_jax.lookup import lookup
 from fipa_jax.models import networks
+from fipa_jax.tasks import classification
 from fipa_jax.tasks.regression import pack, regression
-from fipa_jax.tasks.task import Problem
+from fipa_jax.tasks.task import Problem, Task
 
 KMEANS_STEPS = 30
 FEW = 5  # examples of a client, below which a person is told
-Examples = tuple[np.ndarray, np.ndarray]  # (x [N, d], y [N, K])
+FEW_VALUES = 20  # different whole numbers in a target, up to which they may be classes
+Examples = tuple[np.ndarray, np.ndarray]  # (x [N, d], y [N, K], or [N] of words)
 # (task, x [N, d], client [N] or None) -> [N] owners, the clients in the order of their values
 OwnerOf = Callable[..., np.ndarray]
 
 
-def build(config) -> Problem:
-    """Builds the task `npz`: half-squared error on the arrays of `config.task.file`.
+class Target(NamedTuple):
+    """What is to be learned of the targets."""
 
-    Its arrays, as `own_arrays.read` takes them, are x [N, d] and y [N] or [N, K]; optionally x_test and y_test, else
-    `config.task.test_fraction` of the examples is set apart; optionally client [N], the integer id of each example's
-    owner, for the split `given`.
+    num_outputs: int
+    fields: dict[str, dict[str, np.ndarray]]  # set -> {"y": [N, K]} or {"label": [N]}
+    make: Callable  # (module, an input [d]) -> Task
+    classes: tuple[str, ...]
+    baseline: tuple[str, dict]  # see Problem
+
+
+def build(config) -> Problem:
+    """Builds the task `own_data` from the file `config.task.file`, see `own_arrays.read`.
+
+    `config.task.test_fraction` of the examples is set apart, unless the file holds x_test and y_test, and of the others
+    `config.task.holdout`. Targets of numbers are learned by half-squared error, classes by cross-entropy: of one logit
+    where there are two, of K where there are K.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is no .npz of plain arrays that fit together, or the split asked for does not exist.
+      ValueError: the file cannot be read, what it holds does not fit together, or a split asked for does not exist.
     """
     task, dtype = config.task, np.dtype(config.precision)
     lookup(SPLITS, task.split, "config.task.split")  # a mistake in the name shows before the file is read
-    arrays = read(task.file)
-    (x, y, client), (x_test, y_test) = _set_apart(arrays, task)
-    clients = split(task, x, client)
+    kind = lookup(KINDS, task.kind, "config.task.kind")
+    columns = Columns(tuple(task.targets), tuple(task.inputs), task.client)
+    sets = _sets(read(task.file, columns), task)
+    clients = split(task, sets["train"]["x"], sets["train"].get("client"))
+    target = kind(task, {name: of_set["y"] for name, of_set in sets.items()})
+    inputs = {name: of_set["x"] for name, of_set in sets.items()}
     if task.standardise:
-        (x, x_test), (y, y_test) = _standardise(x, x_test), _standardise(y, y_test)
-    module = networks.build(config.model, num_outputs=y.shape[1])
+        inputs = _standardise(inputs)
     with np.errstate(over="ignore"):  # which is an error of the file's, below
-        train, test = pack(x, y, dtype), pack(x_test, y_test, dtype)
-    for name, array in (*train.items(), *test.items()):
-        if not np.all(np.isfinite(array)):
-            refuse(task.file, f"holds {name} too large for config.precision = {config.precision!r}; scale it down")
+        data = {name: _packed(inputs[name], fields, dtype) for name, fields in target.fields.items()}
+    for of_set in data.values():
+        for name, array in of_set.items():
+            if not np.all(np.isfinite(array)):
+                refuse(task.file, f"holds {name} too large for config.precision = {config.precision!r}; scale it down")
     _warn_of_small(clients)
-    return Problem(regression(module, train["x"][0]), train, test, None, clients)
+    module = networks.build(config.model, num_outputs=target.num_outputs)
+    return Problem(
+        task=target.make(module, data["train"]["x"][0]),
+        train=data["train"],
+        test=data["test"],
+        holdout=data.get("holdout"),
+        clients=clients,
+        test_clients=_of_the_same(sets, task.split),
+        classes=target.classes,
+        baseline=target.baseline,
+    )
+
+
+def classifier(module, example: np.ndarray) -> Task:
+    """A task from a flax module: the cross-entropy of its logits.
+
+    Args:
+      module: flax module, x [B, d] -> (logits [B, K], or [B, 1] for two classes, features).
+      example: array [d], an input of the right width.
+    """
+
+    def init(key):
+        return module.init(key, jnp.asarray(example)[None])["params"]
+
+    def outputs(params, batch):
+        return module.apply({"params": params}, batch["x"])
+
+    return Task(
+        init,
+        outputs,
+        classification.loss,
+        classification.metrics,
+        figures=classification.figures,
+        head=functools.partial(networks.apply_head, module.head_layers),
+        head_pattern=f"^({'|'.join(module.head_layers)})/",
+    )
+
+
+def _regression(task, y: dict[str, np.ndarray]) -> Target:
+    """Numbers to learn, {set: [N, K]}."""
+    if y["train"].dtype.kind == "U":
+        refuse(task.file, "has words as targets: set config.task.kind to 'classes', or leave it at 'auto'")
+    if task.standardise:
+        y = _standardise(y)
+    mean = y["train"].mean(0)
+    figures = {"mse": float(np.mean((y["test"] - mean) ** 2))}
+    fields = {name: {"y": values} for name, values in y.items()}
+    return Target(y["train"].shape[1], fields, regression, (), ("the mean of the training targets", figures))
+
+
+def _classes(task, y: dict[str, np.ndarray]) -> Target:
+    """Classes to learn, by words or whole numbers, {set: [N] or [N, 1]}."""
+    words = {name: _as_words(task.file, values) for name, values in y.items()}
+    classes, first = np.unique(words["train"], return_inverse=True)
+    if len(classes) < 2:
+        refuse(task.file, f"has one class alone to train on, {str(classes[0])!r}; there need to be two")
+    if y["train"].dtype.kind != "U":  # in the order of the numbers, not of their names
+        by_number = np.argsort(classes.astype(np.float64))
+        classes, first = classes[by_number], np.argsort(by_number)[first]
+    place = {name: i for i, name in enumerate(classes)}
+    unknown = sorted({word for values in words.values() for word in np.unique(values)} - {*place})
+    if unknown:
+        refuse(
+            task.file,
+            f"has a class {str(unknown[0])!r} that is in no example to train on; drop it, or lower test_fraction",
+        )
+    labels = {name: np.array([place[word] for word in values], np.int32) for name, values in words.items()}
+    most, figures = classification.of_the_largest_class(labels["train"], labels["test"], len(classes))
+    fields = {name: {"label": label} for name, label in labels.items()}
+    outputs = 1 if len(classes) == 2 else len(classes)
+    baseline = (f"always the largest class, {classes[most]}", figures)
+    return Target(outputs, fields, classifier, tuple(classes.tolist()), baseline)
+
+
+def _auto(task, y: dict[str, np.ndarray]) -> Target:
+    """Words are classes, numbers are targets of a regression; said where they look like classes."""
+    train = y["train"]
+    if train.dtype.kind == "U":
+        return _classes(task, y)
+    values = np.unique(train)
+    if train.shape[1] == 1 and len(values) <= FEW_VALUES and np.all(values == np.round(values)):
+        logging.warning(
+            "the targets are %d different whole numbers, and learned as numbers: if they are classes, set "
+            "--config.task.kind=classes (else regression)",
+            len(values),
+        )
+    return _regression(task, y)
+
+
+KINDS: dict[str, Callable[..., Target]] = {"auto": _auto, "classes": _classes, "regression": _regression}
+
+
+def _as_words(file: str, y: np.ndarray) -> np.ndarray:
+    """[N], the names of the classes in y, [N] of words or [N, 1] of whole numbers."""
+    if y.dtype.kind == "U":
+        return y
+    if y.shape[1] > 1:
+        refuse(
+            file, f"has {y.shape[1]} targets for each example; classes need one: set config.task.kind to 'regression'"
+        )
+    if np.any(y != np.round(y)):
+        refuse(file, "has targets that are no whole numbers; classes need to be: set config.task.kind to 'regression'")
+    return y[:, 0].astype(np.int64).astype(str)
+
+
+def _packed(x: np.ndarray, fields: dict[str, np.ndarray], dtype) -> dict[str, np.ndarray]:
+    """Inputs [N, d] and targets as the fields of a data set, in the run's precision."""
+    return pack(x, fields["y"], dtype) if "y" in fields else {"x": x.astype(dtype), **fields}
+
+
+def _of_the_same(sets: dict, split: str) -> list[np.ndarray] | None:
+    """Of each client the indices of its examples in the test set; None where that does not say whose they are."""
+    if "client" not in sets["test"] or split != "given":
+        return None
+    return [np.flatnonzero(sets["test"]["client"] == client) for client in np.unique(sets["train"]["client"])]
 
 
 def _warn_of_small(clients: Ragged) -> None:
@@ -96,7 +229,7 @@ def _by_column(task, x: np.ndarray, client: np.ndarray | None) -> np.ndarray:
 
 def _by_kmeans(task, x: np.ndarray, client: np.ndarray | None) -> np.ndarray:
     """[N] owners: clusters of the standardised x, by Lloyd's algorithm from the centres of k-means++."""
-    (x,), draw = _standardise(x), np.random.default_rng(task.seed)
+    x, draw = _standardise({"train": x})["train"], np.random.default_rng(task.seed)
     options = {"iter": KMEANS_STEPS, "minit": "++", "missing": "raise", "rng": draw}
     try:
         # k-means++ divides by zero where there are fewer places than centres.
@@ -116,8 +249,8 @@ def _by_client(task, x: np.ndarray, client: np.ndarray | None) -> np.ndarray:
     """[N] owners, as the file says them."""
     if client is None:
         raise ValueError(
-            f"config.task.split: 'given' needs an integer array client [N] in config.task.file, {task.file!r}; "
-            f"add it, or use one of {', '.join(sorted(set(SPLITS) - {'given'}))}"
+            f"config.task.split: 'given' needs an array client [N] in config.task.file, {task.file!r}, or a table's "
+            f"column config.task.client; add it, or use one of {', '.join(sorted(set(SPLITS) - {'given'}))}"
         )
     return client
 
@@ -125,18 +258,20 @@ def _by_client(task, x: np.ndarray, client: np.ndarray | None) -> np.ndarray:
 SPLITS: dict[str, OwnerOf] = {"column": _by_column, "given": _by_client, "kmeans": _by_kmeans}
 
 
-def _set_apart(arrays: dict, task) -> tuple[tuple, Examples]:
-    """((x, y, client) to train on, (x, y) to test on): the file's own test set, or a random part of its examples."""
-    x, y, client = arrays["x"], arrays["y"], arrays.get("client")
+def _sets(arrays: dict, task) -> dict[str, dict[str, np.ndarray]]:
+    """{"train", "test", "holdout": {x, y, and where it is known client}}; the test set is the file's, or drawn."""
+    names = [name for name in ("x", "y", "client") if name in arrays]
+    rows = {name: arrays[name] for name in names}
     if "x_test" in arrays:
-        return (x, y, client), (arrays["x_test"], arrays["y_test"])
-    order = np.random.default_rng(task.seed).permutation(len(x))
-    count = max(1, round(task.test_fraction * len(x)))
-    test, train = np.sort(order[:count]), np.sort(order[count:])
-    owner = None if client is None else client[train]
-    if task.split == "given" and client is not None:
-        _check_all_train(task.file, client, owner)
-    return (x[train], y[train], owner), (x[test], y[test])
+        train, test = rows, {"x": arrays["x_test"], "y": arrays["y_test"]}
+    else:
+        order = np.random.default_rng(task.seed).permutation(len(rows["x"]))
+        count = max(1, round(task.test_fraction * len(order)))
+        test, train = ({name: rows[name][np.sort(part)] for name in names} for part in (order[:count], order[count:]))
+    train, holdout = set_apart(train, task.holdout, task.seed)
+    if task.split == "given" and "client" in rows:
+        _check_all_train(task.file, rows["client"], train["client"])
+    return {"train": train, "test": test} | ({} if holdout is None else {"holdout": holdout})
 
 
 def _check_all_train(file: str, client: np.ndarray, owner: np.ndarray) -> None:
@@ -146,15 +281,16 @@ def _check_all_train(file: str, client: np.ndarray, owner: np.ndarray) -> None:
         refuse(
             file,
             f"leaves client {lost[0]} nothing to train on, as its examples were drawn for the test set; lower "
-            "config.task.test_fraction, or add x_test and y_test",
+            "config.task.test_fraction or config.task.holdout, or add x_test and y_test",
         )
 
 
-def _standardise(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-    """Columns to mean 0 and variance 1 by the moments of the first array [N, d]; its constant columns stay."""
+def _standardise(sets: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Columns of each set [N, d] to mean 0 and variance 1 by the training set's moments; its constant ones stay."""
+    train = sets["train"]
     varies = np.any(train != train[:1], axis=0)
     # Columns near one, by powers of two, which rounds nothing: the squares of 1e-170 or 1e200 are no numbers.
     exponent = np.where(varies, np.frexp(np.max(np.abs(train), axis=0, initial=0))[1], 0)
     near_one = np.ldexp(train, -exponent)
     mean, scale = np.where(varies, near_one.mean(0), 0), np.where(varies, near_one.std(0), 1)
-    return [(np.ldexp(array, -exponent) - mean) / scale for array in (train, *others)]
+    return {name: (np.ldexp(array, -exponent) - mean) / scale for name, array in sets.items()}

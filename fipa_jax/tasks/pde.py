@@ -19,7 +19,7 @@ import numpy as np
 
 from fipa_jax.lookup import lookup
 from fipa_jax.models import networks
-from fipa_jax.tasks.task import Problem, Task
+from fipa_jax.tasks.task import Problem, Task, means
 
 Function = Callable[[jax.Array], jax.Array]  # points x [B, d] -> [B]
 Operator = Callable[[Function, jax.Array], jax.Array]  # (u, x [B, d]) -> [B], N[u] at x; see `derivative`
@@ -169,11 +169,12 @@ def _metrics(outputs, batch):
     return {"loss": _loss(outputs, batch)}
 
 
-def _figures(means: dict) -> dict:
+def _figures(values: dict) -> dict:
     """The relative error in L2, where the solution is known."""
-    if "solution_squared" not in means:
-        return means
-    return {"relative_l2": jnp.sqrt(means["mse"] / means["solution_squared"])}
+    of_set = means(values)
+    if "solution_squared" not in of_set:
+        return of_set
+    return {"relative_l2": jnp.sqrt(of_set["mse"] / of_set["solution_squared"])}
 
 
 def build(config) -> Problem:

@@ -17,9 +17,9 @@ Batch = dict[str, jax.Array]  # {field: [B, ...]}, with a leading example axis
 Init = Callable[[jax.Array], Any]  # key -> params
 Outputs = Callable[[Any, Batch], tuple]  # (params, batch) -> (outputs [B, K], features: `Features`, or () for none)
 Loss = Callable[[jax.Array, Batch], jax.Array]  # (outputs, batch) -> [B], the loss of each example
-Metrics = Callable[[jax.Array, Batch], dict[str, jax.Array]]  # (outputs, batch) -> {name: [B]}
+Metrics = Callable[[jax.Array, Batch], dict[str, jax.Array]]  # (outputs, batch) -> {name: [B, ...]}
 Augment = Callable[[jax.Array, Batch], Batch]  # (key, batch) -> a random view of the batch
-Figures = Callable[[dict], dict]  # {name: mean over examples} -> what is reported of them
+Figures = Callable[[dict], dict]  # {name: [N, ...]}, the metrics of a set's examples -> {name: []}, what is reported
 Head = Callable[[Any, jax.Array], tuple]  # (params, body's features [B, F]) -> (outputs, features)
 
 
@@ -28,9 +28,9 @@ def unaugmented(key: jax.Array, batch: Batch) -> Batch:
     return batch
 
 
-def as_they_are(means: dict) -> dict:
-    """The means themselves, for tasks that report them."""
-    return means
+def means(values: dict) -> dict:
+    """{name: []}, the means over a set's examples of their metrics {name: [N]}."""
+    return {name: jnp.mean(value) for name, value in values.items()}
 
 
 class Task(NamedTuple):
@@ -43,9 +43,9 @@ class Task(NamedTuple):
     init: Init
     outputs: Outputs
     loss: Loss
-    metrics: Metrics  # averaged over examples; `accuracy` in a name says that higher is better
+    metrics: Metrics  # of each example; `accuracy` and `auc` in a figure's name say that higher is better
     augment: Augment = unaugmented  # of training batches
-    figures: Figures = as_they_are
+    figures: Figures = means  # of a set of examples; a client's are the means of those metrics that go by their names
     head: Head | None = None  # the head of the model alone, where it has one
     head_pattern: str = ""  # regular expression for the paths of the head's parameters
 
@@ -77,6 +77,11 @@ class Problem(NamedTuple):
     test: dict  # {field: array [N_test, ...]}, the server's test set
     holdout: dict | None  # examples set apart from the training set for tuning, or None
     clients: Sequence[np.ndarray]  # per client, the indices of its examples in `train`
+    test_clients: Sequence[np.ndarray] | None = (
+        None  # the same in `test`, where clients have test examples of their own
+    )
+    classes: tuple[str, ...] = ()  # the names of the classes, where there are some
+    baseline: tuple[str, dict] | None = None  # (a constant answer, {figure: what it has on the test set})
 
 
 TASKS = {  # name in `config.task.name` -> the module whose `build(config)` makes its problem
@@ -84,7 +89,7 @@ TASKS = {  # name in `config.task.name` -> the module whose `build(config)` make
     "gaussians_2d": "fipa_jax.tasks.regression",
     "images": "fipa_jax.tasks.images",
     "pde": "fipa_jax.tasks.pde",
-    "npz": "fipa_jax.tasks.own_data",
+    "own_data": "fipa_jax.tasks.own_data",
 }
 
 

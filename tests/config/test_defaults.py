@@ -182,7 +182,7 @@ def test_a_mistake_in_a_compared_method_names_field_and_method():
 @pytest.mark.parametrize(
     ("field", "known"),
     [
-        ("task.name", "images, npz"),
+        ("task.name", "images, own_data"),
         ("model.name", "cnn_23k"),
         ("model.activation", "tanh"),
         ("fipa.local.optimizer", "gauss_newton, lbfgs"),

@@ -177,20 +177,6 @@ def test_another_models_parameters_are_refused(tmp_path, other):
         load(tmp_path / "model.msgpack", other)
 
 
-def test_calibration_error_by_hand():
-    draw = np.random.default_rng(0)
-    confidence, correct = draw.uniform(0.1, 1, 200), draw.integers(0, 2, 200).astype(float)
-    confidence[:3] = [1.0, 0.0, 1 / 15]
-    wanted = 0.0
-    for b in range(15):
-        chosen = (confidence >= b / 15) & ((confidence < (b + 1) / 15) | ((b == 14) & (confidence == 1)))
-        if chosen.any():
-            wanted += chosen.mean() * abs(correct[chosen].mean() - confidence[chosen].mean())
-    found = metrics.overall({"confidence": jnp.asarray(confidence), "accuracy": jnp.asarray(correct)}, "test")
-    assert set(found) == {"test_accuracy", "test_calibration_error"}
-    np.testing.assert_allclose(found["test_calibration_error"], wanted, rtol=1e-5)
-
-
 @pytest.mark.parametrize("dim", [1, 2])
 def test_the_picture_of_a_prediction_is_drawn(dim, tmp_path):
     rng = np.random.default_rng(dim)

@@ -30,7 +30,7 @@ def fields_of(**fields):
 
 def own_data(folder):
     np.savez(folder / "mine.npz", x=draw.normal(size=(12, 2)), y=draw.normal(size=(12, 1)))
-    return task.build(fields_of(task__name="npz", task__file=str(folder / "mine.npz")))
+    return task.build(fields_of(task__name="own_data", task__file=str(folder / "mine.npz")))
 
 
 def equation(folder):

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -30,7 +31,7 @@ def config(tmp_path):
         file = tmp_path / "mine.npz"
         np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
         config = config_lib.default()
-        config.task.name, config.task.file, config.task.num_clients = "npz", str(file), 3
+        config.task.name, config.task.file, config.task.num_clients = "own_data", str(file), 3
         config.model.widths = (3,)
         config.fipa.rounds, config.fipa.sketch.rank = 2, 3
         config.task.update(changes)
@@ -149,8 +150,11 @@ def _with(name, row, value):
         ({"x": np.full((NUM_EXAMPLES, 2), "a")}, "'x' of dtype <U1; save real numbers"),
         ({"x": np.zeros((NUM_EXAMPLES, 2), complex)}, "'x' of dtype complex128"),
         ({"x": np.full((NUM_EXAMPLES, 2), None)}, "a 'x' that cannot be read.*nothing is unpickled"),
-        ({"client": np.zeros(NUM_EXAMPLES)}, r"client of dtype float64 and shape \[40\]; make it integers \[40\]"),
-        ({"client": np.zeros(3, int)}, r"shape \[3\]; make it integers \[40\]"),
+        (
+            {"client": np.zeros(NUM_EXAMPLES)},
+            r"client of dtype float64 and shape \[40\]; make it integers or words \[40\]",
+        ),
+        ({"client": np.zeros(3, int)}, r"shape \[3\]; make it integers or words \[40\]"),
         ({"x_test": _arrays()["x"]}, "one of x_test and y_test"),
         ({"x_test": np.zeros((5, 9)), "y_test": np.zeros((5, 2))}, "3 columns in x but 9 in x_test"),
         ({"x_test": np.zeros((5, WIDTH)), "y_test": np.zeros(5)}, "2 columns in y but 1 in y_test"),
@@ -186,7 +190,7 @@ def test_a_bare_array_is_no_npz(config, tmp_path):
     ("arrays", "changes", "said"),
     [
         ({}, {"split": "kmean"}, r"task\.split: unknown 'kmean'; known: column, given, kmeans"),
-        ({}, {"split": "given"}, r"task\.split: 'given' needs an integer array client.*config\.task\.file"),
+        ({}, {"split": "given"}, r"task\.split: 'given' needs an array client.*config\.task\.file"),
         ({}, {"column": WIDTH}, r"task\.column: x of config\.task\.file has columns 0 to 2, got 3"),
         ({}, {"column": -1}, r"task\.column: "),
         ({}, {"num_clients": 33}, r"task\.num_clients: 33 clients .*config\.task\.file has 32 to train on; lower it"),
@@ -211,3 +215,85 @@ def test_a_bare_array_is_no_npz(config, tmp_path):
 def test_a_split_that_does_not_exist_names_its_field(config, arrays, changes, said):
     with pytest.raises(ValueError, match=rf"config\.{said}"):
         tasks.build(config(_arrays(**arrays), **changes))
+
+
+def _labels(kind):
+    names = np.array(["benign", "malign", "unclear"])[: 2 if kind == "two" else 3]
+    label = np.arange(NUM_EXAMPLES) % len(names)
+    return {"two": names[label], "words": names[label], "numbers": label * 7 - 7}[kind], label
+
+
+@pytest.mark.parametrize("kind", ["two", "words", "numbers"])
+def test_classes_are_learned_by_their_names(config, kind):
+    y, label = _labels(kind)
+    problem = tasks.build(config(_arrays(y=y), kind="classes" if kind == "numbers" else "auto"))
+    assert problem.classes == tuple(str(name) for name in sorted(set(y.tolist())))
+    counted = np.bincount(np.concatenate([problem.train["label"], problem.test["label"]]))
+    np.testing.assert_array_equal(counted, np.bincount(label))
+    params = problem.task.init(jax.random.key(0))
+    logits, _ = problem.task.outputs(params, problem.train)
+    assert logits.shape == (32, 1 if kind == "two" else 3)
+    assert problem.task.loss(logits, problem.train).shape == (32,)
+
+
+def test_numbers_are_no_classes_unless_it_is_said(config, caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        problem = tasks.build(config(_arrays(y=np.arange(NUM_EXAMPLES) % 3)))
+    assert "y" in problem.train and not problem.classes
+    assert "config.task.kind=classes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("y", "kind", "said"),
+    [
+        (np.full(NUM_EXAMPLES, "a"), "auto", "has one class alone"),
+        (np.arange(NUM_EXAMPLES) / 3, "classes", "no whole numbers; classes need to be"),
+        (np.zeros((NUM_EXAMPLES, 2)), "classes", "2 targets for each example; classes need one"),
+        (np.full(NUM_EXAMPLES, "a"), "regression", "words as targets: set config.task.kind"),
+        (np.arange(NUM_EXAMPLES).astype(str), "auto", "has a class '[0-9]+' that is in no example to train on"),
+        (np.full((NUM_EXAMPLES, 2), "a"), "auto", r"words in y of shape \[40, 2\]"),
+    ],
+)
+def test_targets_that_are_no_classes_are_told_what_to_change(config, y, kind, said):
+    with pytest.raises(ValueError, match=rf"config\.task\.file: .*mine\.npz' .*{said}"):
+        tasks.build(config(_arrays(y=y), kind=kind))
+
+
+def test_a_holdout_is_set_apart_before_anybody_owns_it(config):
+    problem = tasks.build(config(_arrays(client=np.arange(NUM_EXAMPLES) % 4), split="given", holdout=0.25))
+    assert [len(part["x"]) for part in (problem.train, problem.test, problem.holdout)] == [24, 8, 8]
+    rows = np.concatenate([part["x"][:, 0] for part in (problem.train, problem.test, problem.holdout)])
+    assert len(np.unique(rows)) == NUM_EXAMPLES
+    assert sum(map(len, problem.clients)) == 24
+
+
+def test_clients_by_name_have_test_examples_of_their_own(config):
+    x, client = _arrays()["x"], np.array(["Ulm", "Basel"])[np.arange(NUM_EXAMPLES) % 2]
+    x[:, 0] = np.arange(NUM_EXAMPLES) % 2  # tells the owner
+    problem = tasks.build(config(_arrays(x=x, client=client), split="given", standardise=False))
+    for place, (train, test) in enumerate(zip(problem.clients, problem.test_clients, strict=True)):
+        assert np.all(problem.train["x"][train, 0] == 1 - place)  # Basel comes first
+        assert np.all(problem.test["x"][test, 0] == 1 - place)
+    assert sum(map(len, problem.test_clients)) == len(problem.test["x"])
+
+
+def test_the_constant_answer_of_a_regression_is_the_mean(config):
+    problem = tasks.build(config(_arrays()))
+    words, figures = problem.baseline
+    assert "mean" in words
+    mean = problem.train["y"].mean(0)
+    np.testing.assert_allclose(figures["mse"], np.mean((problem.test["y"] - mean) ** 2), rtol=1e-5)
+
+
+def test_a_run_on_classes_shows_all_figures(config, tmp_path, capsys):
+    y, label = _labels("two")
+    x = _arrays()["x"] + 4 * label[:, None]
+    settings = config(_arrays(x=x, y=y, client=np.arange(NUM_EXAMPLES) % 2), split="given", num_clients=2)
+    settings.fipa.local.optimizer, settings.fipa.local.weight_decay = "gauss_newton", 0.01
+    settings.compare = ("fipa",)
+    final = whole_run.run(settings, tmp_path / "run")["runs"]["fipa"]["final"]
+    assert {"test_accuracy", "test_balanced_accuracy", "test_auc", "test_loss", "client_test_accuracy_mean"} <= set(
+        final
+    )
+    assert final["test_accuracy"] > 0.8
+    assert "always the largest class" in capsys.readouterr().out

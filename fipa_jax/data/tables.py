@@ -1,0 +1,130 @@
+"""Which columns of a table are inputs, targets and owners? Tables are read by pyarrow (extra `tables`).
+
+A new kind of table is an entry of `READERS`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+MOST_WORDS = 50  # different ones in a column that becomes inputs, one for each
+
+
+class Columns(NamedTuple):
+    """Which columns of a table are what."""
+
+    targets: tuple[str, ...] = ()  # their names; () for y
+    inputs: tuple[str, ...] = ()  # () for all others
+    client: str = "client"  # who owns a row, where the table says that; never an input
+
+
+def read(file: str, path: Path, columns: Columns) -> dict[str, np.ndarray]:
+    """{x [N, d], y [N, K] or [N] of words, client [N] where it is there} of a table.
+
+    A column of numbers, or of true and false, is one input; one of words is one input for each of its words, 1 in the
+    rows that hold it and 0 in others.
+
+    Args:
+      file: as the user has named it, for errors.
+      path: of the table; its ending names the reader.
+
+    Raises:
+      ImportError: pyarrow is not installed.
+      ValueError: the table cannot be read, lacks a column, or one holds nothing in some rows.
+    """
+    table = _open(file, path)
+    targets = columns.targets or ("y",)
+    taken = {*targets, columns.client}
+    inputs = columns.inputs or tuple(name for name in table if name not in taken)
+    for name in (*targets, *inputs):
+        if name not in table:
+            _refuse(file, f"has no column {name!r}; it has {', '.join(table)}: see config.task.targets")
+    if not inputs:
+        _refuse(file, "has no column besides its targets to learn them from")
+    found = {"x": np.concatenate([_as_inputs(file, name, table[name]) for name in inputs], axis=1)}
+    found["y"] = _as_targets(file, targets, table)
+    if columns.client in table:
+        owner = table[columns.client]
+        found["client"] = owner if owner.dtype.kind in "iuU" else owner.astype(str)
+    return found
+
+
+def _refuse(file: str, what: str) -> NoReturn:
+    """Raises the ValueError that says what is wrong with a table."""
+    raise ValueError(f"config.task.file: {file!r} {what}")
+
+
+def _open(file: str, path: Path) -> dict[str, np.ndarray]:
+    """{name: column [N]} of a table, each of numbers, of true and false, or of words."""
+    try:
+        import pyarrow as arrow
+    except ImportError as error:
+        raise ImportError(
+            f"config.task.file: reading {file!r} needs pyarrow, which is not installed: pip install pyarrow"
+        ) from error
+    try:
+        table = READERS[path.suffix](path)
+    except (arrow.ArrowInvalid, OSError) as error:
+        _refuse(file, f"cannot be read as a {path.suffix} table: {str(error).splitlines()[0]}")
+    if len(set(table.column_names)) < table.num_columns:
+        _refuse(file, f"has two columns of one name: {', '.join(table.column_names)}")
+    return {name: _column(file, name, table[name], arrow) for name in table.column_names}
+
+
+def _column(file: str, name: str, column: Any, arrow: Any) -> np.ndarray:
+    """[N], a column without gaps, of numbers, of true and false, or of words."""
+    if arrow.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if column.null_count:
+        rows = np.flatnonzero(column.is_null().to_numpy())
+        _refuse(file, f"has nothing in {rows.size} rows of column {name!r}, first in row {rows[0]}; fill or drop them")
+    of_words = arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type)
+    array = column.to_numpy().astype(str) if of_words else column.to_numpy()
+    if array.dtype.kind not in "biufU":
+        _refuse(
+            file, f"has a column {name!r} of type {column.type}; make it numbers or words, or name config.task.inputs"
+        )
+    return array
+
+
+def _as_inputs(file: str, name: str, column: np.ndarray) -> np.ndarray:
+    """[N, columns] of float64: the numbers, or for each word whether the row holds it."""
+    if column.dtype.kind != "U":
+        return column.astype(np.float64)[:, None]
+    words = np.unique(column)
+    if len(words) > MOST_WORDS:
+        _refuse(
+            file,
+            f"has {len(words)} different words in column {name!r}, more than {MOST_WORDS}: leave it out by "
+            "config.task.inputs, or name it as config.task.client",
+        )
+    return (column[:, None] == words[None]).astype(np.float64)
+
+
+def _as_targets(file: str, names: tuple[str, ...], table: dict[str, np.ndarray]) -> np.ndarray:
+    """[N, K] of numbers, or [N] of words."""
+    columns = [table[name] for name in names]
+    if len(columns) == 1:
+        return columns[0]
+    if any(column.dtype.kind == "U" for column in columns):
+        _refuse(file, f"has words in one of the targets {', '.join(names)}: several targets need to be numbers")
+    return np.stack([column.astype(np.float64) for column in columns], axis=1)
+
+
+def _csv(path: Path) -> Any:
+    """The table in a file of comma-separated values, whose first line names the columns."""
+    from pyarrow import csv
+
+    return csv.read_csv(path)
+
+
+def _parquet(path: Path) -> Any:
+    """The table in a Parquet file."""
+    from pyarrow import parquet
+
+    return parquet.read_table(path)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {".csv": _csv, ".parquet": _parquet}  # ending -> path -> pyarrow's table

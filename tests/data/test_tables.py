@@ -1,0 +1,98 @@
+"""A table of numbers and words becomes the arrays that it says, or is told what to change."""
+
+import builtins
+
+import numpy as np
+import pytest
+
+from fipa_jax.data import own_arrays
+from fipa_jax.data.tables import READERS, Columns
+
+arrow = pytest.importorskip("pyarrow", reason="pyarrow reads tables")
+
+ROWS = {
+    "age": [63, 41, 57, 70],
+    "smokes": [True, False, False, True],
+    "chest": ["none", "typical", "none", "other"],
+    "client": ["Basel", "Ulm", "Basel", "Ulm"],
+    "y": [1.5, 2.5, 0.5, 3.0],
+    "z": [1, 2, 3, 4],
+}
+
+
+def _write(folder, ending, rows):
+    from pyarrow import csv, parquet
+
+    path, table = folder / f"mine{ending}", arrow.table(rows)
+    {".csv": csv.write_csv, ".parquet": parquet.write_table}[ending](table, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", READERS)
+def test_columns_become_inputs_targets_and_owners(tmp_path, ending):
+    found = own_arrays.read(_write(tmp_path, ending, ROWS))
+    words = np.array([[1, 0, 0], [0, 0, 1], [1, 0, 0], [0, 1, 0]])  # none, other, typical
+    np.testing.assert_array_equal(found["x"], np.c_[ROWS["age"], ROWS["smokes"], words, ROWS["z"]])
+    np.testing.assert_array_equal(found["y"], np.array(ROWS["y"])[:, None])
+    assert found["client"].tolist() == ROWS["client"]
+
+
+def test_named_columns_are_taken_and_the_owner_never_as_an_input(tmp_path):
+    file = _write(tmp_path, ".csv", ROWS)
+    found = own_arrays.read(file, Columns(targets=("y", "z"), inputs=("age",), client="chest"))
+    np.testing.assert_array_equal(found["x"], np.array(ROWS["age"])[:, None])
+    np.testing.assert_array_equal(found["y"], np.stack([ROWS["y"], ROWS["z"]], 1))
+    assert found["client"].tolist() == ROWS["chest"]
+    assert own_arrays.read(file, Columns(client="chest"))["x"].shape[1] == len(["age", "smokes", "Basel", "Ulm", "z"])
+
+
+def test_words_may_be_targets(tmp_path):
+    found = own_arrays.read(_write(tmp_path, ".parquet", ROWS), Columns(targets=("chest",)))
+    assert found["y"].tolist() == ROWS["chest"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "said"),
+    [
+        (ROWS, Columns(targets=("yy",)), "no column 'yy'; it has age, smokes, .*config.task.targets"),
+        (ROWS, Columns(inputs=("agee",)), "no column 'agee'"),
+        (ROWS | {"age": [63, None, 57, None]}, Columns(), "nothing in 2 rows of column 'age', first in row 1"),
+        (ROWS | {"age": [63.0, float("nan"), 57, 1]}, Columns(), "NaN or infinity in 1 rows of x, first in row 1"),
+        (ROWS, Columns(targets=("chest", "y")), "words in one of the targets chest, y"),
+        ({"y": [1, 2]}, Columns(), "no column besides its targets"),
+        ({"x": [[1], [2]], "y": [1, 2]}, Columns(), "column 'x' of type list"),
+        (
+            {"x": [f"w{i}" for i in range(60)], "y": [1] * 60},
+            Columns(),
+            "60 different words in column 'x', more than 50",
+        ),
+        ({"x": [1.0], "y": [1.0], "client": [0.5]}, Columns(), None),
+    ],
+)
+def test_a_table_that_does_not_fit_is_told_what_to_change(tmp_path, rows, columns, said):
+    file = _write(tmp_path, ".parquet", rows)
+    if said is None:
+        assert own_arrays.read(file, columns)["client"].tolist() == ["0.5"]
+        return
+    with pytest.raises(ValueError, match=rf"config\.task\.file: .*mine\.parquet' .*{said}"):
+        own_arrays.read(file, columns)
+
+
+@pytest.mark.parametrize(("ending", "content"), [(".csv", b""), (".csv", b"a,b\n1,2,3\n"), (".parquet", b"PAR1 no")])
+def test_what_is_no_table_is_named(tmp_path, ending, content):
+    (tmp_path / f"mine{ending}").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"config\.task\.file: .* cannot be read as a \{ending} table"):
+        own_arrays.read(str(tmp_path / f"mine{ending}"))
+
+
+def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
+    file, real = _write(tmp_path, ".csv", ROWS), builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("pyarrow"):
+            raise ImportError("no module", name="pyarrow")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match="pip install pyarrow"):
+        own_arrays.read(file)
