@@ -1,14 +1,19 @@
-"""Your own arrays: regression on an .npz file, split over four clients by clusters of its inputs.
+"""Your own data: regression or classification on a table, split over four clients by clusters of its inputs.
 
-Reproduces: nothing published; FIPA beside FedAvg on your data (tanh MLP d-20-20-K), with the local Gauss-Newton step of
-configs/gaussians_2d.py. The file holds x [N, d] and y [N] or [N, K], as np.savez("mine.npz", x=x, y=y) writes it; what
-else may be in it is said in fipa_jax/tasks/own_data.py. Hardware: two CPU cores, about a minute for 2,000 examples of
-five inputs. Expected: a test_mse below 1, that of the constant prediction, as y is standardised. Above it the model has
-learned its examples' noise, as with few examples of many columns: lower the rounds or model.widths.
+Reproduces: nothing published; FIPA beside FedAvg and beside all data in one place (`centralised`), on your data. The file
+is an .npz with x [N, d] and y [N] or [N, K], as np.savez("mine.npz", x=x, y=y) writes it, or a .csv or .parquet (extra
+`tables`) whose column y is predicted from the others; what else may be in it: fipa_jax/data/own_arrays.py. Words are
+classes; whole numbers are with --config.task.kind=classes. A tanh network d-20-20-K with weight decay is fitted by
+Levenberg-Marquardt, shared by clients and server. Hardware: two CPU cores, about a minute for 2,000 examples.
+Expected:
+with scikit-learn's diabetes, wine and breast cancer `fipa` agrees with `centralised` to two digits or more, at a
+test_mse of 0.47 (1.01 for a constant) and test accuracies of 97 and 98 % (seed 0).
+Where it is not better than the constant answer that a run prints, raise fipa.local.weight_decay, or lower model.widths.
 Command: python scripts/train.py --config=configs/own_data.py --config.task.file=mine.npz
 """
 
 from fipa_jax import config as config_lib
+from fipa_jax.config import recipes
 
 
 def get_config():
@@ -18,15 +23,8 @@ def get_config():
     config.task.num_clients = 4
     config.model.widths = (20, 20)
     config.precision = "float64"
-    config.warmup.rounds = 20
-    config.fipa.rounds = 80
-    config.fipa.sketch.solver = "lanczos"
-    config.fipa.sketch.rank = 50
-    config.fipa.aggregator.damping = 1e-6
-    config.fipa.aggregator.limits.max_step = 1.0
-    for phase in (config.warmup, config.fipa):
-        phase.local.optimizer = "gauss_newton"
-        phase.local.lr = 1.0
-        phase.local.epochs = 1
-        phase.local.damping = 1e-5
+    recipes.levenberg_marquardt(config)
+    config.fipa.rounds = 60
+    config.fipa.local.weight_decay = 0.03
+    config.fipa.sketch.solver, config.fipa.sketch.rank = "auto", 50
     return config

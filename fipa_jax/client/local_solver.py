@@ -107,15 +107,21 @@ def adaptive_steps(local: LocalSolver, scale: float, most: int, reach: float = 1
     return solve
 
 
-def with_initial_loss(local: LocalSolver, loss: Loss) -> LocalSolver:
-    """The local solver whose result says the client's mean loss at the parameters that it has received, `before`."""
+def with_initial_loss(local: LocalSolver, loss: Loss, weight_decay: float = 0.0) -> LocalSolver:
+    """The local solver whose result says the client's objective at the parameters that it has received, `before`.
+
+    That is the mean loss, and l2/2 |params|^2, l2 the weight decay.
+    """
 
     def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
         result = local(outputs, params, data, client, key, hyper, store, shared)
         examples = gather(data, own_indices(client))
         out = contracts.rows_of_each_example(outputs(params, examples)[0], examples)
         losses = contracts.one_number_each(loss)(out, examples)
-        return result._replace(before=masked_mean(losses, present(client)))
+        before = masked_mean(losses, present(client))
+        if weight_decay:
+            before = before + weight_decay / 2 * optax.tree.norm(trees.widened(params), squared=True)
+        return result._replace(before=before.astype(result.loss.dtype))
 
     return solve
 

@@ -51,8 +51,8 @@ def gauss_newton(
               = -J^T (L J J^T / N + c I)^{-1} (e - l2 / c L J theta) / N - l2 / c theta
 
     e are the loss's gradients in the outputs [N K], J the Jacobian's rows [N K, P]; nothing of size [P, P] is formed.
-    l2 is the weight decay, of the objective's l2/2 |theta|^2, and c the damping, l2 at least: with c = l2 the step is
-    Newton's (Gauss's) own. This c is what the client says of its step.
+    l2 is the weight decay, of the objective's l2/2 |theta|^2, and c the damping, l2 in it: with c = l2 the step is
+    Gauss's and Newton's own. A smaller damping is raised to l2, but for an untested step, whose c may be the server's.
     Each step is scaled by the learning rate. Where it would raise the client's loss, it is tried again with ten times
     the damping (Marquardt 1963); after `tries` of that the client stays where it is.
 
@@ -60,7 +60,7 @@ def gauss_newton(
       loss: (out, batch) -> [B].
       weight_decay: l2 of the objective.
       epochs, steps: re-linearised steps a round; an epoch is one step, as it takes all examples.
-      tries: dampings that are tried; 0 takes the first one's step untested, as it is.
+      tries: dampings that are tried; 0 takes the step of the first one untested, as it is.
       system: `gram` solves the right-hand form (push-through identity), one [N K, N K] system; `cg` the left-hand one
         by conjugate gradients on matrix-free products; `auto` takes `gram` up to N K = 2000.
       cg_steps: products with the curvature that a damping may take; fewer where the residual is rounding alone.
@@ -104,7 +104,7 @@ def gauss_newton(
             theta, damping = _marquardt(*at, objective, step_for, first, least, tries)
             return theta, total + before, damping
 
-        first = jnp.maximum(hyper.damping, weight_decay)
+        first = jnp.maximum(hyper.damping, weight_decay) if tries else hyper.damping
         start = flat, jnp.zeros([], flat.dtype), first
         theta, total, damping = jax.lax.fori_loop(0, steps, step, vary_with(start, flat))
         return Improvement(unravel(theta - flat), total / steps, damping=damping)

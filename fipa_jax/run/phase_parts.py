@@ -118,7 +118,9 @@ def local_of(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, tas
         momentum = settings.local.momentum if settings.local.optimizer in first_order.WITH_MOMENTUM else 0.0
         adaptive = settings.local.adaptive
         local = adaptive_steps(local, adaptive.scale, adaptive.max_steps, reach=1 / (1 - momentum))
-    return with_initial_loss(local, task.loss) if aggregator.needs.loss else local
+    if not aggregator.needs.loss:
+        return local
+    return with_initial_loss(local, task.loss, settings.local.weight_decay)
 
 
 def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task) -> sketch.Sketcher | None:

@@ -8,8 +8,10 @@ import pytest
 
 from fipa_jax import config as config_lib
 from fipa_jax import tasks
+from fipa_jax.config import recipes
 from fipa_jax.reporting import metrics
 from fipa_jax.run import whole_run
+from fipa_jax.saving import model_files
 from fipa_jax.tasks import own_data
 
 NUM_EXAMPLES, WIDTH = 40, 3
@@ -297,3 +299,26 @@ def test_a_run_on_classes_shows_all_figures(config, tmp_path, capsys):
     )
     assert final["test_accuracy"] > 0.8
     assert "always the largest class" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_newton_rounds_with_weight_decay_end_at_the_pooled_optimum(config, tmp_path, trust):
+    """Logistic regression: the step of every round is Newton's on all clients' examples."""
+    y, label = _labels("two")
+    settings = config(_arrays(y=y, client=label), split="given")
+    settings.precision, settings.model.widths, l2 = "float64", (), 0.05
+    recipes.levenberg_marquardt(settings)
+    settings.fipa.local.weight_decay = settings.fipa.aggregator.damping = l2
+    settings.fipa.aggregator.trust, settings.fipa.rounds = trust, 25 if trust else 6
+    settings.fipa.sketch.solver, settings.fipa.sketch.rank = "rows", 4
+    settings.compare = ("fipa",)
+    whole_run.run(settings, tmp_path / "run")
+    layer = model_files.load(tmp_path / "run" / "fipa.msgpack")["Dense_0"]
+    with jax.enable_x64(True):
+        train = tasks.build(settings).train
+    x, wanted = np.c_[train["x"], np.ones(len(train["x"]))], np.zeros(WIDTH + 1)
+    for _ in range(30):  # Newton's method in NumPy
+        p = 1 / (1 + np.exp(-x @ wanted))
+        hessian = x.T @ (x * (p * (1 - p))[:, None]) / len(x) + l2 * np.eye(WIDTH + 1)
+        wanted -= np.linalg.solve(hessian, x.T @ (p - train["label"]) / len(x) + l2 * wanted)
+    np.testing.assert_allclose(np.r_[layer["kernel"][:, 0], layer["bias"]], wanted, atol=1e-4)
