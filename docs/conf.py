@@ -51,6 +51,7 @@ napoleon_use_rtype = False
 toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"fipa_jax {release}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]

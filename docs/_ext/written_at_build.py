@@ -93,7 +93,9 @@ def _shown(value):
 
 def _cell(words):
     """Words in a cell of a table: what looks like code is set as code."""
-    words = re.sub(r"(?<!`)\b(config\.[\w.]+\w|[a-z_]+\.[a-z_]+\.[A-Za-z_.]+\w)(?!`)", r"`\1`", words)
+    words = re.sub(
+        r"(?<!`)(--config\.[\w.]+=\w+|\bconfig\.[\w.]+\w|\b[a-z_]+\.[a-z_]+\.[A-Za-z_.]+\w)(?!`)", r"`\1`", words
+    )
     return words.replace("|", "\\|").replace("*", "\\*")
 
 
