@@ -79,8 +79,9 @@ def _items(tree, before, comments):
 
 def words_beside(node: ast.AST, comments: dict) -> str:
     """The comment beside a statement, or else the lines of comment above it."""
-    if node.lineno in comments:
-        return comments[node.lineno][0]
+    for line in range(node.lineno, node.end_lineno + 1):
+        if line in comments:
+            return comments[line][0]
     above, line = [], node.lineno - 1
     while line in comments and comments[line][1]:
         above, line = [comments[line][0], *above], line - 1
