@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import pytest
 
 from fipa_jax import aggregate, tasks
@@ -169,6 +170,22 @@ def test_the_command_line_page_has_every_option(extensions):
     for name in re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source):
         assert f"| `--{name}` |" in page
     assert "| `--last` | `1` |" in page
+
+
+def test_the_server_keeps_as_many_numbers_as_the_page_on_memory_says():
+    """By shapes alone."""
+    size, rank, cohorts, clients = 30, 4, 3, 7
+    params = {"w": jax.ShapeDtypeStruct([size], "float32")}
+
+    def kept(**options):
+        state = jax.eval_shape(aggregate.fipa(**options).init, params)
+        return sum(leaf.size for leaf in jax.tree.leaves(state.solver))
+
+    past = {kind: aggregate.PastRounds(kind, rank, 0.9, cohorts, clients) for kind in ("prior", "targets", "latest")}
+    assert kept(past=past["prior"]) == rank * (size + 1) + 1
+    assert kept(past=past["targets"]) == cohorts * (rank * (size + 1) + size + 1)
+    assert kept(past=past["latest"]) == clients * (rank * (size + 1) + 2 * size + 2)
+    assert kept(trust=True, relative=False) == size + 6
 
 
 def test_every_part_of_the_package_has_its_page():

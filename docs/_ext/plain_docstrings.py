@@ -23,6 +23,9 @@ def converted(lines: list[str]) -> list[str]:
     for name, body in _sections(lines):
         if name == "Example":
             result += [".. rubric:: Example", "", *_example(body), ""]
+        elif name == "Returns":  # napoleon would take all before a colon for a type
+            text = "\n".join(_text(body, SECTIONS[name])).strip().splitlines()
+            result += [f":returns: {text[0]}", *(f"  {line}" for line in text[1:]), ""]
         else:
             result += [*([f"{name}:"] if name else []), *_text(body, SECTIONS[name]), ""]
     return result

@@ -126,9 +126,8 @@ def usage(script: str) -> str:
 def file(name: str) -> str:
     """A file of the repository's root; its links into the repository become words, those to these pages stay."""
     if not (ROOT / name).is_file():
-        return f"There is no `{name}` in this copy."
-    text = re.sub(r"`(\n)", r"`\1", (ROOT / name).read_text())
-    return REPOSITORY_LINK.sub(r"\1", text).replace("](docs/", "](")
+        return f"# {Path(name).stem.capitalize()}\n\nThere is no `{name}` in this copy."
+    return REPOSITORY_LINK.sub(r"\1", (ROOT / name).read_text()).replace("](docs/", "](")
 
 
 def names(path: str) -> str:
