@@ -94,3 +94,12 @@ def test_every_number_has_a_range():
 def test_a_range_holds_the_numbers_that_it_says(numbers, inside, outside):
     assert all(checks.holds(numbers, number) for number in inside)
     assert not any(checks.holds(numbers, number) for number in outside)
+
+
+def test_a_tuple_that_is_empty_by_default_takes_texts():
+    config = default()
+    config.task.targets = ("price", "size")
+    fields.check(config, default())
+    config.task.targets = (1,)
+    with pytest.raises(ValueError, match=r"config.task.targets: needs a tuple such as \('a', 'b'\), got \(1,\)"):
+        fields.check(config, default())
