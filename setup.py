@@ -8,6 +8,7 @@ VERSION = next(line for line in SOURCE.splitlines() if line.startswith("__versio
 TFDS = ["tensorflow-datasets>=4.9.9", "array_record>=0.8", "importlib_resources>=6", "pillow>=10"]
 PLOTS = ["matplotlib>=3.8"]
 DATASETS = ["scikit-learn>=1.4"]  # which brings the digits
+TABLES = ["pyarrow>=15"]
 
 setup(
     name="fipa_jax",
@@ -36,6 +37,7 @@ setup(
         "tfds": TFDS,
         "plots": PLOTS,
         "datasets": DATASETS,
+        "tables": TABLES,
         "docs": ["furo>=2025.12.19", "myst-nb>=1.4", "Sphinx>=9.0.4"],  # docs/requirements.txt pins what is tested
         # What scripts/benchmark.py measures beside this package, pinned. pfl==0.6.0 and fedjax==0.0.17 ask for other
         # versions of shared packages: each needs an environment of its own.
@@ -44,6 +46,7 @@ setup(
             *TFDS,
             *PLOTS,
             *DATASETS,
+            *TABLES,
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-timeout>=2.3",

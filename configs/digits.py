@@ -2,9 +2,9 @@
 
 Reproduces: nothing published. The 1797 images are scikit-learn's (8 x 8, in a border of two pixels); every fifth is in
 the test set. After 20 rounds of FedAvg every method goes on for 40. Each had 12 settings, chosen by the accuracy on a
-held-out tenth of the training images, over seeds 0 to 2: `configs/digits.py:tune` runs them all.
-Hardware: two CPU cores, under a minute. Expected: after 40 rounds
-`fipa_memory` at 93.5 % (88 to 98 on five seeds), SCAFFOLD 75.5, FedAdam 75.2, FedAvg 70.9 %.
+held-out tenth of the training images, over seeds 0 to 2: `configs/digits.py:tune` runs them all. Hardware: two CPU
+cores, under a minute. Expected: after 40 rounds `fipa_memory` at 93.5 % (88 to 98 on five seeds), SCAFFOLD 75.5,
+FedAdam 75.2, FedAvg 70.9 %.
 Command: python scripts/train.py --config=configs/digits.py
 """
 
