@@ -36,6 +36,8 @@ setup(
         "tfds": TFDS,
         "plots": PLOTS,
         "datasets": DATASETS,
+        # Models of other libraries that docs/recipes trains.
+        "recipes": ["dm-haiku>=0.0.14", "equinox>=0.13"],
         # What scripts/benchmark.py measures beside this package, pinned. pfl==0.6.0 and fedjax==0.0.17 ask for other
         # versions of shared packages: each needs an environment of its own.
         "peers": ["curvlinops-for-pytorch==3.0.1", "matfree==0.6.3", "scipy==1.17.1", "torch==2.15.0"],
