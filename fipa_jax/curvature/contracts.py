@@ -59,23 +59,41 @@ def check(outputs: Outputs, loss: Loss, params: Any, batch: Any, mask: jax.Array
 def mixes_examples(
     outputs: Outputs, loss: Loss, params: Any, batch: Any, mask: jax.Array | None = None
 ) -> jax.Array | bool:
-    """[] bool: the first example's outputs or loss change where the last one stands beside it."""
+    """[] bool: the first example's outputs or loss change where the last one stands beside it.
+
+    What is compared is computed alike, in batches of two, or from the same outputs: of a model that fits its data what
+    is left of outputs and losses may be little more than rounding, which differs between programs.
+    """
     number = num_examples(batch)
     if number < 2:
         return False
     first, last = (0, number - 1) if mask is None else (jnp.argmax(mask), number - 1 - jnp.argmax(mask[::-1]))
-    pair = jnp.array([first, last])
 
-    def first_of(number):
-        few = jax.tree.map(lambda x: x[pair[:number]], batch)
-        out = of_each_example(outputs)(params, few)
-        return [leaf[0] for leaf in jax.tree.leaves((out, one_number_each(loss)(out, few)))]
+    def beside(other):
+        return jax.tree.map(lambda x: x[jnp.array([first, other])], batch)
 
-    def differ(alone, beside):
-        slack = 10 * jnp.sqrt(jnp.finfo(alone.dtype).eps) * jnp.max(jnp.abs(alone), initial=1e-30)
-        return jnp.any(jnp.abs(alone - beside) > slack)  # false for NaN, which has a flag of its own
+    def of_first(tree):
+        return jax.tree.map(lambda x: x[:1], tree)
 
-    return jnp.any(jnp.stack(list(map(differ, first_of(1), first_of(2)))))
+    pair = beside(last)
+    with_itself, with_last = (of_each_example(outputs)(params, few) for few in (beside(first), pair))
+    together = one_number_each(loss)(with_last, pair)
+    alone = one_number_each(loss)(of_first(with_last), of_first(pair))
+    leaves = list(zip(jax.tree.leaves(of_first(with_itself)), jax.tree.leaves(of_first(with_last)), strict=True))
+    rounding = 10 * jnp.finfo(alone.dtype).eps * _largest([one for one, _ in leaves])  # as in log sum exp - logit
+    mixed = [_differ(*pair) for pair in leaves]
+    return jnp.any(jnp.stack([*mixed, _differ(alone, together[:1], rounding)]))
+
+
+def _largest(arrays: list[jax.Array]) -> jax.Array:
+    """[], the largest magnitude in them."""
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(array), initial=1e-30) for array in arrays]))
+
+
+def _differ(one: jax.Array, other: jax.Array, rounding: jax.Array | float = 0.0) -> jax.Array:
+    """[] bool: two arrays differ by more than rounding; false for NaN, which has a flag of its own."""
+    slack = 10 * jnp.sqrt(jnp.finfo(one.dtype).eps) * _largest([one])
+    return jnp.any(jnp.abs(one - other) > slack + rounding)
 
 
 def floating(tree: Any, name: str) -> Any:

@@ -196,6 +196,7 @@ def normalised(params, batch):
 MIXING = {
     "batch normalisation": (normalised, loss),
     "batch mean in the loss": (outputs, lambda out, batch: loss(out, batch) / (1 + jnp.mean(loss(out, batch)))),
+    "batch size in the loss": (outputs, lambda out, batch: loss(out, batch) / out.shape[0]),
     "contrast": (lambda p, b: outputs(p, b) @ outputs(p, b).T @ b["y"], loss),
 }
 
@@ -216,6 +217,30 @@ def test_examples_that_are_kept_apart_pass(dtype):
     assert not found.report.flags["examples_mixed"]
     curvature.check(outputs, loss, params, batch)
     curvature.check(outputs, loss, params, batch, jnp.arange(N) < 1)
+
+
+def test_rounding_is_no_mixing():
+    """Of a model that fits its data all but exactly, or whose outputs are zero but for rounding, in float32.
+
+    Three hundred terms are summed in another order in a batch of one than in one of two.
+    """
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in (("w", (1, 300)), ("v", (300, 1)))
+    }
+    x = jnp.linspace(0.1, 1, N, dtype=jnp.float32)[:, None]
+
+    def fitted(params, batch):
+        return jnp.tanh(batch["x"] @ params["w"]) @ params["v"]
+
+    batch = {"x": x, "y": jax.jit(fitted)(params, {"x": x})}
+    zero = float(batch["y"][0, 0])
+
+    def confident(out, batch):  # cross-entropy of an answer that is certain
+        return jax.nn.softplus(-20 * jnp.abs(out[:, 0]) - 15)
+
+    for case in ((fitted, loss), (lambda p, b: fitted(p, b) - zero, loss), (fitted, confident)):
+        assert not jax.jit(contracts.mixes_examples, static_argnums=(0, 1))(*case, params, batch)
 
 
 def test_check_finds_what_is_not_finite():
