@@ -75,6 +75,11 @@ def num_classes(name: str, data_dir: str = "") -> int:
     return _builder(_prepared(name, data_dir)).info.features["label"].num_classes
 
 
+def class_names(name: str, data_dir: str = "") -> list[str]:
+    """Returns the names of a prepared data set's classes, numbers where it has none; raises as `load` does."""
+    return list(_builder(_prepared(name, data_dir)).info.features["label"].names)
+
+
 def test_split(name: str) -> str:
     """Returns the name of the split on which results on a data set are reported."""
     return TEST_SPLITS.get(name.partition(":")[0], "test")

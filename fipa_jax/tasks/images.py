@@ -48,7 +48,8 @@ def build(config) -> Problem:
     module = networks.build(config.model, num_outputs=loading.num_classes(config.data.name, config.data.dir))
     augment, rotation, flip = config.data.augment, config.data.rotation, config.data.flip
     task = classifier(module, train["image"].shape[1:], mean, std, augment, rotation, flip)
-    return Problem(task=task, train=train, test=test, holdout=holdout, clients=clients)
+    classes = loading.class_names(config.data.name, config.data.dir)
+    return Problem(task=task, train=train, test=test, holdout=holdout, clients=clients, classes=classes)
 
 
 def _check_order(config):

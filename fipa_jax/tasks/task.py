@@ -77,6 +77,7 @@ class Problem(NamedTuple):
     test: dict  # {field: array [N_test, ...]}, the server's test set
     holdout: dict | None  # examples set apart from the training set for tuning, or None
     clients: Sequence[np.ndarray]  # per client, the indices of its examples in `train`
+    classes: Sequence[str] = ()  # their names, where they have any; for pictures
 
 
 TASKS = {  # name in `config.task.name` -> the module whose `build(config)` makes its problem

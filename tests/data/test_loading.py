@@ -330,7 +330,7 @@ def toy_config(prepared, cache_dir, **changes):
 
 
 def test_build_sets_the_holdout_apart_and_learns(prepared, tmp_path):
-    task, train, test, holdout, clients = images.build(toy_config(prepared, tmp_path))
+    task, train, test, holdout, clients, _ = images.build(toy_config(prepared, tmp_path))
     assert (len(train["label"]), len(holdout["label"]), len(test["label"])) == (18, 6, 6)
     whole = data.load("toy", "train", str(prepared), str(tmp_path))["image"]
     parts = [image.tobytes() for image in (*train["image"], *holdout["image"])]

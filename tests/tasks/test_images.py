@@ -147,7 +147,7 @@ def test_a_task_is_built_from_every_kind(name, official, tmp_path):
     folder, arrays = official(name)
     datasets.prepare(name, tmp_path / "data", folder)
     changes = {"data.flip": name != "mnist", "data.rotation": 10.0, "model.name": "cnn_6k"}
-    task, train, test, _, _ = images.build(image_config(name, tmp_path, **changes))
+    task, train, test, *_ = images.build(image_config(name, tmp_path, **changes))
     np.testing.assert_array_equal(test["label"], arrays[data.test_split(name)][1])
     batch = task.augment(jax.random.key(0), jax.tree.map(lambda x: x[:4], train))
     assert batch["image"].shape == train["image"][:4].shape
