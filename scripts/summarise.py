@@ -2,6 +2,10 @@
 
 for seed in 0 1 2; do python scripts/train.py --config.seed=$seed --workdir=runs/sine-$seed; done
 python scripts/summarise.py runs/sine-0 runs/sine-1 runs/sine-2
+
+With --plot it draws them as well: each method's mean over the runs, and a band of one standard deviation.
+
+python scripts/summarise.py runs/sine-* --plot=sine.svg --metric=test_mse
 """
 
 import argparse
@@ -10,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from fipa_jax.reporting import metrics
+from fipa_jax.reporting import curves, metrics
 
 
 def main():
@@ -21,24 +25,51 @@ def main():
     )
     parser.add_argument("--seconds", type=float, default=math.inf, help="a run counts until its rounds took so long")
     parser.add_argument("--figures", default="test_,holdout_", help="beginnings of the figures' names")
+    parser.add_argument("--plot", type=Path, help="draw mean and spread over the runs into this file: a PNG and an SVG")
+    parser.add_argument("--metric", help="the figures that are drawn, with commas; all of the test set by default")
+    parser.add_argument("--methods", help="the methods that are drawn, with commas; all by default")
+    parser.add_argument("--bytes", action="store_true", help="draw against the bytes sent instead of the rounds")
+    parser.add_argument("--training", action="store_true", help="draw the clients' own training figures too, dotted")
+    parser.add_argument("--width", type=float, default=7.2, help="of the picture in inches; 7.2 are about 700 pixels")
     args = parser.parse_args()
-    values = {}
+    values, seeds = {}, []
     for workdir in args.workdirs:
         try:
             rows = metrics.within(metrics.read(workdir / "metrics.jsonl"), args.seconds)
         except FileNotFoundError as error:
             sys.exit(f"error: no run in {workdir}: {error}")
+        seeds.append(curves.start_of(workdir) + rows)
         for (run, name), series in metrics.series(rows).items():
             if name.startswith(tuple(args.figures.split(","))):
                 values.setdefault((run, name), []).append(
                     statistics.fmean(math.nan if x is None else x for x in series[-args.last :])
                 )
+    if args.plot:
+        draw(seeds, args)
     width = max((len(run) for run, _ in values), default=0)
     print(f"{'method':{width}}  {'figure':20}{'median':>11}{'mean':>11}{'std':>11}{'worst':>11}  runs")
     for (run, name), found in values.items():
         worst = min(found) if metrics.direction(name) > 0 else max(found)
         figures = statistics.median(found), statistics.fmean(found), statistics.pstdev(found), worst
         print(f"{run:{width}}  {name:20}" + "".join(f"{figure:11.4g}" for figure in figures) + f"{len(found):6}")
+
+
+def draw(seeds, args):
+    """Draws what the arguments ask for of the runs, or says which figure or method there is not."""
+    there = [dict.fromkeys(name for rows in seeds for row in rows for name in names(row)) for names in (list, run_of)]
+    wanted = [args.metric and args.metric.split(","), args.methods and args.methods.split(",")]
+    wanted[0] = wanted[0] or [name for name in there[0] if name.startswith("test_")]
+    for what, asked, known in zip(("--metric", "--methods"), wanted, there, strict=True):
+        if missing := set(asked or ()) - set(known):
+            sys.exit(f"error: {what}: no {sorted(missing)} in these runs; there are: {', '.join(known)}")
+    args.plot.parent.mkdir(parents=True, exist_ok=True)
+    options = {"by_bytes": args.bytes, "training": args.training, "width": args.width}
+    curves.draw(seeds, wanted[0], args.plot, methods=wanted[1] or (), **options)
+
+
+def run_of(row):
+    """The run of a row, alone in a list."""
+    return [row["run"]]
 
 
 if __name__ == "__main__":

@@ -19,8 +19,15 @@ class ImageSet(NamedTuple):
     """How a set of labelled images is read."""
 
     load: Callable[[str], dict[str, np.ndarray]]  # split -> image [N, H, W, C] uint8, label [N] int32
-    num_classes: Callable[[], int]
+    classes: Callable[[], list[str]]  # the names of the K classes
     in_original_order: Callable[[], bool]  # whether published lists of indices fit
+
+
+class Packaged(NamedTuple):
+    """A set that a Python package brings."""
+
+    read: Callable[[], dict[str, dict]]  # () -> {split: {field: array}}
+    classes: tuple[str, ...]  # their names
 
 
 def find(name: str, data_dir: str = "", cache_dir: str = "") -> ImageSet:
@@ -34,11 +41,11 @@ def find(name: str, data_dir: str = "", cache_dir: str = "") -> ImageSet:
       train = find("digits").load("train[:400]")
     """
     if name in PACKAGED:
-        read, classes = PACKAGED[name]
-        return ImageSet(functools.partial(_part, name, read), lambda: classes, lambda: True)
+        packaged = PACKAGED[name]
+        return ImageSet(functools.partial(_part, name, packaged.read), lambda: list(packaged.classes), lambda: True)
     return ImageSet(
         functools.partial(loading.load, name, data_dir=data_dir, cache_dir=cache_dir),
-        functools.partial(loading.num_classes, name, data_dir),
+        functools.partial(loading.class_names, name, data_dir),
         functools.partial(loading.in_original_order, name, data_dir),
     )
 
@@ -84,4 +91,4 @@ def _digits() -> dict[str, dict]:
     return {split: {"image": image[chosen], "label": label[chosen]} for split, chosen in parts.items()}
 
 
-PACKAGED = {"digits": (_digits, 10)}  # name -> (() -> {split: arrays}, K)
+PACKAGED = {"digits": Packaged(_digits, tuple("0123456789"))}

@@ -70,9 +70,9 @@ def load(name: str, split: str, data_dir: str = "", cache_dir: str = "") -> dict
     return arrays
 
 
-def num_classes(name: str, data_dir: str = "") -> int:
-    """Returns the number of classes K of a prepared data set; raises as `load` does."""
-    return _builder(_prepared(name, data_dir)).info.features["label"].num_classes
+def class_names(name: str, data_dir: str = "") -> list[str]:
+    """Returns the names of a prepared data set's classes, numbers where it has none; raises as `load` does."""
+    return list(_builder(_prepared(name, data_dir)).info.features["label"].names)
 
 
 def test_split(name: str) -> str:

@@ -310,19 +310,24 @@ def shown(clients: Sequence) -> list:
 
 
 def draw_split(problem: tasks.Problem, workdir: Path) -> None:
-    """Draws who owns which data, where there are classes or at most two inputs to draw."""
-    train, clients, counts = problem.train, shown(problem.clients), class_counts(problem)
+    """Draws who owns which data: by class, by the inputs where there are at most two, else by the target."""
+    train, clients, counts, path = problem.train, shown(problem.clients), class_counts(problem), workdir / "split.png"
     if counts is not None:
-        plots.split_by_class(counts, workdir / "split.png")
-    elif {"x", "y"} <= set(train) and train["x"].ndim == 2 and train["x"].shape[1] <= 2:
-        plots.split_by_position(train["x"], train["y"], clients, workdir / "split.png")
+        plots.split_by_class(counts, path, problem.classes)
+    elif {"x", "y"} <= set(train) and train["x"].ndim == 2:
+        on_boundary = " inside, u on the boundary" if "boundary" in train else ""
+        name = f"right-hand side f{on_boundary}" if "solution" in problem.test else "y"
+        if train["x"].shape[1] <= 2:
+            plots.split_by_position(train["x"], train["y"], clients, path, name)
+        else:
+            plots.split_by_target(train["y"], clients, path, name)
 
 
 def draw_prediction(problem: tasks.Problem, params, path: Path) -> None:
-    """Draws what the model says of a regression task, or of an equation, with at most two inputs and one output."""
+    """Draws what the model says of a regression task with one output, or of an equation, beside what is true."""
     test = problem.test
     truth = test.get("solution", test.get("y"))
-    if truth is None or test["x"].ndim != 2 or test["x"].shape[1] > 2 or truth.size != len(test["x"]):
+    if truth is None or test["x"].ndim != 2 or truth.size != len(test["x"]):
         return
     model = np.asarray(jax.jit(problem.task.outputs)(params, test)[0]).reshape(-1)
     x = np.asarray(problem.train["x"])

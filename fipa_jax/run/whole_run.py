@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from fipa_jax import files
 from fipa_jax.config.checks import validate
 from fipa_jax.config.methods import method
-from fipa_jax.reporting import console, metrics, plots
+from fipa_jax.reporting import console, curves, metrics
 from fipa_jax.run import head_features, loop
 from fipa_jax.run.estimate import say_if_long
 from fipa_jax.run.experiment import Experiment, build, pooled
@@ -97,6 +97,7 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
     """
     config = experiment.config
     console.attempt("the description", console.describe, config, experiment.problem, experiment.params)
+    console.attempt("the first model", write_start, experiment, workdir)
     phases, seen_by_head = configs_of(config), {}
     settings_of = {name: phases[name].warmup if name == WARMUP else phases[name].fipa for name in phases}
     if not journal.saved:
@@ -173,9 +174,25 @@ def refresh(phases: dict[str, ConfigDict], workdir: Path) -> dict:
     rows = metrics.read(workdir / "metrics.jsonl")
     summary = summary_of(phases, rows)
     files.write(workdir / "summary.json", f"{json.dumps(metrics.jsonable(summary), indent=2)}\n".encode())
-    figures = dict.fromkeys(figure for row in rows for figure in row if figure.startswith("test_"))
-    console.attempt("curves.png", plots.curves, rows, list(figures), workdir / "curves.png")
+    console.attempt("curves.png", draw_curves, rows, workdir)
     return summary
+
+
+def draw_curves(rows: list[dict], workdir: Path) -> None:
+    """Draws the test figures of all phases by rounds, and the first of them by bytes."""
+    figures = list(dict.fromkeys(figure for row in rows for figure in row if figure.startswith("test_")))
+    seeds = [curves.start_of(workdir) + rows]
+    curves.draw(seeds, figures, workdir / "curves.png")
+    curves.draw(seeds, figures[:1], workdir / "bytes.png", by_bytes=True)
+
+
+def write_start(experiment: Experiment, workdir: Path) -> None:
+    """Writes what the first model does on the test set, as a row: all curves begin there."""
+    file = workdir / "start.json"
+    if jax.process_count() == 1 and not file.exists():
+        row = {"run": curves.START, "round": experiment.config.first_round - 1}
+        row |= metrics.jsonable(loop.on_test(experiment, experiment.held, experiment.params))
+        files.write(file, f"{json.dumps(row)}\n".encode())
 
 
 def summary_of(phases: dict[str, ConfigDict], rows: list[dict]) -> dict:

@@ -29,11 +29,12 @@ except ImportError:  # on Windows
 
 # What a run writes, and so what may be moved aside when the next one comes.
 WRITTEN = (
-    "config.json", "origin.json", "metrics.jsonl", "summary.json", "checkpoints", "broken", "*.png", "*.msgpack",
-    f"*{PARTIAL}",
+    "config.json", "origin.json", "metrics.jsonl", "start.json", "summary.json", "report.html", "checkpoints", "broken",
+    "*.png", "*.svg", "*.msgpack", f"*{PARTIAL}",
 )  # fmt: skip
 MARKS = ("config.json", "origin.json", "metrics.jsonl", "checkpoints")  # of which a run leaves one at least
-PICTURES, ENDINGS = ("curves.png", "split.png"), ("msgpack", "png")
+PICTURES, ENDINGS = ("curves", "bytes", "split"), ("png", "svg")
+SHOWING = ("start.json", "summary.json", "report.html")
 RESUMES = {  # what --resume may say: what becomes of a run that is there already
     "yes": "goes on where its origin is the same; is moved aside where it is finished, or had saved nothing",
     "anyway": "goes on whatever its origin",
@@ -153,8 +154,10 @@ def _check_strangers(workdir: Path, config: dict) -> None:
     Raises:
       ValueError: names the file.
     """
-    of_phases = [f"{stem}.{kind}" for stem in stems(["warmup", *config["compare"]]).values() for kind in ENDINGS]
-    taken = [name for name in [*PICTURES, "summary.json", *of_phases] if (workdir / name).exists()]
+    of_phases = list(stems(["warmup", *config["compare"]]).values())
+    written = [f"{stem}.{ending}" for stem in [*PICTURES, *of_phases] for ending in ENDINGS]
+    written += [f"{stem}.msgpack" for stem in of_phases] + list(SHOWING)
+    taken = [name for name in written if (workdir / name).exists()]
     if taken:
         raise ValueError(f"--workdir: the run would write over {taken[0]!r} in {workdir}; name another folder")
 

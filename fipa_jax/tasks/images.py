@@ -46,10 +46,11 @@ def build(config) -> Problem:
         config.partition.seed,
         **fields,
     )
-    module = networks.build(config.model, num_outputs=images.num_classes())
+    classes = images.classes()
+    module = networks.build(config.model, num_outputs=len(classes))
     augment, rotation, flip = config.data.augment, config.data.rotation, config.data.flip
     task = classifier(module, train["image"].shape[1:], mean, std, augment, rotation, flip)
-    return Problem(task=task, train=train, test=test, holdout=holdout, clients=clients)
+    return Problem(task=task, train=train, test=test, holdout=holdout, clients=clients, classes=classes)
 
 
 def _check_order(config, images: image_sets.ImageSet):

@@ -77,10 +77,8 @@ class Problem(NamedTuple):
     test: dict  # {field: array [N_test, ...]}, the server's test set
     holdout: dict | None  # examples set apart from the training set for tuning, or None
     clients: Sequence[np.ndarray]  # per client, the indices of its examples in `train`
-    test_clients: Sequence[np.ndarray] | None = (
-        None  # the same in `test`, where clients have test examples of their own
-    )
-    classes: tuple[str, ...] = ()  # the names of the classes, where there are some
+    test_clients: Sequence[np.ndarray] | None = None  # the same in `test`, where they have test examples of their own
+    classes: Sequence[str] = ()  # the names of the classes, where there are some
     baseline: tuple[str, dict] | None = None  # (a constant answer, {figure: what it has on the test set})
 
 

@@ -107,13 +107,9 @@ def row(rank: int, rounds_: list[int], gaps: list[float]) -> dict:
 
 def draw(paths: list[np.ndarray], args, file: Path) -> None:
     """Draws the gap against the time of the flow, one line for each number of rounds."""
-    plt = plots.pyplot()
-    fig, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
-    for path in paths:
-        time = np.linspace(0, args.horizon, path.size)
-        axis.plot(time[1:], path[1:], label=f"K = {path.size - 1}")
-    axis.set(xlabel="time of the flow", ylabel="gap to centralised Gauss-Newton", yscale="log")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    fig.savefig(file, dpi=150)
-    plt.close(fig)
+    with plots.picture(file, 5, 3.8) as (figure, ((axis,),)):
+        for path in paths:
+            time = np.linspace(0, args.horizon, path.size)
+            axis.plot(time[1:], path[1:], label=f"K = {path.size - 1}")
+        axis.set(xlabel="time of the flow", ylabel="gap to centralised Gauss-Newton", yscale="log")
+        figure.legend(loc="outside right upper")

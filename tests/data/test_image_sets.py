@@ -22,7 +22,7 @@ def test_the_digits_are_those_of_scikit_learn_each_in_one_split():
     grey = np.concatenate([part["image"] for part in parts])[:, 2:-2, 2:-2, 0] / 255 * 16
     found = sorted(zip(np.round(grey).reshape(len(grey), -1).tolist(), _labels(parts), strict=True))
     assert found == sorted(zip(bunch.images.reshape(len(grey), -1).tolist(), bunch.target.tolist(), strict=True))
-    assert all(set(part["label"]) == set(range(digits.num_classes())) for part in parts)
+    assert all(set(part["label"]) == set(range(len(digits.classes()))) for part in parts)
     border = np.concatenate([part["image"] for part in parts]).astype(int)
     border[:, 2:-2, 2:-2] = 0
     assert not border.any()
@@ -62,7 +62,7 @@ def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
 def test_a_prepared_set_is_found_as_it_is_loaded(tmp_path):
     folder = toy.prepare(tmp_path)
     found = image_sets.find("toy", str(folder), str(tmp_path / "cache"))
-    assert found.num_classes() == toy.NUM_CLASSES
+    assert len(found.classes()) == toy.NUM_CLASSES
     assert len(found.load("train")["label"]) == len(toy.pixels("train"))
 
 

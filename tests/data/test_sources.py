@@ -56,7 +56,7 @@ def test_prepared_archives_load_as_they_are_and_in_their_order(name, official, t
         np.testing.assert_array_equal(loaded["label"], labels)
     assert data.in_original_order(name, str(tmp_path / "data"))
     wanted = 3 if name == "tiny_imagenet" else 100 if name == "cifar100" else 10
-    assert data.num_classes(name, str(tmp_path / "data")) == wanted
+    assert len(data.class_names(name, str(tmp_path / "data"))) == wanted
     mean, std = data.standardise(name, loaded["image"])
     assert mean.shape == std.shape == (datasets.SOURCES[name].shape[-1],)
     assert "tensorflow" not in sys.modules

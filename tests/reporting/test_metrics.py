@@ -11,7 +11,7 @@ from flax import serialization
 from fipa_jax import tasks
 from fipa_jax.client.examples import Client
 from fipa_jax.federation.population import Resident
-from fipa_jax.reporting import metrics, plots
+from fipa_jax.reporting import metrics
 from fipa_jax.saving.model_files import export, load
 
 NUM_EXAMPLES = 37
@@ -125,12 +125,6 @@ def test_a_run_that_diverged_says_so_in_its_summary():
     assert summary == {"final": {"test_loss": None, "test_mse": None}, "best": {"test_loss": 1.0, "test_mse": None}}
 
 
-def test_curves_of_a_run_that_diverged_are_drawn(tmp_path):
-    rows = [{"run": "fipa", "round": 0, "test_loss": None, "test_accuracy": 0.1}]
-    plots.curves(rows, ["test_loss", "test_accuracy"], tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
 PARAMS = {"Dense_0": {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3), "bias": np.ones(3, np.float32)}}
 
 
@@ -175,14 +169,6 @@ def test_another_models_parameters_are_refused(tmp_path, other):
     export(tmp_path / "model.msgpack", PARAMS)
     with pytest.raises(ValueError, match=r"does not fit config\.model and config\.precision: .*Dense_"):
         load(tmp_path / "model.msgpack", other)
-
-
-@pytest.mark.parametrize("dim", [1, 2])
-def test_the_picture_of_a_prediction_is_drawn(dim, tmp_path):
-    rng = np.random.default_rng(dim)
-    x, truth = rng.random((9, dim)), rng.random(9)
-    plots.prediction(x, truth, truth + 0.1, [x[:4], x[4:]], tmp_path / "model.png")
-    assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rows_within_so_many_seconds_are_counted_for_each_run():

@@ -20,7 +20,7 @@ from fipa_jax.curvature import sketch
 from fipa_jax.curvature.sketch import Sketcher
 from fipa_jax.federation.state import State
 from fipa_jax.reporting import console as report
-from fipa_jax.reporting import metrics, plots
+from fipa_jax.reporting import metrics
 from fipa_jax.run import estimate, experiment, programs, whole_run
 from fipa_jax.saving.model_files import export, load
 from fipa_jax.tasks import task
@@ -181,7 +181,7 @@ def test_bytes_kept_are_those_of_rule_optimiser_and_what_the_server_remembers_of
 def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / "photo.png").write_text("a picture")
-    for name in ("curves.png", "summary.json", "fipa.msgpack", "fedavg.png"):
+    for name in ("curves.png", "summary.json", "report.html", "bytes.svg", "fipa.msgpack", "fedavg.png"):
         (tmp_path / name).write_text("of others")
         with pytest.raises(ValueError, match=f"--workdir: the run would write over '{name}'"):
             whole_run.run(tiny(compare=("fipa", "fedavg")), tmp_path)
@@ -198,8 +198,8 @@ def test_no_result_hangs_on_what_is_shown(tmp_path, monkeypatch, caplog):
 
     for name in ("describe", "draw_split", "draw_prediction", "warn", "table", "progress"):
         monkeypatch.setattr(report, name, fails)
-    monkeypatch.setattr(plots, "curves", fails)
-    monkeypatch.setattr(whole_run, "say_if_long", fails)
+    for name in ("draw_curves", "say_if_long", "write_start"):
+        monkeypatch.setattr(whole_run, name, fails)
     long = "fipa:server.lr=" + "1" * 20 + "e-19" + ":local.lr=0.1" * 20
     whole_run.main(tiny(compare=(long, "fedavg")), tmp_path)
     assert list(json.loads((tmp_path / "summary.json").read_text())["runs"]) == [long, "fedavg"]

@@ -43,7 +43,7 @@ def left_by(workdir):
 def quick():
     """Without pictures, and with every program from the cache: most of a tiny run is compiling and drawing."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((whole_run.plots, "curves"), (report, "draw_split"), (report, "draw_prediction")):
+        for module, name in ((whole_run, "draw_curves"), (report, "draw_split"), (report, "draw_prediction")):
             patch.setattr(module, name, lambda *_: None)
         before = jax.config.jax_persistent_cache_min_compile_time_secs
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

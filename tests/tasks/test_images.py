@@ -152,7 +152,7 @@ def test_a_task_is_built_from_every_kind(name, official, tmp_path):
     batch = task.augment(jax.random.key(0), jax.tree.map(lambda x: x[:4], train))
     assert batch["image"].shape == train["image"][:4].shape
     logits = jax.eval_shape(lambda key: task.outputs(task.init(key), batch)[0], jax.random.key(0))
-    assert logits.shape == (4, data.num_classes(name, str(tmp_path / "data")))
+    assert logits.shape == (4, len(data.class_names(name, str(tmp_path / "data"))))
 
 
 def test_a_published_split_names_the_examples_of_the_archive(official, tmp_path):
