@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from fipa_jax.files import PARTIAL, remove_partial
 from fipa_jax.lookup import lookup
+from fipa_jax.reporting.writers import WRITERS
 from fipa_jax.saving.checkpoints import Checkpoints, Saved, recover
 from fipa_jax.saving.journal import Journal
 from fipa_jax.saving.model_files import stems
@@ -30,7 +31,7 @@ except ImportError:  # on Windows
 # What a run writes, and so what may be moved aside when the next one comes.
 WRITTEN = (
     "config.json", "origin.json", "metrics.jsonl", "summary.json", "checkpoints", "broken", "*.png", "*.msgpack",
-    f"*{PARTIAL}",
+    f"*{PARTIAL}", *(kind.leaves for kind in WRITERS.values()),
 )  # fmt: skip
 MARKS = ("config.json", "origin.json", "metrics.jsonl", "checkpoints")  # of which a run leaves one at least
 PICTURES, ENDINGS = ("curves.png", "split.png"), ("msgpack", "png")
@@ -154,7 +155,9 @@ def _check_strangers(workdir: Path, config: dict) -> None:
       ValueError: names the file.
     """
     of_phases = [f"{stem}.{kind}" for stem in stems(["warmup", *config["compare"]]).values() for kind in ENDINGS]
-    taken = [name for name in [*PICTURES, "summary.json", *of_phases] if (workdir / name).exists()]
+    of_writers = [WRITERS[name].leaves for name in config["writers"]]
+    written = [*PICTURES, "summary.json", *of_writers, *of_phases]
+    taken = [name for name in written if (workdir / name).exists()]
     if taken:
         raise ValueError(f"--workdir: the run would write over {taken[0]!r} in {workdir}; name another folder")
 
