@@ -41,6 +41,9 @@ setup(
         "docs": ["furo>=2025.12.19", "myst-nb>=1.4", "Sphinx>=9.0.4"],  # docs/requirements.txt pins what is tested
         # Models of other libraries that docs/recipes trains.
         "recipes": ["dm-haiku>=0.0.14", "equinox>=0.13"],
+        "tensorboard": ["tensorboardX>=2.6.4"],  # writes the files; the package tensorboard shows them
+        "wandb": ["wandb>=0.22"],
+        "mlflow": ["mlflow-skinny>=3.2", "sqlalchemy>=2", "alembic>=1.10"],  # with its database on the disk
         # What scripts/benchmark.py measures beside this package, pinned. pfl==0.6.0 and fedjax==0.0.17 ask for other
         # versions of shared packages: each needs an environment of its own.
         "peers": ["curvlinops-for-pytorch==3.0.1", "matfree==0.6.3", "scipy==1.17.1", "torch==2.15.0"],

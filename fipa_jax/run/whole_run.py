@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from fipa_jax import files
 from fipa_jax.config.checks import validate
 from fipa_jax.config.methods import method
-from fipa_jax.reporting import console, curves, metrics
+from fipa_jax.reporting import console, curves, hooks, metrics, writers
 from fipa_jax.run import head_features, loop
 from fipa_jax.run.estimate import say_if_long
 from fipa_jax.run.experiment import Experiment, build, pooled
@@ -53,15 +53,22 @@ def main(config: ConfigDict, workdir: Path, resume: str = "yes") -> None:
     print(f"metrics, models and plots are in {workdir}")
 
 
-def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
+def run(config: ConfigDict, workdir: Path, resume: str = "yes", on_row: hooks.Hook | None = None) -> dict:
     """Runs warm-up and every compared method; returns what `summary.json` holds.
 
     Jax's precision is set for the run alone, from `config.precision`.
+
+    Example:
+      rows = []
+      run(config, "runs/mine", on_row=rows.append)
 
     Args:
       config: all fields.
       workdir: of the results; a run that was stopped in there goes on.
       resume: `yes`, `no` or `anyway`, see `resume.open_at`.
+      on_row: is called with each row of metrics.jsonl, a dictionary, as it is written; after a resume first with those
+        that are there already. What it raises is a warning, said once, and the run goes on; but KeyboardInterrupt
+        ends it.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: before anything is written, see `experiment.build` and
@@ -71,6 +78,7 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
       loop.Stalled: the run makes no progress.
     """
     validate(config)
+    writers.check(config.writers)  # before data are loaded, which may take long
     workdir = files.local(workdir, "--workdir")
     with jax.enable_x64(config.precision == "float64"):
         experiment = build(config)
@@ -81,7 +89,8 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
         try:
             with open_at(workdir, config, origin, resume) as journal:
                 console.attempt("split.png", console.draw_split, experiment.problem, workdir)
-                return run_phases(experiment, workdir, journal)
+                with hooks.told(workdir, config.writers, runs_of(config), on_row) as journal.on_row:
+                    return run_phases(experiment, workdir, journal)
         except OSError as error:
             if error.errno in files.FULL:
                 hint = "free some room, and the same command goes on from the last checkpoint"
@@ -129,6 +138,16 @@ def configs_of(config: ConfigDict) -> dict[str, ConfigDict]:
         phases[spec] = config.copy_and_resolve_references()
         phases[spec].fipa, phases[spec].compare = method(config, spec), (spec,)
     return phases
+
+
+def runs_of(config: ConfigDict) -> dict[str, writers.Run]:
+    """{name of a phase: the run that writers keep of it}."""
+    names, runs = stems([WARMUP, *config.compare]), {}
+    for name, phase in configs_of(config).items():
+        rounds = config.warmup.rounds + (0 if name == WARMUP else phase.fipa.rounds)
+        settings = json.loads(phase.to_json_best_effort())
+        runs[name] = writers.Run(name, names[name], config.first_round + rounds - 1, settings)
+    return runs
 
 
 def view_of(experiment: Experiment, settings: ConfigDict, params: Any, seen_by_head: dict, warmup: bool) -> Experiment:

@@ -34,6 +34,7 @@ class Journal:
     Attributes:
       saved: the same, without its arrays once they are in use.
       start: parameters that all methods start from, if they are the warm-up's; else ().
+      on_row: is called with every row once it is written.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Journal:
         origin: dict,
         signals: Signals,
     ):
-        self.saved, self.start = saved, ()
+        self.saved, self.start, self.on_row = saved, (), lambda row: None
         self._workdir, self._origin, self._signals = workdir, origin, signals
         self._checkpoints, self._seconds, self._saved_at = checkpoints, settings.seconds, time.monotonic()
         self._described = checkpoints is None
@@ -84,10 +85,11 @@ class Journal:
         return _fitting(state_lib.restored, state, saved.leaves, mesh), saved.note
 
     def write(self, row: dict) -> None:
-        """Writes a round's row."""
+        """Writes a round's row, and tells whoever is to know."""
         self._describe()
         self._writer.write(row)
         self._rows += 1
+        self.on_row(row)
 
     def asked(self) -> bool:
         """Whether this process, alone, has been asked to stop."""

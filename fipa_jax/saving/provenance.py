@@ -23,6 +23,7 @@ FREE = (
     "smaller",
     "stage_seconds",
     "task.file",
+    "writers",
 )
 
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from fipa_jax.files import PARTIAL, remove_partial
 from fipa_jax.lookup import lookup
+from fipa_jax.reporting.writers import WRITERS
 from fipa_jax.saving.checkpoints import Checkpoints, Saved, recover
 from fipa_jax.saving.journal import Journal
 from fipa_jax.saving.model_files import stems
@@ -30,7 +31,7 @@ except ImportError:  # on Windows
 # What a run writes, and so what may be moved aside when the next one comes.
 WRITTEN = (
     "config.json", "origin.json", "metrics.jsonl", "start.json", "summary.json", "report.html", "checkpoints", "broken",
-    "*.png", "*.svg", "*.msgpack", f"*{PARTIAL}",
+    "*.png", "*.svg", "*.msgpack", f"*{PARTIAL}", *(kind.leaves for kind in WRITERS.values()),
 )  # fmt: skip
 MARKS = ("config.json", "origin.json", "metrics.jsonl", "checkpoints")  # of which a run leaves one at least
 PICTURES, ENDINGS = ("curves", "bytes", "split"), ("png", "svg")
@@ -157,6 +158,7 @@ def _check_strangers(workdir: Path, config: dict) -> None:
     of_phases = list(stems(["warmup", *config["compare"]]).values())
     written = [f"{stem}.{ending}" for stem in [*PICTURES, *of_phases] for ending in ENDINGS]
     written += [f"{stem}.msgpack" for stem in of_phases] + list(SHOWING)
+    written += [WRITERS[name].leaves for name in config["writers"]]
     taken = [name for name in written if (workdir / name).exists()]
     if taken:
         raise ValueError(f"--workdir: the run would write over {taken[0]!r} in {workdir}; name another folder")
