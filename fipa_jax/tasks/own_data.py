@@ -135,7 +135,7 @@ def _set_apart(arrays: dict, task) -> tuple[tuple, Examples]:
     test, train = np.sort(order[:count]), np.sort(order[count:])
     owner = None if client is None else client[train]
     if task.split == "given" and client is not None:
-        _check_all_train(task.file, client, owner)
+        _check_all_train(task.file, client, client[train])
     return (x[train], y[train], owner), (x[test], y[test])
 
 
