@@ -6,7 +6,7 @@ within a process of float32 is so in a scope alone, which the reverse sweep of `
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -151,4 +151,4 @@ def _axes(leaf: jax.Array) -> frozenset:
 def _nothing(arrays: list) -> jax.Array:
     """[], 0, as the sum of no entries of the arrays, which depends on all of them."""
     flat = [jnp.atleast_1d(array) for array in arrays]
-    return sum(jnp.sum(jax.lax.slice(array, [0] * array.ndim, [0] * array.ndim)) for array in flat)
+    return cast(jax.Array, sum(jnp.sum(jax.lax.slice(array, [0] * array.ndim, [0] * array.ndim)) for array in flat))

@@ -4,10 +4,14 @@ A *stacked* tree carries a leading clients axis on every leaf: [C, ...].
 """
 
 import re
+from collections.abc import Iterable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+
+HostArray = Any  # a NumPy array where a field's type says jax.Array: as a leaf of a tree it is as good as one
 
 
 def ratio(a, b):
@@ -49,6 +53,11 @@ def widened(tree):
 def nbytes(tree) -> int:
     """The bytes of all leaves, or of arrays of their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def total(arrays: Iterable[jax.Array]) -> jax.Array:
+    """The sum of arrays, in their order; there must be one."""
+    return cast(jax.Array, sum(arrays))
 
 
 def weighted_sum(weights: jax.Array, stacked):

@@ -2,6 +2,8 @@
 
 python scripts/train.py
 python scripts/train.py --config=configs/cifar10.py --config.data.dir=DIR --workdir=runs/cifar10
+
+A shipped config goes by its name too, --config=cifar10; of a wheel this script is the command fipa-train.
 """
 
 import os
@@ -31,7 +33,7 @@ from fipa_jax import files  # noqa: E402
 from fipa_jax.config import command_line  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "sine.py"
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, by default configs/sine.py; --config.a.b=value.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, by default sine; --config.a.b=value.")
 COORDINATOR = flags.DEFINE_string(
     "coordinator",
     "",

@@ -4,7 +4,7 @@ A rule returns a *step*, which is added to the parameters, so that a server opti
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,20 @@ from fipa_jax.lookup import lookup
 State = Any  # what a rule's next round needs; a pytree of arrays
 Params = Any  # parameter pytree
 Info = dict  # {name: array}, what a person needs; nothing reads it back
+Init = Callable[[Params], State]
 Apply = Callable[[Received, State, Params], tuple[Params, State, Info]]
+Admit = Callable[[Received, State], tuple[Received, Info]]  # leaves clients out
+Announce = Callable[[State], dict]  # {field of `Hyper`: value} that the clients are told
+Withdraws = Callable[[State], jax.Array | bool]  # of the new state: is the step the last one, taken back?
+Weighting = Literal["examples", "uniform"]  # a name in `WEIGHTINGS`
+Place = Literal["broadcast", "local"]  # the parameters that clients receive, or those that they have trained
 
 
 class Needs(NamedTuple):
     """What the clients have to send beside their update and their number of examples."""
 
-    curvature: str = "none"  # none, sketch or diagonal
-    at: str = "broadcast"  # the parameters at which they see it: broadcast, or local, those after their training
+    curvature: Literal["none", "sketch", "diagonal"] = "none"
+    at: Place = "broadcast"  # the parameters at which they see it
     loss: bool = False  # their loss at the broadcast parameters
     damping: bool = False  # the damping of their own steps
     ids: bool = False  # the server tells the rule who they are
@@ -62,13 +68,13 @@ class Aggregator(NamedTuple):
         rule = Aggregator(lambda params: (), apply)
     """
 
-    init: Callable[[Params], State]
+    init: Init
     apply: Apply  # (received, state, params) -> (step, state, info), of whom `admit` has let through: see `step_of`
     needs: Needs = Needs()
     hyper: tuple[str, ...] = ()  # the fields of `config.fipa.aggregator` that the state holds, so that they are traced
-    admit: Callable[[Received, State], tuple[Received, Info]] = _admit_all  # who must not take part in this rule
-    announce: Callable[[State], dict] = announce_nothing  # {field of `Hyper`: value} that the clients are told
-    withdraws: Callable[[State], jax.Array | bool] = never  # of the new state: is the step the last one, taken back?
+    admit: Admit = _admit_all  # who must not take part in this rule
+    announce: Announce = announce_nothing
+    withdraws: Withdraws = never
 
 
 def step_of(rule: Aggregator, received: Received, state: State, params: Params, info: Info):
@@ -86,11 +92,14 @@ def step_of(rule: Aggregator, received: Received, state: State, params: Params, 
 
 
 # How the clients are weighted: name -> of each client [C], in proportion to which it counts.
-WEIGHTINGS = {"examples": lambda received: received.num_examples, "uniform": lambda received: received.took_part}
+WEIGHTINGS: dict[str, Callable[[Received], jax.Array]] = {
+    "examples": lambda received: received.num_examples,
+    "uniform": lambda received: received.took_part,
+}
 
 
 def weights_of(
-    received: Received, params: Params, weighting: str, staleness: float = 0.0
+    received: Received, params: Params, weighting: Weighting, staleness: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """(weights [C], what they are shares of []): the examples or clients that take part, late ones for less.
 

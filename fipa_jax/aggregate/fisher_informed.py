@@ -8,15 +8,26 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
 from fipa_jax.aggregate import solvers
-from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, compare, step_of, weights_of
+from fipa_jax.aggregate.aggregator import (
+    WEIGHTINGS,
+    Aggregator,
+    Info,
+    Params,
+    Weighting,
+    compare,
+    step_of,
+    weights_of,
+)
 from fipa_jax.aggregate.late_updates import LateUpdates, without_drifted
 from fipa_jax.aggregate.limits import Limits, capped, limited
+from fipa_jax.aggregate.merged_curvature import Merge
 from fipa_jax.aggregate.past_rounds import PastRounds, kind_of, remembering
 from fipa_jax.aggregate.screening import Received, receive
-from fipa_jax.aggregate.solvers import Messages, Now, Solution, Solver
+from fipa_jax.aggregate.solvers import Form, Messages, Now, Solution, Solver
 from fipa_jax.aggregate.trust import trust_region
 from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.curvature import contracts
+from fipa_jax.curvature.contracts import Number
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.lookup import lookup
 
@@ -55,10 +66,15 @@ class FipaState(NamedTuple):
 def from_solver(
     solver: Solver,
     *,
-    weighting: str = "examples",
+    weighting: Weighting = "examples",
     late: LateUpdates = LateUpdates(),
 ) -> Aggregator:
     """The aggregation rule of a solver.
+
+    Example:
+      few_of_many = from_solver(
+          capped(remembering(limited(damped(0.1, relative=False), max_divergence=0.005), prior(rank=250)))
+      )
 
     Args:
       solver: of `solvers`, as it is or wrapped.
@@ -71,11 +87,6 @@ def from_solver(
     Raises:
       ValueError: the weighting is not known, or a number is negative or NaN; in `apply`, uploads without what the
         solver needs.
-
-    Example:
-      few_of_many = from_solver(
-          capped(remembering(limited(damped(0.1, relative=False), max_divergence=0.005), prior(rank=250)))
-      )
     """
     lookup(WEIGHTINGS, weighting, "aggregator.weighting")
     numbers = solver.hyper | {"late.max_drift": late.max_drift}
@@ -90,18 +101,18 @@ def from_solver(
         return without_drifted(received, state.hyper["late.max_drift"])
 
     def apply(received: Received, state: FipaState, params):
-        _check_needs(received, solver)
+        sketch = _sketch_of(received, solver)
         weights, size = weights_of(received, params, weighting, late.staleness)
         theta, unravel = ravel_pytree(params)
         moved = None
         if received.moved is not None and late.transport:
             moved = trees.ravel_stacked(received.moved)
         damping = received.damping if solver.needs.damping else None
-        cohort = Messages(weights, received.deltas, received.sketch, moved, damping)
+        cohort = Messages(weights, received.deltas, sketch, moved, damping)
         now = Now(theta, size, received.ids, received.loss)
         solution, hyper, kept, info = solver.solve([cohort], state.hyper, state.solver, now)
         step, average = unravel(solution.step), unravel(solution.mean)
-        info |= _describe(solution, received.sketch, weights) | compare(step, average, received)
+        info |= _describe(solution, sketch, weights) | compare(step, average, received)
         return step, FipaState(hyper, kept), info
 
     def announce(state: FipaState):
@@ -114,23 +125,51 @@ def from_solver(
 
 
 def fipa(
-    form: str = "damped",
+    form: Form = "damped",
     *,
-    damping: float = 1e-3,
+    damping: Number = 1e-3,
     relative: bool = True,
-    rcond: float = 1e-5,
+    rcond: Number = 1e-5,
     own_damping: bool = False,
     trust: bool = False,
     limits: Limits = Limits(),
     past: PastRounds = PastRounds(),
     late: LateUpdates = LateUpdates(),
-    weighting: str = "examples",
-    merge: str = "auto",
+    weighting: Weighting = "examples",
+    merge: Merge = "auto",
 ) -> Aggregator:
     """Fisher-informed parameterwise aggregation (arXiv 2601.13608, eq. 6): B_m = w_m H^+ H_m, H = sum_m w_m H_m.
 
-    With the merged factor F = [sqrt(w_m) U_m diag(lam_m)^{1/2}]_m [P, D], so that H = F F^T and D = C R, and
-    z = [sqrt(w_m) diag(lam_m)^{1/2} U_m^T delta_m]_m [D], so that F z = sum_m w_m H_m delta_m:
+    Example:
+      rule = fipa("damped", damping=1e-3, past=PastRounds("prior", rank=100))
+      state = rule.init(params)
+      received, screening = receive(Uploads(delta, num_examples, sketches), params)
+      step, state, info, received = step_of(rule, received, state, params, screening)
+      params = jax.tree.map(jnp.add, params, step)
+
+    Args:
+      form: what becomes of H's eigenvalues: `damped`, the default, `tikhonov`, or `pinv`, the paper's; see below.
+      damping: beta. Directions with eigenvalues below it are left to the mean (damped) or not moved (tikhonov).
+      relative: whether beta counts in units of H's largest eigenvalue.
+      rcond: for pinv, the cut-off of H's eigenvalues relative to the largest.
+      own_damping: whether the damped form undoes each client's own damping, `uploads.damping`; see below.
+      trust: whether beta follows the clients' losses and a step that raised them is undone, see `trust_region`; for
+        rounds in which all clients take part, and a server's learning rate of 1. `damping` is the first round's.
+      limits: on the step and on each client, see `limits.limited` and `limits.capped`.
+      past: what the server remembers of past rounds, for cohorts that are a small part of all clients.
+      late: how late clients count, see below.
+      weighting: `examples` (w_m = N_m / sum N) or `uniform`.
+      merge: how the clients' sketches are merged, see `merged_curvature.merge`.
+
+    Returns:
+      The rule: (init, apply) and what its clients have to send. `INFO` says what its `info` holds.
+
+    Raises:
+      ValueError: an unknown form, weighting, merge or kind of past; trust in a rule without damping or with a past;
+        own_damping in another form than the damped one; in `apply`, uploads without what the rule needs.
+
+    **The forms.** With the merged factor F = [sqrt(w_m) U_m diag(lam_m)^{1/2}]_m [P, D], so that H = F F^T and D = C R,
+    and z = [sqrt(w_m) diag(lam_m)^{1/2} U_m^T delta_m]_m [D], so that F z = sum_m w_m H_m delta_m:
 
         pinv      step = H^+ F z                            the paper's rule; outside span(F) nothing moves
         tikhonov  step = (H + beta I)^{-1} F z              the authors' code steps by gamma beta times this: set the
@@ -147,48 +186,22 @@ def fipa(
     sketch of rank R that asks no more than that the eigenvalues it leaves out be small beside beta. `trust` finds such
     a beta round by round.
 
+    **Own damping.** The damped form then takes an update for what it is to the client, (H_m + beta_m I) delta_m = -g_m
+    with `uploads.damping` beta_m, 1 / (learning rate x steps) of gradient descent (with momentum what its gradients
+    have counted in all; weight decay and a proximal term's mu add to it), so that with the server's beta
+
+        step = (H + beta I)^{-1} sum_m w_m (H_m + beta_m I) delta_m
+
+    is the Levenberg-Marquardt step whatever the local damping: exactly for one Gauss-Newton step, nearly for gradient
+    descent. Bounds on the step then count in units of the longest beta_m / beta |delta_m|. Beta must be absolute.
+
+    **Late clients.** With `late.transport` a late client's target, or with `latest` an absent one's, is what it was,
+    H_m (delta_m - moved_m) for H_m delta_m: its gradient at the present parameters, by its own curvature, if these have
+    moved by moved_m since. That holds for steps which the damped form undoes: matched, natural or with own_damping.
+    Otherwise it is a pull back to where the client began. A client beyond `late.max_drift`, moved_m^T H_m moved_m / 2,
+    takes no part, as its curvature and gradient are of other parameters.
+
     This only composes: `from_solver(capped(remembering(limited(damped(...)), prior(...))))` and the like.
-
-    Args:
-      form: `damped`, `tikhonov` or `pinv`, see `solvers`.
-      damping: beta. Directions with eigenvalues below it are left to the mean (damped) or not moved (tikhonov).
-      relative: whether beta counts in units of H's largest eigenvalue.
-      rcond: for pinv, the cut-off of H's eigenvalues relative to the largest.
-      own_damping: whether the damped form takes an update for what it is to the client, (H_m + beta_m I) delta_m =
-        -g_m with `uploads.damping` beta_m, 1 / (learning rate x steps) of gradient descent (with momentum what its
-        gradients have counted in all; weight decay and a proximal term's mu add to it), so that with the server's beta
-
-            step = (H + beta I)^{-1} sum_m w_m (H_m + beta_m I) delta_m
-
-        is the Levenberg-Marquardt step whatever the local damping: exactly for one Gauss-Newton step, nearly for
-        gradient descent. Bounds on the step then count in units of the longest beta_m / beta |delta_m|. Beta must be
-        absolute.
-      trust: whether beta follows the clients' losses and a step that raised them is undone, see `trust_region`; for
-        rounds in which all clients take part, and a server's learning rate of 1. `damping` is the first round's.
-      limits: on the step and on each client, see `limits.limited` and `limits.capped`.
-      past: what the server remembers of past rounds, see `past_rounds`; for cohorts that are a small part of all
-        clients.
-      late: how late clients count. With `transport` a late client's target, or with `latest` an absent one's, is what
-        it was, H_m (delta_m - moved_m) for H_m delta_m: its gradient at the present parameters, by its own curvature,
-        if these have moved by moved_m since. That holds for steps which the damped form undoes: matched, natural or
-        with own_damping. Otherwise it is a pull back to where the client began. A client beyond `max_drift`,
-        moved_m^T H_m moved_m / 2, takes no part, as its curvature and gradient are of other parameters.
-      weighting: `examples` (w_m = N_m / sum N) or `uniform`.
-      merge: how the clients' sketches are merged, see `merged_curvature.merge`.
-
-    Returns:
-      The rule: (init, apply) and what its clients have to send. `INFO` says what its `info` holds.
-
-    Raises:
-      ValueError: an unknown form, weighting, merge or kind of past; trust in a rule without damping or with a past;
-        own_damping in another form than the damped one; in `apply`, uploads without what the rule needs.
-
-    Example:
-      rule = fipa("damped", damping=1e-3, past=PastRounds("prior", rank=100))
-      state = rule.init(params)
-      received, screening = receive(Uploads(delta, num_examples, sketches), params)
-      step, state, info, received = step_of(rule, received, state, params, screening)
-      params = jax.tree.map(jnp.add, params, step)
     """
     lookup(FORMS, form, "aggregator.form")
     if own_damping and form != "damped":
@@ -208,31 +221,39 @@ def fipa(
     return from_solver(capped(solver, trace_cap=limits.trace_cap), weighting=weighting, late=late)
 
 
-def fipa_step(delta, sketch: Sketch, num_examples: jax.Array, **options):
+def fipa_step(
+    delta: Params,
+    sketch: Sketch,
+    num_examples: jax.Array,
+    *,
+    form: Form = "damped",
+    damping: Number = 1e-3,
+    relative: bool = True,
+    rcond: Number = 1e-5,
+    limits: Limits = Limits(),
+) -> tuple[Params, Info]:
     """FIPA's step from stacked client results, for use in other people's loops.
+
+    It keeps nothing from call to call. Past rounds, and what asks for more than this of the clients, need `fipa`.
+
+    Example:
+      step, info = fipa_step(delta, sketches, jnp.array([50, 50]), form="damped", damping=1e-3)
+      params = jax.tree.map(jnp.add, params, step)
 
     Args:
       delta: the clients' updates, a parameter pytree with a leading clients axis [C, ...].
       sketch: the clients' stacked sketches: eigenvalues [C, R], basis [C, P, R].
-      num_examples: [C].
-      **options: of `fipa`; damping, rcond and the bounds on the step may be traced. Past rounds, and what asks for more
-        than this of the clients, need `fipa` itself.
+      num_examples: [C]; ones for uniform weights.
+      form, damping, relative, rcond, limits: see `fipa`; damping, rcond and the bounds on the step may be traced.
 
     Returns:
       (step, info): the step is a parameter pytree, to be added to the broadcast parameters; for info see
       `screening.receive` and `INFO`.
 
     Raises:
-      ValueError: shapes do not fit, options are not known or do not fit together.
-
-    Example:
-      step, info = fipa_step(delta, sketches, jnp.array([50, 50]), form="damped", damping=1e-3)
+      ValueError: shapes do not fit, the form is not known, or a number is negative or NaN.
     """
-    if "past" in options and options["past"].kind != "none":
-        raise ValueError(
-            "fipa_step keeps nothing from call to call: for past rounds take aggregate.fipa(...) and its state"
-        )
-    rule = fipa(**options)
+    rule = fipa(form, damping=damping, relative=relative, rcond=rcond, limits=limits)
     like = jax.tree.map(lambda leaf: leaf[0], delta)
     received, info = receive(Uploads(delta, num_examples, sketch), like)
     step, _, info, _ = step_of(rule, received, rule.init(like), like, info)
@@ -242,7 +263,8 @@ def fipa_step(delta, sketch: Sketch, num_examples: jax.Array, **options):
 FORMS = {"damped": solvers.damped, "pinv": solvers.pinv, "tikhonov": solvers.tikhonov}
 
 
-def _check_needs(received: Received, solver: Solver) -> None:
+def _sketch_of(received: Received, solver: Solver) -> Sketch:
+    """The clients' sketches, where they have sent all that the solver needs."""
     if not isinstance(received.sketch, Sketch):
         raise ValueError("fipa needs uploads.sketch, a Sketch of eigenvalues [C, R] and basis [C, P, R]")
     if solver.needs.loss and received.loss is None:
@@ -251,6 +273,7 @@ def _check_needs(received: Received, solver: Solver) -> None:
         raise ValueError("fipa with past.kind = 'latest' needs uploads.ids [C], who the clients are")
     if solver.needs.damping and received.damping is None:
         raise ValueError("fipa with own_damping needs uploads.damping [C], that of the clients' own steps")
+    return received.sketch
 
 
 def _describe(solution: Solution, sketch: Sketch, weights: jax.Array) -> dict:

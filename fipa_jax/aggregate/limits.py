@@ -8,19 +8,20 @@ import jax.numpy as jnp
 from fipa_jax import trees
 from fipa_jax.aggregate import merged_curvature
 from fipa_jax.aggregate.solvers import Solver, check_order
+from fipa_jax.curvature.contracts import Number
 from fipa_jax.curvature.sketch import Sketch
 
 
 class Limits(NamedTuple):
     """The bounds; the group `aggregator.limits` of a config. 0 is no bound."""
 
-    max_step: float = 5.0  # on |step| / max_m |delta_m|, see `limited`
-    max_divergence: float = 0.0  # on step^T H step / 2, see `limited`
-    explosion: float = 100.0  # the ratio above which another step is taken, see `solvers.pinv`
+    max_step: Number = 5.0  # on |step| / max_m |delta_m|, see `limited`
+    max_divergence: Number = 0.0  # on step^T H step / 2, see `limited`
+    explosion: Number = 100.0  # the ratio above which another step is taken, see `solvers.pinv`
     trace_cap: float = 1000.0  # on a client's trace over the clients' median, see `capped`
 
 
-def limited(inner: Solver, *, max_step: float = 5.0, max_divergence: float = 0.0) -> Solver:
+def limited(inner: Solver, *, max_step: Number = 5.0, max_divergence: Number = 0.0) -> Solver:
     """Shortens the step of a solver to two bounds; a step within both passes bit for bit.
 
     Args:
@@ -138,7 +139,7 @@ def median_trace(traces: jax.Array, weights: jax.Array) -> jax.Array:
     return beside * middle + (1 - beside) * jnp.max(traces)
 
 
-def cap_traces(sketch: Sketch, traces: jax.Array, most: jax.Array) -> tuple[Sketch, jax.Array]:
+def cap_traces(sketch: Sketch, traces: jax.Array, most: jax.Array | float) -> tuple[Sketch, jax.Array]:
     """(sketch, capped [C] bool): eigenvalues scaled down so that no trace [C] is above `most` []."""
     over = traces > most
     most = jnp.where(over, most, 1)  # a derivative of inf / trace would be NaN

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,9 @@ from fipa_jax.aggregate.row_blocks import over_row_blocks, row_block
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.derivatives import refusing, vary_with, with_derivative_of
 from fipa_jax.lookup import lookup
-from fipa_jax.trees import root
+from fipa_jax.trees import root, total
 
+Merge = Literal["auto", "gram", "qr", "tsqr"]  # how F^T F is factorised: a name in `METHODS`, or as `choose` says
 BLOCK = 2**22  # entries of F in one block of rows
 ROUNDING = 10.0  # singular values of F below so many eps of the largest are noise of the data
 DOUBLE = ("cpu", "cuda", "gpu", "rocm")  # backends with float64 arithmetic
@@ -119,7 +120,7 @@ class Factor:
         return _arithmetic(self.right.dtype)
 
 
-def merge(parts: Sequence[Part], method: str = "auto", base: jax.Array | None = None) -> Factor:
+def merge(parts: Sequence[Part], method: Merge = "auto", base: jax.Array | None = None) -> Factor:
     """Factorises the merged curvature, in float64 arithmetic where the device has it.
 
     With nearly collinear clients the entries of F c cancel to eps / beta of their size, and the rounding of z is
@@ -180,7 +181,7 @@ def quadratic(factor: Factor, vector: jax.Array) -> jax.Array:
 
         blank = vary_with([jnp.zeros(scale.shape, wide) for scale in factor.scales], factor.scales, vector)
         image = over_row_blocks(factor.bases, length, visit, blank, each_by_itself)  # F^T vector
-        return sum(jnp.sum(part**2) for part in image).astype(factor.scales[0].dtype)
+        return total(jnp.sum(part**2) for part in image).astype(factor.scales[0].dtype)
 
     smooth = functools.partial(value, each_by_itself=True)
     return with_derivative_of(smooth, value, factor._scope)(factor, vector)
@@ -226,7 +227,7 @@ def check(method: str) -> None:
     lookup({"auto": choose} | METHODS, method, "aggregator.merge")
 
 
-def choose(size: int, width: int, dtype, backend: str) -> str:
+def choose(size: int, width: int, dtype, backend: str) -> Literal["gram", "qr", "tsqr"]:
     """The rule of `auto`, for F [P, D].
 
     `gram` for float32 on devices with float64: its error, that of float64's square root, is below float32's rounding,
@@ -316,7 +317,7 @@ def _combine(factor: Factor, coefficients: jax.Array, each_by_itself: bool = Fal
         ]
         if factor.base is not None:
             products.append(jax.lax.dynamic_slice_in_dim(factor.base, begin, factor.length).astype(factor.right.dtype))
-        return sum(products)
+        return total(products)
 
     return _fill_rows(factor, rows_of, (), (coefficients, factor.base), each_by_itself)
 

@@ -24,7 +24,7 @@ checkpoints hold too.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +33,20 @@ from fipa_jax import trees
 from fipa_jax.aggregate import merged_curvature
 from fipa_jax.aggregate.late_updates import drift
 from fipa_jax.aggregate.solvers import Messages, Now, Solution, Solver, check_order
+from fipa_jax.curvature import contracts
+from fipa_jax.curvature.contracts import Number
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.derivatives import vary_with
 from fipa_jax.lookup import lookup
 from fipa_jax.trees import ratio
 
+PastKind = Literal["none", "prior", "targets", "latest"]
+
 
 class PastRounds(NamedTuple):
     """What is remembered; the group `aggregator.past` of a config."""
 
-    kind: str = "none"  # none, prior, targets or latest
+    kind: PastKind = "none"  # see the head of this module
     rank: int = 250  # R' of a message: R' P numbers for each of 1, length or all clients
     decay: float = 0.9  # by which a message's weight falls with each round; below 1, for `latest` up to 1
     length: int = 8  # L, the cohorts that `targets` remembers
@@ -60,17 +64,22 @@ class Past(NamedTuple):
     damping: jax.Array | None = None  # [L], that the updates are relative to, where the rule wants it
 
 
+Begin = Callable[[jax.Array], Past]  # theta [P] -> Past, with nothing remembered yet
+Join = Callable[[Past, Messages, Now, dict], list[Messages]]  # -> all that have a say, the cohort first
+Keep = Callable[[Past, Messages, Now, dict, Solution], Past]  # the past after the round with this solution
+
+
 class Kind(NamedTuple):
     """A way to remember, as pure functions of the past, the cohort's messages, the round and the hyper-parameters."""
 
-    init: Callable[[jax.Array], Past]  # theta [P] -> Past, with nothing remembered yet
-    join: Callable[[Past, Messages, Now, dict], list[Messages]]  # -> all that have a say, the cohort first
-    keep: Callable[[Past, Messages, Now, dict, Solution], Past]  # the past after the round with this solution
+    init: Begin
+    join: Join
+    keep: Keep
     needs_ids: bool = False
     most_decay: float | None = None  # a decay beside those below 1
 
 
-def remembering(inner: Solver, past: Kind, *, decay: float = 0.9) -> Solver:
+def remembering(inner: Solver, past: Kind, *, decay: Number = 0.9) -> Solver:
     """A solver that is given past rounds beside the present one.
 
     With the prior the step is about 1 - decay of the cohort's own: compare with FedAvg at the server's learning rate
@@ -179,7 +188,7 @@ def targets(alone: Solver, rank: int = 250, length: int = 8) -> Kind:
 
     def join(past: Past, cohort: Messages, now: Now, hyper: dict):
         weights = past.weights * hyper["past.decay"]
-        back = trees.zero_unless(weights > 0, past.targets - now.theta[None])
+        back = trees.zero_unless(weights > 0, contracts.given(past.targets, "past.targets") - now.theta[None])
         return _side_by_side(now, cohort, Messages(weights, back, past.sketch, clients=False))
 
     def keep(past: Past, cohort: Messages, now: Now, hyper: dict, solution: Solution):
@@ -187,9 +196,8 @@ def targets(alone: Solver, rank: int = 250, length: int = 8) -> Kind:
         own, *_ = alone.solve([cohort], hyper | {"damping": solution.beta}, (), now)
         sketch = merged_curvature.top(own.factor, past.sketch.eigenvalues.shape[1])
         weights = _pushed(now.size, past.weights * hyper["past.decay"])
-        new = Past(
-            jax.tree.map(_pushed, sketch, past.sketch), weights, targets=_pushed(now.theta + own.step, past.targets)
-        )
+        remembered = contracts.given(past.targets, "past.targets")
+        new = Past(jax.tree.map(_pushed, sketch, past.sketch), weights, _pushed(now.theta + own.step, remembered))
         return _unless_empty(now, hyper, new, past)
 
     return Kind(init, join, keep)
@@ -218,7 +226,8 @@ def latest(rank: int, num_clients: int, transport: bool = True) -> Kind:
 
     def join(past: Past, cohort: Messages, now: Now, hyper: dict):
         present = jnp.zeros(past.weights.shape, bool).at[now.ids].max(cohort.weights > 0)
-        moved = now.theta[None] - past.starts
+        starts, deltas = contracts.given(past.starts, "past.starts"), contracts.given(past.deltas, "past.deltas")
+        moved = now.theta[None] - starts
         seen = past, moved, present, hyper["late.max_drift"]
         near = jax.lax.cond(
             hyper["late.max_drift"] > 0,
@@ -226,9 +235,9 @@ def latest(rank: int, num_clients: int, transport: bool = True) -> Kind:
             lambda: vary_with(jnp.ones_like(present), *seen),
         )
         weights = jnp.where(near & ~present, past.weights * hyper["past.decay"], 0)
-        moved = trees.zero_unless(weights > 0, moved) if transport else None
+        kept_apart = trees.zero_unless(weights > 0, moved) if transport else None
         damping = None if cohort.damping is None else past.damping
-        return _side_by_side(now, cohort, Messages(weights, past.deltas, past.sketch, moved, damping))
+        return _side_by_side(now, cohort, Messages(weights, deltas, past.sketch, kept_apart, damping))
 
     def keep(past: Past, cohort: Messages, now: Now, hyper: dict, solution: Solution):
         starts = now.theta[None] - (jnp.zeros_like(cohort.deltas) if cohort.moved is None else cohort.moved)
@@ -236,7 +245,7 @@ def latest(rank: int, num_clients: int, transport: bool = True) -> Kind:
         sketch = _first_pairs(cohort.sketch, past.sketch.eigenvalues.shape[1], cohort.deltas.dtype)
         new = Past(sketch, cohort.weights * now.size, deltas=cohort.deltas, starts=starts, damping=damping)
         # Who is left out keeps what was said before: its place is none, and nothing is written there.
-        ids = jnp.where(cohort.weights > 0, now.ids, num_clients)
+        ids = jnp.where(cohort.weights > 0, contracts.given(now.ids, "uploads.ids"), num_clients)
         faded = past._replace(weights=past.weights * hyper["past.decay"])
         return jax.tree.map(lambda old, new: old.at[ids].set(new, mode="drop"), faded, new)
 

@@ -3,21 +3,24 @@
 A rule of one's own is a factory like these, entered in `AGGREGATORS`; see `aggregator.Aggregator` for an example.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
-from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Needs, compare, sound, weights_of
+from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Needs, Place, Weighting, compare, sound, weights_of
 from fipa_jax.aggregate.fisher_informed import fipa
 from fipa_jax.aggregate.late_updates import LateUpdates, freshness
 from fipa_jax.aggregate.screening import Received
 from fipa_jax.curvature import contracts
+from fipa_jax.curvature.contracts import Number
 from fipa_jax.curvature.sketch import Diagonal
 from fipa_jax.lookup import lookup
 
 
-def mean(weighting: str = "examples", *, late: LateUpdates = LateUpdates()) -> Aggregator:
+def mean(weighting: Weighting = "examples", *, late: LateUpdates = LateUpdates()) -> Aggregator:
     """FedAvg: step = sum_m w_m delta_m, w_m = N_m / sum N (McMahan et al. 2017).
 
     Where clients are late, with s(age) = (1 + age)^-staleness:
@@ -46,10 +49,10 @@ PLACES = {"broadcast": "the parameters that clients receive", "local": "those th
 
 def diagonal(
     *,
-    damping: float = 1e-3,
+    damping: Number = 1e-3,
     relative: bool = True,
-    at: str = "local",
-    weighting: str = "examples",
+    at: Place = "local",
+    weighting: Weighting = "examples",
     late: LateUpdates = LateUpdates(),
 ) -> Aggregator:
     """FIPA with the curvatures' diagonals alone, entry by entry: f_m = diag H_m [P], beta as in the damped form.
@@ -97,4 +100,4 @@ def diagonal(
     return Aggregator(init, apply, Needs("diagonal", at), hyper=("damping",))
 
 
-AGGREGATORS = {"diagonal": diagonal, "fipa": fipa, "mean": mean}
+AGGREGATORS: dict[str, Callable[..., Aggregator]] = {"diagonal": diagonal, "fipa": fipa, "mean": mean}

@@ -5,7 +5,7 @@ The gradient that they see is the negative step; the learning rate, `server.lr`,
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ def fedexp(epsilon: float = 1e-3) -> optax.GradientTransformationExtraArgs:
     over the C clients that take part, `present`: the more they disagree, the longer the step.
     """
 
-    def update(updates, state, params=None, *, deltas, present, **_):
+    def update(updates, state, params=None, **sent):
+        deltas, present = sent["deltas"], sent["present"]
         squares = jax.vmap(lambda delta: optax.tree.norm(delta, squared=True))(trees.zero_unless(present, deltas))
         mean_square = jnp.sum(squares) / jnp.maximum(jnp.sum(present), 1)
         scale = jnp.maximum(1, mean_square / (2 * (optax.tree.norm(updates, squared=True) + epsilon)))
@@ -39,15 +40,18 @@ class Moments(NamedTuple):
     second: Any  # v
 
 
-# (v, squared step, beta_2) -> v
-SECOND_MOMENTS: dict[str, Callable] = {
+SecondMoment = Callable[[jax.Array, jax.Array, float], jax.Array]  # (v, squared step, beta_2) -> v
+AdaptiveKind = Literal["adagrad", "adam", "yogi"]
+SECOND_MOMENTS: dict[str, SecondMoment] = {
     "adagrad": lambda v, square, b2: v + square,
     "adam": lambda v, square, b2: b2 * v + (1 - b2) * square,
     "yogi": lambda v, square, b2: v - (1 - b2) * square * jnp.sign(v - square),
 }
 
 
-def adaptive(kind: str, momentum: float = 0.9, b2: float = 0.99, tau: float = 1e-3) -> optax.GradientTransformation:
+def adaptive(
+    kind: AdaptiveKind, momentum: float = 0.9, b2: float = 0.99, tau: float = 1e-3
+) -> optax.GradientTransformation:
     """FedAdagrad, FedAdam or FedYogi (Reddi et al. 2021, algorithm 2), of updates d:
 
         m <- beta_1 m + (1 - beta_1) d,    v <- v as `SECOND_MOMENTS[kind]` says,    m / (sqrt(v) + tau)
@@ -69,10 +73,13 @@ def adaptive(kind: str, momentum: float = 0.9, b2: float = 0.99, tau: float = 1e
     return optax.GradientTransformation(init, update)
 
 
+ServerOptimizer = Literal["acg", "adagrad", "adam", "exp", "momentum", "sgd", "yogi"]  # a name in `OPTIMIZERS`
 # name -> (momentum -> transform). FedAvgM (Hsu et al. 2019) is `momentum`. `acg` is FedACG (Kim et al. 2024), whose
 # lookahead theta + lambda m, held as the parameters, moves by Nesterov's momentum; its clients add the term `prox`.
-OPTIMIZERS: dict[str, Callable] = {
-    **{kind: functools.partial(adaptive, kind) for kind in SECOND_MOMENTS},
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "adagrad": functools.partial(adaptive, "adagrad"),
+    "adam": functools.partial(adaptive, "adam"),
+    "yogi": functools.partial(adaptive, "yogi"),
     "acg": functools.partial(optax.trace, nesterov=True),
     "exp": lambda momentum: fedexp(),
     "momentum": optax.trace,
@@ -80,7 +87,7 @@ OPTIMIZERS: dict[str, Callable] = {
 }
 
 
-def make(name: str, momentum: float) -> optax.GradientTransformation:
+def make(name: ServerOptimizer, momentum: float) -> optax.GradientTransformation:
     """The optimiser `name`.
 
     `federation.server.move` gives it the clients' stacked updates as `deltas` and who of them takes part as `present`,

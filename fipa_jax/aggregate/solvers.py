@@ -6,17 +6,18 @@ makes an aggregation rule of one.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fipa_jax.aggregate import merged_curvature
-from fipa_jax.aggregate.aggregator import Needs, never, sound
-from fipa_jax.aggregate.merged_curvature import Factor, Filter
+from fipa_jax.aggregate.aggregator import Needs, Withdraws, never, sound
+from fipa_jax.aggregate.merged_curvature import Factor, Filter, Merge
+from fipa_jax.curvature.contracts import Number
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.derivatives import vary_with
-from fipa_jax.trees import length, ratio
+from fipa_jax.trees import length, ratio, total
 
 
 class Messages(NamedTuple):
@@ -54,7 +55,9 @@ class Solution(NamedTuple):
     curve: jax.Array | None = None  # [], full^T H full, where a wrapper has computed it
 
 
+Form = Literal["damped", "pinv", "tikhonov"]  # what becomes of H's eigenvalues
 Hyper = dict  # {name: array}; the names are the config's paths below `aggregator`
+Init = Callable[[jax.Array], Any]  # theta [P] -> state
 Solve = Callable[[list[Messages], Hyper, Any, Now], tuple[Solution, Hyper, Any, dict]]
 
 
@@ -62,10 +65,10 @@ class Solver(NamedTuple):
     """Messages become a step: the same fields whether it solves, or wraps one that does."""
 
     hyper: Hyper  # {name: default}, the numbers that are traced
-    init: Callable[[jax.Array], Any]  # theta [P] -> state
+    init: Init
     solve: Solve  # (messages, hyper, state, now) -> (Solution, hyper, state, info)
     needs: Needs = Needs("sketch")  # what the clients have to send
-    withdraws: Callable[[Any], jax.Array | bool] = never  # of the new state: is the step the last one, taken back?
+    withdraws: Withdraws = never
     wrappers: tuple[str, ...] = ()  # what it is wrapped in, from the inside out
 
 
@@ -89,7 +92,7 @@ OWN_DAMPING = "aggregator.own_damping: needs form = 'damped', relative = False a
 CAREFUL = 1e-3  # its damping, in units of H's largest eigenvalue
 
 
-def pinv(rcond: float = 1e-5, *, explosion: float = 100.0, merge: str = "auto") -> Solver:
+def pinv(rcond: Number = 1e-5, *, explosion: Number = 100.0, merge: Merge = "auto") -> Solver:
     """step = H^+ sum_m w_m H_m delta_m (arXiv 2601.13608, eq. 6); outside span(F) nothing moves.
 
     Args:
@@ -102,7 +105,9 @@ def pinv(rcond: float = 1e-5, *, explosion: float = 100.0, merge: str = "auto") 
     return _solver("pinv", {"rcond": rcond, "limits.explosion": explosion}, False, merge)
 
 
-def tikhonov(damping: float = 1e-3, *, relative: bool = True, explosion: float = 100.0, merge: str = "auto") -> Solver:
+def tikhonov(
+    damping: Number = 1e-3, *, relative: bool = True, explosion: Number = 100.0, merge: Merge = "auto"
+) -> Solver:
     """step = (H + beta I)^{-1} sum_m w_m H_m delta_m; directions with eigenvalues below beta hardly move.
 
     The authors' code takes gamma beta times this step: set the server's learning rate to gamma beta.
@@ -116,12 +121,12 @@ def tikhonov(damping: float = 1e-3, *, relative: bool = True, explosion: float =
 
 
 def damped(
-    damping: float = 1e-3,
+    damping: Number = 1e-3,
     *,
     relative: bool = True,
     own_damping: bool = False,
-    explosion: float = 100.0,
-    merge: str = "auto",
+    explosion: Number = 100.0,
+    merge: Merge = "auto",
 ) -> Solver:
     """step = (H + beta I)^{-1} sum_m w_m (H_m + beta I) delta_m; directions with eigenvalues below beta get the mean.
 
@@ -142,7 +147,7 @@ def damped(
     return solver._replace(needs=solver.needs._replace(damping=own_damping))
 
 
-def _solver(form: str, hyper: Hyper, relative: bool, merge: str) -> Solver:
+def _solver(form: Form, hyper: Hyper, relative: bool, merge: Merge) -> Solver:
     merged_curvature.check(merge)
 
     def solve(messages, hyper, state, now):
@@ -152,9 +157,9 @@ def _solver(form: str, hyper: Hyper, relative: bool, merge: str) -> Solver:
     return Solver(hyper, lambda theta: (), solve)
 
 
-def _solve(messages: Sequence[Messages], form: str, hyper: Hyper, relative: bool, merge: str) -> Solution:
+def _solve(messages: Sequence[Messages], form: Form, hyper: Hyper, relative: bool, merge: Merge) -> Solution:
     """The step of a form by all messages; a failing one gives way, see `pinv`."""
-    mean = sum(_weighted(each.weights, each) for each in messages)
+    mean = total(_weighted(each.weights, each) for each in messages)
     damping = jnp.zeros([], mean.dtype) if form == "pinv" else hyper["damping"]
     base = _base(messages, damping, mean) if form == "damped" else None
     factor = _merged_about(base, messages, merge)
@@ -189,10 +194,10 @@ def _base(messages: Sequence[Messages], beta: jax.Array, mean: jax.Array) -> jax
     """sum_m w_m (beta_m / beta) delta_m [P], which the damped form starts from; the mean, where beta_m is beta."""
     if all(each.damping is None for each in messages):
         return mean
-    return sum(_weighted(each.weights * _share(each, beta), each) for each in messages)
+    return total(_weighted(each.weights * _share(each, beta), each) for each in messages)
 
 
-def _merged_about(base: jax.Array | None, messages: Sequence[Messages], merge: str) -> Factor:
+def _merged_about(base: jax.Array | None, messages: Sequence[Messages], merge: Merge) -> Factor:
     """What each one's curvature is applied to is the way from the present parameters + base to where it wants them."""
     parts = [merged_curvature.Part(each.weights, each.sketch, each.deltas, each.moved) for each in messages]
     return merged_curvature.merge(parts, merge, base)

@@ -11,6 +11,7 @@ import numpy as np
 from fipa_jax import trees
 from fipa_jax.curvature import contracts
 from fipa_jax.curvature.sketch import FLAGS, STORES, Diagonal, Report, Sketch
+from fipa_jax.trees import HostArray
 
 
 class Uploads(NamedTuple):
@@ -149,7 +150,7 @@ def collect(sent: Sequence[Any], params: Any, like: Uploads | None = None) -> tu
     asked = "most sent" if like is None else "asked for"
     wrong |= {place: f"sent {kind}, {asked} {usual}" for place, kind in kinds.items() if kind != usual}
     fits = (one for place, one in read.items() if place not in wrong)
-    blank = (like or next(fits, Uploads(None, np.float32(0))))._replace(delta=params)
+    blank = (like or next(fits, Uploads(None, jnp.float32(0))))._replace(delta=params)
     blank = jax.tree.map(lambda x: np.zeros(getattr(x, "shape", ()), jnp.result_type(x)), blank)
     stacked = [blank if place in wrong else read[place] for place in range(len(sent))]
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *stacked), wrong
@@ -168,7 +169,7 @@ def _read(one: Any, params: Any) -> Uploads:
     except ValueError as error:
         raise _Misfit(str(error)) from error
     numbers = {name: getattr(one, name) for name in NUMBERS}
-    read = {name: None if value is None else _number(value, name) for name, value in numbers.items()}
+    read: dict[str, HostArray] = {k: None if value is None else _number(value, k) for k, value in numbers.items()}
     if read["num_examples"] is None:
         raise _Misfit("it does not say of how many examples it is")
     sketch = _read_curvature(one.sketch, sum(np.size(leaf) for leaf in jax.tree.leaves(params)))
@@ -199,22 +200,22 @@ def _read_report(report: Any, rank: int) -> Report | None:
         raise _Misfit(f"its report has the flags {_names(report.flags)}, needed {_names(FLAGS)}")
     return Report(
         residuals=_shaped(report.residuals, (rank,), "the residuals of its report"),
-        products=np.asarray(_number(report.products, "products"), np.int32),
-        converged=np.asarray(_flag(report.converged, "converged")),
+        products=_number(report.products, "products").astype(np.int32),
+        converged=_flag(report.converged, "converged"),
         trace=_number(report.trace, "trace"),
         trace_error=_number(report.trace_error, "trace_error"),
-        flags={name: np.asarray(_flag(report.flags[name], name)) for name in FLAGS},
+        flags={name: _flag(report.flags[name], name) for name in FLAGS},
     )
 
 
-def _array(value: Any) -> np.ndarray:
+def _array(value: Any) -> HostArray:
     """A value that is an array or a number, as one that the server may look at."""
     if not isinstance(value, np.ndarray | np.generic | jax.Array | int | float) or isinstance(value, np.ma.MaskedArray):
         raise _Misfit(f"needed arrays, got a {type(value).__name__}")
     return np.asarray(value)
 
 
-def _shaped(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
+def _shaped(value: Any, shape: tuple[int, ...], name: str) -> HostArray:
     """An array of this shape in one of the dtypes in which floating-point numbers may be sent."""
     array = _array(value)
     if array.shape != shape or array.dtype.name not in STORES:
@@ -222,7 +223,7 @@ def _shaped(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
     return array.astype(STORES[array.dtype.name], copy=False)  # in this machine's byte order
 
 
-def _number(value: Any, name: str) -> np.ndarray:
+def _number(value: Any, name: str) -> HostArray:
     """A real number in float32, or float64 where it was that; a bool is none."""
     array = _array(value)
     if array.shape or (array.dtype.kind not in "iu" and array.dtype.name not in STORES):
@@ -230,11 +231,11 @@ def _number(value: Any, name: str) -> np.ndarray:
     return array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32)
 
 
-def _flag(value: Any, name: str) -> bool:
+def _flag(value: Any, name: str) -> HostArray:
     array = _array(value)
     if array.shape or array.dtype != bool:
         raise _Misfit(f"{name}: needed true or false, got {contracts.kind(array)}")
-    return bool(array)
+    return np.asarray(bool(array))
 
 
 def _names(table: Any) -> str:

@@ -6,7 +6,7 @@ use curvature are in `second_order`.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,22 +41,29 @@ def yogi() -> optax.GradientTransformation:
     rule = optax.scale_by_yogi()
 
     def init(params):
-        return rule.init(params)._replace(mu=optax.tree.zeros_like(params))
+        state = cast(optax.ScaleByAdamState, rule.init(params))
+        return state._replace(mu=optax.tree.zeros_like(params))
 
     return optax.GradientTransformation(init, rule.update)
 
 
+Optimizer = Literal["momentum", "nesterov", "sgd", "adam", "yogi"]  # a name in `OPTIMIZERS`
+MakeTransform = Callable[..., optax.GradientTransformation]
 # Gradient -> direction, without the learning rate: that is traced, so that a schedule or a sweep does not recompile.
-WITH_MOMENTUM = {"momentum": optax.trace, "nesterov": functools.partial(optax.trace, nesterov=True)}
-LINEAR = WITH_MOMENTUM | {"sgd": optax.identity}  # in the gradients: their steps are weighted sums of them
-OPTIMIZERS = LINEAR | {"adam": optax.scale_by_adam, "yogi": yogi}
+WITH_MOMENTUM: dict[str, MakeTransform] = {
+    "momentum": optax.trace,
+    "nesterov": functools.partial(optax.trace, nesterov=True),
+}
+# Linear in the gradients: their steps are weighted sums of them.
+LINEAR: dict[str, MakeTransform] = WITH_MOMENTUM | {"sgd": optax.identity}
+OPTIMIZERS: dict[str, MakeTransform] = LINEAR | {"adam": optax.scale_by_adam, "yogi": yogi}
 
 
 def first_order(
     loss: Loss,
     augment: Augment,
     *,
-    optimizer: str = "sgd",
+    optimizer: Optimizer = "sgd",
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,

@@ -75,7 +75,10 @@ class Improvement(NamedTuple):
     damping: jax.Array | None = None  # [], see `LocalResult`
 
 
-def solver_of(improve: Callable[[Work, jax.Array], Improvement], term: Term) -> LocalSolver:
+Improve = Callable[[Work, jax.Array], Improvement]  # (work, key) -> what a client has found
+
+
+def solver_of(improve: Improve, term: Term) -> LocalSolver:
     """The local solver that improves by `improve(work, key)`, and then keeps what the term asks to keep."""
 
     def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
@@ -101,7 +104,12 @@ def adaptive_steps(local: LocalSolver, scale: float, most: int, reach: float = 1
     """
 
     def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
-        steps = steps_for(smallest(hyper.sketch.eigenvalues), reach * hyper.lr, scale, most)
+        steps = steps_for(
+            smallest(contracts.given(hyper.sketch, "hyper.sketch of adaptive steps").eigenvalues),
+            reach * hyper.lr,
+            scale,
+            most,
+        )
         return local(outputs, params, data, client, key, hyper._replace(steps=steps), store, shared)
 
     return solve

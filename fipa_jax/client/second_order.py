@@ -4,6 +4,7 @@ They are local solvers, see `local_solver`. All examples enter every step: mini-
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.derivatives import vary_with
 from fipa_jax.lookup import lookup
 
+System = Literal["auto", "cg", "gram"]  # a name in `SYSTEMS`
 GRAM_LIMIT = 2000  # N K up to which `auto` solves with the Gram matrix
 
 
@@ -41,7 +43,7 @@ def gauss_newton(
     epochs: int = 1,
     steps: int = 0,
     tries: int = 10,
-    system: str = "auto",
+    system: System = "auto",
     cg_steps: int = 100,
     term: Term | None = None,
 ) -> LocalSolver:
@@ -186,7 +188,7 @@ def _cg(predict, params, examples, mask, *, loss, weight_decay, cg_steps):
         def damped(vector):
             return product(vector) + damping * vector
 
-        return -jax.scipy.sparse.linalg.cg(damped, gradient, tol=eps, maxiter=cg_steps)[0]
+        return -jax.scipy.sparse.linalg.cg(damped, gradient, tol=float(eps), maxiter=cg_steps)[0]
 
     # |H g| / |g| is no more than the largest eigenvalue; the trace is not at hand.
     length = jnp.maximum(jnp.linalg.norm(gradient), jnp.finfo(gradient.dtype).tiny)
@@ -256,7 +258,8 @@ def lbfgs(
         def step(carry):
             s, theta, state, failures, total = carry
             value, gradient = value_and_gradient(theta, state=state)
-            update, state = search.update(gradient, state, theta, value=value, grad=gradient, value_fn=value_of)
+            move, state = search.update(gradient, state, theta, value=value, grad=gradient, value_fn=value_of)
+            update = jnp.asarray(move)
             reached = optax.tree.get(state, "value")
             better = jnp.isfinite(reached) & (reached <= value) & jnp.all(jnp.isfinite(update))
             state = optax.tree.where(better, state, forgotten)
@@ -307,10 +310,11 @@ def natural_gradient(
 
     def improve(work: Work, key) -> Improvement:
         params, hyper, mask = work.params, work.hyper, present(work.client)
+        sketch = contracts.given(hyper.sketch, "hyper.sketch of a natural gradient")
         gradient_of = mean_gradient(work, loss, term, mask.size, micro_batch)
         objective, mean_loss = gradient_of(params, work.examples, mask)
         gradient, unravel = ravel_pytree(direction.update(objective, direction.init(params), params)[0])
-        change = -hyper.lr * (gradient - _explained(hyper.sketch, gradient, hyper.damping)) / hyper.damping
+        change = -hyper.lr * (gradient - _explained(sketch, gradient, hyper.damping)) / hyper.damping
         change = jnp.where(work.client.num_examples > 0, change, 0)
         return Improvement(unravel(change), mean_loss, objective, hyper.damping)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from fipa_jax import trees
 from fipa_jax.client.examples import masked_mean
@@ -80,6 +81,9 @@ def _keep_step(served: Served):
     return served.step
 
 
+Penalty = Callable[[Local], ArrayLike]  # -> [], added to the mean loss
+
+
 class Term(NamedTuple):
     """An additive term of the client's objective, or of the server's step, with a store of its own for every client.
 
@@ -87,7 +91,7 @@ class Term(NamedTuple):
     """
 
     init: Callable[[Any], Any] = _nothing  # params -> store of a client that has not taken part yet
-    penalty: Callable[[Local], jax.Array | float] = _no_penalty
+    penalty: Penalty = _no_penalty
     update: Callable[[Done], Any] = _keep_store  # -> store
     correct: Callable[[Served], Any] = _keep_step  # -> step
     whole_batch: bool = False  # whether the penalty is more than a mean over the batch's examples, or free of them

@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict
 
+from fipa_jax import installed
 from fipa_jax.config import defaults, fields
 from fipa_jax.config.checks import validate
 
@@ -50,15 +51,35 @@ def check_workdir(path: Path) -> None:
         raise ValueError(f"--workdir: {str(path)!r} is for the results, but {nearest} {what}; name another folder")
 
 
+def config_file(name: str) -> Path:
+    """The config file of a path, or of a shipped config's name: `sine` and `configs/sine.py` are known everywhere.
+
+    Raises:
+      ValueError: there is no such file, and no such name.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.stem: path for path in sorted(installed.folder("configs").glob("*.py"))}
+    short = re.sub(r"^configs/|\.py$", "", name)
+    if short not in shipped:
+        raise ValueError(f"--config: no file {name!r}; needs the path of one, or a name in {', '.join(shipped)}")
+    return shipped[short]
+
+
 def _with_config_file(argv, default):
-    """(argv with the flag --config, the file that it names); None for a file that stands in the next argument."""
-    file = next((match[1] for arg in argv if (match := re.match(r"--?config=([^:]*)", arg))), None)
-    if file is None and not {"--config", "-config"} & set(argv):
-        file = str(default)
-        argv = [argv[0], f"--config={file}", *argv[1:]]  # as the flag's own default, it would be read before parsing
-    if file is not None and not Path(file).is_file():
-        raise ValueError(f"--config: no file {file!r}; needs the path of one such as {default}")
-    return argv, file
+    """(argv with the flag --config=FILE:VARIANT, the file)."""
+    given = [place for place, arg in enumerate(argv) if re.match(r"--?config(=|$)", arg)]
+    if not given:
+        # As the flag's own default, it would be read before parsing.
+        return [argv[0], f"--config={default}", *argv[1:]], str(default)
+    place = given[-1]
+    _, equals, value = argv[place].partition("=")
+    if not equals and place + 1 == len(argv):
+        raise ValueError("--config: needs the path of a config file, or its name, such as sine")
+    value, rest = (value, argv[place + 1 :]) if equals else (argv[place + 1], argv[place + 2 :])
+    name, colon, variant = value.partition(":")
+    file = str(config_file(name))
+    return [*argv[:place], f"--config={file}{colon}{variant}", *rest], file
 
 
 def _check_fields(argv):

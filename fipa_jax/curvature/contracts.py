@@ -11,17 +11,20 @@ What only numbers can tell is looked at by `check`, and by every sketch for its 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fipa_jax import trees
 
 Outputs = Callable[[Any, Any], Any]  # (params, batch) -> out, a pytree of [B, ...], of each example by itself
 Loss = Callable[[Any, Any], jax.Array]  # (out, batch) -> [B], of each example
 Features = Callable[[Any, Any], jax.Array]  # (params, batch) -> [B, F], the inputs of the last layer
+Number = jax.Array | float  # [], which may be traced
+Given = TypeVar("Given")
 
 
 def check(outputs: Outputs, loss: Loss, params: Any, batch: Any, mask: jax.Array | None = None) -> None:
@@ -211,6 +214,20 @@ def key(key: jax.Array) -> jax.Array:
     return key
 
 
+def given(value: Given | None, name: str) -> Given:
+    """The value, which must be there.
+
+    Args:
+      name: of it, for the error, with what needs it.
+
+    Raises:
+      ValueError: it is None.
+    """
+    if value is None:
+        raise ValueError(f"{name}: needed, and missing")
+    return value
+
+
 def at_least(least: float, **numbers: Any) -> None:
     """Refuses numbers below a bound, or NaN; those that are traced pass.
 
@@ -218,7 +235,7 @@ def at_least(least: float, **numbers: Any) -> None:
       ValueError: names the number.
     """
     for name, value in numbers.items():
-        if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) >= least):
+        if not isinstance(value, Tracer) and not np.all(np.asarray(value) >= least):
             raise ValueError(f"{name}: needed {least:g} or more, got {value}")
 
 

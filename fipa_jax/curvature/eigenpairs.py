@@ -177,7 +177,7 @@ def exact(rank: int, *, oversample: int = 10, tolerance: float = TOLERANCE) -> S
 SOLVERS = {"exact": exact, "lanczos": lanczos, "subspace": subspace}
 
 
-def rayleigh_ritz(basis, image, rank: int, *, products: int) -> Eigenpairs:
+def rayleigh_ritz(basis, image, rank: int, *, products: jax.Array | int) -> Eigenpairs:
     """The best eigenpairs within span(basis), given image = H basis, both [P, B]; zero columns are allowed."""
     finite = jnp.all(jnp.isfinite(image)) & jnp.all(jnp.isfinite(basis))
     basis, image = jnp.where(finite, basis, 0), jnp.where(finite, image, 0)
@@ -230,7 +230,7 @@ def _times(pairs: Eigenpairs, *sizes) -> Eigenpairs:
     return pairs
 
 
-def _pairs(eigenvalues, vectors, images, *, noise: int, products: int, **flags) -> Eigenpairs:
+def _pairs(eigenvalues, vectors, images, *, noise: int, products: jax.Array | int, **flags) -> Eigenpairs:
     """Masks the pairs below the rounding level, eps times `noise`, and measures the residuals of the others."""
     largest = jnp.maximum(eigenvalues[0], 0)
     keep = eigenvalues > largest * jnp.finfo(eigenvalues.dtype).eps * noise
@@ -309,7 +309,7 @@ def _grown(new, drawn, known: Eigenpairs | None, *, matrix: Curvature, rank: int
     empty = jnp.zeros([size, 0], matrix.dtype)
     before = (empty, empty) if known is None else (known.vectors, known.images)
     number, products = before[0].shape[1], jnp.int32(0) if known is None else known.products
-    width, looks = number + len(looks) * block, jnp.asarray(looks)
+    width, look_after = number + len(looks) * block, jnp.asarray(looks)
 
     def extend(j, state):
         def step(state):
@@ -324,13 +324,13 @@ def _grown(new, drawn, known: Eigenpairs | None, *, matrix: Curvature, rank: int
                 found = rayleigh_ritz(basis, images, rank, products=products + (j + 1) * block)
                 return vary_with(found, pairs)
 
-            return basis, images, image, jax.lax.cond(looks[j], look, lambda: pairs)
+            return basis, images, image, jax.lax.cond(look_after[j], look, lambda: pairs)
 
         done = _within(state[3], tolerance) | state[3].not_finite | _crowded(state[3], block)
         return for_anyone(~done, step, state)
 
     space = [_widened(columns, width) for columns in before]
-    shapes = jax.eval_shape(lambda: rayleigh_ritz(*space, rank, products=products))
+    shapes = jax.eval_shape(lambda: rayleigh_ritz(space[0], space[1], rank, products=products))
     pairs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     pairs = pairs._replace(residuals=jnp.full_like(pairs.residuals, jnp.nan))
     space = vary_with((*space, new, pairs), new, products)

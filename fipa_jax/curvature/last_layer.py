@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from fipa_jax import trees
 from fipa_jax.curvature.contracts import Features, Outputs
 from fipa_jax.derivatives import vary_with
 
@@ -29,7 +30,7 @@ def fits(params: Any, out: Any, features: Any) -> bool:
 
 def affine(params: Any, features: jax.Array) -> jax.Array:
     """[B, K]: features @ kernel + bias, of parameters that fit; linear in them."""
-    return sum(features @ leaf if leaf.ndim == 2 else leaf[None] for leaf in jax.tree.leaves(params))
+    return trees.total(features @ leaf if leaf.ndim == 2 else leaf[None] for leaf in jax.tree.leaves(params))
 
 
 def differs(outputs: Outputs, params: Any, batch: Any, features: jax.Array) -> jax.Array:

@@ -96,7 +96,8 @@ def zero_if_empty(micro: MicroBatches, value):
     """A sum over the examples that are there; 0 where none is, whatever the network has made of those that are not."""
     if micro.count is None:
         return value
-    return jax.tree.map(lambda x: jnp.where(micro.count > 0, x, jnp.zeros((), x.dtype)), value)
+    there = micro.count > 0
+    return jax.tree.map(lambda x: jnp.where(there, x, jnp.zeros((), x.dtype)), value)
 
 
 def first(stacked):

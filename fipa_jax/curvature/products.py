@@ -266,8 +266,8 @@ def _head(outputs, loss, params, micro, *, features):
         diagonal = jax.lax.map(lambda unit: hessian(jnp.broadcast_to(unit, out.shape)) @ unit, jnp.eye(out.shape[1]))
         return total + jnp.vdot(jnp.sum(diagonal, 0), jnp.sum(phi**2, axis=1) + has_bias)
 
-    trace = zero_if_empty(micro, fold(trace, jnp.zeros([], flat.dtype), micro, out, phi))
-    return Curvature(product, flat.size, flat.dtype, trace=trace, not_last_layer=differs)
+    whole = zero_if_empty(micro, fold(trace, jnp.zeros([], flat.dtype), micro, out, phi))
+    return Curvature(product, flat.size, flat.dtype, trace=whole, not_last_layer=differs)
 
 
 def _head_columns(loss, columns, batch, weight, out, phi):
@@ -276,7 +276,7 @@ def _head_columns(loss, columns, batch, weight, out, phi):
     def push(leaf):
         return jnp.tensordot(phi, leaf, 1) if leaf.ndim == 3 else leaf[None]
 
-    tangent = sum(push(leaf) for leaf in jax.tree.leaves(columns))
+    tangent = trees.total(push(leaf) for leaf in jax.tree.leaves(columns))
     hessian = loss_derivatives(loss, out, batch, weight)[1]
     curved = jax.vmap(hessian, in_axes=2, out_axes=2)(jnp.broadcast_to(tangent, (*out.shape, tangent.shape[2])))
 

@@ -150,7 +150,7 @@ def keeping_energy(sketch: SketchFunction, share: float) -> SketchFunction:
 
     def kept(key, params, batch, mask=None, start=None) -> Sketch:
         whole = sketch(key, params, batch, mask, start)
-        return truncate(whole, enough(whole, share) | (whole.report.trace == 0))
+        return truncate(whole, enough(whole, share) | (_report_of(whole).trace == 0))
 
     return kept
 
@@ -188,14 +188,15 @@ def _residuals_of(basis, sketch: Sketch):
     where |H (e - U c)| <= mu |e - U c|, mu the largest eigenvalue outside of the sketch: its smallest one plus the
     largest residual if it has converged, else lam_max. The dots stand for residuals times c.
     """
-    values, own = sketch.eigenvalues, sketch.report.residuals
+    report, values = _report_of(sketch), sketch.eigenvalues
+    own = report.residuals
     unit = jnp.where(values[0] > 0, values[0], 1)
     values, there = values / unit, values > 0
     moved = jnp.where(there[None], basis - sketch.basis, 0)
     inside = sketch.basis.T @ moved
     within = jnp.linalg.norm(sketch.basis @ (values[:, None] * inside) - values[None] * moved, axis=0)
     outside = jnp.linalg.norm(moved - sketch.basis @ inside, axis=0)
-    beyond = jnp.where(sketch.report.converged, smallest(values) + jnp.max(own), 1)
+    beyond = jnp.where(report.converged, smallest(values) + jnp.max(own), 1)
     second_order = jnp.linalg.norm(own) * jnp.linalg.norm(inside, axis=0)
     return jnp.where(there, own + within + beyond * outside + second_order, 0)
 
@@ -263,7 +264,11 @@ def _mean_and_error(values):
 def enough(sketch: Sketch, energy) -> jax.Array:
     """[R] bool: the fewest pairs whose eigenvalues reach `energy` times the trace."""
     before = jnp.cumsum(sketch.eigenvalues) - sketch.eigenvalues
-    return before < energy * sketch.report.trace
+    return before < energy * _report_of(sketch).trace
+
+
+def _report_of(sketch: Sketch) -> Report:
+    return contracts.given(sketch.report, "the sketch's report, whose trace and residuals are asked for")
 
 
 def above_gradient(sketch: Sketch, gradient_norm, total_norm, round, scale=1.0) -> jax.Array:
@@ -346,7 +351,7 @@ def plain(make: SketchMaker) -> Sketcher:
     """
 
     def of_client(outputs: TaskOutputs, params, key, batch, mask):
-        def last_inputs(theta, batch):
+        def last_inputs(theta, batch) -> Any:
             return getattr(outputs(theta, batch)[1], "last", None)
 
         return make(_outputs_alone(outputs), last_inputs)(key, params, batch, mask)
@@ -369,6 +374,8 @@ def with_rank_by_gradient(sketcher: Sketcher, loss: Loss, scale: float) -> Sketc
 
     def of_cohort(messages, round) -> Sketch:
         sketches, gradients = sketcher.of_cohort(messages[0], round), messages[1]
+        if not isinstance(sketches, Sketch):
+            raise ValueError(f"sketch.truncation: needs sketches, got {type(sketches).__name__}")
         # A client of NaN, which the aggregator sets aside, must not undo the others' sketches.
         gradients = trees.zero_unless(trees.is_finite(gradients), gradients)
         lengths, total = jnp.linalg.norm(gradients, axis=1), jnp.linalg.norm(jnp.sum(gradients, axis=0))

@@ -116,4 +116,4 @@ def choose(
         ("lanczos", "rows"): 2 * flops * outputs + 4 * rows * size * products + 6 * size * products**2,
         ("exact", "rows"): 2 * flops * outputs + 2 * narrow**2 * wide + 25 * narrow**3,
     }
-    return min(work, key=work.get)
+    return min(work, key=work.__getitem__)

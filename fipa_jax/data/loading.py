@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from fipa_jax import installed
 from fipa_jax.config.process import user_cache
 from fipa_jax.files import SUMS, digest_of_file, local, replacing, sums_of, write
 
@@ -244,10 +245,7 @@ def import_tfds(purpose: str):
             import PIL  # noqa: F401
             import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(
-            f"{purpose} needs tensorflow_datasets, array_record and pillow (not tensorflow), and {error.name} "
-            f"is not installed: pip install 'fipa_jax[tfds]'"
-        ) from error
+        raise ImportError(installed.missing("tfds", purpose, str(error.name))) from error
     # Once an image run it would advise another package, which changes nothing here.
     logging.get_absl_logger().addFilter(_no_advice)
     return tfds

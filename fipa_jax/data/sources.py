@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from fipa_jax.data import loading
 from fipa_jax.files import digest_of_file, local, replacing
@@ -144,6 +143,8 @@ def _downloaded(source: Source, file: str, folder: Path) -> Path:
 
 def _download(source: Source, file: str, path: Path) -> None:
     """Fetches an archive to a path, with a bar that shows how far it is."""
+    from tqdm import tqdm
+
     request = urllib.request.Request(f"{source.url}/{file}", headers={"User-Agent": "fipa_jax"})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer, path.open("wb") as out:

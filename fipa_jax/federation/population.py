@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 
 from fipa_jax.client.examples import Client, present, take
 from fipa_jax.federation.channel import Order
+from fipa_jax.trees import HostArray
 
 BLOCK = 10_000  # examples moved to the device at a time, where all are evaluated
 SPARSE = 50  # a cohort of less than 1/SPARSE of the clients is drawn without a permutation of them all
@@ -103,20 +104,19 @@ class OnHost:
     def cohort(self, ids) -> Cohort:
         """The clients `ids` [C] and their examples, moved to the device."""
         own = [np.asarray(self.owned[client]) for client in np.asarray(ids).tolist()]
-        counts = np.array([len(indices) for indices in own], np.int32)
+        counts: HostArray = np.array([len(indices) for indices in own], np.int32)
         first = np.cumsum(counts, dtype=np.int32) - counts
         column = np.arange(self._width, dtype=np.int32)[None]
         # Beyond its own examples a client's row repeats its first one.
-        indices = first[:, None] + np.where(column < counts[:, None], column, 0)
+        indices: HostArray = first[:, None] + np.where(column < counts[:, None], column, 0)
         chosen = np.concatenate(own)
         packed = {name: self._packed(field, chosen) for name, field in self.data.items()}
         return Cohort(ids, *self._put((Client(indices, counts), packed)))
 
     def shapes(self, cohort: int) -> Cohort:
         """The shapes of a cohort, of as many clients as a round has."""
-        shape = lambda *sizes, dtype=np.int32: jax.ShapeDtypeStruct(sizes, jax.dtypes.canonicalize_dtype(dtype))
-        packed = {name: shape(self._room, *f.shape[1:], dtype=f.dtype) for name, f in self.data.items()}
-        return Cohort(shape(cohort), Client(shape(cohort, self._width), shape(cohort)), packed)
+        packed = {name: _shape(self._room, *field.shape[1:], dtype=field.dtype) for name, field in self.data.items()}
+        return Cohort(_shape(cohort), Client(_shape(cohort, self._width), _shape(cohort)), packed)
 
     def over(self, data: dict):
         """The same clients with other data of theirs."""
@@ -141,6 +141,11 @@ class OnHost:
         return jax.tree.map(over, values)
 
 
+def _shape(*sizes: int, dtype: Any = np.int32) -> Any:
+    """An array's shape and dtype, where the array itself is to come."""
+    return jax.ShapeDtypeStruct(sizes, jax.dtypes.canonicalize_dtype(dtype))
+
+
 class Ahead:
     """Calls `fetch(k)` for round k, and on a thread already that for round k + 1, while round k runs.
 
@@ -152,7 +157,8 @@ class Ahead:
     def __init__(self, fetch: Callable, last: int):
         self._fetch, self._last = fetch, last
         self._thread, self._found = ThreadPoolExecutor(1, "cohorts"), {}
-        self._precision = jax.config.jax_enable_x64  # a thread starts with jax's defaults, whatever this one has set
+        # A thread starts with jax's defaults, whatever this one has set. (The field is made when jax is imported.)
+        self._precision = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
     def __call__(self, k: int):
         """What `fetch(k)` returns."""

@@ -15,6 +15,7 @@ import optax
 
 from fipa_jax.client.examples import Client, gather, present, subsample, take
 from fipa_jax.client.local_solver import LocalResult
+from fipa_jax.curvature import contracts
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.federation.channel import Order
 from fipa_jax.federation.parallel import map_clients
@@ -66,7 +67,8 @@ def sketch(
     Returns:
       The clients' sketches, or diagonals, stacked [C, ...].
     """
-    if parts.sketcher is None:
+    sketcher = parts.sketcher
+    if sketcher is None:
         return None
 
     def one(state, data, client, key, delta, order):
@@ -76,13 +78,15 @@ def sketch(
         draw_key, solve_key = jax.random.split(key)
         client = subsample(draw_key, client, parts.sketch_examples)
         batch, mask = gather(data, client.indices), present(client)
-        return parts.sketcher.of_client(outputs, theta, solve_key, batch, mask)
+        return sketcher.of_client(outputs, theta, solve_key, batch, mask)
 
     keys = _of_clients(_keys_of(state.round, root)[2], cohort.ids)
-    trained = results.delta if parts.aggregator.needs.at == "local" else None
+    trained = None
+    if parts.aggregator.needs.at == "local":
+        trained = contracts.given(results, "results, as the rule wants curvature at the trained parameters").delta
     common = _seen_by_all(state), cohort.data
     sketches = _over(parts, one, common, cohort, cohort.clients, keys, trained, cohort.orders)
-    return parts.sketcher.of_cohort(sketches, state.round)
+    return sketcher.of_cohort(sketches, state.round)
 
 
 def by_clients(parts: Parts, train: Callable, sketch: Callable, clock: Callable = lambda stage, result: result):

@@ -59,7 +59,7 @@ def serve(
     # After a skipped round too, or ages would not be rounds.
     history = parts.channel.advance(state.history, trees.select(after.params, parts.trainable))
     info |= delivered | {"ids": cohort.ids, "local_loss": jnp.mean(results.loss), "skipped": skipped}
-    if isinstance(sketches, Sketch):
+    if isinstance(uploads.sketch, Sketch):
         info["sketch_pairs"] = jnp.sum(uploads.sketch.eigenvalues > 0)
     return after._replace(history=history, round=state.round + 1), info
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fipa_jax import trees
 from fipa_jax.lookup import lookup
 from fipa_jax.models import networks
 from fipa_jax.tasks.task import Problem, Task, means
@@ -58,7 +59,7 @@ def _along(u: Function, axis: int) -> Function:
 
 def laplacian(u: Function, x: jax.Array) -> jax.Array:
     """[B], the sum of the second derivatives of u along all axes."""
-    return sum(derivative(u, x, axis, order=2) for axis in range(x.shape[1]))
+    return trees.total(derivative(u, x, axis, order=2) for axis in range(x.shape[1]))
 
 
 def poisson(dim: int) -> Equation:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fipa_jax.curvature import contracts
 from fipa_jax.lookup import lookup
 
 Batch = dict[str, jax.Array]  # {field: [B, ...]}, with a leading example axis
@@ -63,8 +64,10 @@ def head_only(task: Task) -> Task:
         drawn = jax.random.randint(key, [num_examples], 0, num_views)
         return {**batch, "body": batch["views"][jnp.arange(num_examples), drawn]}
 
+    head = contracts.given(task.head, "task.head, which alone is to be trained")
+
     def outputs(params, batch):
-        return task.head(params, batch["body"])
+        return head(params, batch["body"])
 
     return task._replace(outputs=outputs, augment=augment)
 

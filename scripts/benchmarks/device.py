@@ -11,6 +11,7 @@ PyTorch is measured where it is installed. Images are random: nothing is downloa
 """
 
 import argparse
+import functools
 import json
 import runpy
 import statistics
@@ -103,6 +104,13 @@ def dense_curvature(w1: np.ndarray, w2: np.ndarray, x: np.ndarray) -> np.ndarray
     return np.einsum("npk,nkl,nql->pq", rows, weights, rows, optimize=True) / len(x)
 
 
+def _step_of(rule, deltas, sketch):
+    """The step of a rule by clients of equal weight, whose updates are vectors [C, P]."""
+    uploads = aggregate.Uploads(deltas, jnp.ones(len(deltas)), sketch)
+    received, screening = aggregate.receive(uploads, deltas[0])
+    return aggregate.step_of(rule, received, rule.init(deltas[0]), deltas[0], screening)[0]
+
+
 def merge_errors(tiny: bool) -> dict:
     """{method, damping: relative error of the damped step} of clients whose subspaces nearly coincide."""
     clients, size, rank = (3, 60, 4) if tiny else (8, 3000, 20)
@@ -123,9 +131,8 @@ def merge_errors(tiny: bool) -> dict:
         wanted = np.linalg.solve(total + beta * np.eye(size), pull)
         for method in ("gram", "qr", "tsqr"):
             limits = aggregate.Limits(max_step=0.0, explosion=0.0, trace_cap=0.0)
-            options = {"damping": damping, "merge": method, "limits": limits}
-            step = jax.jit(lambda d, s, o=options: aggregate.fipa_step(d, s, jnp.ones(clients), **o)[0])
-            step = np.asarray(step(single["d"], sketch), float)
+            rule = aggregate.fipa(damping=damping, merge=method, limits=limits)
+            step = np.asarray(jax.jit(functools.partial(_step_of, rule))(single["d"], sketch), float)
             errors[f"{method}, beta {damping:g}"] = np.linalg.norm(step - wanted) / np.linalg.norm(wanted)
     timing.table([{"merge": name, "error": float(error)} for name, error in errors.items()])
     return errors

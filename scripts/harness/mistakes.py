@@ -124,7 +124,8 @@ MISTAKES = {
     # Files.
     "no config file": ("--config=FILES/nonesuch.py", "--config nonesuch.py"),
     "folder for a config": ("--config=FILES", "--config no file"),
-    "name for a config": ("--config=sine", "--config 'sine' configs/sine.py"),
+    "name of no config": ("--config=sinus", "--config 'sinus' poisson_1d, sine"),
+    "config without a name": ("--config", "--config sine"),
     "variant": (f"--config={ROOT}/configs/sine.py:newton", "sine.py 'newton' gauss_newton, sgd"),
     "work directory is a file": ("--workdir=FILES/none.py", "--workdir none.py folder"),
     "work directory in a file": ("--workdir=FILES/none.py/x", "--workdir none.py folder"),

@@ -172,20 +172,15 @@ def test_fipa_step_equals_the_aggregator(x64, form):
     uploads, (options, rule, compiled) = uploads_of(*clients_of(SIZE)), _uniform(form)
 
     def call(uploads, damping):  # traced, as in a caller's own sweep
-        changed = options | {"damping": damping}
-        return aggregate.fipa_step(uploads.delta, uploads.sketch, uploads.num_examples, form=form, **changed)
+        changed = {name: value for name, value in options.items() if name != "weighting"} | {"damping": damping}
+        equal = jnp.ones_like(uploads.num_examples)  # as uniform weights
+        return aggregate.fipa_step(uploads.delta, uploads.sketch, equal, form=form, **changed)
 
     step, info = jax.jit(call)(uploads, options["damping"])
     params = jax.tree.map(jnp.asarray, LIKE)
     wanted, _, wanted_info = compiled(uploads, rule.init(params), params)
     chex.assert_trees_all_close((step, info), (wanted, wanted_info), rtol=1e-12)
     chex.assert_trees_all_equal_shapes_and_dtypes(step, params)
-
-
-def test_fipa_step_remembers_nothing():
-    uploads = uploads_of(*clients_of(2))
-    with pytest.raises(ValueError, match=r"fipa_step keeps nothing.*aggregate\.fipa"):
-        aggregate.fipa_step(uploads.delta, uploads.sketch, uploads.num_examples, past=PastRounds("prior"))
 
 
 # name: (what the facade is asked for, the same by hand).

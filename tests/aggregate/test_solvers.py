@@ -1,7 +1,5 @@
 """What the filters let through, what takes the place of a step that fails, and updates of another damping."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,9 +91,11 @@ def test_own_damping_undoes_what_the_clients_have_added(x64):
 
 
 def test_own_damping_needs_the_clients(x64):
-    sent, step = uploads_of(*clients_of(2)), functools.partial(aggregate.fipa_step, relative=False, own_damping=True)
+    sent, rule = uploads_of(*clients_of(2)), aggregate.fipa(relative=False, own_damping=True)
+    params = jax.tree.map(lambda leaf: leaf[0], sent.delta)
+    received, screening = aggregate.receive(sent, params)
     with pytest.raises(ValueError, match=r"uploads\.damping"):
-        jax.eval_shape(step, sent.delta, sent.sketch, sent.num_examples)
+        aggregate.step_of(rule, received, rule.init(params), params, screening)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])

@@ -174,7 +174,7 @@ def test_the_default_data_dir_is_that_of_tfds(tmp_path, monkeypatch):
 @pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record", "PIL"])
 def test_missing_packages_are_named(prepared, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"{package} is not installed: pip install"):
+    with pytest.raises(ImportError, match=rf"needs {package}, which the extra fipa_jax.tfds. brings: pip install"):
         data.load("toy", "test", str(prepared))
 
 
