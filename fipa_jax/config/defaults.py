@@ -50,9 +50,7 @@ def task() -> ConfigDict:
     group.num_clients = 2  # sine: equal intervals of [0, 1]
     group.examples_per_client = 50
     group.seed = 0  # of the examples' positions; own_data: of the sets set apart and the clusters
-    group.file = (
-        ""  # own_data: .npz with x [N, d] and y [N] or [N, K], maybe x_test, y_test, client [N]; .csv, .parquet
-    )
+    group.file = ""  # own_data: .npz with x [N, d] and y [N] or [N, K], maybe x_test, y_test, client; .csv, .parquet
     group.targets = ()  # own_data: of a table, the columns to predict; () for y
     group.inputs = ()  # own_data: of a table, the columns to predict from; () for all others
     group.client = "client"  # own_data: of a table, the column that says whose a row is, for the split `given`
@@ -61,7 +59,7 @@ def task() -> ConfigDict:
     group.holdout = 0.0  # own_data: fraction of the other ones set apart, evaluated as `holdout_*`, for tuning
     group.split = "column"  # own_data: column (values or quantiles of one), kmeans (of x), given (the file's client)
     group.column = 0  # own_data: of x, by which the split `column` goes
-    group.standardise = True  # own_data: x and y to mean 0 and variance 1, by the training set's moments
+    group.standardise = "pooled"  # own_data: x to mean 0 and variance 1, by all training examples; client, none
     group.equation = "poisson_1d"  # pde: poisson_1d, _2d, _3d, fisher_kpp, burgers, burgers_mild, helmholtz
     group.boundary_points = 20  # pde: on each face of the domain that a client's strip touches
     group.boundary_weight = 100.0  # pde: lambda, of the squared boundary residuals

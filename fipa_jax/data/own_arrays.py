@@ -14,19 +14,20 @@ from fipa_jax.data import tables
 from fipa_jax.data.partition import BROKEN, why
 from fipa_jax.files import local
 
-NAMES = ("x", "y", "x_test", "y_test", "client")  # of the arrays that are known
+NAMES = ("x", "y", "x_test", "y_test", "client", "client_test")  # of the arrays that are known
 RECIPE = 'np.savez("mine.npz", x=x, y=y)'
 
 
 def read(file: str, columns: tables.Columns = tables.Columns()) -> dict[str, np.ndarray]:
-    """{name: array} of what a file holds, checked: x, y, and where they are there x_test, y_test and client.
+    """{name: array} of what a file holds, checked: x, y, and if there x_test, y_test, client and client_test.
 
     Args:
       file: its path, `config.task.file`: an .npz of arrays by these names, or a table, see `tables.READERS`.
       columns: which columns of a table are what.
 
     Returns:
-      x [N, d] in float64; y [N, K] in float64, or [N] of words; x_test and y_test alike; client [N], integers or words.
+      x [N, d] in float64; y [N, K] in float64, or [N] of words; x_test and y_test alike;
+      client [N] and client_test, integers or words.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -45,7 +46,13 @@ def read(file: str, columns: tables.Columns = tables.Columns()) -> dict[str, np.
         arrays |= _pair(file, arrays, "x_test", "y_test")
         _check_columns(file, arrays)
     if "client" in arrays:
-        _check_client(file, arrays["client"], len(arrays["x"]))
+        _check_client(file, "client", arrays["client"], len(arrays["x"]))
+    if "client_test" in arrays:
+        if "client" not in arrays or "x_test" not in arrays:
+            refuse(file, "has client_test, but not both client and x_test; add them, or leave it out")
+        _check_client(file, "client_test", arrays["client_test"], len(arrays["x_test"]))
+        if unknown := sorted(set(arrays["client_test"].tolist()) - set(arrays["client"].tolist())):
+            refuse(file, f"has test examples of client {unknown[0]!r}, who has none to train on")
     return arrays
 
 
@@ -143,11 +150,11 @@ def _check_columns(file: str, arrays: dict) -> None:
             refuse(file, f"has {wide[0]} columns in {name} but {test[0]} in {name}_test; make them equal")
 
 
-def _check_client(file: str, client: np.ndarray, num_examples: int) -> None:
+def _check_client(file: str, name: str, client: np.ndarray, num_examples: int) -> None:
     """Refuses owners that are not one integer or word for each example."""
     if client.dtype.kind not in "iuU" or client.shape != (num_examples,):
         refuse(
             file,
-            f"has client of dtype {client.dtype} and shape {list(client.shape)}; make it integers or words "
+            f"has {name} of dtype {client.dtype} and shape {list(client.shape)}; make it integers or words "
             f"[{num_examples}]",
         )

@@ -136,24 +136,28 @@ def _downloaded(source: Source, file: str, folder: Path) -> Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        _download(source, file, temporary)
+        download(f"{source.url}/{file}", temporary, ", ".join(source.archives))
         _check_sum(source, path, temporary)
     return path
 
 
-def _download(source: Source, file: str, path: Path) -> None:
-    """Fetches an archive to a path, with a bar that shows how far it is."""
+def download(url: str, path: Path, archives: str) -> None:
+    """Fetches an archive to a path, with a bar that shows how far it is.
+
+    Raises:
+      OSError: it cannot be had; the text names all `archives`, and how to bring them in by hand.
+    """
     from tqdm import tqdm
 
-    request = urllib.request.Request(f"{source.url}/{file}", headers={"User-Agent": "fipa_jax"})
+    request = urllib.request.Request(url, headers={"User-Agent": "fipa_jax"})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer, path.open("wb") as out:
-            with tqdm.wrapattr(answer, "read", total=answer.length, desc=file) as stream:
+            with tqdm.wrapattr(answer, "read", total=answer.length, desc=url.rpartition("/")[2]) as stream:
                 shutil.copyfileobj(stream, out, 2**20)
     except (OSError, http.client.HTTPException) as error:
         raise OSError(
             f"{request.full_url} cannot be downloaded to {path.parent} ({error}): check network and disk, or fetch "
-            f"{', '.join(source.archives)} elsewhere and name their folder by --manual-dir"
+            f"{archives} elsewhere and name their folder by --manual-dir"
         ) from error
 
 

@@ -50,13 +50,12 @@ def build(config) -> Problem:
     task, dtype = config.task, np.dtype(config.precision)
     lookup(SPLITS, task.split, "config.task.split")  # a mistake in the name shows before the file is read
     kind = lookup(KINDS, task.kind, "config.task.kind")
+    standardise = lookup(STANDARDS, task.standardise, "config.task.standardise")
     columns = Columns(tuple(task.targets), tuple(task.inputs), task.client)
     sets = _sets(read(task.file, columns), task)
     clients = split(task, sets["train"]["x"], sets["train"].get("client"))
     target = kind(task, {name: of_set["y"] for name, of_set in sets.items()})
-    inputs = {name: of_set["x"] for name, of_set in sets.items()}
-    if task.standardise:
-        inputs = _standardise(inputs)
+    inputs = standardise(task, sets)
     with np.errstate(over="ignore"):  # which is an error of the file's, below
         data = {name: _packed(inputs[name], fields, dtype) for name, fields in target.fields.items()}
     for of_set in data.values():
@@ -106,7 +105,7 @@ def _regression(task, y: dict[str, np.ndarray]) -> Target:
     """Numbers to learn, {set: [N, K]}."""
     if y["train"].dtype.kind == "U":
         refuse(task.file, "has words as targets: set config.task.kind to 'classes', or leave it at 'auto'")
-    if task.standardise:
+    if task.standardise != "none":
         y = _standardise(y)
     mean = y["train"].mean(0)
     figures = {"mse": float(np.mean((y["test"] - mean) ** 2))}
@@ -167,6 +166,35 @@ def _as_words(file: str, y: np.ndarray) -> np.ndarray:
     if np.any(y != np.round(y)):
         refuse(file, "has targets that are no whole numbers; classes need to be: set config.task.kind to 'regression'")
     return y[:, 0].astype(np.int64).astype(str)
+
+
+def _as_it_is(task, sets: dict) -> dict[str, np.ndarray]:
+    """{set: x}."""
+    return {name: of_set["x"] for name, of_set in sets.items()}
+
+
+def _by_all(task, sets: dict) -> dict[str, np.ndarray]:
+    """{set: x} by the moments of all training examples, of which clients need to tell their sums alone."""
+    return _standardise(_as_it_is(task, sets))
+
+
+def _by_each_client(task, sets: dict) -> dict[str, np.ndarray]:
+    """{set: x} of each client by the moments of its own training examples."""
+    if task.split != "given" or not all("client" in of_set for of_set in sets.values()):
+        raise ValueError(
+            "config.task.standardise: 'client' needs config.task.split = 'given' and a file that says whose each "
+            "example is, test examples too (client_test, or no x_test)"
+        )
+    result = _as_it_is(task, sets)
+    for client in np.unique(sets["train"]["client"]):
+        own = {name: of_set["client"] == client for name, of_set in sets.items()}
+        for name, x in _standardise({name: result[name][rows] for name, rows in own.items()}).items():
+            result[name] = result[name].copy()
+            result[name][own[name]] = x
+    return result
+
+
+STANDARDS: dict[str, Callable] = {"client": _by_each_client, "none": _as_it_is, "pooled": _by_all}
 
 
 def _packed(x: np.ndarray, fields: dict[str, np.ndarray], dtype) -> dict[str, np.ndarray]:
@@ -263,7 +291,7 @@ def _sets(arrays: dict, task) -> dict[str, dict[str, np.ndarray]]:
     names = [name for name in ("x", "y", "client") if name in arrays]
     rows = {name: arrays[name] for name in names}
     if "x_test" in arrays:
-        train, test = rows, {"x": arrays["x_test"], "y": arrays["y_test"]}
+        train, test = rows, {name: arrays[f"{name}_test"] for name in names if f"{name}_test" in arrays}
     else:
         order = np.random.default_rng(task.seed).permutation(len(rows["x"]))
         count = max(1, round(task.test_fraction * len(order)))

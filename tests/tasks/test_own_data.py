@@ -51,7 +51,7 @@ def _whole(problem):
 @pytest.mark.parametrize("split", own_data.SPLITS)
 def test_every_example_has_one_owner_or_is_for_the_test(config, split):
     arrays = _arrays(client=np.arange(NUM_EXAMPLES) % 4 * 7)
-    problem = tasks.build(config(arrays, split=split, standardise=False))
+    problem = tasks.build(config(arrays, split=split, standardise="none"))
     rows = np.c_[arrays["x"], arrays["y"]].astype(np.float32)
     np.testing.assert_array_equal(_whole(problem), rows[np.lexsort(rows.T)])
     assert len(problem.test["x"]) == 8
@@ -69,7 +69,7 @@ def test_the_seed_draws_test_set_and_clusters(config):
 
 def test_a_test_set_of_the_file_is_taken_as_it_is(config):
     arrays = _arrays() | {f"{name}_test": array[:5] for name, array in _arrays().items()}
-    problem = tasks.build(config(arrays, standardise=False))
+    problem = tasks.build(config(arrays, standardise="none"))
     assert len(problem.train["x"]) == NUM_EXAMPLES
     for name in ("x", "y"):
         np.testing.assert_array_equal(problem.test[name], arrays[name][:5].astype(np.float32))
@@ -92,12 +92,12 @@ def test_standardised_by_the_moments_of_the_training_set(config):
 
 
 def test_targets_may_be_one_column_and_integers(config):
-    problem = tasks.build(config(_arrays(y=np.arange(NUM_EXAMPLES)), standardise=False))
+    problem = tasks.build(config(_arrays(y=np.arange(NUM_EXAMPLES)), standardise="none"))
     assert problem.train["y"].shape == (32, 1) and problem.train["y"].dtype == np.float32
 
 
 def test_a_column_of_few_values_gives_each_a_client(config):
-    problem = tasks.build(config(_arrays(), column=WIDTH - 1, num_clients=5, standardise=False))
+    problem = tasks.build(config(_arrays(), column=WIDTH - 1, num_clients=5, standardise="none"))
     owned = [np.unique(problem.train["x"][own, -1]).tolist() for own in problem.clients]
     assert owned == [[0], [1], [2]]
 
@@ -115,7 +115,7 @@ def test_kmeans_finds_clusters_whatever_the_units(config):
     cluster = np.arange(NUM_EXAMPLES) % 2
     x = np.stack([1e6 * draw.uniform(size=NUM_EXAMPLES), 1e-6 * (cluster + 1e-2 * draw.normal(size=NUM_EXAMPLES))], 1)
     x = np.c_[x, x[:, 1]]  # told twice, so that the cut through it is the better one
-    problem = tasks.build(config(_arrays(x=x), split="kmeans", num_clients=2, standardise=False))
+    problem = tasks.build(config(_arrays(x=x), split="kmeans", num_clients=2, standardise="none"))
     for own in problem.clients:
         assert len(np.unique(problem.train["x"][own, 1] > 0.5e-6)) == 1
 
@@ -156,6 +156,7 @@ def _with(name, row, value):
             {"client": np.zeros(NUM_EXAMPLES)},
             r"client of dtype float64 and shape \[40\]; make it integers or words \[40\]",
         ),
+        ({"client_test": np.zeros(3, int)}, "has client_test, but not both client and x_test"),
         ({"client": np.zeros(3, int)}, r"shape \[3\]; make it integers or words \[40\]"),
         ({"x_test": _arrays()["x"]}, "one of x_test and y_test"),
         ({"x_test": np.zeros((5, 9)), "y_test": np.zeros((5, 2))}, "3 columns in x but 9 in x_test"),
@@ -272,7 +273,7 @@ def test_a_holdout_is_set_apart_before_anybody_owns_it(config):
 def test_clients_by_name_have_test_examples_of_their_own(config):
     x, client = _arrays()["x"], np.array(["Ulm", "Basel"])[np.arange(NUM_EXAMPLES) % 2]
     x[:, 0] = np.arange(NUM_EXAMPLES) % 2  # tells the owner
-    problem = tasks.build(config(_arrays(x=x, client=client), split="given", standardise=False))
+    problem = tasks.build(config(_arrays(x=x, client=client), split="given", standardise="none"))
     for place, (train, test) in enumerate(zip(problem.clients, problem.test_clients, strict=True)):
         assert np.all(problem.train["x"][train, 0] == 1 - place)  # Basel comes first
         assert np.all(problem.test["x"][test, 0] == 1 - place)
@@ -322,3 +323,32 @@ def test_newton_rounds_with_weight_decay_end_at_the_pooled_optimum(config, tmp_p
         hessian = x.T @ (x * (p * (1 - p))[:, None]) / len(x) + l2 * np.eye(WIDTH + 1)
         wanted -= np.linalg.solve(hessian, x.T @ (p - train["label"]) / len(x) + l2 * wanted)
     np.testing.assert_allclose(np.r_[layer["kernel"][:, 0], layer["bias"]], wanted, atol=1e-4)
+
+
+def _owned(**changes):
+    """Two clients by name, in units of their own, with test examples of each."""
+    arrays, client = _arrays(), np.array(["Ulm", "Basel"])[np.arange(NUM_EXAMPLES) % 2]
+    arrays["x"][client == "Ulm"] = 10 * arrays["x"][client == "Ulm"] + 7
+    test = {f"{name}_test": array[:9] for name, array in arrays.items()}
+    return arrays | test | {"client": client, "client_test": client[:9]} | changes
+
+
+def test_each_client_may_be_standardised_by_its_own_moments(config):
+    problem = tasks.build(config(_owned(), split="given", standardise="client"))
+    for own in problem.clients:
+        np.testing.assert_allclose(problem.train["x"][own].mean(0), 0, atol=1e-6)
+        np.testing.assert_allclose(problem.train["x"][own].std(0), 1, atol=1e-5)
+    np.testing.assert_array_equal(problem.test["x"], problem.train["x"][:9])
+    assert [len(own) for own in problem.test_clients] == [4, 5]  # Basel, Ulm
+
+
+@pytest.mark.parametrize("changes", [{"client_test": None}, {"client": None, "client_test": None}])
+def test_a_clients_own_moments_need_to_be_known(config, changes):
+    split = "given" if "client" not in changes else "kmeans"
+    with pytest.raises(ValueError, match=r"config\.task\.standardise: 'client' needs"):
+        tasks.build(config(_owned(**changes), split=split, standardise="client"))
+
+
+def test_who_is_tested_has_to_be_trained(config):
+    with pytest.raises(ValueError, match="test examples of client 'Bern', who has none to train on"):
+        tasks.build(config(_owned(client_test=np.array(["Bern"] * 9)), split="given"))
