@@ -45,7 +45,7 @@ def executed(codes, folder):
     inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "MPLBACKEND")}
     environment = inherited | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     # The kernel's own diagnostics say on which transport it listens, which is nobody's warning here.
-    client = NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
     client.execute(env=environment)
     return notebook.cells
 
@@ -127,6 +127,7 @@ def test_it_explains_itself_and_leaves_something_to_change():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_colab_notebook_runs_as_a_notebook(tmp_path):
     cells = executed(code_of(CELLS), tmp_path)
     assert len(pictures(cells)) == len(pictures(CELLS))
@@ -150,6 +151,7 @@ def test_a_notebook_of_the_documentation_is_complete(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_of_the_documentation_runs(name, tmp_path):
     codes = CELL.findall((DOCS / f"{name}.md").read_text())
