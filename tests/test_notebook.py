@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 COLAB = ROOT / "notebooks" / "fipa_colab.ipynb"
@@ -74,6 +75,8 @@ def install():
 )
 def test_what_is_installed_is_what_the_source_names(install, given, asked):
     assert install["requirement"](given) == asked
+    if ".whl" not in asked and "/content" not in asked:
+        assert Requirement(asked).extras == {"experiments"}
 
 
 def test_without_a_source_a_checkout_or_a_wheel_beside_the_notebook_is_taken(install, tmp_path):
