@@ -11,7 +11,7 @@ What only numbers can tell is looked at by `check`, and by every sketch for its 
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,12 @@ Loss = Callable[[Any, Any], jax.Array]  # (out, batch) -> [B], of each example
 Features = Callable[[Any, Any], jax.Array]  # (params, batch) -> [B, F], the inputs of the last layer
 Number = jax.Array | float  # [], which may be traced
 Given = TypeVar("Given")
+
+
+class MakeVector(Protocol):
+    """A function of parameters and of a batch's examples, those of a mask [N] or all: a vector [P], like a gradient."""
+
+    def __call__(self, params: Any, batch: Any, mask: jax.Array | None = None) -> jax.Array: ...
 
 
 def check(outputs: Outputs, loss: Loss, params: Any, batch: Any, mask: jax.Array | None = None) -> None:

@@ -6,8 +6,7 @@ Every solver is built by a factory of what is static and returns `solve(key, mat
 
 import functools
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +30,13 @@ class Eigenpairs(NamedTuple):
     not_finite: jax.Array  # [] bool, a product was not finite: everything is 0
     asymmetric: jax.Array  # [] bool, the products are not those of a symmetric matrix
     indefinite: jax.Array  # [] bool, the matrix has negative eigenvalues; they are left out
-    # [] bool, the residuals are within the tolerance, and none of the R largest is overlooked, see `overlooked`
-    converged: jax.Array | bool = False
+    converged: jax.Array | bool = False  # [] bool, residuals within tolerance, none of the R largest `overlooked`
 
 
-# (key, matrix, start [P, R] | None) -> Eigenpairs
-Solver = Callable[..., Eigenpairs]
+class Solver(Protocol):
+    """A search for the R eigenpairs of a matrix, which begins from a basis `start` [P, R] where there is one."""
+
+    def __call__(self, key, matrix: Curvature, start=None) -> Eigenpairs: ...
 
 
 def subspace(rank: int, *, oversample: int = 10, power_steps: int = 2, tolerance: float = TOLERANCE) -> Solver:

@@ -10,7 +10,7 @@ generalised Gauss-Newton matrix (GGN) and the Fisher matrix (arXiv 2601.13608, s
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,12 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
 from fipa_jax.curvature import contracts, last_layer
-from fipa_jax.curvature.contracts import Features, Loss, Outputs
+from fipa_jax.curvature.contracts import Features, Loss, MakeVector, Outputs
 from fipa_jax.curvature.micro_batches import first, fold, micro_batches, stack, zero_if_empty
 from fipa_jax.derivatives import vary_with
 from fipa_jax.lookup import lookup
+
+JacobianName = Literal["matrix_free", "rows", "head"]  # a name in `JACOBIANS`
 
 
 class Curvature(NamedTuple):
@@ -40,15 +42,21 @@ class Curvature(NamedTuple):
     left_out: Callable[[jax.Array, int], jax.Array] | None = None
 
 
+class MakeCurvature(Protocol):
+    """A function of parameters and of the examples of a batch that a mask names, all of them without one."""
+
+    def __call__(self, params: Any, batch: Any, mask: jax.Array | None = None) -> Curvature: ...
+
+
 def make_ggn(
     outputs: Outputs,
     loss: Loss,
     *,
     micro_batch: int = 0,
-    jacobian: str = "matrix_free",
+    jacobian: JacobianName = "matrix_free",
     features: Features | None = None,
     loss_rank: int = 0,
-) -> Callable[..., Curvature]:
+) -> MakeCurvature:
     """Builds `ggn(params, batch, mask=None) -> Curvature` of the mask's examples (all of the batch without one).
 
     Args:
@@ -290,7 +298,7 @@ def _head_columns(loss, columns, batch, weight, out, phi):
 JACOBIANS = {"head": _head, "matrix_free": _matrix_free, "rows": _rows}
 
 
-def make_ggn_diagonal(outputs: Outputs, loss: Loss, *, micro_batch: int = 0) -> Callable[..., jax.Array]:
+def make_ggn_diagonal(outputs: Outputs, loss: Loss, *, micro_batch: int = 0) -> MakeVector:
     """Builds `diagonal(params, batch, mask=None) -> [P]`, the diagonal of H, from the squares of its scaled rows.
 
     Args and Raises: see `make_ggn`.
@@ -309,7 +317,7 @@ def make_ggn_diagonal(outputs: Outputs, loss: Loss, *, micro_batch: int = 0) -> 
     return diagonal
 
 
-def make_gradient(outputs: Outputs, loss: Loss) -> Callable[..., jax.Array]:
+def make_gradient(outputs: Outputs, loss: Loss) -> MakeVector:
     """Builds `gradient(params, batch, mask=None) -> [P]`, of the mean loss over the mask's examples.
 
     Args and Raises: see `make_ggn`.

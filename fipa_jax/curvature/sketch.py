@@ -4,7 +4,7 @@ A `Sketcher` is how all clients of a cohort are sketched: a function of one clie
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ from fipa_jax.curvature import contracts, products
 from fipa_jax.curvature.contracts import Features, Loss, Outputs
 from fipa_jax.curvature.eigenpairs import TOLERANCE, Eigenpairs
 from fipa_jax.curvature.eigenvalue_derivatives import differentiable
-from fipa_jax.curvature.products import Curvature, make_gradient
-from fipa_jax.curvature.solver_choice import SOLVERS, Search, View, make_solver, resolve
+from fipa_jax.curvature.products import Curvature, JacobianName, make_gradient
+from fipa_jax.curvature.solver_choice import SOLVERS, Search, SolverName, View, make_solver, resolve
 from fipa_jax.derivatives import vary_with
 from fipa_jax.lookup import lookup
 
@@ -34,6 +34,7 @@ FLAGS = {
 # Flags that a client without a fault may well raise: by its data, or by what was asked.
 EXPECTED = ("rank_deficient", "loss_truncated")
 
+StoreName = Literal["bfloat16", "float16", "float32", "float64"]  # a name in `STORES`
 # The dtypes in which a basis may be sent.
 STORES = {name: jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float64")}
 
@@ -63,8 +64,13 @@ class Diagonal(NamedTuple):
     values: jax.Array  # [P]
 
 
-# (key, params, batch [N, ...], mask [N] | None, start [P, R] | None) -> Sketch
-SketchFunction = Callable[..., Sketch]
+class SketchFunction(Protocol):
+    """What `make_sketch` builds, of batches with leaves [N, ...], a mask [N] and a basis `start` [P, R]."""
+
+    def __call__(self, key, params, batch, mask: jax.Array | None = None, start: jax.Array | None = None) -> Sketch: ...
+
+
+DiagonalFunction = Callable[..., Diagonal]  # (key, params, batch, mask=None) -> Diagonal, what `make_diagonal` builds
 
 
 def make_sketch(
@@ -72,12 +78,12 @@ def make_sketch(
     loss: Loss,
     *,
     rank: int,
-    solver: str = "subspace",
+    solver: SolverName = "subspace",
     oversample: int = 10,
     power_steps: int = 2,
     tolerance: float = TOLERANCE,
     micro_batch: int = 0,
-    jacobian: str = "matrix_free",
+    jacobian: JacobianName = "matrix_free",
     features: Features | None = None,
     loss_rank: int = 0,
     probes: int = 4,
@@ -155,7 +161,7 @@ def keeping_energy(sketch: SketchFunction, share: float) -> SketchFunction:
     return kept
 
 
-def stored_as(sketch: SketchFunction, dtype: str, tolerance: float = TOLERANCE) -> SketchFunction:
+def stored_as(sketch: SketchFunction, dtype: StoreName, tolerance: float = TOLERANCE) -> SketchFunction:
     """The sketch function with the basis in the dtype in which it is sent.
 
     `bfloat16` rounds each entry by at most 2^-8 of itself. The step moves by about 0.5 % where clients differ, but
@@ -188,8 +194,7 @@ def _residuals_of(basis, sketch: Sketch):
     where |H (e - U c)| <= mu |e - U c|, mu the largest eigenvalue outside of the sketch: its smallest one plus the
     largest residual if it has converged, else lam_max. The dots stand for residuals times c.
     """
-    report, values = _report_of(sketch), sketch.eigenvalues
-    own = report.residuals
+    report, values, own = _report_of(sketch), sketch.eigenvalues, _report_of(sketch).residuals
     unit = jnp.where(values[0] > 0, values[0], 1)
     values, there = values / unit, values > 0
     moved = jnp.where(there[None], basis - sketch.basis, 0)
@@ -305,7 +310,7 @@ def truncate(sketch: Sketch, keep: jax.Array) -> Sketch:
     return Sketch(zero(sketch.eigenvalues, keep), zero(sketch.basis, keep[None]), report)
 
 
-def make_diagonal(outputs: Outputs, loss: Loss, *, micro_batch: int = 0) -> Callable[..., Diagonal]:
+def make_diagonal(outputs: Outputs, loss: Loss, *, micro_batch: int = 0) -> DiagonalFunction:
     """Builds `diagonal(key, params, batch, mask=None) -> Diagonal` of the Gauss-Newton matrix; see `products`."""
     diagonal = products.make_ggn_diagonal(outputs, loss, micro_batch=micro_batch)
 
@@ -316,9 +321,7 @@ def make_diagonal(outputs: Outputs, loss: Loss, *, micro_batch: int = 0) -> Call
 
 
 TaskOutputs = Callable[[Any, Any], tuple[Any, Any]]  # (params, batch) -> (out [B, ...], features), the whole model
-SketchMaker = Callable[[Outputs, Features], SketchFunction]  # of the model's outputs and of its last layer's inputs
-
-
+SketchMaker = Callable[[Outputs, Features], SketchFunction | DiagonalFunction]  # Features: its last layer's inputs
 # (outputs, params, key, batch [N, ...], mask [N]) -> what one client finds
 OfClient = Callable[[TaskOutputs, Any, jax.Array, Any, jax.Array], Any]
 # (what the clients find, stacked [C, ...]; the round's number [], from 0) -> Sketch or Diagonal [C, ...]

@@ -1,6 +1,6 @@
 """Which eigensolver, on which view of the curvature? As the user says, or the cheapest by their costs."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 from jax.flatten_util import ravel_pytree
@@ -14,6 +14,7 @@ from fipa_jax.lookup import lookup
 
 ROWS_GIB = 2.0  # memory that explicit rows may take, for `auto`
 
+SolverName = Literal["auto", "head", "lanczos", "rows", "subspace"]  # a name in `SOLVERS`
 # The solver's name for a user: (solver of `eigenpairs`, how the curvature is seen; None: as `jacobian` says).
 SOLVERS = {
     "auto": (None, None),  # both by `choose`
