@@ -1,12 +1,13 @@
 """A run from beginning to end: the warm-up, then every compared method from the model that it ends with.
 
-It leaves in the work directory: the models, metrics.jsonl, summary.json, curves.png, split.png, and what a `journal`
-keeps.
+It leaves in the work directory: the models, metrics.jsonl, start.json, summary.json, report.html with its pictures
+(PNG and SVG), and what a `journal` keeps.
 """
 
 import contextlib
 import io
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 from fipa_jax import files
 from fipa_jax.config.checks import validate
 from fipa_jax.config.methods import method
-from fipa_jax.reporting import console, curves, metrics
+from fipa_jax.reporting import console, curves, metrics, report
 from fipa_jax.run import head_features, loop
 from fipa_jax.run.estimate import say_if_long
 from fipa_jax.run.experiment import Experiment, build, pooled
@@ -50,7 +51,7 @@ def main(config: ConfigDict, workdir: Path, resume: str = "yes") -> None:
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
     summary = run(config, workdir, resume)
     console.attempt("the table", console.show_table, summary, compilations)
-    print(f"metrics, models and plots are in {workdir}")
+    print(f"metrics, models and plots are in {workdir}, a page on all of it in {workdir / 'report.html'}")
 
 
 def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
@@ -150,9 +151,8 @@ def finish(experiment: Experiment, phases: dict[str, ConfigDict], name: str, par
     """Writes what a phase leaves, its model, the summary of all phases so far, its pictures; returns the summary."""
     file = stems([WARMUP, *experiment.config.compare])[name]
     export(workdir / f"{file}.msgpack", params)
-    summary = refresh(phases, workdir)
     console.attempt(f"{file}.png", console.draw_prediction, experiment.problem, params, workdir / f"{file}.png")
-    return summary
+    return refresh(phases, workdir)
 
 
 def refreshing(phases: dict[str, ConfigDict], workdir: Path) -> Callable[[], None]:
@@ -175,7 +175,22 @@ def refresh(phases: dict[str, ConfigDict], workdir: Path) -> dict:
     summary = summary_of(phases, rows)
     files.write(workdir / "summary.json", f"{json.dumps(metrics.jsonable(summary), indent=2)}\n".encode())
     console.attempt("curves.png", draw_curves, rows, workdir)
+    console.attempt("report.html", write_report, phases, rows, summary, workdir)
     return summary
+
+
+def write_report(phases: dict[str, ConfigDict], rows: list[dict], summary: dict, workdir: Path) -> None:
+    """Writes the page on the run so far, with all its pictures."""
+    pictures = {
+        "curves": "The test set's figures by rounds; the dot is where all begin, dotted lines are the clients' own figures",
+        "bytes": "The same by what was sent, to and from the clients, since all began",
+        "split": "Who owns which data",
+    }
+    names = [name for name in phases if name != WARMUP]
+    of_models = stems([WARMUP, *names])
+    pictures |= {of_models[name]: f"What the model of {name} says" for name in names}
+    script = Path(sys.argv[0]).name == "train.py"
+    report.write(workdir, rows, summary, pictures, shlex.join(["python", *sys.argv]) if script else "")
 
 
 def draw_curves(rows: list[dict], workdir: Path) -> None:
