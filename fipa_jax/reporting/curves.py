@@ -59,6 +59,7 @@ METRICS = {
     "relative_l2": "relative L2 error",
     "calibration_error": "calibration error",
 }
+BROKEN = (0, (3, 3))  # of the ceiling: what it lies on shows in between
 LABEL = 7.5  # points
 TAIL = 3  # a warm-up that is longer than the methods' rounds is shown for a third of theirs
 
@@ -100,7 +101,7 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
     for known, members in families.items():
         labels = _told_apart(known, [rest for _, _, rest in members])
         for place, ((name, color, _), label) in enumerate(zip(members, labels, strict=True)):
-            dash = DASHES[1] if name.partition(":")[0] == CEILING else DASHES[place % len(DASHES)]
+            dash = BROKEN if name.partition(":")[0] == CEILING else DASHES[place % len(DASHES)]
             result[name] = Look(label, color, dash)
     return {name: result[name] for name in names}
 
@@ -260,7 +261,7 @@ def _joined(first: Line, second: Line) -> Line:
 def _draw_line(axis, points: Line, look: Look, zorder: int) -> None:
     """Draws the mean with its band; points so few that no line shows are marked."""
     marker = "." if np.isfinite(points.mean).sum() < 3 else ""
-    width = 1.1 if look.color in (KNOWN[CEILING][1], KNOWN[WARMUP][1]) else 1.8
+    width = 1.3 if look.color in (KNOWN[CEILING][1], KNOWN[WARMUP][1]) else 1.9
     style = {"label": look.label, "linestyle": look.dash, "marker": marker, "linewidth": width}
     axis.plot(points.x, points.mean, color=look.color, zorder=zorder, **style)
     if np.any(points.high > points.low) and look.color != KNOWN[CEILING][1]:  # whose band would lie on another's
@@ -332,5 +333,5 @@ def _legend(picture, axis) -> None:
     """Names the lines of all panels, below them."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        columns = max(1, min(len(labels), int(14 * picture.get_figwidth() / (max(map(len, labels)) + 5))))
+        columns = max(1, min(len(labels), int(18 * picture.get_figwidth() / (max(map(len, labels)) + 5))))
         picture.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=LABEL)

@@ -39,18 +39,21 @@ STYLE = """
   --line: #353d4a; --warn: #ffb066; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.2rem; max-width: 62rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
 p { margin: .4rem 0; } .soft, figcaption, td small { color: var(--soft); } td small { display: block; }
+td small, td code, td span, pre { overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { font-weight: 600; color: var(--soft); } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 td.best { font-weight: 700; } code, pre { font: .85rem/1.45 ui-monospace, monospace; }
 pre { background: var(--card); padding: .7rem .9rem; border-radius: .5rem; white-space: pre-wrap; margin: .4rem 0; }
-figure { margin: 0 0 1rem; background: #fff; border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; }
+figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; }
 figure img { display: block; max-width: 100%; max-height: 34rem; margin: 0 auto; padding: .6rem; }
 figcaption { background: var(--card); padding: .4rem .8rem; font-size: .85rem; }
-.small { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 0 1rem; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
+.pictures figure:first-child { grid-column: 1 / -1; }
+figure { display: flex; flex-direction: column; justify-content: space-between; }
 svg.look { width: 2rem; height: .7rem; margin-right: .5rem; background: #fff; border-radius: .2rem; }
 .warn { color: var(--warn); }
 @media (max-width: 40rem) { body { padding: .8rem; } table.wide thead { display: none; }
@@ -186,12 +189,9 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[tuple[str, str]]]) -> 
     head = "".join(f'<th class="{kind}">{escape(name)}</th>' for name, kind in zip(heads, kinds, strict=True))
     body = ""
     for cells in lines:
-        labelled = zip(heads, cells, strict=True)
-        body += "<tr>"
-        body += "".join(
-            f'<td class="{kind}" data-of="{escape(of)}"><span>{text}</span></td>' for of, (text, kind) in labelled
-        )
-        body += "</tr>\n"
+        tags = [f'<td class="{kind}" data-of="{escape(of)}">' for of, (_, kind) in zip(heads, cells, strict=True)]
+        row = "".join(f"{tag}<span>{text}</span></td>" for tag, (text, _) in zip(tags, cells, strict=True))
+        body += f"<tr>{row}</tr>\n"
     return f'<table class="wide">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>'
 
 
@@ -205,8 +205,8 @@ def _pictures(workdir: Path, pictures: dict[str, str]) -> str:
             kind = "svg+xml" if path.suffix == ".svg" else "png"
             source = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
             image = f'<img src="{source}" alt="{escape(caption)}">'
-            shown.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
-    return "\n".join(shown) or "<p>There are none yet.</p>"
+            shown.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>\n")
+    return f'<div class="pictures">{"".join(shown)}</div>' if shown else "<p>There are none yet.</p>"
 
 
 def _warnings(rows: Sequence[dict]) -> str:
@@ -264,10 +264,8 @@ def _further(workdir: Path, command: str, summary: dict) -> str:
         code = f"from fipa_jax.saving.model_files import load\nparams = load({str(workdir / models[0])!r})"
         parts += [f"<p>The models are {escape(', '.join(models))}. To load one:</p><pre>{escape(code)}</pre>"]
     draw = f"python scripts/summarise.py {shlex.quote(str(workdir))} MORE_FOLDERS --plot=seeds.svg"
-    parts += [
-        "<p>With the same config and another <code>--config.seed</code> and <code>--workdir</code>, mean and spread "
-    ]
-    parts += [f"over seeds are a table and a picture:</p><pre>{escape(draw)}</pre>"]
+    seeds = "With the same config, another <code>--config.seed</code> and another <code>--workdir</code>"
+    parts += [f"<p>{seeds}, mean and spread over seeds are a table and a picture:</p><pre>{escape(draw)}</pre>"]
     parts += ["<p>All figures of every round are in metrics.jsonl, all fields of the config in config.json.</p>"]
     return "\n".join(parts)
 

@@ -182,7 +182,7 @@ def refresh(phases: dict[str, ConfigDict], workdir: Path) -> dict:
 def write_report(phases: dict[str, ConfigDict], rows: list[dict], summary: dict, workdir: Path) -> None:
     """Writes the page on the run so far, with all its pictures."""
     pictures = {
-        "curves": "The test set's figures by rounds; the dot is where all begin, dotted lines are the clients' own figures",
+        "curves": "The test set's figures by rounds; all begin at the dot; dotted: the clients' own figures",
         "bytes": "The same by what was sent, to and from the clients, since all began",
         "split": "Who owns which data",
     }
