@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fipa_jax.reporting import plots
+from fipa_jax.reporting.plots import GREY
 
 WARMUP, START = "warmup", "start"  # runs in the rows that are no method: the first phase, the model before any round
 CEILING = "centralised"  # the method that has all data in one place
@@ -226,6 +227,8 @@ def _draw_panel(axis, seeds, figure: str, chosen: dict[str, Look], by_bytes: boo
     beginning = Line(*(part[-1:] for part in before))
     if before.x.size > 1:
         _draw_line(axis, before, Look(*KNOWN[WARMUP], "-"), zorder=2)
+        above = axis.get_xaxis_transform()
+        axis.text(before.x.mean(), 1.01, KNOWN[WARMUP][0], transform=above, color=GREY, fontsize=LABEL, ha="center")
     axis.plot(beginning.x, beginning.mean, "o", color="0.25", markersize=3.5, zorder=6)
     for name, points in lines.items():
         ceiling = name.partition(":")[0] == CEILING
@@ -307,6 +310,7 @@ def words_of(figure: str) -> str:
 def _label_lines(axis) -> None:
     """Writes each line's name beside its end, none over another."""
     labelled = [(line, np.asarray(line.get_ydata(), float)) for line in axis.get_legend_handles_labels()[0]]
+    labelled = [(line, values) for line, values in labelled if line.get_label() != KNOWN[WARMUP][0]]
     ends = [(line, values[np.isfinite(values)][-1]) for line, values in labelled if np.isfinite(values).any()]
     to_panel = axis.transData + axis.transAxes.inverted()
     places = [float(np.clip(to_panel.transform((axis.get_xlim()[1], end))[1], 0, 1)) for _, end in ends]

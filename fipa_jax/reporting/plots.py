@@ -176,15 +176,13 @@ def prediction(x: np.ndarray, truth: np.ndarray, model: np.ndarray, clients: lis
 def _draw_against_truth(axis, truth, model) -> None:
     """A point for each test example; a perfect model's lie on the diagonal."""
     both = np.concatenate([truth, model[np.isfinite(model)]])
-    low, high = both.min(), both.max()
-    axis.plot([low, high], [low, high], color=GREY, linewidth=1, linestyle="--", label="predicted = true", zorder=3)
+    ends = [both.min(), both.max()]
+    axis.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="predicted = true", zorder=3)
     axis.scatter(truth, model, s=10, color=DATA, alpha=0.5, linewidths=0, rasterized=len(truth) > MANY)
-    error = np.sqrt(np.mean((model - truth) ** 2))
-    spread = np.std(truth) or 1.0
-    axis.set(
-        xlabel="true y", ylabel="predicted y", aspect="equal", title=f"RMSE {error:.3g}, y's deviation {spread:.3g}"
-    )
-    axis.legend(loc="upper left")
+    error, spread = np.sqrt(np.mean((model - truth) ** 2)), np.std(truth)
+    title = f"root mean squared error {error:.3g}\nstandard deviation of y {spread:.3g}"
+    axis.set(xlabel="true y", ylabel="predicted y", aspect="equal", title=title)
+    axis.figure.legend(loc="outside lower center")
 
 
 def _draw_on_a_line(axes, x, truth, model, clients) -> None:

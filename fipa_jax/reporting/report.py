@@ -41,7 +41,8 @@ STYLE = """
 body { margin: 0 auto; padding: 1.2rem; max-width: 62rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
-p { margin: .4rem 0; } .soft, figcaption, td small { color: var(--soft); } td small { display: block; }
+p { margin: .4rem 0; } .soft, figcaption, td small { color: var(--soft); }
+td small { display: block; font-weight: 400; }
 td small, td code, td span, pre { overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
