@@ -226,9 +226,14 @@ def _draw_panel(axis, seeds, figure: str, chosen: dict[str, Look], by_bytes: boo
     before = _before(seeds, figure, lines.values(), by_bytes)
     beginning = Line(*(part[-1:] for part in before))
     if before.x.size > 1:
-        _draw_line(axis, before, Look(*KNOWN[WARMUP], "-"), zorder=2)
+        _draw_line(axis, before, Look("", KNOWN[WARMUP][1], "-"), zorder=2)
         above = axis.get_xaxis_transform()
         axis.text(before.x.mean(), 1.01, KNOWN[WARMUP][0], transform=above, color=GREY, fontsize=LABEL, ha="center")
+    if by_bytes and _decades(np.array([points.x[-1] for points in lines.values()])) > 1:
+        axis.set_xscale("log")  # which has no place for where all begin
+        for start in beginning.mean:
+            axis.axhline(start, color="0.25", linestyle=":", linewidth=0.9, label="start")
+        beginning = Line(*np.zeros([4, 0]))
     axis.plot(beginning.x, beginning.mean, "o", color="0.25", markersize=3.5, zorder=6)
     for name, points in lines.items():
         ceiling = name.partition(":")[0] == CEILING
@@ -287,8 +292,6 @@ def _style(axis, figure: str, lines: list[Line], by_bytes: bool) -> None:
         axis.set_ylim(top=min(axis.get_ylim()[1], 10 * first))
     if by_bytes:
         axis.xaxis.set_major_formatter(ticker.EngFormatter(unit="B"))
-        if _decades(np.array([points.x[-1] for points in lines if points.x.size])) > 1:
-            axis.set_xscale("log")
     else:
         axis.xaxis.set_major_locator(ticker.MaxNLocator("auto", integer=True))
     axis.set(xlabel="bytes sent, to and from the clients" if by_bytes else "rounds", ylabel=words_of(figure))
@@ -310,7 +313,6 @@ def words_of(figure: str) -> str:
 def _label_lines(axis) -> None:
     """Writes each line's name beside its end, none over another."""
     labelled = [(line, np.asarray(line.get_ydata(), float)) for line in axis.get_legend_handles_labels()[0]]
-    labelled = [(line, values) for line, values in labelled if line.get_label() != KNOWN[WARMUP][0]]
     ends = [(line, values[np.isfinite(values)][-1]) for line, values in labelled if np.isfinite(values).any()]
     to_panel = axis.transData + axis.transAxes.inverted()
     places = [float(np.clip(to_panel.transform((axis.get_xlim()[1], end))[1], 0, 1)) for _, end in ends]

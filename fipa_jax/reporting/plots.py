@@ -208,7 +208,7 @@ def _draw_in_the_plane(axes, x, truth, model, clients) -> None:
     of_both = np.abs(truth).max() or 1
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         bound = of_both if title != "model minus truth" else np.abs(values).max() or 1
-        size = max(1, 1.6e4 / len(x))
+        size = max(1, 2.4e4 / len(x))
         image = axis.scatter(
             x[:, 0], x[:, 1], c=values, s=size, marker="s", cmap="RdBu_r", vmin=-bound, vmax=bound, linewidths=0,
             rasterized=True,

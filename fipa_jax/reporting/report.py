@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import platform
+import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from fipa_jax.reporting import curves, metrics
 from fipa_jax.reporting.console import NOTED
 
 LARGE = 2**20  # bytes of an SVG beyond which the page holds the PNG
+WIDE = 2.6  # the ratio of width to height above which a picture is moved sideways on a telephone, by itself
 # Columns of the metrics file that count clients -> what is said of them.
 COUNTS = (
     {f"rejected_{reason}": f"left out: {words}" for reason, words in REASONS.items()}
@@ -57,7 +59,8 @@ figcaption { background: var(--card); padding: .4rem .8rem; font-size: .85rem; }
 figure { display: flex; flex-direction: column; justify-content: space-between; }
 svg.look { width: 2rem; height: .7rem; margin-right: .5rem; background: #fff; border-radius: .2rem; }
 .warn { color: var(--warn); }
-@media (max-width: 40rem) { body { padding: .8rem; } table.wide thead { display: none; }
+@media (max-width: 40rem) { body { padding: .8rem; } .panels div { overflow-x: auto; }
+  .panels img { max-width: none; width: 46rem; } table.wide thead { display: none; }
   table.wide, table.wide tbody { display: block; }
   table.wide tr { display: block; background: var(--card); border-radius: .5rem; margin-bottom: .6rem; padding: .3rem; }
   table.wide td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .15rem .4rem;
@@ -205,9 +208,16 @@ def _pictures(workdir: Path, pictures: dict[str, str]) -> str:
             path = found[0] if found[0].stat().st_size < LARGE else found[1]
             kind = "svg+xml" if path.suffix == ".svg" else "png"
             source = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-            image = f'<img src="{source}" alt="{escape(caption)}">'
-            shown.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>\n")
+            image = f'<div><img src="{source}" alt="{escape(caption)}"></div>'
+            kind = ' class="panels"' if _is_wide(found[0]) else ""
+            shown.append(f"<figure{kind}>{image}<figcaption>{escape(caption)}</figcaption></figure>\n")
     return f'<div class="pictures">{"".join(shown)}</div>' if shown else "<p>There are none yet.</p>"
+
+
+def _is_wide(path: Path) -> bool:
+    """Whether an SVG has panels beside each other that a telephone's width would make too small to read."""
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', path.read_text())
+    return size is not None and float(size[1]) > WIDE * float(size[2])
 
 
 def _warnings(rows: Sequence[dict]) -> str:
