@@ -93,8 +93,9 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes") -> dict:
 def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
     """The warm-up, then each compared method from the model it ends with: {"runs": {NAME: {final, best, config}}}.
 
-    Model, summary and curves are written as soon as a phase is done: an error in a later one does not cost them. Phases
-    that were done before the run was stopped are passed over.
+    Model and summary are written as soon as a phase is done: an error in a later one does not cost them. Pictures and
+    page follow where they are due, and after the last phase. Phases that were done before the run was stopped are
+    passed over.
     """
     config = experiment.config
     console.attempt("the description", console.describe, config, experiment.problem, experiment.params)
@@ -114,10 +115,15 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
         view = view_of(experiment, settings, start, seen_by_head, warmup)
         try:
             params = loop.run_phase(view, settings, name, start, first, journal, show)
-        except Stopped:
+        except (Stopped, loop.Stalled):
             refresh(phases, workdir)
             raise
-        summary = finish(experiment, phases, name, params, workdir)
+        finish(experiment, name, params, workdir)
+        summary, _ = write_summary(phases, workdir)
+        if name == names[-1]:
+            refresh(phases, workdir)
+        else:
+            show()
         if warmup:
             start = journal.start = params
     return summary
@@ -147,12 +153,11 @@ def view_of(experiment: Experiment, settings: ConfigDict, params: Any, seen_by_h
     return pooled(experiment) if settings.pooled else experiment
 
 
-def finish(experiment: Experiment, phases: dict[str, ConfigDict], name: str, params: Any, workdir: Path) -> dict:
-    """Writes what a phase leaves, its model, the summary of all phases so far, its pictures; returns the summary."""
+def finish(experiment: Experiment, name: str, params: Any, workdir: Path) -> None:
+    """Writes what a phase leaves: its model, and a picture of what that says."""
     file = stems([WARMUP, *experiment.config.compare])[name]
     export(workdir / f"{file}.msgpack", params)
     console.attempt(f"{file}.png", console.draw_prediction, experiment.problem, params, workdir / f"{file}.png")
-    return refresh(phases, workdir)
 
 
 def refreshing(phases: dict[str, ConfigDict], workdir: Path) -> Callable[[], None]:
@@ -170,13 +175,19 @@ def refreshing(phases: dict[str, ConfigDict], workdir: Path) -> Callable[[], Non
 
 
 def refresh(phases: dict[str, ConfigDict], workdir: Path) -> dict:
-    """Writes the summary of all rounds so far, and then draws their curves; returns the summary."""
-    rows = metrics.read(workdir / "metrics.jsonl")
-    summary = summary_of(phases, rows)
-    files.write(workdir / "summary.json", f"{json.dumps(metrics.jsonable(summary), indent=2)}\n".encode())
+    """Writes the summary of all rounds so far, then draws their curves, and the page; returns the summary."""
+    summary, rows = write_summary(phases, workdir)
     console.attempt("curves.png", draw_curves, rows, workdir)
     console.attempt("report.html", write_report, phases, rows, summary, workdir)
     return summary
+
+
+def write_summary(phases: dict[str, ConfigDict], workdir: Path) -> tuple[dict, list[dict]]:
+    """Writes the summary of all rounds so far; returns it, and their rows."""
+    rows = metrics.read(workdir / "metrics.jsonl")
+    summary = summary_of(phases, rows)
+    files.write(workdir / "summary.json", f"{json.dumps(metrics.jsonable(summary), indent=2)}\n".encode())
+    return summary, rows
 
 
 def write_report(phases: dict[str, ConfigDict], rows: list[dict], summary: dict, workdir: Path) -> None:
