@@ -46,6 +46,7 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .3rem; } h2 { font-size: 
 p { margin: .4rem 0; } .soft, figcaption, td small { color: var(--soft); }
 td small { display: block; font-weight: 400; }
 td small, td code, td span, pre { overflow-wrap: anywhere; }
+td.n span { white-space: nowrap; } td.head { min-width: 9rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { font-weight: 600; color: var(--soft); } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
