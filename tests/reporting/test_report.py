@@ -1,6 +1,5 @@
 """The page on a run: it needs no other file, holds no markup of a user's, and says what differs and what went wrong."""
 
-import json
 import re
 from html.parser import HTMLParser
 
@@ -80,13 +79,3 @@ def test_the_page_counts_what_went_wrong(tmp_path):
     once = {"the round was skipped": [1], "the step was not finite or exploded": [1, 1, 1]}
     assert by_beginning == {"left out": [2, 2, 2]} | once
     assert "not finite" in page.text and "no number" in page.text and "skipped" in page.text
-
-
-def test_a_run_leaves_its_page_with_all_pictures(tmp_path):
-    pytest.importorskip("matplotlib")
-    whole_run.run(tiny(compare=("fipa",)), tmp_path)
-    page = Page((tmp_path / "report.html").read_text())
-    assert sum(tag == "img" for tag, _ in page.tags) == 4  # curves, bytes, split, prediction
-    start = json.loads((tmp_path / "start.json").read_text())
-    assert start["round"] == -1 and start["test_mse"] > 0
-    assert "fipa.msgpack" in page.text
