@@ -9,12 +9,14 @@ python scripts/summarise.py runs/sine-* --plot=sine.svg --metric=test_mse
 """
 
 import argparse
+import json
 import math
 import statistics
 import sys
 from pathlib import Path
 
 from fipa_jax.reporting import curves, metrics
+from fipa_jax.saving.provenance import differences
 
 
 def main():
@@ -44,6 +46,7 @@ def main():
                 values.setdefault((run, name), []).append(
                     statistics.fmean(math.nan if x is None else x for x in series[-args.last :])
                 )
+    warn_of_other_configs(args.workdirs)
     if args.plot:
         draw(seeds, args)
     width = max((len(run) for run, _ in values), default=0)
@@ -65,6 +68,15 @@ def draw(seeds, args):
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     options = {"by_bytes": args.bytes, "training": args.training, "width": args.width}
     curves.draw(seeds, wanted[0], args.plot, methods=wanted[1] or (), **options)
+
+
+def warn_of_other_configs(workdirs):
+    """Says in which fields, besides seeds, the runs differ: then their spread is not over seeds alone."""
+    configs = [json.loads(path.read_text()) for workdir in workdirs if (path := workdir / "config.json").is_file()]
+    lines = [line for other in configs[1:] for line in differences({"config": configs[0]}, {"config": other})]
+    differ = {line.partition(":")[0] for line in lines}
+    if differ := sorted(name for name in differ if not name.endswith("seed")):
+        print(f"warning: the runs differ in more than their seeds: {', '.join(differ)}", file=sys.stderr)
 
 
 def run_of(row):

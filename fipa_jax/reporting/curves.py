@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fipa_jax.reporting import plots
+from fipa_jax.reporting.plots import GREY
 
 WARMUP, START = "warmup", "start"  # runs in the rows that are no method: the first phase, the model before any round
 CEILING = "centralised"  # the method that has all data in one place
@@ -59,6 +60,7 @@ METRICS = {
     "relative_l2": "relative L2 error",
     "calibration_error": "calibration error",
 }
+BROKEN = (0, (3, 3))  # of the ceiling: what it lies on shows in between
 LABEL = 7.5  # points
 TAIL = 3  # a warm-up that is longer than the methods' rounds is shown for a third of theirs
 
@@ -100,7 +102,7 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
     for known, members in families.items():
         labels = _told_apart(known, [rest for _, _, rest in members])
         for place, ((name, color, _), label) in enumerate(zip(members, labels, strict=True)):
-            dash = DASHES[1] if name.partition(":")[0] == CEILING else DASHES[place % len(DASHES)]
+            dash = BROKEN if name.partition(":")[0] == CEILING else DASHES[place % len(DASHES)]
             result[name] = Look(label, color, dash)
     return {name: result[name] for name in names}
 
@@ -224,7 +226,14 @@ def _draw_panel(axis, seeds, figure: str, chosen: dict[str, Look], by_bytes: boo
     before = _before(seeds, figure, lines.values(), by_bytes)
     beginning = Line(*(part[-1:] for part in before))
     if before.x.size > 1:
-        _draw_line(axis, before, Look(*KNOWN[WARMUP], "-"), zorder=2)
+        _draw_line(axis, before, Look("", KNOWN[WARMUP][1], "-"), zorder=2)
+        above = axis.get_xaxis_transform()
+        axis.text(before.x.mean(), 1.01, KNOWN[WARMUP][0], transform=above, color=GREY, fontsize=LABEL, ha="center")
+    if by_bytes and _decades(np.array([points.x[-1] for points in lines.values()])) > 1:
+        axis.set_xscale("log")  # which has no place for where all begin
+        for start in beginning.mean:
+            axis.axhline(start, color="0.25", linestyle=":", linewidth=0.9, label="start")
+        beginning = Line(*np.zeros([4, 0]))
     axis.plot(beginning.x, beginning.mean, "o", color="0.25", markersize=3.5, zorder=6)
     for name, points in lines.items():
         ceiling = name.partition(":")[0] == CEILING
@@ -260,7 +269,7 @@ def _joined(first: Line, second: Line) -> Line:
 def _draw_line(axis, points: Line, look: Look, zorder: int) -> None:
     """Draws the mean with its band; points so few that no line shows are marked."""
     marker = "." if np.isfinite(points.mean).sum() < 3 else ""
-    width = 1.1 if look.color in (KNOWN[CEILING][1], KNOWN[WARMUP][1]) else 1.8
+    width = 1.3 if look.color in (KNOWN[CEILING][1], KNOWN[WARMUP][1]) else 1.9
     style = {"label": look.label, "linestyle": look.dash, "marker": marker, "linewidth": width}
     axis.plot(points.x, points.mean, color=look.color, zorder=zorder, **style)
     if np.any(points.high > points.low) and look.color != KNOWN[CEILING][1]:  # whose band would lie on another's
@@ -283,8 +292,6 @@ def _style(axis, figure: str, lines: list[Line], by_bytes: bool) -> None:
         axis.set_ylim(top=min(axis.get_ylim()[1], 10 * first))
     if by_bytes:
         axis.xaxis.set_major_formatter(ticker.EngFormatter(unit="B"))
-        if _decades(np.array([points.x[-1] for points in lines if points.x.size])) > 1:
-            axis.set_xscale("log")
     else:
         axis.xaxis.set_major_locator(ticker.MaxNLocator("auto", integer=True))
     axis.set(xlabel="bytes sent, to and from the clients" if by_bytes else "rounds", ylabel=words_of(figure))
@@ -332,5 +339,5 @@ def _legend(picture, axis) -> None:
     """Names the lines of all panels, below them."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        columns = max(1, min(len(labels), int(14 * picture.get_figwidth() / (max(map(len, labels)) + 5))))
+        columns = max(1, min(len(labels), int(18 * picture.get_figwidth() / (max(map(len, labels)) + 5))))
         picture.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=LABEL)

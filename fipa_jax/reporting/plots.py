@@ -176,15 +176,13 @@ def prediction(x: np.ndarray, truth: np.ndarray, model: np.ndarray, clients: lis
 def _draw_against_truth(axis, truth, model) -> None:
     """A point for each test example; a perfect model's lie on the diagonal."""
     both = np.concatenate([truth, model[np.isfinite(model)]])
-    low, high = both.min(), both.max()
-    axis.plot([low, high], [low, high], color=GREY, linewidth=1, linestyle="--", label="predicted = true", zorder=3)
+    ends = [both.min(), both.max()]
+    axis.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="predicted = true", zorder=3)
     axis.scatter(truth, model, s=10, color=DATA, alpha=0.5, linewidths=0, rasterized=len(truth) > MANY)
-    error = np.sqrt(np.mean((model - truth) ** 2))
-    spread = np.std(truth) or 1.0
-    axis.set(
-        xlabel="true y", ylabel="predicted y", aspect="equal", title=f"RMSE {error:.3g}, y's deviation {spread:.3g}"
-    )
-    axis.legend(loc="upper left")
+    error, spread = np.sqrt(np.mean((model - truth) ** 2)), np.std(truth)
+    title = f"root mean squared error {error:.3g}\nstandard deviation of y {spread:.3g}"
+    axis.set(xlabel="true y", ylabel="predicted y", aspect="equal", title=title)
+    axis.figure.legend(loc="outside lower center")
 
 
 def _draw_on_a_line(axes, x, truth, model, clients) -> None:
@@ -210,7 +208,7 @@ def _draw_in_the_plane(axes, x, truth, model, clients) -> None:
     of_both = np.abs(truth).max() or 1
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         bound = of_both if title != "model minus truth" else np.abs(values).max() or 1
-        size = max(1, 1.6e4 / len(x))
+        size = max(1, 2.4e4 / len(x))
         image = axis.scatter(
             x[:, 0], x[:, 1], c=values, s=size, marker="s", cmap="RdBu_r", vmin=-bound, vmax=bound, linewidths=0,
             rasterized=True,

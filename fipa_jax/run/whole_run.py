@@ -1,12 +1,13 @@
 """A run from beginning to end: the warm-up, then every compared method from the model that it ends with.
 
-It leaves in the work directory: the models, metrics.jsonl, summary.json, curves.png, split.png, and what a `journal`
-keeps.
+It leaves in the work directory: the models, metrics.jsonl, start.json, summary.json, report.html with its pictures
+(PNG and SVG), and what a `journal` keeps.
 """
 
 import contextlib
 import io
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 from fipa_jax import files
 from fipa_jax.config.checks import validate
 from fipa_jax.config.methods import method
-from fipa_jax.reporting import console, curves, hooks, metrics, writers
+from fipa_jax.reporting import console, curves, hooks, metrics, report, writers
 from fipa_jax.run import head_features, loop
 from fipa_jax.run.estimate import say_if_long
 from fipa_jax.run.experiment import Experiment, build, pooled
@@ -50,7 +51,7 @@ def main(config: ConfigDict, workdir: Path, resume: str = "yes") -> None:
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
     summary = run(config, workdir, resume)
     console.attempt("the table", console.show_table, summary, compilations)
-    print(f"metrics, models and plots are in {workdir}")
+    print(f"metrics, models and plots are in {workdir}, a page on all of it in {workdir / 'report.html'}")
 
 
 def run(config: ConfigDict, workdir: Path, resume: str = "yes", on_row: hooks.Hook | None = None) -> dict:
@@ -101,8 +102,9 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes", on_row: hooks.Ho
 def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
     """The warm-up, then each compared method from the model it ends with: {"runs": {NAME: {final, best, config}}}.
 
-    Model, summary and curves are written as soon as a phase is done: an error in a later one does not cost them. Phases
-    that were done before the run was stopped are passed over.
+    Model and summary are written as soon as a phase is done: an error in a later one does not cost them. Pictures and
+    page follow where they are due, and after the last phase. Phases that were done before the run was stopped are
+    passed over.
     """
     config = experiment.config
     console.attempt("the description", console.describe, config, experiment.problem, experiment.params)
@@ -122,10 +124,15 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
         view = view_of(experiment, settings, start, seen_by_head, warmup)
         try:
             params = loop.run_phase(view, settings, name, start, first, journal, show)
-        except Stopped:
+        except (Stopped, loop.Stalled):
             refresh(phases, workdir)
             raise
-        summary = finish(experiment, phases, name, params, workdir)
+        finish(experiment, name, params, workdir)
+        summary, _ = write_summary(phases, workdir)
+        if name == names[-1]:
+            refresh(phases, workdir)
+        else:
+            show()
         if warmup:
             start = journal.start = params
     return summary
@@ -165,13 +172,11 @@ def view_of(experiment: Experiment, settings: ConfigDict, params: Any, seen_by_h
     return pooled(experiment) if settings.pooled else experiment
 
 
-def finish(experiment: Experiment, phases: dict[str, ConfigDict], name: str, params: Any, workdir: Path) -> dict:
-    """Writes what a phase leaves, its model, the summary of all phases so far, its pictures; returns the summary."""
+def finish(experiment: Experiment, name: str, params: Any, workdir: Path) -> None:
+    """Writes what a phase leaves: its model, and a picture of what that says."""
     file = stems([WARMUP, *experiment.config.compare])[name]
     export(workdir / f"{file}.msgpack", params)
-    summary = refresh(phases, workdir)
     console.attempt(f"{file}.png", console.draw_prediction, experiment.problem, params, workdir / f"{file}.png")
-    return summary
 
 
 def refreshing(phases: dict[str, ConfigDict], workdir: Path) -> Callable[[], None]:
@@ -189,12 +194,33 @@ def refreshing(phases: dict[str, ConfigDict], workdir: Path) -> Callable[[], Non
 
 
 def refresh(phases: dict[str, ConfigDict], workdir: Path) -> dict:
-    """Writes the summary of all rounds so far, and then draws their curves; returns the summary."""
+    """Writes the summary of all rounds so far, then draws their curves, and the page; returns the summary."""
+    summary, rows = write_summary(phases, workdir)
+    console.attempt("curves.png", draw_curves, rows, workdir)
+    console.attempt("report.html", write_report, phases, rows, summary, workdir)
+    return summary
+
+
+def write_summary(phases: dict[str, ConfigDict], workdir: Path) -> tuple[dict, list[dict]]:
+    """Writes the summary of all rounds so far; returns it, and their rows."""
     rows = metrics.read(workdir / "metrics.jsonl")
     summary = summary_of(phases, rows)
     files.write(workdir / "summary.json", f"{json.dumps(metrics.jsonable(summary), indent=2)}\n".encode())
-    console.attempt("curves.png", draw_curves, rows, workdir)
-    return summary
+    return summary, rows
+
+
+def write_report(phases: dict[str, ConfigDict], rows: list[dict], summary: dict, workdir: Path) -> None:
+    """Writes the page on the run so far, with all its pictures."""
+    pictures = {
+        "curves": "The test set's figures by rounds; all begin at the dot; dotted: the clients' own figures",
+        "bytes": "The same by what was sent, to and from the clients, since all began",
+        "split": "Who owns which data",
+    }
+    names = [name for name in phases if name != WARMUP]
+    of_models = stems([WARMUP, *names])
+    pictures |= {of_models[name]: f"What the model of {name} says" for name in names}
+    script = Path(sys.argv[0]).name == "train.py"
+    report.write(workdir, rows, summary, pictures, shlex.join(["python", *sys.argv]) if script else "")
 
 
 def draw_curves(rows: list[dict], workdir: Path) -> None:

@@ -1,6 +1,10 @@
 """The pictures of a run: what they show, and that a user's own matplotlib stays as it was."""
 
 import copy
+import json
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +12,7 @@ import pytest
 from fipa_jax.reporting import curves, plots
 
 matplotlib = pytest.importorskip("matplotlib")
+SUMMARISE = Path(__file__).resolve().parents[2] / "scripts" / "summarise.py"
 METHODS = ["fipa", "fedavg", "fedavg:server.lr=0.5", "fedavg:server.optimizer=adam", "centralised", "fipa_memory"]
 
 
@@ -117,3 +122,31 @@ def test_a_users_own_matplotlib_stays_as_it_was(tmp_path):
         assert dict(matplotlib.rcParams) == before
     curves.draw([rows_of([1.0, 0.5])], ["test_mse"], tmp_path / "ours.png")
     assert svg(tmp_path / "theirs") == svg(tmp_path / "ours") and not (tmp_path / "none.png").exists()
+
+
+def test_runs_of_other_seeds_are_drawn_by_a_command(tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        folder = tmp_path / f"run-{seed}"
+        folder.mkdir()
+        rows = [row for name in METHODS for row in rows_of([2.0 + seed, 1.0], name)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (folder / "config.json").write_text(json.dumps({"seed": seed, "cohort": 5 * seed}))
+    command = ["summarise.py", *map(str, sorted(tmp_path.glob("run-*"))), f"--plot={tmp_path / 'new' / 'seeds.svg'}"]
+    monkeypatch.setattr(sys, "argv", [*command, "--metric=test_mse", "--methods=fipa,fedavg"])
+    runpy.run_path(str(SUMMARISE), run_name="__main__")
+    said = capsys.readouterr()
+    assert "fedavg:server.lr=0.5" in said.out and "differ in more than their seeds: config.cohort\n" in said.err
+    drawn = svg(tmp_path / "new" / "seeds")
+    assert (tmp_path / "new" / "seeds.png").is_file() and ">FIPA<" in drawn and ">FedAdam<" not in drawn
+    monkeypatch.setattr(sys, "argv", [*command, "--metric=test_accuracy"])
+    with pytest.raises(SystemExit, match=r"--metric: no \['test_accuracy'\] in these runs; there are: .*test_mse"):
+        runpy.run_path(str(SUMMARISE), run_name="__main__")
+
+
+def test_bytes_are_on_a_logarithmic_axis_where_methods_differ_by_a_decade(tmp_path):
+    rows = rows_of([4.0], curves.START, first=-1) + rows_of([1.0, 0.5]) + rows_of([1.0, 0.5], "fedavg")
+    rows += [row | {"run": "fipa_memory", "bytes_up": 5000} for row in rows_of([1.0, 0.5])]
+    for names, scale in ((("fipa", "fedavg"), "linear"), (("fipa", "fipa_memory"), "log")):
+        with plots.picture(tmp_path / "picture", 4, 3) as (_, ((axis,),)):
+            curves._draw_panel(axis, [rows], "test_mse", curves.looks(names), True, True)
+        assert axis.get_xscale() == scale and 4.0 in np.concatenate([line.get_ydata() for line in axis.get_lines()])

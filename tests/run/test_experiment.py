@@ -1,6 +1,7 @@
 """Whole runs in this process: what does not depend on the plan of execution, and what is never lost."""
 
 import json
+import sys
 import types
 from collections import Counter
 
@@ -228,7 +229,9 @@ def test_summary_and_curves_are_refreshed_while_a_phase_runs(tmp_path, monkeypat
     monkeypatch.setattr(whole_run, "refresh", watching)
     monkeypatch.setattr(whole_run, "AT_FIRST", 0.0)
     monkeypatch.setattr(whole_run, "SELDOM", 0)
+    settings = dict(pytest.importorskip("matplotlib").rcParams)  # the back end too
     whole_run.run(tiny(compare=("fipa", "fedavg"), checkpoint={"seconds": 0.0, "keep": 3}), tmp_path)
+    assert settings == dict(sys.modules["matplotlib"].rcParams) and (tmp_path / "report.html").is_file()
     assert seen == [(1, ["fipa"]), (2, ["fipa"]), (3, ["fipa", "fedavg"]), (4, ["fipa", "fedavg"])]
 
 

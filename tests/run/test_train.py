@@ -107,6 +107,12 @@ def test_config_and_pictures_are_there(runs):
         image = pytest.importorskip("PIL.Image").open(runs[0] / name)
         image.verify()
         assert min(image.size) > 300
+    page = (runs[0] / "report.html").read_text()
+    stems = ["curves", "bytes", "split", *(path.stem for path in runs[0].glob("f*.msgpack"))]
+    assert page.count('<img src="data:image/svg+xml;base64,') == len(stems) == 5
+    assert all((runs[0] / f"{stem}.svg").is_file() for stem in stems)
+    start = json.loads((runs[0] / "start.json").read_text())
+    assert start["round"] == -1 and start["test_mse"] > 0
 
 
 def test_the_same_seed_gives_the_same_figures_and_the_first_run_is_kept(runs):
