@@ -85,7 +85,7 @@ def parse(text: str, like):
 
 def needed(like) -> str:
     """In words, which values a field takes whose default is `like`."""
-    return f"a tuple such as {like or ('csv', 'tensorboard')}" if isinstance(like, tuple) else KINDS[type(like)]
+    return f"a tuple such as {like or ('a', 'b')}" if isinstance(like, tuple) else KINDS[type(like)]
 
 
 def check(config, like: ConfigDict, group: str = "config") -> None:
@@ -129,11 +129,10 @@ def _check_value(field, value, like):
 def _is_of_kind(value, like):
     """Whether a value is of its default's type, where True is no number, and a tuple's parts are of one type.
 
-    A tuple that is empty by default is one of texts.
+    Those of a tuple that is empty by default are texts.
     """
     if isinstance(like, tuple):
-        kind = type(like[0]) if like else str
-        return isinstance(value, tuple) and all(type(part) is kind for part in value)
+        return isinstance(value, tuple) and all(type(part) is type(like[0] if like else "") for part in value)
     return isinstance(value, type(like)) and isinstance(value, bool) == isinstance(like, bool)
 
 
