@@ -325,7 +325,8 @@ def test_a_run_that_is_killed_and_goes_on_has_each_row_once(tmp_path, monkeypatc
     methods = ("fedavg:server.lr=0.5", "fedavg")
     config = tiny(writers=("csv",), compare=methods, checkpoint={"seconds": 1e6, "keep": 3})
     config.warmup.rounds = 1
-    keep, seen = journal.Journal.keep, []
+    keep, seen, built = journal.Journal.keep, [], whole_run.build(config)
+    monkeypatch.setattr(whole_run, "build", lambda _: built)  # once for all, with its compiled programs
 
     def dying(self, phase, state, row, note, ended):
         keep(self, phase, state, row, note, ended)  # at a phase's end only
