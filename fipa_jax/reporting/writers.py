@@ -314,7 +314,7 @@ def check(names: Sequence[str]) -> None:
         if packages:
             raise ImportError(
                 f"config.writers: {name!r} needs {' and '.join(packages)}: pip install {' '.join(packages)} "
-                f"(they are the extra {name!r} of fipa_jax)"
+                f"(or fipa_jax with its extra {name!r})"
             )
 
 
