@@ -129,11 +129,10 @@ def _check_value(field, value, like):
 def _is_of_kind(value, like):
     """Whether a value is of its default's type, where True is no number, and a tuple's parts are of one type.
 
-    A tuple that is empty by default is one of texts.
+    Those of a tuple that is empty by default are texts.
     """
     if isinstance(like, tuple):
-        kind = type(like[0]) if like else str
-        return isinstance(value, tuple) and all(type(part) is kind for part in value)
+        return isinstance(value, tuple) and all(type(part) is type(like[0] if like else "") for part in value)
     return isinstance(value, type(like)) and isinstance(value, bool) == isinstance(like, bool)
 
 

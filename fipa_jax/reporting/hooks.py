@@ -13,6 +13,7 @@ from fipa_jax.reporting import console, metrics
 from fipa_jax.reporting.writers import WRITERS, Run, Writer
 
 Hook = Callable[[dict], Any]  # takes a row of metrics.jsonl
+NOTHING = Writer(lambda row: None, lambda: None)
 
 
 @contextlib.contextmanager
@@ -48,28 +49,30 @@ def told(workdir: Path, names: Sequence[str], runs: dict[str, Run], on_row: Hook
 @contextlib.contextmanager
 def _writer(name: str, workdir: Path, runs: dict[str, Run]) -> Iterator[Hook]:
     """A context with what a writer is told by; it is closed at the end."""
-    what = f"config.writers: in {name!r}, from here on, the run"
-    writer = console.attempt(what, WRITERS[name].open, workdir, runs) or Writer(lambda row: None, lambda: None)
+    attempt = until_it_fails(f"config.writers: in {name!r}, from here on, the run")
+    writer = attempt(WRITERS[name].open, workdir, runs) or NOTHING
     try:
-        yield until_it_fails(what, writer.write)
+        yield functools.partial(attempt, writer.write)
     finally:
-        console.attempt(what, writer.close)
+        attempt(writer.close)
 
 
-def until_it_fails(what: str, hook: Hook) -> Hook:
-    """The hook, whose first error is a warning, and which is called no more after it.
+def until_it_fails(what: str) -> Callable:
+    """`attempt(act, *args)`, which gives what act(*args) returns; after an error, a warning, it does nothing more.
 
     Args:
       what: is shown by it, for the warning.
     """
     works = True
 
-    def call(row: dict) -> None:
+    def call(act: Callable, *args: Any) -> Any:
         nonlocal works
-        if works:
-            works = False
-            hook(row)
-            works = True
+        if not works:
+            return None
+        works = False
+        result = act(*args)
+        works = True
+        return result
 
     return functools.partial(console.attempt, what, call)
 

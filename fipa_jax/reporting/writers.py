@@ -22,7 +22,8 @@ from fipa_jax import files
 from fipa_jax.lookup import lookup
 
 PROJECT = "fipa_jax"  # of W&B, and the experiment of MLflow, where the environment names no other
-MOST_PARAMS = 100  # settings that MLflow takes at once
+MOST_PARAMS, MOST_METRICS = 100, 1000  # settings, and figures, that MLflow takes at once
+SECONDS = 1.0  # between two moments at which a library puts on the disk, or sends, what it was told
 
 
 class Run(NamedTuple):
@@ -129,6 +130,19 @@ def by_run(open_series: Callable[[Run], Series], runs: dict[str, Run]) -> Writer
     return Writer(write, close)
 
 
+def now_and_then(act: Callable[[], Any]) -> Callable[[], None]:
+    """`act()`, but where it was done less than `SECONDS` ago: rounds may be shorter than what it takes."""
+    due = 0.0
+
+    def act_if_due() -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            act()
+            due = time.monotonic() + SECONDS
+
+    return act_if_due
+
+
 def event_files(workdir: Path, runs: dict[str, Run]) -> Writer:
     """Writes TensorBoard's event files, a folder for each run: `tensorboard --logdir WORKDIR/tensorboard`."""
     return by_run(functools.partial(_event_file, workdir / "tensorboard"), runs)
@@ -145,9 +159,11 @@ def _event_file(folder: Path, run: Run) -> Series:
     before = list(folder.glob("events.out.tfevents.*"))
     file = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}.{PROJECT}"))
 
+    flush = now_and_then(file.flush)
+
     def add(**content) -> None:
         file.write(Event(wall_time=time.time(), **content).SerializeToString())
-        file.flush()
+        flush()
 
     def write(k: int, values: dict[str, float]) -> None:
         points = [Summary.Value(tag=panel(name), simple_value=x) for name, x in values.items() if name != "round"]
@@ -215,12 +231,26 @@ def _mlflow_run(client, folder: Path, run: Run) -> Series:
     name = _identity(folder, run.name, lambda: _new_mlflow_run(client, folder.parent.name, run))
     stored = client.get_run(name).data.metrics.get("round", -1)
 
+    waiting = []
+
+    def send() -> None:
+        while waiting:
+            client.log_batch(name, waiting[:MOST_METRICS])
+            del waiting[:MOST_METRICS]
+
+    send_if_due = now_and_then(send)
+
     def write(k: int, values: dict[str, float]) -> None:
         if k > stored:
             now = int(1000 * time.time())
-            client.log_batch(name, [Metric(panel(figure), float(x), now, k) for figure, x in values.items()])
+            waiting.extend(Metric(panel(figure), float(x), now, k) for figure, x in values.items())
+            send_if_due()
 
-    return Series(write, lambda ended: client.set_terminated(name, "FINISHED" if ended else "KILLED"))
+    def close(ended: bool) -> None:
+        send()
+        client.set_terminated(name, "FINISHED" if ended else "KILLED")
+
+    return Series(write, close)
 
 
 def _new_mlflow_run(client, group: str, run: Run) -> str:
@@ -284,7 +314,7 @@ def check(names: Sequence[str]) -> None:
         if packages:
             raise ImportError(
                 f"config.writers: {name!r} needs {' and '.join(packages)}: pip install {' '.join(packages)} "
-                f"(they are the extra {name!r} of fipa_jax)"
+                f"(or fipa_jax with its extra {name!r})"
             )
 
 
