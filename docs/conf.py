@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # half of a notebook is compiling
+os.environ["PYTHONPATH"] = str(HERE.parent)  # of the notebooks' kernels
 sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
 from fipa_jax import __version__ as release  # noqa: E402
@@ -29,7 +31,8 @@ exclude_patterns = ["_build", "requirements.txt"]
 templates_path = []
 nitpicky = True  # a reference that leads nowhere is a warning, and a warning an error
 # Types of other packages: their pages are not looked up, so that a build needs no network.
-nitpick_ignore_regex = [("py:.*", r"(?!fipa_jax\.).*")]
+# Types that a package's `__all__` leaves out have no page.
+nitpick_ignore_regex = [("py:.*", r"(?!fipa_jax\.).*"), ("py:class", r"fipa_jax\.(aggregate|curvature)\.\w+\.\w+")]
 default_role = "code"
 smartquotes = False
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fipa_jax import installed
 from fipa_jax.data import loading
 
 SLICE = re.compile(r"(\w+)(?:\[(\d*):(\d*)\])?")  # train, train[:400], test[100:]
@@ -79,10 +80,7 @@ def _digits() -> dict[str, dict]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            f"config.data.name='digits' needs scikit-learn, which brings the images, and {error.name} is not "
-            "installed: pip install scikit-learn"
-        ) from error
+        raise ImportError(installed.missing("datasets", "config.data.name = 'digits'", "scikit-learn")) from error
     bunch = load_digits()
     grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     image = np.pad(grey, ((0, 0), (2, 2), (2, 2)))[..., None]

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from fipa_jax import installed
+
 MOST_WORDS = 50  # different ones in a column that becomes inputs, one for each
 
 
@@ -61,9 +63,7 @@ def _open(file: str, path: Path) -> dict[str, np.ndarray]:
     try:
         import pyarrow as arrow
     except ImportError as error:
-        raise ImportError(
-            f"config.task.file: reading {file!r} needs pyarrow, which is not installed: pip install pyarrow"
-        ) from error
+        raise ImportError(installed.missing("tables", f"config.task.file: reading {file!r}", "pyarrow")) from error
     try:
         table = READERS[path.suffix](path)
     except (arrow.ArrowInvalid, OSError) as error:

@@ -1,16 +1,16 @@
-"""Pictures of the data and of the model: who owns what, and what the model says. Needs matplotlib (extra `plots`).
+"""Pictures of the data and of the model: who owns what, and what the model says. Needs matplotlib.
 
 Figures are matplotlib's objects, drawn to files: the back end and settings of a user's own pictures stay as they are.
 """
 
 import contextlib
-import importlib.util
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from fipa_jax import installed
 from fipa_jax.files import write
 
 ENDINGS = (".png", ".svg")  # of what is written of every picture
@@ -36,8 +36,7 @@ def check() -> None:
     Raises:
       ImportError: it is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("a run draws its curves and needs matplotlib: pip install 'fipa_jax[plots]'")
+    installed.check("experiments", "a run's pictures", "matplotlib")
 
 
 @contextlib.contextmanager

@@ -55,7 +55,9 @@ def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
+    with pytest.raises(
+        ImportError, match=r"needs scikit-learn, which the extra fipa_jax\[datasets\] brings: pip install"
+    ):
         image_sets.find("digits").load("train")
 
 

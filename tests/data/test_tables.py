@@ -94,5 +94,5 @@ def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match="pip install pyarrow"):
+    with pytest.raises(ImportError, match=r"needs pyarrow, which the extra fipa_jax\[tables\] brings: pip install"):
         own_arrays.read(file)

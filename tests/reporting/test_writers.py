@@ -312,7 +312,7 @@ class Killed(BaseException):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """And every program from the cache."""
-    for module, name in ((whole_run.plots, "curves"), (console, "draw_split"), (console, "draw_prediction")):
+    for module, name in ((whole_run, "draw_curves"), (console, "draw_split"), (console, "draw_prediction")):
         monkeypatch.setattr(module, name, lambda *_: None)
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
