@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fipa_jax import installed
 from fipa_jax.data import loading, sources
 from fipa_jax.files import local, replacing
 from fipa_jax.lookup import lookup
@@ -96,6 +97,7 @@ def _heart_disease(texts: dict[str, str]) -> dict[str, np.ndarray]:
     out, then the patients that lack one; two columns of categories become one for each category but the first. Of each
     hospital 66 % train, drawn by scikit-learn, with equal shares of the sick but in Switzerland.
     """
+    installed.check("datasets", "preparing heart_disease", "sklearn")
     from sklearn.model_selection import train_test_split
 
     parts: dict[str, list] = {name: [] for name in ("x", "y", "client", "x_test", "y_test", "client_test")}
