@@ -63,6 +63,7 @@ def one_client(monkeypatch):
     return importlib.import_module("benchmarks.round"), argparse.Namespace(examples=6, clients=1, batch=3)
 
 
+@pytest.mark.slow
 def test_one_client_of_a_resnet_is_timed(one_client):
     benchmark, args = one_client
     variants, flops = benchmark.ours(args, *benchmark.problem(args, NETWORKS["resnet"]))

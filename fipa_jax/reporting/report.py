@@ -101,7 +101,7 @@ def write(workdir: Path, rows: Sequence[dict], summary: dict, pictures: dict[str
     """Writes report.html of a run into its work directory, from what is there and these.
 
     Args:
-      workdir: with config.json, origin.json and the pictures.
+      workdir: with config.json, origin.json, start.json and the pictures.
       rows: of the metrics file so far.
       summary: what summary.json holds.
       pictures: {name of a file without its ending: caption}; those that are not there are passed over.
@@ -114,7 +114,7 @@ def write(workdir: Path, rows: Sequence[dict], summary: dict, pictures: dict[str
         style=STYLE,
         title=escape(f"{title_of(config)}: {names}" if names else title_of(config)),
         state=escape(_state(rows, config)),
-        results=_results(summary["runs"], rows, looks),
+        results=_results(summary["runs"], rows, looks) + _constant(workdir),
         pictures=_pictures(workdir, pictures),
         warnings=_warnings(rows),
         settings=_settings(config),
@@ -133,7 +133,7 @@ def title_of(config: dict) -> str:
     """What is learned, in a few words: the task, with its data set, equation or file."""
     task = config.get("task", {})
     which = {"images": config.get("data", {}).get("name"), "pde": task.get("equation")}
-    which["npz"] = Path(task.get("file", "")).name
+    which["own_data"] = Path(task.get("file", "")).name
     return which.get(task.get("name")) or task.get("name", "run")
 
 
@@ -162,6 +162,12 @@ def _results(runs: dict, rows: Sequence[dict], looks: dict[str, curves.Look]) ->
             cells.append(("no number" if value is None else f"{value:.4g}", "n best" if is_best else "n"))
         lines.append(cells + [(text, "n") for text in _cost([row for row in rows if row["run"] == run])])
     return _table(["method", *heads, "rounds", "MB sent", "seconds"], lines)
+
+
+def _constant(workdir: Path) -> str:
+    """What a constant answer has on the test set, where the task knows one."""
+    words = _read(workdir / "start.json").get("constant", "")
+    return f'<p class="soft">{escape(words)}</p>' if words else ""
 
 
 def _cost(rows: Sequence[dict]) -> tuple[str, str, str]:

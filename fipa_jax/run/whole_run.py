@@ -232,11 +232,13 @@ def draw_curves(rows: list[dict], workdir: Path) -> None:
 
 
 def write_start(experiment: Experiment, workdir: Path) -> None:
-    """Writes what the first model does on the test set, as a row: all curves begin there."""
+    """Writes what the first model does on the test set, as a row: all curves begin there; and what a constant does."""
     file = workdir / "start.json"
     if jax.process_count() == 1 and not file.exists():
         row = {"run": curves.START, "round": experiment.config.first_round - 1}
         row |= metrics.jsonable(loop.on_test(experiment, experiment.held, experiment.params))
+        constant = experiment.problem.baseline
+        row |= {} if constant is None else {"constant": " ".join(console.baseline(constant).split())}
         files.write(file, f"{json.dumps(row)}\n".encode())
 
 

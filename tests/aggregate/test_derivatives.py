@@ -135,6 +135,7 @@ def test_gradients_of_every_form_equal_differences(form, relative, kind, changed
     _check(form, relative, kind, wide, changed)
 
 
+@pytest.mark.slow
 def test_forward_mode_and_a_vmap_over_damping_equal_the_gradient():
     """At the defaults, where an infinite bound once made all of them NaN."""
     sent = _as(jnp.float32, _generic())

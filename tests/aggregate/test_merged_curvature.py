@@ -124,6 +124,7 @@ def _dense_step(form, clients, damping=DAMPING):
     return np.linalg.solve(system, pull + beta * mean if form == "damped" else pull)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("angle", [1.0, 1e-2, 1e-3, 1e-4, 0.0])
 @each_method
 @each_form
@@ -244,6 +245,7 @@ def _all_of(factor, vector):
     return factor.spectrum, merge.solve(factor, SHIFTED), merge.quadratic(factor, vector), merge.top(factor, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", [False, True], ids=["x64 off", "x64 on"])
 @each_method
 def test_a_factor_can_leave_a_jit(method, wide):
@@ -336,6 +338,7 @@ def test_without_float64_the_program_for_a_tpu_holds_none(monkeypatch):
         assert "f32" in text and "f64" not in text
 
 
+@pytest.mark.slow
 @each_method
 @pytest.mark.parametrize("form", FORMS)
 def test_without_damping_equal_clients_are_divided_by_no_noise(x64, form, method):

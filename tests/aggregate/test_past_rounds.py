@@ -159,6 +159,7 @@ def test_a_failing_step_gives_way_with_past_rounds_too(x64):
     assert np.all(np.isfinite(past_of(state).sketch.basis))
 
 
+@pytest.mark.slow
 @each_past
 def test_in_float32_it_is_that_of_float64(past):
     with jax.enable_x64(True):

@@ -108,6 +108,7 @@ def test_what_the_padding_holds_does_not_matter(x64, batch_size):
     assert np.all(np.isfinite(one.loss)) and np.linalg.norm(ravel_pytree(one.delta)[0]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", ["none", "prox", "logit_adjustment"])
 @pytest.mark.parametrize(
     ("batch_size", "micro_batch", "count"),

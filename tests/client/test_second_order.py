@@ -57,7 +57,7 @@ def _dense_steps(loss, count, steps, lr, damping, l2=0.0):
     return theta - np.asarray(start)
 
 
-@pytest.mark.parametrize("l2", [0.0, 0.03, 0.3])
+@pytest.mark.parametrize("l2", [0.0, 0.3])
 @pytest.mark.parametrize("loss", [squared, softmax])
 @pytest.mark.parametrize("system", ["gram", "cg"])
 def test_gauss_newton_equals_the_dense_step(x64, loss, system, l2):
@@ -217,6 +217,7 @@ def test_lbfgs_stays_where_the_loss_is_finite(x64):
     np.testing.assert_allclose(start["w"] + result.delta["w"], np.exp(-5) * np.ones((1, 3)), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, dtype",
     [

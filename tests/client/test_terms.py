@@ -225,6 +225,7 @@ def test_a_store_of_updates_makes_up_for_absent_clients(x64, name):
     np.testing.assert_allclose(all_of_them, everyone, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cohort", [NUM_CLIENTS, 2])
 @pytest.mark.parametrize("name", ["scaffold", "dyn", "mifa", "varp"])
 def test_shared_is_the_mean_of_all_stores(x64, name, cohort):

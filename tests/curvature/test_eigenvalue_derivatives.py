@@ -67,6 +67,7 @@ def test_eigenvalues_change_as_differences_say(solver, jacobian, wide):
     assert np.all(gradient[1][~MASK] == 0), "examples that are not there"
 
 
+@pytest.mark.slow
 def test_forward_mode_is_the_same_derivative():
     params, x = _given(jnp.float32)
     run = lambda x: _value("subspace", "matrix_free", params, x)

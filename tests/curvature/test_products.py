@@ -225,6 +225,7 @@ def test_the_network_is_not_evaluated_for_micro_batches_behind_the_last_example(
     assert [evaluations(count) for count in COUNTS] == [in_one * -(-count // 3) for count in COUNTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [*curvature.JACOBIANS, "diagonal"])
 def test_clients_side_by_side_see_as_one_alone(x64, way):
     see = jax.jit(_every_way(_network)[way])
@@ -353,6 +354,7 @@ def test_wrong_choices_name_the_field():
         curvature.make_ggn(_network, _two_fields_loss, jacobian="head")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cpu", "tpu"])
 def test_products_side_by_side_are_those_one_after_another(x64, monkeypatch, backend):
     """What another device than a CPU takes, seen on one."""

@@ -248,6 +248,7 @@ def test_what_loss_rank_leaves_out_is_in_the_trace_and_in_the_flags(x64, loss_ra
         np.testing.assert_allclose(traces, np.trace(dense), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probes", [0, 1, 2])
 def test_the_error_of_the_trace_is_infinite_where_it_is_unknown(x64, probes):
     report = _sketch(solver="subspace", probes=probes, rank=3, oversample=0).report
@@ -255,6 +256,7 @@ def test_the_error_of_the_trace_is_infinite_where_it_is_unknown(x64, probes):
     assert (report.trace > 0) == (probes > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["bfloat16", "float16"])
 @pytest.mark.parametrize("rank", [3, SIZE])
 def test_the_residuals_of_a_rounded_basis_are_bounded(x64, store, rank):

@@ -248,7 +248,7 @@ def test_many_rounds_in_a_call_have_the_same_faults(tmp_path):
         assert [row[name] for row in one] == [row[name] for row in five]
 
 
-@pytest.mark.parametrize("per_call", [1, 4])
+@pytest.mark.parametrize("per_call", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_rounds_that_are_skipped_again_and_again_end_the_run(tmp_path, per_call):
     config = tiny(compare=("fedavg:faults.nan=1:max_skips=3",), rounds_per_call=per_call)
     with pytest.raises(Stalled, match=r"3 rounds in a row were skipped, the last one round 2\..*3 clients: "):

@@ -167,6 +167,7 @@ def test_chunks_do_not_change_a_run(x64, chunk, devices):
     chex.assert_trees_all_close(_two_rounds(chunk, devices), _two_rounds(1, 0), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_devices_do_not_change_a_bit_of_a_run(x64, devices):
     chex.assert_trees_all_equal(_two_rounds(1, devices), _two_rounds(1, 0))
@@ -286,6 +287,7 @@ def test_curvature_is_seen_where_the_rule_wants_it(x64, at, chunk):
     assert np.max(np.abs(found.values)) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_rank_adapts_to_the_gradients(x64, broken):
     """By the rule's own words; a client of NaN undoes nobody else's sketch."""
@@ -312,6 +314,7 @@ def test_the_rank_adapts_to_the_gradients(x64, broken):
     np.testing.assert_array_equal(np.any(np.asarray(cut.basis)[there] != 0, axis=1), keep)
 
 
+@pytest.mark.slow
 def test_auto_takes_any_task(x64):
     """The last layer by its closed form, and by another way a network without features."""
     parts = _parts(solver="auto", rank=8, trainable="^head/")

@@ -46,6 +46,7 @@ def test_a_file_that_cannot_be_written_is_no_error(tmp_path, caplog):
     assert "cannot be written" in caplog.text
 
 
+@pytest.mark.slow
 def test_lack_of_memory_is_an_infinite_time_and_other_errors_are_errors(monkeypatch):
     config = tiny()
     run = experiment.build(config)

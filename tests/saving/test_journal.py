@@ -92,7 +92,7 @@ def run_until(monkeypatch, folder, rows, config=None, after=False):
     return True
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_killed_again_and_again_is_the_run_in_one_go(monkeypatch, tmp_path, whole, after):
     """Rows, models and summary, to the bit: phases, stores and states of the server, of rules and of schedules."""
     for _ in range(20):
@@ -103,6 +103,7 @@ def test_a_run_killed_again_and_again_is_the_run_in_one_go(monkeypatch, tmp_path
     assert left_by(tmp_path) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -197,6 +198,7 @@ def test_two_runs_do_not_share_a_work_directory(monkeypatch, tmp_path):
     assert len(metrics.read(tmp_path / "metrics.jsonl")) == 3 and not (tmp_path / "lock").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_more_rounds(tmp_path, caplog):
     config = config_of(compare=("fedavg",))
     whole_run.run(config, tmp_path / "parts")
@@ -327,7 +329,9 @@ def test_the_figure_by_which_a_round_is_the_best(row, score):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("fields", [{}, {"stage_seconds": False}], ids=["timed", "unwatched"])
+@pytest.mark.parametrize(
+    "fields", [pytest.param({}, marks=pytest.mark.slow), {"stage_seconds": False}], ids=["timed", "unwatched"]
+)
 def test_a_signal_ends_the_run_after_its_round_and_nothing_is_lost(monkeypatch, tmp_path, whole, number, fields):
     """Though no checkpoint is due, and though the host would look at nothing for many rounds."""
     config = config_of(**fields)
