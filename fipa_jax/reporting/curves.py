@@ -42,7 +42,7 @@ PUBLISHED = {
     },
     "term.name": {
         "prox": ("FedProx", "#CC79A7"),
-        "scaffold": ("SCAFFOLD", "#44AA99"),
+        "scaffold": ("SCAFFOLD", "#9467BD"),
         "dyn": ("FedDyn", "#88CCEE"),
         "moon": ("MOON", "#882255"),
         "rcl": ("FedRCL", "#117733"),
