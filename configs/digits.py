@@ -34,9 +34,11 @@ def get_config(variant: str = ""):
     config.warmup.rounds, config.fipa.rounds = 20, 40
     config.fipa.sketch.solver, config.fipa.sketch.rank = "auto", 50
     config.compare = CHOSEN
-    if variant == "tune":
-        config.compare = tuple(
-            method.format(*numbers) for method, values in TRIED.items() for numbers in itertools.product(*values)
-        )
-        return config
-    return recipes.variant(config, variant)
+    return recipes.variant(config, variant, tune=_tune)
+
+
+def _tune(config):
+    """Every setting that was tried."""
+    config.compare = tuple(
+        method.format(*numbers) for method, values in TRIED.items() for numbers in itertools.product(*values)
+    )

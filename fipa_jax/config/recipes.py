@@ -1,5 +1,7 @@
 """What the experiments in `configs/` share: each starts from one of these and says what is its own."""
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from fipa_jax.config.defaults import default
@@ -88,13 +90,16 @@ def head_alone(config: ConfigDict, trainable: str) -> None:
     fipa.server.lr = 0.01  # gamma beta
 
 
-def variant(config: ConfigDict, name: str) -> ConfigDict:
+def variant(config: ConfigDict, name: str, **others: Callable[[ConfigDict], None]) -> ConfigDict:
     """The config itself for "", or shrunk for `debug`: a few rounds on a few images, to see that all parts run.
+
+    Args:
+      others: further variants by name, each a function that changes the config.
 
     Raises:
       ValueError: the name is not known.
     """
-    lookup({"": _whole, "debug": _debug}, name, "--config")(config)
+    lookup({"": _whole, "debug": _debug, **others}, name, "--config")(config)
     return config
 
 
