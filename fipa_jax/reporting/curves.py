@@ -24,7 +24,7 @@ KNOWN = {
     "fipa_tikhonov": ("FIPA tikhonov", "#6699CC"),
     "fipa_damped": ("FIPA damped", "#004488"),
     "fedavg": ("FedAvg", "#D55E00"),
-    "fedbuff": ("FedBuff", "#E69F00"),
+    "fedbuff": ("FedBuff", "#B58900"),
     "fedasync": ("FedAsync", "#994F00"),
     "fisher_diagonal": ("Fisher diagonal", "#117733"),
     CEILING: ("centralised", "#333333"),
@@ -45,10 +45,10 @@ PUBLISHED = {
         "scaffold": ("SCAFFOLD", "#9467BD"),
         "dyn": ("FedDyn", "#88CCEE"),
         "moon": ("MOON", "#882255"),
-        "rcl": ("FedRCL", "#117733"),
+        "rcl": ("FedRCL", "#00A5B5"),
         "logit_adjustment": ("logit adjustment", "#DDCC77"),
         "mifa": ("MIFA", "#AA4499"),
-        "varp": ("FedVARP", "#882255"),
+        "varp": ("FedVARP", "#DC267F"),
     },
 }
 OTHERS = ("#CC79A7", "#44AA99", "#999933", "#AA4499", "#661100")  # for methods of a user's own

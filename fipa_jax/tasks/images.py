@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from fipa_jax.data import image_sets, loading, partition
 from fipa_jax.models import networks
@@ -107,20 +106,19 @@ def classifier(
     fill = np.round(255 * mean).astype(np.uint8)
     head = functools.partial(networks.apply_head, module.head_layers)
     pattern = f"^({'|'.join(module.head_layers)})/"
-    task = Task(init, outputs, loss, metrics, figures=figures, head=head, head_pattern=pattern)
+    task = Task(init, outputs, classification.loss, metrics, figures=figures, head=head, head_pattern=pattern)
     return task._replace(augment=augment) if augmented else task
-
-
-def loss(outputs: jax.Array, batch: dict) -> jax.Array:
-    """Returns the softmax cross-entropy [B] of logits [B, K] and `batch["label"]` [B]."""
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, batch["label"])
 
 
 def metrics(outputs: jax.Array, batch: dict) -> dict[str, jax.Array]:
     """Returns the accuracy (0 or 1), the loss and the predicted class's probability of each example, all [B]."""
     correct = jnp.argmax(outputs, axis=-1) == batch["label"]
     confidence = jnp.max(jax.nn.softmax(outputs, axis=-1), axis=-1)
-    return {"accuracy": correct.astype(outputs.dtype), "loss": loss(outputs, batch), "confidence": confidence}
+    return {
+        "accuracy": correct.astype(outputs.dtype),
+        "loss": classification.loss(outputs, batch),
+        "confidence": confidence,
+    }
 
 
 def figures(values: dict) -> dict:

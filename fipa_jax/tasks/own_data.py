@@ -1,10 +1,8 @@
 """Regression or classification on a user's own data, split over clients by a column, by clusters, or as they say."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from scipy.cluster.vq import ClusterError, kmeans2
@@ -15,7 +13,7 @@ from fipa_jax.data.tables import Columns
 from fipa_jax.lookup import lookup
 from fipa_jax.models import networks
 from fipa_jax.tasks import classification
-from fipa_jax.tasks.regression import pack, regression
+from fipa_jax.tasks.regression import of_vectors, pack, regression
 from fipa_jax.tasks.task import Problem, Task
 
 KMEANS_STEPS = 30
@@ -77,28 +75,8 @@ def build(config) -> Problem:
 
 
 def classifier(module, example: np.ndarray) -> Task:
-    """A task from a flax module: the cross-entropy of its logits.
-
-    Args:
-      module: flax module, x [B, d] -> (logits [B, K], or [B, 1] for two classes, features).
-      example: array [d], an input of the right width.
-    """
-
-    def init(key):
-        return module.init(key, jnp.asarray(example)[None])["params"]
-
-    def outputs(params, batch):
-        return module.apply({"params": params}, batch["x"])
-
-    return Task(
-        init,
-        outputs,
-        classification.loss,
-        classification.metrics,
-        figures=classification.figures,
-        head=functools.partial(networks.apply_head, module.head_layers),
-        head_pattern=f"^({'|'.join(module.head_layers)})/",
-    )
+    """A task from a flax module: the cross-entropy of its logits, [B, K] or, of two classes, [B, 1]."""
+    return of_vectors(module, example, classification.loss, classification.metrics, classification.figures)
 
 
 def _regression(task, y: dict[str, np.ndarray]) -> Target:

@@ -7,15 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from fipa_jax.models import networks
-from fipa_jax.tasks.task import Problem, Task
+from fipa_jax.tasks.task import Figures, Loss, Metrics, Problem, Task, means
 
 
 def regression(module, example: np.ndarray) -> Task:
-    """A task from a flax module: half-squared error 1/2 |y_hat - y|^2, so that L_n is the identity.
+    """A task from a flax module: half-squared error 1/2 |y_hat - y|^2, so that L_n is the identity."""
+    return of_vectors(module, example, _loss, _metrics)
+
+
+def of_vectors(module, example: np.ndarray, loss: Loss, metrics: Metrics, figures: Figures = means) -> Task:
+    """A task from a flax module on inputs that are vectors, `batch["x"]` [B, d].
 
     Args:
-      module: flax module, x [B, d] -> (y_hat [B, K], features).
+      module: flax module, x [B, d] -> (outputs [B, K], features).
       example: array [d], an input of the right width.
+      loss, metrics, figures: of the task.
     """
 
     def init(key):
@@ -24,8 +30,8 @@ def regression(module, example: np.ndarray) -> Task:
     def outputs(params, batch):
         return module.apply({"params": params}, batch["x"])
 
-    head = functools.partial(networks.apply_head, module.head_layers)
-    return Task(init, outputs, _loss, _metrics, head=head, head_pattern=f"^({'|'.join(module.head_layers)})/")
+    head, pattern = functools.partial(networks.apply_head, module.head_layers), f"^({'|'.join(module.head_layers)})/"
+    return Task(init, outputs, loss, metrics, figures=figures, head=head, head_pattern=pattern)
 
 
 def _loss(outputs, batch):

@@ -33,7 +33,7 @@ from fipa_jax.federation.parallel import map_clients
 from fipa_jax.models import networks
 from fipa_jax.run import experiment, loop, whole_run
 from fipa_jax.saving.journal import Rows
-from fipa_jax.tasks import Problem, images
+from fipa_jax.tasks import Problem, classification, images
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "tiny_imagenet.py")
 
@@ -81,7 +81,7 @@ def sketch_errors(tiny: bool) -> dict:
     errors = {}
     for solver in ("subspace", "lanczos", "rows"):
         steps = {} if solver == "rows" else {"power_steps": 10, "tolerance": 1e-6}
-        sketch = curvature.make_sketch(outputs, images.loss, rank=rank, solver=solver, **steps)
+        sketch = curvature.make_sketch(outputs, classification.loss, rank=rank, solver=solver, **steps)
         pairs = jax.device_get(jax.jit(sketch)(jax.random.key(0), params, batch))
         basis = pairs.basis.astype(float)
         residual = np.linalg.norm(dense @ basis - basis * pairs.eigenvalues[None], axis=0).max()

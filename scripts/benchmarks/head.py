@@ -26,7 +26,7 @@ from fipa_jax import trees
 from fipa_jax.curvature import products as curvature
 from fipa_jax.curvature import sketch
 from fipa_jax.models import networks as models
-from fipa_jax.tasks import Task, images
+from fipa_jax.tasks import Task, classification, images
 
 KERNEL = "Dense_1/kernel"  # the last layer's
 
@@ -85,7 +85,7 @@ def head_task() -> Task:
         features = batch["features"]
         return features @ params[KERNEL], models.Features((), features, features)
 
-    return Task(None, outputs, images.loss, images.metrics)
+    return Task(None, outputs, classification.loss, images.metrics)
 
 
 def features_of(task, params, batch, chunk: int) -> jax.Array:

@@ -19,7 +19,7 @@ from helpers.toy import NUM_CLASSES, SIDE, SPLITS, pixels
 
 from fipa_jax.data import loading as data
 from fipa_jax.data import partition
-from fipa_jax.tasks import images
+from fipa_jax.tasks import classification, images
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 
@@ -303,7 +303,7 @@ def test_loss_and_metrics_are_per_example(batch):
     figures = images.metrics(logits, batch)
     wanted = -jax.nn.log_softmax(logits)[np.arange(16), batch["label"]]
     np.testing.assert_allclose(figures["loss"], wanted, rtol=1e-5)
-    np.testing.assert_array_equal(images.loss(logits, batch), figures["loss"])
+    np.testing.assert_array_equal(classification.loss(logits, batch), figures["loss"])
     np.testing.assert_array_equal(figures["accuracy"], np.argmax(logits, axis=-1) == batch["label"])
 
 

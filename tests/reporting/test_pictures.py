@@ -150,3 +150,9 @@ def test_bytes_are_on_a_logarithmic_axis_where_methods_differ_by_a_decade(tmp_pa
         with plots.picture(tmp_path / "picture", 4, 3) as (_, ((axis,),)):
             curves._draw_panel(axis, [rows], "test_mse", curves.looks(names), True, True)
         assert axis.get_xscale() == scale and 4.0 in np.concatenate([line.get_ydata() for line in axis.get_lines()])
+
+
+def test_no_two_methods_that_are_known_have_one_colour():
+    published = [known for values in curves.PUBLISHED.values() for known in values.values()]
+    colours = [color.lower() for _, color in (*curves.KNOWN.values(), *published)]
+    assert len(set(colours)) == len(colours)
