@@ -8,6 +8,15 @@ from fipa_jax.aggregate.past_rounds import Kind, PastRounds, latest, prior, reme
 from fipa_jax.aggregate.rules import AGGREGATORS, diagonal, mean
 from fipa_jax.aggregate.screening import REASONS, Received, receive
 from fipa_jax.aggregate.solvers import FALLBACKS, Messages, Now, Solution, Solver, check_order, damped, pinv, tikhonov
+from fipa_jax.aggregate.sum_rule import from_sums
+from fipa_jax.aggregate.sums import (
+    INFO_OF_SUMS,
+    Row,
+    SumOptions,
+    SumSolver,
+    row_of,
+    sum_solver,
+)
 from fipa_jax.aggregate.trust import trust_region
 from fipa_jax.aggregate.uploads import Uploads, collect
 
@@ -15,6 +24,7 @@ __all__ = [
     "AGGREGATORS",
     "FALLBACKS",
     "INFO",
+    "INFO_OF_SUMS",
     "REASONS",
     "Aggregator",
     "FipaState",
@@ -26,8 +36,11 @@ __all__ = [
     "Now",
     "PastRounds",
     "Received",
+    "Row",
     "Solution",
     "Solver",
+    "SumOptions",
+    "SumSolver",
     "Uploads",
     "capped",
     "check_order",
@@ -38,6 +51,7 @@ __all__ = [
     "fipa",
     "fipa_step",
     "from_solver",
+    "from_sums",
     "latest",
     "limited",
     "mean",
@@ -45,7 +59,9 @@ __all__ = [
     "prior",
     "receive",
     "remembering",
+    "row_of",
     "step_of",
+    "sum_solver",
     "targets",
     "tikhonov",
     "trust_region",

@@ -21,6 +21,7 @@ Info = dict  # {name: array}, what a person needs; nothing reads it back
 Init = Callable[[Params], State]
 Apply = Callable[[Received, State, Params], tuple[Params, State, Info]]
 Admit = Callable[[Received, State], tuple[Received, Info]]  # leaves clients out
+Asks = Callable[[State], tuple]  # what the clients' sketches are asked along, further arguments of `Sketcher.of_client`
 Announce = Callable[[State], dict]  # {field of `Hyper`: value} that the clients are told
 Withdraws = Callable[[State], jax.Array | bool]  # of the new state: is the step the last one, taken back?
 Weighting = Literal["examples", "uniform"]  # a name in `WEIGHTINGS`
@@ -30,11 +31,12 @@ Place = Literal["broadcast", "local"]  # the parameters that clients receive, or
 class Needs(NamedTuple):
     """What the clients have to send beside their update and their number of examples."""
 
-    curvature: Literal["none", "sketch", "diagonal"] = "none"
+    curvature: Literal["none", "sketch", "diagonal", "image"] = "none"
     at: Place = "broadcast"  # the parameters at which they see it
     loss: bool = False  # their loss at the broadcast parameters
     damping: bool = False  # the damping of their own steps
     ids: bool = False  # the server tells the rule who they are
+    gradient: bool = False  # their update is minus their gradient: the local solver `gradient`
 
 
 def _admit_all(received: Received, state: State) -> tuple[Received, Info]:
@@ -44,6 +46,11 @@ def _admit_all(received: Received, state: State) -> tuple[Received, Info]:
 def announce_nothing(state: State) -> dict:
     """{}: the clients are told nothing."""
     return {}
+
+
+def ask_nothing(state: State) -> tuple:
+    """(): the clients are shown nothing."""
+    return ()
 
 
 def never(state: State) -> bool:
@@ -75,6 +82,7 @@ class Aggregator(NamedTuple):
     admit: Admit = _admit_all  # who must not take part in this rule
     announce: Announce = announce_nothing
     withdraws: Withdraws = never
+    asks: Asks = ask_nothing
 
 
 def step_of(rule: Aggregator, received: Received, state: State, params: Params, info: Info):

@@ -14,6 +14,7 @@ from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Needs, Place, 
 from fipa_jax.aggregate.fisher_informed import fipa
 from fipa_jax.aggregate.late_updates import LateUpdates, freshness
 from fipa_jax.aggregate.screening import Received
+from fipa_jax.aggregate.sum_rule import from_sums
 from fipa_jax.curvature import contracts
 from fipa_jax.curvature.contracts import Number
 from fipa_jax.curvature.sketch import Diagonal
@@ -100,4 +101,9 @@ def diagonal(
     return Aggregator(init, apply, Needs("diagonal", at), hyper=("damping",))
 
 
-AGGREGATORS: dict[str, Callable[..., Aggregator]] = {"diagonal": diagonal, "fipa": fipa, "mean": mean}
+AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
+    "diagonal": diagonal,
+    "fipa": fipa,
+    "mean": mean,
+    "sums": from_sums,
+}

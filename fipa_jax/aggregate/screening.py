@@ -13,7 +13,8 @@ import optax
 
 from fipa_jax import trees
 from fipa_jax.aggregate.row_blocks import over_row_blocks, row_block
-from fipa_jax.aggregate.uploads import Uploads, fitting
+from fipa_jax.aggregate.uploads import Message, Uploads, fitting
+from fipa_jax.curvature.common_basis import Image
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.derivatives import vary_with
 
@@ -43,7 +44,7 @@ class Received(NamedTuple):
     took_part: jax.Array  # [C] bool
     num_examples: jax.Array  # [C]
     delta: Any  # parameter pytree [C, ...]
-    sketch: Sketch | Diagonal | None = None
+    sketch: Message = None
     loss: jax.Array | None = None  # [C]
     damping: jax.Array | None = None  # [C]
     ids: jax.Array | None = None  # [C] int32
@@ -109,12 +110,14 @@ def _faults(uploads: Uploads, num_examples: jax.Array) -> dict[str, jax.Array]:
     return faults
 
 
-def _faults_of_curvature(sketch: Sketch | Diagonal | None) -> dict[str, jax.Array]:
+def _faults_of_curvature(sketch: Message) -> dict[str, jax.Array]:
     if isinstance(sketch, Diagonal):
         return {
             "sketch_not_finite": ~trees.is_finite(sketch.values),
             "curvature_negative": _negative(sketch.values),
         }
+    if isinstance(sketch, Image):  # what the client itself must refuse to send, as nobody sees it in a sum
+        return {"sketch_not_finite": ~trees.is_finite(sketch.values)}
     if not isinstance(sketch, Sketch):
         return {}
     finite, distance = orthonormality(sketch)

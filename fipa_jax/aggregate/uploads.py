@@ -10,6 +10,7 @@ import numpy as np
 
 from fipa_jax import trees
 from fipa_jax.curvature import contracts
+from fipa_jax.curvature.common_basis import Image
 from fipa_jax.curvature.sketch import FLAGS, STORES, Diagonal, Report, Sketch
 from fipa_jax.trees import HostArray
 
@@ -19,8 +20,8 @@ class Uploads(NamedTuple):
 
     delta: Any  # parameter pytree [C, ...]: the client's new minus the broadcast parameters
     num_examples: jax.Array  # [C]; a client with 0 takes no part
-    # Stacked, P in the order of jax.tree.leaves: eigenvalues [C, R] and basis [C, P, R], or values [C, P].
-    sketch: Sketch | Diagonal | None = None
+    # Stacked, P in the order of jax.tree.leaves: eigenvalues [C, R] and basis [C, P, R], values [C, P], or [C, P, s].
+    sketch: Sketch | Diagonal | Image | None = None
     loss: jax.Array | None = None  # [C], the clients' mean losses at the broadcast parameters, if the rule wants them
     damping: jax.Array | None = None  # [C], beta_m: (H_m + beta_m I) delta_m = -gradient, nearly, if the rule wants it
     # What the server knows itself: who they are, if the rule remembers them, and of late clients; None where nobody is.
@@ -29,6 +30,7 @@ class Uploads(NamedTuple):
     moved: Any = None  # parameter pytree [C, ...]: the present parameters minus those that the client started from
 
 
+Message = Sketch | Diagonal | Image | None  # what a client says of its curvature
 NUMBERS = ("num_examples", "loss", "damping")  # one of each client
 
 
@@ -91,16 +93,21 @@ def _is_real(value: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def _checked(sketch: Sketch | Diagonal | None, clients: tuple[int], size: int) -> Sketch | Diagonal | None:
+def _checked(sketch: Message, clients: tuple[int], size: int) -> Message:
     """A stacked sketch of C = `clients` clients and P = `size` that fits, its eigenvalues in float32 at least."""
     if isinstance(sketch, Diagonal):
         if jnp.shape(sketch.values) != (*clients, size):
             raise ValueError(f"uploads.sketch: needed values {(*clients, size)}, got {jnp.shape(sketch.values)}")
         return trees.widened(contracts.floating(sketch, "uploads.sketch"))
+    if isinstance(sketch, Image):
+        shape = jnp.shape(sketch.values)
+        if len(shape) != 3 or shape[:2] != (*clients, size):
+            raise ValueError(f"uploads.sketch: needed values [C, P, s] with {(*clients, size)}, got {shape}")
+        return trees.widened(contracts.floating(sketch, "uploads.sketch"))
     if sketch is None:
         return None
     if not isinstance(sketch, Sketch):
-        raise ValueError(f"uploads.sketch: needed Sketch, Diagonal or None, got {type(sketch).__name__}")
+        raise ValueError(f"uploads.sketch: needed Sketch, Diagonal, Image or None, got {type(sketch).__name__}")
     eigenvalues, basis = jnp.shape(sketch.eigenvalues), jnp.shape(sketch.basis)
     if eigenvalues[:1] != clients or len(eigenvalues) != 2 or basis != (*clients, size, *eigenvalues[1:]):
         raise ValueError(
@@ -176,14 +183,17 @@ def _read(one: Any, params: Any) -> Uploads:
     return Uploads(delta=jax.tree.map(np.asarray, delta), sketch=sketch, **read)
 
 
-def _read_curvature(sketch: Any, size: int) -> Sketch | Diagonal | None:
-    """One client's sketch or diagonal for P = `size`."""
+def _read_curvature(sketch: Any, size: int) -> Message:
+    """One client's sketch, diagonal or image for P = `size`."""
     if sketch is None:
         return None
     if isinstance(sketch, Diagonal):
         return Diagonal(_shaped(sketch.values, (size,), "its diagonal"))
+    if isinstance(sketch, Image):
+        columns = _array(sketch.values).shape[-1:]
+        return Image(_shaped(sketch.values, (size, *columns), "its image"))
     if not isinstance(sketch, Sketch):
-        raise _Misfit(f"its sketch is a {type(sketch).__name__}, needed Sketch, Diagonal or None")
+        raise _Misfit(f"its sketch is a {type(sketch).__name__}, needed Sketch, Diagonal, Image or None")
     rank = np.size(_array(sketch.eigenvalues))
     eigenvalues = _shaped(sketch.eigenvalues, (rank,), "the eigenvalues of its sketch")
     basis = _shaped(sketch.basis, (size, rank), "the basis of its sketch")
@@ -249,6 +259,8 @@ def _kind(one: Uploads | None) -> str:
         return "no sketch"
     loss = "" if one.loss is None else ", with its loss"
     loss += "" if one.damping is None else ", with its damping"
+    if isinstance(one.sketch, Image):
+        return f"an image of {one.sketch.values.shape[-1]} columns{loss}"
     if not isinstance(one.sketch, Sketch):
         return f"{'no sketch' if one.sketch is None else 'a diagonal'}{loss}"
     return f"a sketch of rank {one.sketch.eigenvalues.shape[0]}{' with a report' if one.sketch.report else ''}{loss}"

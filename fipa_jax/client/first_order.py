@@ -243,4 +243,28 @@ def _mini_batches(key, client: Client, batch: int, per_epoch):
     return in_order, next_batch
 
 
+def gradient(
+    loss: Loss, augment: Augment, *, weight_decay: float = 0.0, micro_batch: int = 0, term: Term | None = None
+) -> LocalSolver:
+    """Minus the gradient of the client's objective at the broadcast parameters, over all of its examples as they are.
+
+    What FIPA from sums wants in its gradient form; under `mean` it is gradient descent at the server's learning rate.
+
+    Args:
+      loss, weight_decay, micro_batch, term: see `first_order`; there are no random views.
+    """
+    term = term or none()
+
+    def improve(work: Work, key) -> Improvement:
+        size = work.client.indices.shape[0]
+        gradient_of = mean_gradient(work, loss, term, size, micro_batch)
+        mask = jnp.arange(size) < work.client.num_examples
+        slope, mean_loss = gradient_of(work.params, gather(work.data, own_indices(work.client)), mask)
+        slope = optax.tree.add_scale(slope, weight_decay, work.params) if weight_decay else slope
+        found = Improvement(optax.tree.scale(-1, slope), mean_loss)
+        return found._replace(gradient=slope) if term.needs.gradient else found
+
+    return solver_of(improve, term)
+
+
 LOCAL_SOLVERS = {name: first_order for name in OPTIMIZERS}

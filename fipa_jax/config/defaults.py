@@ -140,8 +140,9 @@ def local() -> ConfigDict:
     return ConfigDict(
         {
             # client.first_order.first_order, client.second_order.gauss_newton, client.second_order.lbfgs,
-            # client.second_order.natural_gradient
-            "optimizer": "sgd",  # sgd, momentum, nesterov, adam, yogi, gauss_newton, lbfgs, natural_gradient
+            # client.second_order.natural_gradient, client.first_order.gradient
+            # sgd, momentum, nesterov, adam, yogi, gauss_newton, lbfgs, natural_gradient, gradient
+            "optimizer": "sgd",
             "lr": 0.1,
             "lr_decay": 1.0,  # the learning rate of round k is lr * lr_decay^k, counted over both phases
             "momentum": 0.9,
@@ -199,8 +200,9 @@ def aggregator(name: str) -> ConfigDict:
     """How uploads become one step: the rule of aggregate.rules.AGGREGATORS that `name` names."""
     return ConfigDict(
         {
-            # aggregate.rules.mean, aggregate.fisher_informed.fipa, aggregate.rules.diagonal
-            "name": name,  # mean, fipa, diagonal
+            # aggregate.rules.mean, aggregate.fisher_informed.fipa, aggregate.rules.diagonal,
+            # aggregate.sum_rule.from_sums
+            "name": name,  # mean, fipa, diagonal, sums
             "weighting": "examples",  # or "uniform"
             "form": "damped",  # pinv, tikhonov, damped
             "damping": 1e-3,
@@ -215,6 +217,15 @@ def aggregator(name: str) -> ConfigDict:
                 "decay": 0.9,  # by which the weight of what is remembered falls with each round
                 "rank": 250,  # R' of a message: R' P numbers for each of 1, `length` or all clients
                 "length": 8,  # cohorts that `targets` remembers
+            },
+            "sums": {  # aggregate.sums.SumOptions
+                "form": "galerkin",  # galerkin (any local training), gradient (clients send gradients)
+                "columns": 50,  # s, of the basis that all clients multiply; at most
+                "fresh": 5,  # of them drawn anew in each round
+                "basis": "last",  # where the others come from: last (the last sum), seed (all are drawn)
+                "tail": 0.0,  # columns come and go so that the least eigenvalue is so large a part of beta; 0: all
+                "bits": 0,  # of a sum in fixed point, 8 to 32; 0 for floating point
+                "seed": 0,  # of the columns that are drawn
             },
             "limits": {  # aggregate.limits.Limits
                 "max_step": 5.0,  # bound on |step| / max |delta|; 0 for none

@@ -1,5 +1,6 @@
 """What do a client's data pin down? Products with its Fisher matrix, eigenpairs, sketches."""
 
+from fipa_jax.curvature.common_basis import Image, make_image
 from fipa_jax.curvature.contracts import Features, Loss, Outputs, check
 from fipa_jax.curvature.eigenpairs import Eigenpairs, exact, lanczos, subspace
 from fipa_jax.curvature.products import Curvature, make_ggn, make_ggn_diagonal, make_gradient
@@ -24,6 +25,7 @@ __all__ = [
     "Diagonal",
     "Eigenpairs",
     "Features",
+    "Image",
     "Loss",
     "Outputs",
     "Report",
@@ -39,6 +41,7 @@ __all__ = [
     "make_ggn",
     "make_ggn_diagonal",
     "make_gradient",
+    "make_image",
     "make_sketch",
     "plain",
     "stored_as",

@@ -322,10 +322,10 @@ def make_diagonal(outputs: Outputs, loss: Loss, *, micro_batch: int = 0) -> Diag
 
 TaskOutputs = Callable[[Any, Any], tuple[Any, Any]]  # (params, batch) -> (out [B, ...], features), the whole model
 SketchMaker = Callable[[Outputs, Features], SketchFunction | DiagonalFunction]  # Features: its last layer's inputs
-# (outputs, params, key, batch [N, ...], mask [N]) -> what one client finds
-OfClient = Callable[[TaskOutputs, Any, jax.Array, Any, jax.Array], Any]
-# (what the clients find, stacked [C, ...]; the round's number [], from 0) -> Sketch or Diagonal [C, ...]
-OfCohort = Callable[[Any, jax.Array], Sketch | Diagonal]
+# (outputs, params, key, batch [N, ...], mask [N], and what the rule asks along) -> what one client finds
+OfClient = Callable[..., Any]
+# (what the clients find, stacked [C, ...]; the round's number [], from 0) -> Sketch, Diagonal or Image
+OfCohort = Callable[[Any, jax.Array], Any]
 
 
 def _as_they_are(messages, round):

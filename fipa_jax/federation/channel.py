@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from fipa_jax.aggregate.uploads import Uploads
+from fipa_jax.curvature.common_basis import Image
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 
 LATE, FAULTY = 0x1A7E, 0xFA17  # streams apart from the keys of cohort, training and sketches, split from the round's
@@ -180,13 +181,16 @@ def spoil(uploads: Uploads, faults: dict[str, jax.Array], scale_by: jax.Array) -
         return jnp.where(nan, jnp.nan, jnp.where(flip, -leaf, leaf)).astype(leaf.dtype)
 
     def scaled(values):
-        return (values * jnp.where(faults["scale"], scale_by, 1)[:, None]).astype(values.dtype)
+        factor = jnp.where(faults["scale"], scale_by, 1).reshape(-1, *[1] * (values.ndim - 1))
+        return (values * factor).astype(values.dtype)
 
     sketch = uploads.sketch
     if isinstance(sketch, Sketch):
         sketch = sketch._replace(eigenvalues=scaled(sketch.eigenvalues))
     elif isinstance(sketch, Diagonal):
         sketch = Diagonal(scaled(sketch.values))
+    elif isinstance(sketch, Image):
+        sketch = Image(scaled(sketch.values))
     num_examples = jnp.where(faults["drop"], 0, uploads.num_examples)
     return uploads._replace(delta=jax.tree.map(spoil_update, uploads.delta), sketch=sketch, num_examples=num_examples)
 

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import optax
 
+from fipa_jax.aggregate.uploads import Message
 from fipa_jax.client.examples import Client, gather, present, subsample, take
 from fipa_jax.client.local_solver import LocalResult
 from fipa_jax.curvature import contracts
-from fipa_jax.curvature.sketch import Diagonal, Sketch
+from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.federation.channel import Order
 from fipa_jax.federation.parallel import map_clients
 from fipa_jax.federation.parts import Parts, Rates, model_of
@@ -58,33 +59,33 @@ def train(
 
 def sketch(
     parts: Parts, state: State, rates: Rates, cohort: Cohort, results: LocalResult | None, root: jax.Array
-) -> Sketch | Diagonal | None:
+) -> Message:
     """Every client of the cohort sketches its curvature where the rule wants it; None if the rule wants none.
 
     Args:
       results: of the clients' training, or None before it.
 
     Returns:
-      The clients' sketches, or diagonals, stacked [C, ...].
+      The clients' sketches, diagonals or images, stacked [C, ...].
     """
     sketcher = parts.sketcher
     if sketcher is None:
         return None
 
-    def one(state, data, client, key, delta, order):
+    def one(state, data, asked, client, key, delta, order):
         chosen, outputs = model_of(parts, state.params)
         theta = parts.channel.start(chosen, state.history, order)
         theta = theta if delta is None else optax.tree.add(theta, delta)
         draw_key, solve_key = jax.random.split(key)
         client = subsample(draw_key, client, parts.sketch_examples)
         batch, mask = gather(data, client.indices), present(client)
-        return sketcher.of_client(outputs, theta, solve_key, batch, mask)
+        return sketcher.of_client(outputs, theta, solve_key, batch, mask, *asked)
 
     keys = _of_clients(_keys_of(state.round, root)[2], cohort.ids)
     trained = None
     if parts.aggregator.needs.at == "local":
         trained = contracts.given(results, "results, as the rule wants curvature at the trained parameters").delta
-    common = _seen_by_all(state), cohort.data
+    common = _seen_by_all(state), cohort.data, parts.aggregator.asks(state.aggregator)
     sketches = _over(parts, one, common, cohort, cohort.clients, keys, trained, cohort.orders)
     return sketcher.of_cohort(sketches, state.round)
 

@@ -9,10 +9,10 @@ import optax
 from fipa_jax import trees
 from fipa_jax.aggregate.aggregator import step_of
 from fipa_jax.aggregate.screening import Received, receive
-from fipa_jax.aggregate.uploads import Uploads
+from fipa_jax.aggregate.uploads import Message, Uploads
 from fipa_jax.client.local_solver import LocalResult
 from fipa_jax.client.terms import Served
-from fipa_jax.curvature.sketch import Diagonal, Sketch
+from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.federation.population import Cohort
 from fipa_jax.federation.state import State
@@ -24,7 +24,7 @@ def serve(
     rates: Rates,
     cohort: Cohort,
     results: LocalResult,
-    sketches: Sketch | Diagonal | None,
+    sketches: Message,
 ) -> tuple[State, dict]:
     """What the server makes of a round: (the state after it, info). A real deployment calls this too.
 
@@ -64,7 +64,7 @@ def serve(
     return after._replace(history=history, round=state.round + 1), info
 
 
-def uploads_of(parts: Parts, cohort: Cohort, results: LocalResult, sketches: Sketch | Diagonal | None) -> Uploads:
+def uploads_of(parts: Parts, cohort: Cohort, results: LocalResult, sketches: Message) -> Uploads:
     """What the clients of a cohort send, stacked [C, ...]; only what the rule needs."""
     needs = parts.aggregator.needs
     loss, damping = results.before if needs.loss else None, results.damping if needs.damping else None

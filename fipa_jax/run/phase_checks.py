@@ -60,6 +60,9 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
         _check_own_damping(settings, aggregator)
         _checkmatched(settings, aggregator)
         _check_adaptive(settings)
+    if aggregator.needs.curvature == "image":
+        _check_sums(settings, aggregator)
+        _checkmatched(settings, aggregator)
     _check_local_work(settings, aggregator, term)
     _check_faults(settings, aggregator, cohort)
 
@@ -161,6 +164,27 @@ def _check_natural(settings: ConfigDict, aggregator: Aggregator) -> None:
         raise ValueError(f"config.fipa.{group}.damping: 'natural_gradient' divides by it, it needs more than 0")
 
 
+def _check_sums(settings: ConfigDict, aggregator: Aggregator) -> None:
+    """Refuses what a sum over the clients cannot serve."""
+    optimizer = settings.local.optimizer
+    if settings.late.share:
+        raise ValueError(
+            "config.fipa.late.share: the rule 'sums' adds up products with one basis, and a late client's are with "
+            "another; set it to 0"
+        )
+    if aggregator.needs.gradient != (optimizer == "gradient"):
+        needed, form = ("= 'gradient'", "gradient") if aggregator.needs.gradient else ("that trains", "galerkin")
+        raise ValueError(
+            f"config.fipa.local.optimizer: aggregator.sums.form = {form!r} needs a local solver {needed}, got "
+            f"{optimizer!r}"
+        )
+    if settings.sketch.gradient_scale or settings.sketch.energy or settings.sketch.store:
+        raise ValueError(
+            "config.fipa.sketch: energy, gradient_scale and store are of eigenpairs, which the rule 'sums' has none "
+            "of; set them to nothing"
+        )
+
+
 def _check_own_damping(settings: ConfigDict, aggregator: Aggregator) -> None:
     local = settings.local
     steps = local.steps or local.epochs
@@ -214,7 +238,7 @@ def _one_step(settings: ConfigDict, aggregator: Aggregator) -> bool:
     """Whether clients take one step from where they start, whatever their data."""
     local = settings.local
     if local.optimizer not in first_order.LOCAL_SOLVERS:
-        return local.optimizer == "natural_gradient"
+        return local.optimizer in ("gradient", "natural_gradient")
     if local.adaptive.scale and aggregator.needs.curvature == "sketch":
         return False
     return local.steps == 1 or (not local.steps and local.epochs == 1 and not local.batch_size)
@@ -238,7 +262,7 @@ def _check_faults(settings: ConfigDict, aggregator: Aggregator, cohort: int) -> 
 
 def matched(settings: ConfigDict, aggregator: Aggregator) -> bool:
     """Whether the clients' second-order steps take the rule's damping; they cannot where it is another's."""
-    return settings.local.matched and aggregator.needs.curvature == "sketch"
+    return settings.local.matched and aggregator.needs.curvature in ("image", "sketch")
 
 
 def has_faults(settings: ConfigDict) -> bool:

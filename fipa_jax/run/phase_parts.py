@@ -12,10 +12,11 @@ from fipa_jax.aggregate.late_updates import LateUpdates
 from fipa_jax.aggregate.limits import Limits
 from fipa_jax.aggregate.past_rounds import PastRounds, rank_of
 from fipa_jax.aggregate.rules import AGGREGATORS
+from fipa_jax.aggregate.sums import SumOptions
 from fipa_jax.client import first_order, second_order, terms
 from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
 from fipa_jax.config.methods import method
-from fipa_jax.curvature import sketch
+from fipa_jax.curvature import common_basis, sketch
 from fipa_jax.federation.channel import Channel, ChannelRates, FaultRates, chain, faulty, late
 from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.federation.parts import Parts, Rates
@@ -24,7 +25,7 @@ from fipa_jax.run.phase_checks import check_fit, has_faults, matched, naming
 from fipa_jax.tasks.task import Task, unaugmented
 
 MANY = 2**31 - 1  # clients, where it is not known yet how many there are
-LOCAL_SOLVERS = first_order.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS
+LOCAL_SOLVERS = first_order.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS | {"gradient": first_order.gradient}
 # Fields of a phase that `make_rates` takes, so that they are traced. What a rule's state holds is traced too, see
 # `Aggregator.hyper`.
 TRACED = (
@@ -101,6 +102,7 @@ def aggregator_of(settings: ConfigDict, num_clients: int) -> Aggregator:
         "past": past._replace(rank=rank_of(past, settings.sketch.rank)),
         "limits": Limits(**fields.limits),
         "late": LateUpdates(**fields.late),
+        "sums": SumOptions(**fields.sums),
     }
     make = lookup(AGGREGATORS, fields.name, "config.aggregator.name")
     return make(**fields_for(make, {**fields, **groups}))
@@ -130,6 +132,8 @@ def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task) -> ske
     if aggregator.needs.curvature == "diagonal":
         fields = fields_for(sketch.make_diagonal, settings)
         return sketch.plain(lambda outputs, features: sketch.make_diagonal(outputs, task.loss, **fields))
+    if aggregator.needs.curvature == "image":
+        return common_basis.sketcher_of_images(task.loss, **fields_for(common_basis.make_image, settings))
     fields = fields_for(sketch.make_sketch, settings)
     if settings.energy and not settings.probes:
         raise ValueError("sketch.energy: needs the trace, and sketch.probes = 0 leaves it unknown; set it to 2 or more")
