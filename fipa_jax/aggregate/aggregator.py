@@ -36,6 +36,7 @@ class Needs(NamedTuple):
     loss: bool = False  # their loss at the broadcast parameters
     damping: bool = False  # the damping of their own steps
     ids: bool = False  # the server tells the rule who they are
+    spread: bool = False  # their long bases padded, so that devices can share the rows: see `row_blocks`
     gradient: bool = False  # their update is minus their gradient: the local solver `gradient`
 
 

@@ -22,6 +22,7 @@ from fipa_jax.aggregate.late_updates import LateUpdates, without_drifted
 from fipa_jax.aggregate.limits import Limits, capped, limited
 from fipa_jax.aggregate.merged_curvature import Merge
 from fipa_jax.aggregate.past_rounds import PastRounds, kind_of, remembering
+from fipa_jax.aggregate.row_blocks import Spread, fill_up, padded
 from fipa_jax.aggregate.screening import Received, receive
 from fipa_jax.aggregate.solvers import Form, Messages, Now, Solution, Solver
 from fipa_jax.aggregate.trust import trust_region
@@ -68,6 +69,7 @@ def from_solver(
     *,
     weighting: Weighting = "examples",
     late: LateUpdates = LateUpdates(),
+    spread: bool = False,
 ) -> Aggregator:
     """The aggregation rule of a solver.
 
@@ -80,6 +82,7 @@ def from_solver(
       solver: of `solvers`, as it is or wrapped.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
       late: see `fipa`.
+      spread: whether long vectors and bases are filled up with zeros, so that their rows can be spread over devices.
 
     Returns:
       The rule, which needs of the clients what the solver needs; its state is a `FipaState`.
@@ -94,6 +97,7 @@ def from_solver(
 
     def init(params):
         theta = trees.ravel(trees.widened(contracts.floating(params, "params")))
+        theta = fill_up(theta, padded(theta.size)) if spread else theta
         hyper = {name: jnp.asarray(value, theta.dtype) for name, value in numbers.items()}
         return FipaState(hyper, solver.init(theta))
 
@@ -104,14 +108,17 @@ def from_solver(
         sketch = _sketch_of(received, solver)
         weights, size = weights_of(received, params, weighting, late.staleness)
         theta, unravel = ravel_pytree(params)
+        length, rows = theta.size, padded(theta.size) if spread else theta.size
+        sketch = sketch._replace(basis=fill_up(sketch.basis, rows))
         moved = None
         if received.moved is not None and late.transport:
-            moved = trees.ravel_stacked(received.moved)
+            moved = fill_up(trees.ravel_stacked(received.moved), rows)
         damping = received.damping if solver.needs.damping else None
-        cohort = Messages(weights, received.deltas, sketch, moved, damping)
+        theta = fill_up(theta, rows)
+        cohort = Messages(weights, fill_up(received.deltas, rows), sketch, moved, damping)
         now = Now(theta, size, received.ids, received.loss)
         solution, hyper, kept, info = solver.solve([cohort], state.hyper, state.solver, now)
-        step, average = unravel(solution.step), unravel(solution.mean)
+        step, average = unravel(solution.step[:length]), unravel(solution.mean[:length])
         info |= _describe(solution, sketch, weights) | compare(step, average, received)
         return step, FipaState(hyper, kept), info
 
@@ -121,7 +128,8 @@ def from_solver(
     def withdraws(state: FipaState):
         return solver.withdraws(state.solver)
 
-    return Aggregator(init, apply, solver.needs, tuple(numbers), admit, announce, withdraws)
+    needs = solver.needs._replace(spread=spread)
+    return Aggregator(init, apply, needs, tuple(numbers), admit, announce, withdraws)
 
 
 def fipa(
@@ -137,6 +145,7 @@ def fipa(
     late: LateUpdates = LateUpdates(),
     weighting: Weighting = "examples",
     merge: Merge = "auto",
+    spread: Spread | None = None,
 ) -> Aggregator:
     """Fisher-informed parameterwise aggregation (arXiv 2601.13608, eq. 6): B_m = w_m H^+ H_m, H = sum_m w_m H_m.
 
@@ -160,6 +169,7 @@ def fipa(
       late: how late clients count, see below.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
       merge: how the clients' sketches are merged, see `merged_curvature.merge`.
+      spread: the devices that share the rows of long bases, see `row_blocks`; None where arrays are as they come.
 
     Returns:
       The rule: (init, apply) and what its clients have to send. `INFO` says what its `info` holds.
@@ -206,7 +216,7 @@ def fipa(
     lookup(FORMS, form, "aggregator.form")
     if own_damping and form != "damped":
         raise ValueError(solvers.OWN_DAMPING)
-    options = {"explosion": limits.explosion, "merge": merge}
+    options = {"explosion": limits.explosion, "merge": merge, "mesh": spread.mesh if spread else None}
     if form == "pinv":
         solver = alone = solvers.pinv(rcond, **options)
     else:
@@ -218,7 +228,8 @@ def fipa(
         solver = trust_region(solver)
     if past.kind != "none":
         solver = remembering(solver, kind_of(past, alone, late.transport), decay=past.decay)
-    return from_solver(capped(solver, trace_cap=limits.trace_cap), weighting=weighting, late=late)
+    solver = capped(solver, trace_cap=limits.trace_cap)
+    return from_solver(solver, weighting=weighting, late=late, spread=spread is not None)
 
 
 def fipa_step(

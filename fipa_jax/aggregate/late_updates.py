@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fipa_jax import trees
+from fipa_jax.aggregate.row_blocks import fill_up
 from fipa_jax.aggregate.screening import Received
 from fipa_jax.curvature.sketch import Sketch
 
@@ -31,7 +32,7 @@ def freshness(received: Received, staleness: float, dtype) -> jax.Array | int:
 def drift(sketch: Sketch, moved: jax.Array) -> jax.Array:
     """[C], moved_m^T H_m moved_m / 2 of `moved` [C, P]: how far a client's own answers have moved since it began."""
     # In the basis' own dtype, or one of bfloat16 would be converted as a whole; for a bound that is exact enough.
-    given = sketch.basis, moved.astype(sketch.basis.dtype)
+    given = sketch.basis, fill_up(moved, sketch.basis.shape[1]).astype(sketch.basis.dtype)
     along = jnp.einsum("cpr,cp->cr", *given, precision="highest", preferred_element_type=moved.dtype)
     return jnp.sum(sketch.eigenvalues.astype(moved.dtype) * along**2, axis=1) / 2
 

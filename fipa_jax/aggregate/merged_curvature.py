@@ -11,17 +11,18 @@ All but `top` has derivatives, in what the parts hold and in the filter: those o
 eigenvector in them and so are right where eigenvalues coincide.
 """
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from fipa_jax.aggregate.row_blocks import over_row_blocks, row_block
+from fipa_jax.aggregate.factorisations import METHODS, arithmetic, dot, dot_all, whole
+from fipa_jax.aggregate.row_blocks import map_rows, over_row_blocks, reduce_rows, row_block, segments_of
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.derivatives import refusing, vary_with, with_derivative_of
 from fipa_jax.lookup import lookup
@@ -94,6 +95,7 @@ class Factor:
     projected: jax.Array  # [D], V^T F^T targets
     length: int = dataclasses.field(metadata={"static": True})  # rows in a block of a pass over F
     squared: bool = dataclasses.field(metadata={"static": True})  # whether they are of F^T F, formed
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})  # see `merge`
 
     @property
     def spectrum(self) -> jax.Array:
@@ -103,7 +105,7 @@ class Factor:
             return factor.eigenvalues.astype(factor.scales[0].dtype)
 
         def smooth(factor: Factor):  # v^T (F^T F) v
-            turned = _dot_all(_dot_all(factor.right, _products(factor)[0]), factor.right.T)
+            turned = dot_all(dot_all(factor.right, _products(factor)[0]), factor.right.T)
             return jnp.diag(turned).astype(factor.scales[0].dtype)
 
         return with_derivative_of(smooth, value, self._scope)(self)
@@ -117,10 +119,12 @@ class Factor:
         return Noise(direction, max(direction, wide * width if self.squared else 0.0), (given * width) ** 2)
 
     def _scope(self):
-        return _arithmetic(self.right.dtype)
+        return arithmetic(self.right.dtype)
 
 
-def merge(parts: Sequence[Part], method: Merge = "auto", base: jax.Array | None = None) -> Factor:
+def merge(
+    parts: Sequence[Part], method: Merge = "auto", base: jax.Array | None = None, mesh: Mesh | None = None
+) -> Factor:
     """Factorises the merged curvature, in float64 arithmetic where the device has it.
 
     With nearly collinear clients the entries of F c cancel to eps / beta of their size, and the rounding of z is
@@ -132,6 +136,7 @@ def merge(parts: Sequence[Part], method: Merge = "auto", base: jax.Array | None 
       base: [P], see `Part`; None for zero.
       method: how F^T F is factorised, `auto` picks by `choose`. `qr`: the triangle of F at once (the paper's merge).
         `tsqr`: the triangle of each block stacked on the one before. `gram`: F^T F summed over blocks.
+      mesh: devices that share the rows, where there are enough of them: see `row_blocks`.
 
     Raises:
       ValueError: the method is not known.
@@ -142,23 +147,24 @@ def merge(parts: Sequence[Part], method: Merge = "auto", base: jax.Array | None 
     size, width = bases[0].shape[1], sum(scale.size for scale in scales)
     if method == "auto":
         method = choose(size, width, dtype, jax.default_backend())
-    add, factorise = METHODS[method]
-    length = size if method == "qr" else min(size, max(BLOCK // width, 2 * width))
+    rows = size // segments_of(size)
+    length = rows if method == "qr" else min(rows, max(BLOCK // width, 2 * width))
     wide = jnp.float64 if jax.default_backend() in DOUBLE else dtype
     # The decomposition has no derivatives; `solve` and the others have, from the parts alone.
     fixed = jax.lax.stop_gradient((bases, scales, ways, base))
 
-    with _arithmetic(wide):
-        reduced, projected = _pass(*fixed, length, wide, add)
-        eigenvalues, right = factorise(reduced)
-        return Factor(bases, scales, ways, base, eigenvalues, right, _dot(right, projected), length, method == "gram")
+    with arithmetic(wide):
+        reduced, projected = _pass(*fixed, Reading(length, wide, method, mesh))
+        eigenvalues, right = METHODS[method].factorise(reduced)
+        found = eigenvalues, right, dot(right, projected)
+        return Factor(bases, scales, ways, base, *found, length, method == "gram", mesh)
 
 
 def solve(factor: Factor, inverse: Filter) -> jax.Array:
     """base + F V diag(inverse(lam)) V^T F^T targets [P]: a function of H applied to sum_m w_m H_m targets_m / lam."""
 
     def value(factor: Factor, inverse: Filter):
-        return _combine(factor, _dot(factor.right.T, inverse.of(factor.eigenvalues) * factor.projected))
+        return _combine(factor, dot(factor.right.T, inverse.of(factor.eigenvalues) * factor.projected))
 
     def smooth(factor: Factor, inverse: Filter):
         coefficients = _filtered(*_products(factor), inverse, factor.eigenvalues, factor.right)
@@ -173,14 +179,18 @@ def quadratic(factor: Factor, vector: jax.Array) -> jax.Array:
     def value(factor: Factor, vector, each_by_itself=False):
         wide, length = factor.right.dtype, factor.length
 
-        def visit(bases, start, total):
-            begin, blocks = _blocks(bases, factor.scales, length, start, wide)
-            part = jax.lax.dynamic_slice_in_dim(vector, begin, length).astype(wide)
-            along = [jax.lax.dot_general(rows, part, (((1,), (0,)), ((), ()))) for rows in blocks]
-            return [old + new for old, new in zip(total, along, strict=True)]
+        def read(scales, rows):
+            def visit(rows, start, total):
+                bases, vector = rows
+                begin, blocks = _blocks(bases, scales, length, start, wide)
+                part = jax.lax.dynamic_slice_in_dim(vector, begin, length).astype(wide)
+                along = [jax.lax.dot_general(block, part, (((1,), (0,)), ((), ()))) for block in blocks]
+                return _added(total, along)
 
-        blank = vary_with([jnp.zeros(scale.shape, wide) for scale in factor.scales], factor.scales, vector)
-        image = over_row_blocks(factor.bases, length, visit, blank, each_by_itself)  # F^T vector
+            blank = vary_with([jnp.zeros(scale.shape, wide) for scale in scales], scales, rows)
+            return over_row_blocks(rows, length, visit, blank, each_by_itself)
+
+        image = reduce_rows(factor.scales, (factor.bases, vector), read, _added, factor.mesh)  # F^T vector
         return total(jnp.sum(part**2) for part in image).astype(factor.scales[0].dtype)
 
     smooth = functools.partial(value, each_by_itself=True)
@@ -204,8 +214,8 @@ def top(factor: Factor, rank: int) -> Sketch:
             sound = values > floor * factor.eigenvalues[0]
             scaled = factor.right[:kept].T * jnp.where(sound, 1 / jnp.sqrt(jnp.where(sound, values, 1)), 0)[None]
 
-            def rows_of(begin, blocks):
-                return _dot_all(_side_by_side(blocks), scaled)
+            def rows_of(scaled, base, blocks):
+                return dot_all(_side_by_side(blocks), scaled)
 
             basis = _fill_rows(factor, rows_of, (kept,), scaled)
             values = jnp.where(sound, values, 0).astype(dtype)
@@ -253,21 +263,41 @@ def _blocks(bases: list, scales: list, length: int, start: jax.Array, wide) -> t
     return begin, list(map(rows, bases, scales))
 
 
-def _pass(bases: list, scales: list, ways: list, base, length: int, wide, add: Callable, each_by_itself: bool = False):
-    """(the sum of F's blocks by `add` [D, D], F^T targets [D])."""
+class Reading(NamedTuple):
+    """How F is read; static."""
+
+    length: int  # rows in a block
+    wide: Any  # dtype of the arithmetic
+    method: str  # a name in `METHODS`
+    mesh: Mesh | None
+    each_by_itself: bool = False  # see `over_row_blocks`
+
+
+def _pass(bases: list, scales: list, ways: list, base, how: Reading):
+    """(the sum of F's blocks by `METHODS` [D, D], F^T targets [D])."""
+    add, join, _ = METHODS[how.method]
     width = sum(scale.size for scale in scales)
 
-    def visit(bases, start, carry):
-        reduced, projected = carry
-        begin, blocks = _blocks(bases, scales, length, start, wide)
-        along = [_along(rows, _targets(way, base, begin, length, wide)) for way, rows in zip(ways, blocks, strict=True)]
-        projected = [total + new for total, new in zip(projected, along, strict=True)]
-        return add(reduced, _side_by_side(blocks)), projected
+    def read(scales, rows):
+        def visit(rows, start, carry):
+            bases, ways, base = rows
+            reduced, projected = carry
+            begin, blocks = _blocks(bases, scales, how.length, start, how.wide)
+            targets = [_targets(way, base, begin, how.length, how.wide) for way in ways]
+            return add(reduced, _side_by_side(blocks)), _added(projected, map(_along, blocks, targets))
 
-    start = jnp.zeros([width, width], wide), [jnp.zeros(scale.shape, wide) for scale in scales]
-    start = vary_with(start, scales, ways, base)
-    reduced, projected = over_row_blocks(bases, length, visit, start, each_by_itself)
+        blank = jnp.zeros([width, width], how.wide), [jnp.zeros(scale.shape, how.wide) for scale in scales]
+        return over_row_blocks(rows, how.length, visit, vary_with(blank, scales, rows), how.each_by_itself)
+
+    def joined(one, other):
+        return join(one[0], other[0]), _added(one[1], other[1])
+
+    reduced, projected = reduce_rows(scales, (bases, ways, base), read, joined, how.mesh)
     return reduced, jnp.concatenate([part.reshape(-1) for part in projected])
+
+
+def _added(one: Iterable, other: Iterable) -> list:
+    return [first + second for first, second in zip(one, other, strict=True)]
 
 
 def _targets(way: tuple, base, begin: jax.Array, length: int, wide) -> jax.Array:
@@ -283,25 +313,26 @@ def _targets(way: tuple, base, begin: jax.Array, length: int, wide) -> jax.Array
 
 def _products(factor: Factor) -> tuple[jax.Array, jax.Array]:
     """(F^T F [D, D], F^T targets [D]), of which derivatives can be taken."""
-    given = factor.bases, factor.scales, factor.ways, factor.base
-    return _pass(*given, factor.length, factor.right.dtype, _gram, each_by_itself=True)
+    how = Reading(factor.length, factor.right.dtype, "gram", factor.mesh, each_by_itself=True)
+    gram, projected = _pass(factor.bases, factor.scales, factor.ways, factor.base, how)
+    return whole(gram), projected
 
 
 @jax.custom_jvp
 def _filtered(gram, projected, inverse: Filter, eigenvalues, right) -> jax.Array:
     """f(G) z [D], for the filter f, G = F^T F = V diag(lam) V^T and z = F^T targets."""
-    return _dot(right.T, inverse.with_noise().of(eigenvalues) * _dot(right, projected))
+    return dot(right.T, inverse.with_noise().of(eigenvalues) * dot(right, projected))
 
 
 @_filtered.defjvp
 def _filtered_jvp(given, tangents):
     """By Daleckii and Krein: d f(G) = V (slopes * V^T dG V) V^T, without the eigenvectors' own derivatives."""
     _, projected, inverse, eigenvalues, right = given
-    every, turned = inverse.with_noise(), _dot(right, projected)
-    turn = every.slopes(eigenvalues) * _dot_all(_dot_all(right, tangents[0]), right.T)
-    moved = _dot(turn, turned) + every.of(eigenvalues) * _dot(right, tangents[1])
+    every, turned = inverse.with_noise(), dot(right, projected)
+    turn = every.slopes(eigenvalues) * dot_all(dot_all(right, tangents[0]), right.T)
+    moved = dot(turn, turned) + every.of(eigenvalues) * dot(right, tangents[1])
     moved -= tangents[2].shift * inverse.of(eigenvalues) ** 2 * turned
-    return _filtered(*given), _dot(right.T, moved)
+    return _filtered(*given), dot(right.T, moved)
 
 
 def _combine(factor: Factor, coefficients: jax.Array, each_by_itself: bool = False) -> jax.Array:
@@ -311,31 +342,39 @@ def _combine(factor: Factor, coefficients: jax.Array, each_by_itself: bool = Fal
         coefficients[a:b].reshape(scale.shape) for a, b, scale in zip(edges, edges[1:], factor.scales, strict=False)
     ]
 
-    def rows_of(begin, blocks):
+    def rows_of(of_part, base, blocks):
         products = [
             jax.lax.dot_general(rows, c, (((0, 2), (0, 1)), ((), ()))) for rows, c in zip(blocks, of_part, strict=True)
         ]
-        if factor.base is not None:
-            products.append(jax.lax.dynamic_slice_in_dim(factor.base, begin, factor.length).astype(factor.right.dtype))
-        return total(products)
+        return total(products if base is None else [*products, base])
 
-    return _fill_rows(factor, rows_of, (), (coefficients, factor.base), each_by_itself)
+    return _fill_rows(factor, rows_of, (), of_part, factor.base, each_by_itself)
 
 
-def _fill_rows(factor: Factor, rows_of: Callable, trailing: tuple, seen: Any, each_by_itself: bool = False):
-    """[P, *trailing] in the updates' precision: of each block rows_of(first row, rows of F), which holds `seen`."""
-    size, length, dtype = factor.bases[0].shape[1], factor.length, factor.scales[0].dtype
+def _fill_rows(
+    factor: Factor, rows_of: Callable, trailing: tuple, common: Any, base: Any = None, each_by_itself: bool = False
+) -> jax.Array:
+    """[P, *trailing] in the updates' precision: of each block rows_of(common, the base's part, rows of F)."""
+    length, dtype, wide = factor.length, factor.scales[0].dtype, factor.right.dtype
 
-    def visit(bases, start, total):
-        begin, blocks = _blocks(bases, factor.scales, length, start, factor.right.dtype)
-        rows = rows_of(begin, blocks)
-        # The rows that the last block repeats are zero in it: they must not be written.
-        old = jax.lax.dynamic_slice_in_dim(total, begin, length)
-        new = row_block(size, length, start)[1].reshape(-1, *[1] * (rows.ndim - 1))
-        return jax.lax.dynamic_update_slice_in_dim(total, jnp.where(new, rows.astype(dtype), old), begin, 0)
+    def read(common, rows):
+        scales, given = common
+        size = rows[0][0].shape[1]
 
-    blank = vary_with(jnp.zeros([size, *trailing], dtype), factor.scales, seen)
-    return over_row_blocks(factor.bases, length, visit, blank, each_by_itself)
+        def visit(rows, start, filled):
+            bases, base = rows
+            begin, blocks = _blocks(bases, scales, length, start, wide)
+            part = None if base is None else jax.lax.dynamic_slice_in_dim(base, begin, length).astype(wide)
+            new = rows_of(given, part, blocks)
+            # The rows that the last block repeats are zero in it: they must not be written.
+            old = jax.lax.dynamic_slice_in_dim(filled, begin, length)
+            fresh = row_block(size, length, start)[1].reshape(-1, *[1] * (new.ndim - 1))
+            return jax.lax.dynamic_update_slice_in_dim(filled, jnp.where(fresh, new.astype(dtype), old), begin, 0)
+
+        blank = vary_with(jnp.zeros([size, *trailing], dtype), common, rows)
+        return over_row_blocks(rows, length, visit, blank, each_by_itself)
+
+    return map_rows((factor.scales, common), (factor.bases, base), read, factor.mesh)
 
 
 def _scale(part: Part, dtype) -> jax.Array:
@@ -354,42 +393,3 @@ def _along(rows: jax.Array, target: jax.Array) -> jax.Array:
 def _side_by_side(blocks: list) -> jax.Array:
     """[b, D], a block of F."""
     return jnp.concatenate([jnp.transpose(rows, (1, 0, 2)).reshape(rows.shape[1], -1) for rows in blocks], axis=1)
-
-
-@contextlib.contextmanager
-def _arithmetic(wide):
-    """Highest precision of products; float64 where asked for, whatever the process is set to."""
-    with jax.default_matmul_precision("highest"), jax.enable_x64(wide == jnp.float64):
-        yield
-
-
-def _dot(matrix, vector):
-    # Not `@`, which names its result's dtype: a vmap outside of `_arithmetic` would read float64 as float32.
-    return jax.lax.dot_general(matrix, vector, (((1,), (0,)), ((), ())))
-
-
-def _dot_all(left, right):
-    """`_dot` of two matrices."""
-    return jax.lax.dot_general(left, right, (((1,), (0,)), ((), ())))
-
-
-def _triangle(reduced, part):
-    return jnp.linalg.qr(jnp.concatenate([reduced, part]), mode="r")
-
-
-def _of_triangle(triangle):
-    _, singular_values, right = jnp.linalg.svd(triangle, full_matrices=False)
-    return singular_values**2, right
-
-
-def _gram(reduced, part):
-    return reduced + jax.lax.dot_general(part, part, (((0,), (0,)), ((), ())))
-
-
-def _of_gram(gram):
-    eigenvalues, vectors = jnp.linalg.eigh(gram)
-    return jnp.maximum(eigenvalues[::-1], 0), vectors[:, ::-1].T
-
-
-# How a block of F is added to a [D, D] sum that starts at zero, and the sum's (eigenvalues, V^T).
-METHODS = {"gram": (_gram, _of_gram), "qr": (_triangle, _of_triangle), "tsqr": (_triangle, _of_triangle)}

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from fipa_jax import trees
-from fipa_jax.aggregate.row_blocks import over_row_blocks, row_block
+from fipa_jax.aggregate.row_blocks import over_row_blocks, reduce_rows, row_block, segments_of, size_of
 from fipa_jax.aggregate.uploads import Message, Uploads, fitting
 from fipa_jax.curvature.common_basis import Image
 from fipa_jax.curvature.sketch import Diagonal, Sketch
@@ -64,12 +65,13 @@ class Received(NamedTuple):
         return self._replace(took_part=took_part, **trees.zero_unless(took_part, zeroed))
 
 
-def receive(uploads: Uploads, params: Any) -> tuple[Received, dict]:
+def receive(uploads: Uploads, params: Any, mesh: Mesh | None = None) -> tuple[Received, dict]:
     """Checks shapes, and leaves out the clients that must not take part: without examples, or at fault.
 
     Args:
       uploads: of C clients, see `Uploads`.
       params: parameter pytree, whose tree and shapes the updates must have.
+      mesh: devices that share the rows of long bases, see `row_blocks`.
 
     Returns:
       (received, info with `rejected` [C] bool, those at fault, `reasons` {name in `REASONS`: [C] bool}, and `absent`
@@ -86,13 +88,13 @@ def receive(uploads: Uploads, params: Any) -> tuple[Received, dict]:
     uploads = fitting(uploads, params)
     num_examples = uploads.num_examples
     present = num_examples != 0  # NaN is not 0
-    reasons = {name: present & fault for name, fault in _faults(uploads, num_examples).items()}
+    reasons = {name: present & fault for name, fault in _faults(uploads, num_examples, mesh).items()}
     rejected = jnp.any(jnp.stack(list(reasons.values())), axis=0)
     received = Received(took_part=jnp.ones_like(present), **uploads._asdict()).only(present & ~rejected)
     return received, {"rejected": rejected, "reasons": reasons, "absent": ~present}
 
 
-def _faults(uploads: Uploads, num_examples: jax.Array) -> dict[str, jax.Array]:
+def _faults(uploads: Uploads, num_examples: jax.Array, mesh: Mesh | None) -> dict[str, jax.Array]:
     """{name in `REASONS`: [C] bool}, of present and absent clients alike."""
     dtype = jnp.result_type(*jax.tree.leaves(uploads.delta))
     most = jnp.sqrt(jnp.finfo(dtype).max) / num_examples.size  # above it the sum could overflow, over rounds too
@@ -102,7 +104,7 @@ def _faults(uploads: Uploads, num_examples: jax.Array) -> dict[str, jax.Array]:
         "update_not_finite": ~jnp.isfinite(lengths),
         "examples_invalid": ~((num_examples >= 0) & (num_examples <= most)),
     }
-    faults |= _faults_of_curvature(uploads.sketch)
+    faults |= _faults_of_curvature(uploads.sketch, mesh)
     if uploads.loss is not None:
         faults["loss_not_finite"] = ~jnp.isfinite(uploads.loss)
     if uploads.damping is not None:
@@ -110,7 +112,7 @@ def _faults(uploads: Uploads, num_examples: jax.Array) -> dict[str, jax.Array]:
     return faults
 
 
-def _faults_of_curvature(sketch: Message) -> dict[str, jax.Array]:
+def _faults_of_curvature(sketch: Message, mesh: Mesh | None) -> dict[str, jax.Array]:
     if isinstance(sketch, Diagonal):
         return {
             "sketch_not_finite": ~trees.is_finite(sketch.values),
@@ -120,7 +122,7 @@ def _faults_of_curvature(sketch: Message) -> dict[str, jax.Array]:
         return {"sketch_not_finite": ~trees.is_finite(sketch.values)}
     if not isinstance(sketch, Sketch):
         return {}
-    finite, distance = orthonormality(sketch)
+    finite, distance = orthonormality(sketch, mesh)
     finite &= trees.is_finite(sketch.eigenvalues)
     if sketch.report is not None:
         finite &= ~sketch.report.flags["not_finite"]
@@ -137,7 +139,7 @@ def _negative(values: jax.Array) -> jax.Array:
     return jnp.min(values, axis=1) < -tolerance * jnp.max(values, axis=1)
 
 
-def orthonormality(sketch: Sketch) -> tuple[jax.Array, jax.Array]:
+def orthonormality(sketch: Sketch, mesh: Mesh | None = None) -> tuple[jax.Array, jax.Array]:
     """(finite [C] bool, distance [C]): whether the bases [C, P, R] are finite, and max_i |(U^T U - I) v|_i.
 
     One probe v of random signs, on the pairs that are kept: a column of length 1 + a gives 2 a, one that is sent twice
@@ -148,17 +150,23 @@ def orthonormality(sketch: Sketch) -> tuple[jax.Array, jax.Array]:
     signs = np.random.default_rng(0).choice([-1, 1], rank)  # the same in every round
     kept = sketch.eigenvalues > 0
     probe = jnp.where(kept, jnp.asarray(signs, dtype)[None], 0)
-    length = min(size, max(BLOCK // (clients * rank), 1))
+    length = min(size // segments_of(size), max(BLOCK // (clients * rank), 1))
 
-    def look(bases, start, carry):
-        finite, image = carry
-        begin, new = row_block(size, length, start)
-        part = jax.lax.dynamic_slice_in_dim(bases[0], begin, length, axis=1).astype(dtype)
-        rows = jnp.einsum("cbr,cr->cb", part, probe, precision="highest")
-        finite &= jnp.all(jnp.isfinite(rows), axis=1)  # not where an entry is not, also of a pair left out
-        rows = jnp.where(new[None], rows, 0)  # the last block repeats some
-        return finite, image + jnp.einsum("cbr,cb->cr", part, rows, precision="highest")
+    def read(probe, rows):
+        def look(bases, start, carry):
+            finite, image = carry
+            begin, new = row_block(size_of(bases), length, start)
+            part = jax.lax.dynamic_slice_in_dim(bases[0], begin, length, axis=1).astype(dtype)
+            rows = jnp.einsum("cbr,cr->cb", part, probe, precision="highest")
+            finite &= jnp.all(jnp.isfinite(rows), axis=1)  # not where an entry is not, also of a pair left out
+            rows = jnp.where(new[None], rows, 0)  # the last block repeats some
+            return finite, image + jnp.einsum("cbr,cb->cr", part, rows, precision="highest")
 
-    start = vary_with((jnp.ones([clients], bool), jnp.zeros([clients, rank], dtype)), probe)
-    finite, image = over_row_blocks([sketch.basis], length, look, start)
+        blank = vary_with((jnp.ones([clients], bool), jnp.zeros([clients, rank], dtype)), probe)
+        return over_row_blocks(rows, length, look, blank)
+
+    def join(one, other):
+        return one[0] & other[0], one[1] + other[1]
+
+    finite, image = reduce_rows(probe, [sketch.basis], read, join, mesh)
     return finite, jnp.max(jnp.where(kept, jnp.abs(image - probe), 0), axis=1)

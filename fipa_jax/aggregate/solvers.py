@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fipa_jax.aggregate import merged_curvature
 from fipa_jax.aggregate.aggregator import Needs, Withdraws, never, sound
@@ -92,7 +93,7 @@ OWN_DAMPING = "aggregator.own_damping: needs form = 'damped', relative = False a
 CAREFUL = 1e-3  # its damping, in units of H's largest eigenvalue
 
 
-def pinv(rcond: Number = 1e-5, *, explosion: Number = 100.0, merge: Merge = "auto") -> Solver:
+def pinv(rcond: Number = 1e-5, *, explosion: Number = 100.0, merge: Merge = "auto", mesh: Mesh | None = None) -> Solver:
     """step = H^+ sum_m w_m H_m delta_m (arXiv 2601.13608, eq. 6); outside span(F) nothing moves.
 
     Args:
@@ -100,13 +101,18 @@ def pinv(rcond: Number = 1e-5, *, explosion: Number = 100.0, merge: Merge = "aut
       explosion: a step that is not finite, or longer than this many times the longest update, is noise: the damped form
         with beta at least `CAREFUL` times H's largest eigenvalue takes its place, and where that fails too the mean. 0
         for no bound: then only what is not finite fails.
-      merge: see `merged_curvature.merge`.
+      merge, mesh: see `merged_curvature.merge`.
     """
-    return _solver("pinv", {"rcond": rcond, "limits.explosion": explosion}, False, merge)
+    return _solver("pinv", {"rcond": rcond, "limits.explosion": explosion}, False, Merging(merge, mesh))
 
 
 def tikhonov(
-    damping: Number = 1e-3, *, relative: bool = True, explosion: Number = 100.0, merge: Merge = "auto"
+    damping: Number = 1e-3,
+    *,
+    relative: bool = True,
+    explosion: Number = 100.0,
+    merge: Merge = "auto",
+    mesh: Mesh | None = None,
 ) -> Solver:
     """step = (H + beta I)^{-1} sum_m w_m H_m delta_m; directions with eigenvalues below beta hardly move.
 
@@ -115,9 +121,9 @@ def tikhonov(
     Args:
       damping: beta.
       relative: whether beta counts in units of H's largest eigenvalue.
-      explosion, merge: see `pinv`.
+      explosion, merge, mesh: see `pinv`.
     """
-    return _solver("tikhonov", {"damping": damping, "limits.explosion": explosion}, relative, merge)
+    return _solver("tikhonov", {"damping": damping, "limits.explosion": explosion}, relative, Merging(merge, mesh))
 
 
 def damped(
@@ -127,6 +133,7 @@ def damped(
     own_damping: bool = False,
     explosion: Number = 100.0,
     merge: Merge = "auto",
+    mesh: Mesh | None = None,
 ) -> Solver:
     """step = (H + beta I)^{-1} sum_m w_m (H_m + beta I) delta_m; directions with eigenvalues below beta get the mean.
 
@@ -134,7 +141,7 @@ def damped(
     sum_m w_m H_m (delta_m - dbar), dbar the mean.
 
     Args:
-      damping, relative, explosion, merge: see `tikhonov`.
+      damping, relative, explosion, merge, mesh: see `tikhonov`.
       own_damping: whether an update is taken for what it is to the client, (H_m + beta_m I) delta_m = -g_m, see
         `fisher_informed.fipa`.
 
@@ -143,12 +150,19 @@ def damped(
     """
     if own_damping and (relative or (isinstance(damping, int | float) and not damping > 0)):
         raise ValueError(OWN_DAMPING)
-    solver = _solver("damped", {"damping": damping, "limits.explosion": explosion}, relative, merge)
+    solver = _solver("damped", {"damping": damping, "limits.explosion": explosion}, relative, Merging(merge, mesh))
     return solver._replace(needs=solver.needs._replace(damping=own_damping))
 
 
-def _solver(form: Form, hyper: Hyper, relative: bool, merge: Merge) -> Solver:
-    merged_curvature.check(merge)
+class Merging(NamedTuple):
+    """How sketches are merged; static, see `merged_curvature.merge`."""
+
+    method: Merge
+    mesh: Mesh | None
+
+
+def _solver(form: Form, hyper: Hyper, relative: bool, merge: Merging) -> Solver:
+    merged_curvature.check(merge.method)
 
     def solve(messages, hyper, state, now):
         solution = _solve(messages, form, hyper, relative, merge)
@@ -157,7 +171,7 @@ def _solver(form: Form, hyper: Hyper, relative: bool, merge: Merge) -> Solver:
     return Solver(hyper, lambda theta: (), solve)
 
 
-def _solve(messages: Sequence[Messages], form: Form, hyper: Hyper, relative: bool, merge: Merge) -> Solution:
+def _solve(messages: Sequence[Messages], form: Form, hyper: Hyper, relative: bool, merge: Merging) -> Solution:
     """The step of a form by all messages; a failing one gives way, see `pinv`."""
     mean = total(_weighted(each.weights, each) for each in messages)
     damping = jnp.zeros([], mean.dtype) if form == "pinv" else hyper["damping"]
@@ -197,10 +211,10 @@ def _base(messages: Sequence[Messages], beta: jax.Array, mean: jax.Array) -> jax
     return total(_weighted(each.weights * _share(each, beta), each) for each in messages)
 
 
-def _merged_about(base: jax.Array | None, messages: Sequence[Messages], merge: Merge) -> Factor:
+def _merged_about(base: jax.Array | None, messages: Sequence[Messages], merge: Merging) -> Factor:
     """What each one's curvature is applied to is the way from the present parameters + base to where it wants them."""
     parts = [merged_curvature.Part(each.weights, each.sketch, each.deltas, each.moved) for each in messages]
-    return merged_curvature.merge(parts, merge, base)
+    return merged_curvature.merge(parts, merge.method, base, merge.mesh)
 
 
 def _weighted(weights: jax.Array, messages: Messages) -> jax.Array:

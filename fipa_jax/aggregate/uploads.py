@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fipa_jax import trees
+from fipa_jax.aggregate.row_blocks import padded
 from fipa_jax.curvature import contracts
 from fipa_jax.curvature.common_basis import Image
 from fipa_jax.curvature.sketch import FLAGS, STORES, Diagonal, Report, Sketch
@@ -109,7 +110,8 @@ def _checked(sketch: Message, clients: tuple[int], size: int) -> Message:
     if not isinstance(sketch, Sketch):
         raise ValueError(f"uploads.sketch: needed Sketch, Diagonal, Image or None, got {type(sketch).__name__}")
     eigenvalues, basis = jnp.shape(sketch.eigenvalues), jnp.shape(sketch.basis)
-    if eigenvalues[:1] != clients or len(eigenvalues) != 2 or basis != (*clients, size, *eigenvalues[1:]):
+    shapes = [(*clients, rows, *eigenvalues[1:]) for rows in (size, padded(size))]  # see `row_blocks`
+    if eigenvalues[:1] != clients or len(eigenvalues) != 2 or basis not in shapes:
         raise ValueError(
             f"uploads.sketch: needed eigenvalues [C, R] and basis [C, P, R] with C = {clients[0]}, P = {size}, "
             f"got {eigenvalues} and {basis}"

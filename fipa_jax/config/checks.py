@@ -93,6 +93,7 @@ PHASE = {
     "aggregator.sums.fresh": NOT_NEGATIVE,
     "aggregator.sums.tail": NOT_NEGATIVE,
     "aggregator.sums.bits": Range(0, 32),
+    "aggregator.sums.seed": NOT_NEGATIVE,
     "aggregator.limits.max_step": NOT_NEGATIVE,
     "aggregator.limits.max_divergence": NOT_NEGATIVE,
     "aggregator.limits.explosion": NOT_NEGATIVE,

@@ -178,7 +178,8 @@ def term() -> ConfigDict:
 
 
 def sketch() -> ConfigDict:
-    """A client's curvature: curvature.sketch.make_sketch or curvature.sketch.make_diagonal."""
+    """A client's curvature: curvature.sketch.make_sketch or curvature.sketch.make_diagonal; from sums
+    curvature.common_basis.make_image."""
     group = ConfigDict()
     group.solver = "subspace"  # auto, subspace (the paper's), lanczos, rows (exact), head (the last layer)
     group.rank = 20

@@ -1,6 +1,7 @@
 """How are many clients run? Stacked, padded and masked, and mapped in chunks over one or several devices."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,22 @@ def replicate(tree, mesh: Mesh | None):
     return jax.tree.map(place, tree)
 
 
+ByRows = Callable[[Any], Any]  # results -> a tree of bools like them
+
+
+def by_none(results: Any) -> Any:
+    """All results are gathered."""
+    return jax.tree.map(lambda _: False, results)
+
+
 def map_clients(
-    fn: Callable, common: tuple, *args, sizes: jax.Array | None = None, chunk: int = 1, mesh: Mesh | None = None
+    fn: Callable,
+    common: tuple,
+    *args,
+    sizes: jax.Array | None = None,
+    chunk: int = 1,
+    mesh: Mesh | None = None,
+    by_rows: ByRows = by_none,
 ):
     """Applies `fn(*common, *client)` to every client, and stacks the results [C, ...] in the clients' order.
 
@@ -43,6 +58,8 @@ def map_clients(
       chunk: clients side by side in one `vmap`; 1 runs one client's program after another, 0 all at once.
       mesh: devices with an axis `clients`, over which the clients are spread; C is padded to a multiple of it by
         repeating a client whose results are dropped. The result does not depend on it.
+      by_rows: which of the results are exchanged over a mesh so that each device has some rows of all clients' arrays,
+        [C, P / devices, ...]; all others are gathered whole on every device.
     """
     clients = jax.tree.leaves(args)[0].shape[0]
 
@@ -64,8 +81,15 @@ def map_clients(
     everywhere, split = PartitionSpec(), PartitionSpec("clients")
     run = jax.shard_map(local, mesh=mesh, in_specs=(everywhere, split), out_specs=split, check_vma=False)
     # Every device gets all results: a sum over clients that is itself spread would change its order with the devices.
-    gathered = jax.lax.with_sharding_constraint(run(common, spread_out), NamedSharding(mesh, everywhere))
-    return jax.tree.map(lambda leaf: leaf[place], gathered)
+    results = run(common, spread_out)
+    rows = NamedSharding(mesh, PartitionSpec(None, "clients"))
+
+    def collect(leaf, is_by_rows):
+        placed = rows if is_by_rows else NamedSharding(mesh, everywhere)
+        ordered = jax.lax.with_sharding_constraint(leaf, placed)[place]
+        return jax.lax.with_sharding_constraint(ordered, placed)
+
+    return jax.tree.map(collect, results, by_rows(results))
 
 
 def deal(count: int, hands: int) -> np.ndarray:

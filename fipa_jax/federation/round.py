@@ -13,13 +13,15 @@ from typing import Any
 import jax
 import optax
 
+from fipa_jax import trees
+from fipa_jax.aggregate.row_blocks import can_share, fill_up, padded
 from fipa_jax.aggregate.uploads import Message
 from fipa_jax.client.examples import Client, gather, present, subsample, take
 from fipa_jax.client.local_solver import LocalResult
 from fipa_jax.curvature import contracts
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.federation.channel import Order
-from fipa_jax.federation.parallel import map_clients
+from fipa_jax.federation.parallel import ByRows, by_none, map_clients
 from fipa_jax.federation.parts import Parts, Rates, model_of
 from fipa_jax.federation.population import Cohort, sample_cohort
 from fipa_jax.federation.server import serve
@@ -49,6 +51,8 @@ def train(
     def one(state, data, hyper, client, key, store, sketch, order):
         chosen, outputs = model_of(parts, state.params)
         theta = parts.channel.start(chosen, state.history, order)
+        if sketch is not None:
+            sketch = sketch._replace(basis=sketch.basis[: trees.ravel(theta).size])
         hyper = hyper._replace(sketch=sketch, part=order.part)
         return parts.local(outputs, theta, data, client, key, hyper, store, state.shared)
 
@@ -79,14 +83,14 @@ def sketch(
         draw_key, solve_key = jax.random.split(key)
         client = subsample(draw_key, client, parts.sketch_examples)
         batch, mask = gather(data, client.indices), present(client)
-        return sketcher.of_client(outputs, theta, solve_key, batch, mask, *asked)
+        return _filled_up(parts, sketcher.of_client(outputs, theta, solve_key, batch, mask, *asked))
 
     keys = _of_clients(_keys_of(state.round, root)[2], cohort.ids)
     trained = None
     if parts.aggregator.needs.at == "local":
         trained = contracts.given(results, "results, as the rule wants curvature at the trained parameters").delta
     common = _seen_by_all(state), cohort.data, parts.aggregator.asks(state.aggregator)
-    sketches = _over(parts, one, common, cohort, cohort.clients, keys, trained, cohort.orders)
+    sketches = _over(parts, one, common, cohort, cohort.clients, keys, trained, cohort.orders, by_rows=_bases_of(parts))
     return sketcher.of_cohort(sketches, state.round)
 
 
@@ -127,10 +131,33 @@ def whole_round(
     return keep(state, seen, ids), info
 
 
-def _over(parts: Parts, one: Callable, common: tuple, cohort: Cohort, *stacked: Any):
+def _over(parts: Parts, one: Callable, common: tuple, cohort: Cohort, *stacked: Any, by_rows: ByRows = by_none):
     """one(*common, *client) of every client of the cohort, stacked [C, ...]."""
     sizes = cohort.clients.num_examples
-    return map_clients(one, common, *stacked, sizes=sizes, chunk=parts.chunk, mesh=parts.mesh)
+    return map_clients(one, common, *stacked, sizes=sizes, chunk=parts.chunk, mesh=parts.mesh, by_rows=by_rows)
+
+
+def _filled_up(parts: Parts, message: Any) -> Any:
+    """A client's message, its sketch's rows filled up where the rule spreads them; alone or first of several."""
+    if not parts.aggregator.needs.spread:
+        return message
+    if not isinstance(message, Sketch):
+        return (_filled_up(parts, message[0]), *message[1:])
+    size = padded(message.basis.shape[0])
+    return message._replace(basis=fill_up(message.basis[None], size)[0])
+
+
+def _bases_of(parts: Parts) -> ByRows:
+    """Which of the clients' messages are exchanged over a mesh: long bases, where the rule spreads their rows."""
+
+    def by_rows(messages):
+        def one(leaf):
+            long = parts.aggregator.needs.spread and leaf.ndim == 3
+            return bool(long and can_share(parts.mesh, leaf.shape[1]))
+
+        return jax.tree.map(one, messages)
+
+    return by_rows
 
 
 def _seen_by_all(state: State) -> State:

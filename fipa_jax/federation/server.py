@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fipa_jax import trees
 from fipa_jax.aggregate.aggregator import step_of
@@ -47,7 +48,7 @@ def serve(
     chosen = trees.select(state.params, parts.trainable)
     sent = uploads_of(parts, cohort, results, sketches)
     uploads, delivered = parts.channel.deliver(sent, chosen, state.history, cohort.orders, rates.channel)
-    received, screening = receive(uploads, chosen)
+    received, screening = receive(uploads, chosen, parts.mesh)
     step, rule, info, received = step_of(parts.aggregator, received, state.aggregator, chosen, screening)
     step, store, shared = remember(parts, state, rates, results, received, step)
     chosen, server = move(parts, state, rates, chosen, step, received)
@@ -58,6 +59,8 @@ def serve(
     after = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), state, after)
     # After a skipped round too, or ages would not be rounds.
     history = parts.channel.advance(state.history, trees.select(after.params, parts.trainable))
+    if parts.mesh is not None:  # what long rows have left spread comes together, or the next round would compile anew
+        after = jax.lax.with_sharding_constraint(after, NamedSharding(parts.mesh, PartitionSpec()))
     info |= delivered | {"ids": cohort.ids, "local_loss": jnp.mean(results.loss), "skipped": skipped}
     if isinstance(uploads.sketch, Sketch):
         info["sketch_pairs"] = jnp.sum(uploads.sketch.eigenvalues > 0)

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fipa_jax.aggregate import server_optimizers
@@ -11,6 +12,7 @@ from fipa_jax.aggregate.aggregator import Aggregator, announce_nothing
 from fipa_jax.aggregate.late_updates import LateUpdates
 from fipa_jax.aggregate.limits import Limits
 from fipa_jax.aggregate.past_rounds import PastRounds, rank_of
+from fipa_jax.aggregate.row_blocks import Spread
 from fipa_jax.aggregate.rules import AGGREGATORS
 from fipa_jax.aggregate.sums import SumOptions
 from fipa_jax.client import first_order, second_order, terms
@@ -48,7 +50,8 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     """
     cohort = config.cohort or num_clients
     term = lookup(terms.TERMS, settings.term.name, "config.term.name")()
-    aggregator = aggregator_of(settings, num_clients)
+    mesh = make_mesh(config.devices)
+    aggregator = aggregator_of(settings, num_clients, mesh)
     server = server_optimizers.make(settings.server.optimizer, settings.server.momentum)
     local = local_of(settings, aggregator, term, task)
     check_fit(settings, aggregator, term, cohort, num_clients)
@@ -70,7 +73,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
         sketch_examples=settings.sketch.examples,
         least_clients=settings.least_clients,
         chunk=1 if config.chunk < 0 else config.chunk,  # until it is measured
-        mesh=make_mesh(config.devices),
+        mesh=mesh,
     )
 
 
@@ -94,7 +97,7 @@ def phases_of(config: ConfigDict) -> Iterator[tuple[str, str, ConfigDict]]:
         yield "fipa", f"the method {spec!r}", method(config, spec)
 
 
-def aggregator_of(settings: ConfigDict, num_clients: int) -> Aggregator:
+def aggregator_of(settings: ConfigDict, num_clients: int, mesh: Mesh | None = None) -> Aggregator:
     """The aggregation rule that `aggregator` names, with its groups of fields as the records that factories take."""
     fields = settings.aggregator
     past = PastRounds(**fields.past, num_clients=num_clients)
@@ -103,6 +106,7 @@ def aggregator_of(settings: ConfigDict, num_clients: int) -> Aggregator:
         "limits": Limits(**fields.limits),
         "late": LateUpdates(**fields.late),
         "sums": SumOptions(**fields.sums),
+        "spread": Spread(mesh),
     }
     make = lookup(AGGREGATORS, fields.name, "config.aggregator.name")
     return make(**fields_for(make, {**fields, **groups}))
