@@ -9,7 +9,8 @@ gauss_newton   how close FIPA stays to the centralised Gauss-Newton trajectory, 
 step       a network's training step beside the floor of its operations, and its memory
 startup    seconds to the first round, with nothing compiled before and with the cache of compiled programs
 population time and memory of a round beside the number of all clients, of which a hundred take part
-scaling    the same rounds on 1, 2, 4 devices and on two processes: seconds, and whether a bit differs
+scaling    the same rounds, or the merge, on 1, 2, 4 devices, two processes: seconds, memory, whether a bit differs
+sums       FIPA from sums beside FIPA from eigenpairs: errors, the server's and a client's seconds, fixed point
 profile    a config's round, stage by stage: seconds, operations, memory; and a trace for the profiler
 ragged     a round of clients of very different sizes, padded, beside the sum of the clients' own work
 checkpoint rounds that are kept, one by one, beside the same rounds that are not
@@ -30,7 +31,7 @@ from benchmarks import timing
 
 COMMANDS = (
     "products", "sketch", "eigenpairs", "head", "merge", "gauss_newton", "step", "startup", "population", "scaling",
-    "profile", "ragged", "checkpoint", "robust", "device", "round",
+    "profile", "ragged", "checkpoint", "robust", "device", "round", "sums",
 )  # fmt: skip
 
 

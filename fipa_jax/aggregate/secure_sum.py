@@ -25,8 +25,8 @@ SMALLEST = 8
 def total_of(rows: Any, bits: int = 0) -> Any:
     """The sum over the clients of a stacked tree [C, ...]: in floating point, or in fixed point of so many bits.
 
-    In fixed point each leaf has a grid of its own: the whole power of two above the largest entry of all clients, the
-    one number of each that becomes public, and room for C of them. Masks would cancel to the bit, so that a run has
+    In fixed point each leaf, and each column of a matrix, has a grid of its own: by the power of two above the largest
+    entry of all clients, which becomes public, and with room for C of them. Masks would cancel to the bit, so that a run has
     none: see `mask`.
 
     Raises:
@@ -52,14 +52,19 @@ def check_bits(bits: int) -> None:
 
 
 def public_bound(stacked: jax.Array) -> jax.Array:
-    """[], the power of two that no entry [C, ...] is above: what clients agree on before they send; 0 of zeros."""
-    largest = jnp.max(jnp.abs(stacked))
+    """The power of two that no entry [C, ...] is above: what clients agree on before they send; 0 of zeros.
+
+    [], and of matrices [C, P, s] one for each column [1, s], as columns are of very different size.
+    """
+    of_columns = stacked.ndim == 3
+    largest = jnp.max(jnp.abs(stacked), axis=(0, 1) if of_columns else None, keepdims=of_columns)
+    largest = largest[0] if of_columns else largest
     exponent = jnp.frexp(largest)[1]
     return jnp.where(largest > 0, jnp.ldexp(jnp.ones_like(largest), exponent), 0)
 
 
 def grid_of(bound: jax.Array, clients: int, bits: int) -> jax.Array:
-    """[], the distance of two neighbours on the grid, a power of two; the sum of C entries within the bound fits.
+    """The distance of two neighbours on the grid, a power of two; the sum of C entries within the bound fits.
 
     Raises:
       ValueError: there are too many clients for so few bits.

@@ -1,15 +1,23 @@
 """The same rounds on 1, 2, 4 devices and on two processes with two each: `benchmark.py scaling`.
 
+rounds  whole rounds; with --weak each device brings so many clients, else all of them share these
+merge   the merge alone: memory of one device as compiled at a large network's size, and at a smaller one its seconds
+
 On a CPU the devices are virtual: on a machine with fewer cores they share them, and the table shows what spreading
-costs, not what it gains. The hash is that of the model after the last round: equal hashes are equal bits.
+costs, not what it gains. The hash is that of the model after the last round, or of the step: equal hashes, equal bits.
 """
 
 import argparse
+import json
 import socket
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 from benchmarks import timing, whole_run
 
+PARTS = ("rounds", "merge")
 PLACES = ("1x1", "1x2", "1x4", "2x2")  # processes x devices of each
 
 
@@ -18,6 +26,14 @@ def run(options: list[str]) -> dict:
     parser = argparse.ArgumentParser(
         prog="benchmark.py scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--parts", default="rounds", help="what to measure: rounds, merge")
+    parser.add_argument("--weak", action="store_true", help="rounds: --clients on each device")
+    parser.add_argument("--size", type=float, default=11_173_962, help="merge: P as compiled; ResNet-18's by default")
+    parser.add_argument("--merge-clients", type=int, default=20, help="merge: C")
+    parser.add_argument("--rank", type=int, default=50, help="merge: R")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="merge: virtual devices")
+    parser.add_argument("--run-size", type=float, default=200_000, help="merge: P at which it runs; 0 for not")
+    parser.add_argument("--repeats", type=int, default=3, help="merge: of its seconds")
     parser.add_argument("--model", default="cnn_23k", help="sine, or a network of fipa_jax.models")
     parser.add_argument("--methods", nargs="+", default=["fedavg", "fipa"])
     parser.add_argument("--clients", type=int, default=8, help="all of which take part")
@@ -26,13 +42,41 @@ def run(options: list[str]) -> dict:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--places", nargs="+", default=list(PLACES), help="processes x devices of each")
     args = parser.parse_args(options)
+    unknown = set(args.parts.split(",")) - set(PARTS)
+    if unknown:
+        raise SystemExit(f"--parts: unknown {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
+    measures = {"rounds": measure_rounds, "merge": measure_merge}
+    return {"setting": vars(args)} | {part: measures[part](args) for part in args.parts.split(",")}
+
+
+def measure_rounds(args) -> list[dict]:
+    """Prints and returns a line for each method and place."""
     places = [tuple(map(int, place.split("x"))) for place in args.places]
     rows = [measure(args, method, *place) for method in args.methods for place in places]
     timing.table(rows)
     for method in args.methods:
         hashes = {row["hash"] for row in rows if row["method"] == method}
         print(f"{method}: {'the same bits everywhere' if len(hashes) == 1 else f'{len(hashes)} different models'}")
-    return {"setting": vars(args), "rows": rows}
+    return rows
+
+
+def measure_merge(args) -> list[dict]:
+    """Prints and returns a line for each number of devices, each from a process of its own."""
+    rows = []
+    for size in filter(None, (int(args.size), int(args.run_size))):
+        for devices in args.devices:
+            spec = {"size": size, "clients": args.merge_clients, "rank": args.rank, "devices": devices}
+            spec |= {"runs": size == int(args.run_size), "repeats": args.repeats}
+            command = [sys.executable, "-m", "benchmarks.merge_devices", json.dumps(spec)]
+            folder = Path(__file__).resolve().parents[1]
+            worker = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+            rows.append({"P": size, "devices": devices} | json.loads(worker.stdout))
+    print(f"\nmerge: C = {args.merge_clients}, R = {args.rank}; GiB of one device")
+    timing.table(rows)
+    hashes = {row["hash"] for row in rows if "hash" in row}
+    if hashes:
+        print("the same bits everywhere" if len(hashes) == 1 else f"{len(hashes)} different steps")
+    return rows
 
 
 def measure(args, method: str, processes: int, devices: int) -> dict:
@@ -40,7 +84,13 @@ def measure(args, method: str, processes: int, devices: int) -> dict:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    spec = {"model": args.model, "method": method, "clients": args.clients, "cohort": 0, "examples": args.examples}
+    spec = {
+        "model": args.model,
+        "method": method,
+        "clients": args.clients * (processes * devices if args.weak else 1),
+        "cohort": 0,
+        "examples": args.examples,
+    }
     spec |= {"rounds": args.rounds, "batch": args.batch, "epochs": 1, "fields": {"devices": 0}}
     spec |= {"processes": processes, "coordinator": coordinator}
     together = [whole_run.start(devices, process=process, **spec) for process in range(processes)]
