@@ -26,8 +26,8 @@ def total_of(rows: Any, bits: int = 0) -> Any:
     """The sum over the clients of a stacked tree [C, ...]: in floating point, or in fixed point of so many bits.
 
     In fixed point each leaf, and each column of a matrix, has a grid of its own: by the power of two above the largest
-    entry of all clients, which becomes public, and with room for C of them. Masks would cancel to the bit, so that a run has
-    none: see `mask`.
+    entry of all clients, which becomes public, and with room for C of them. Masks would cancel to the bit, so that a
+    run has none: see `mask`.
 
     Raises:
       ValueError: the number of bits is neither 0 nor in [8, 32].

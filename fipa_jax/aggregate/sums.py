@@ -145,7 +145,9 @@ def sum_solver(
     contracts.at_least(0, **numbers, tail=sums.tail, fresh=sums.fresh)
     check_bits(sums.bits)
     if sums.columns < 1 or sums.fresh > sums.columns:
-        raise ValueError(f"aggregator.sums.columns: needs 1 or more, and as many as `fresh`, got {sums.columns}")
+        raise ValueError(
+            f"aggregator.sums.columns: needs 1 or more, and as many as sums.fresh = {sums.fresh}, got {sums.columns}"
+        )
     if trust and (sums.form != "gradient" or past.kind != "none"):
         raise ValueError(
             "aggregator.trust: from sums it needs sums.form = 'gradient', whose sums say what a step promises, and no "

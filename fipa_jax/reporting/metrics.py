@@ -1,5 +1,6 @@
 """How good a model is, overall and for each client, and the file that keeps it, one row a round."""
 
+import functools
 import json
 import os
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fipa_jax.tasks.task import Figures, Task, means
 
@@ -17,27 +19,47 @@ from fipa_jax.tasks.task import Figures, Task, means
 OfExamples = Callable[[Any, dict], Any]
 
 
-def make_evaluate(task: Task, batch_size: int) -> OfExamples:
+def make_evaluate(task: Task, batch_size: int, mesh: Mesh | None = None) -> OfExamples:
     """Builds `evaluate(params, data) -> {name: [N]}`: the task's metrics of every example, in batches; jit it."""
 
     def metrics(params, batch):
         return task.metrics(task.outputs(params, batch)[0], batch)
 
-    return over_examples(metrics, batch_size)
+    return over_examples(metrics, batch_size, mesh)
 
 
-def over_examples(function: OfExamples, batch_size: int) -> OfExamples:
-    """Builds `run(params, data)`: function(params, batch), whose arrays have an example axis, of all, in batches."""
+def over_examples(function: OfExamples, batch_size: int, mesh: Mesh | None = None) -> OfExamples:
+    """Builds `run(params, data)`: function(params, batch), whose arrays have an example axis, of all, in batches.
 
-    def run(params, data: dict):
-        num_examples = jax.tree.leaves(data)[0].shape[0]
+    Args:
+      mesh: devices with an axis `clients`, over which whole batches are spread; the batches are the same without.
+    """
+
+    def in_turns(size: int, params, data: dict):
 
         def one(example):
             batch = jax.tree.map(lambda field: field[None], example)
             return jax.tree.map(lambda value: value[0], function(params, batch))
 
         # lax.map runs the remainder as a batch of its own: no example is padded or counted twice.
-        return jax.lax.map(one, data, batch_size=min(batch_size, num_examples))
+        return jax.lax.map(one, data, batch_size=size)
+
+    def run(params, data: dict):
+        num_examples = jax.tree.leaves(data)[0].shape[0]
+        size = min(batch_size, num_examples)
+        devices = 1 if mesh is None else mesh.shape["clients"]
+        together = num_examples // size // devices * devices * size  # the examples of batches that can be dealt evenly
+        if devices == 1 or not together:
+            return in_turns(size, params, data)
+        one, share = PartitionSpec(), PartitionSpec("clients")
+        own = functools.partial(in_turns, size)
+        spread = jax.shard_map(own, mesh=mesh, in_specs=(one, share), out_specs=share, check_vma=False)
+        first = spread(params, jax.tree.map(lambda field: field[:together], data))
+        first = jax.lax.with_sharding_constraint(first, NamedSharding(mesh, one))
+        if together == num_examples:
+            return first
+        rest = in_turns(size, params, jax.tree.map(lambda field: field[together:], data))
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), first, rest)
 
     return run
 

@@ -74,7 +74,7 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
         population=_population(config, problem, on_device),
         held={prefix: on_device(data) for prefix, data in held.items()},
         params=_first_params(config, problem, root),
-        evaluate=jax.jit(metrics.make_evaluate(problem.task, config.eval.batch_size)),
+        evaluate=jax.jit(metrics.make_evaluate(problem.task, config.eval.batch_size, mesh)),
         compiled={},
         root=replicate(root, mesh),
     )

@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fipa_jax import trees
+from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.reporting import metrics
 from fipa_jax.tasks import task as tasks
 
@@ -71,6 +72,6 @@ def cached(experiment, params, num_views: int, by_shapes: bool = False):
         problem=experiment.problem._replace(task=head),
         population=people.over(train),
         held={prefix: kept(data) | {"body": run(body, params, data)} for prefix, data in experiment.held.items()},
-        evaluate=jax.jit(metrics.make_evaluate(head, batch_size)),
+        evaluate=jax.jit(metrics.make_evaluate(head, batch_size, make_mesh(experiment.config.devices))),
         compiled={},
     )

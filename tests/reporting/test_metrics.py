@@ -10,6 +10,7 @@ from flax import serialization
 
 from fipa_jax import tasks
 from fipa_jax.client.examples import Client
+from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.federation.population import Resident
 from fipa_jax.reporting import metrics
 from fipa_jax.saving.model_files import export, load
@@ -176,3 +177,17 @@ def test_rows_within_so_many_seconds_are_counted_for_each_run():
     rows = [row("a", k, train=0.5, sketch=0.5) for k in range(4)] + [row("b", k, round=2.0) for k in range(4)]
     assert metrics.within(rows, 3.0) == rows[:3] + rows[4:5]
     assert metrics.within(rows, float("inf")) == rows
+
+
+def test_batches_that_are_spread_over_devices_are_the_same_batches():
+    """37 examples in batches of 5: seven whole ones, of which four devices take one each, and the rest as before."""
+    data = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(NUM_EXAMPLES, 3)), jnp.float32)}
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)), jnp.float32)
+
+    def values(weights, batch):
+        return {"sum": jnp.tanh(batch["x"] @ weights).sum(axis=1)}
+
+    found = [jax.jit(metrics.over_examples(values, 5, make_mesh(devices)))(weights, data) for devices in (1, 2, 4)]
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0]["sum"], other["sum"])
+    np.testing.assert_allclose(found[0]["sum"], values(weights, data)["sum"], atol=1e-6)
