@@ -253,9 +253,10 @@ FORMS = {"galerkin": _by_galerkin, "gradient": _by_gradient}
 def _of_last_sum(seen: Seen, active: jax.Array, round: jax.Array, sums: SumOptions) -> jax.Array:
     """The first eigenvectors seen, and fresh columns behind them, which find what the basis has missed."""
     size, columns = seen.vectors.shape
-    place, kept = jnp.arange(columns)[None], jnp.maximum(active - sums.fresh, 0)
-    drawn = _random(sums.seed, round, (size, columns if sums.tail else sums.fresh), seen.vectors.dtype)
-    drawn = drawn if sums.tail else jnp.pad(drawn, ((0, 0), (columns - sums.fresh, 0)))
+    fresh = min(sums.fresh, columns)
+    place, kept = jnp.arange(columns)[None], jnp.maximum(active - fresh, 0)
+    drawn = _random(sums.seed, round, (size, columns if sums.tail else fresh), seen.vectors.dtype)
+    drawn = jnp.pad(drawn, ((0, 0), (columns - drawn.shape[1], 0)))
     basis = jnp.linalg.qr(jnp.where(place < kept, seen.vectors, drawn))[0]
     return jnp.where(place < active, basis, 0)
 
