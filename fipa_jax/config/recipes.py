@@ -1,6 +1,7 @@
 """What the experiments in `configs/` share: each starts from one of these and says what is its own."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
@@ -88,6 +89,18 @@ def head_alone(config: ConfigDict, trainable: str) -> None:
     fipa.sketch.solver, fipa.sketch.rank = "auto", 10
     fipa.aggregator.form, fipa.aggregator.relative, fipa.aggregator.damping = "tikhonov", False, 0.01
     fipa.server.lr = 0.01  # gamma beta
+
+
+def every_setting(tried: Mapping[str, tuple]) -> tuple[str, ...]:
+    """The methods of `config.compare` that are to be tuned: each with every combination of its numbers.
+
+    Example:
+      every_setting({"fedavg:local.lr={}:server.lr={}": ((0.1, 0.01), (1, 0.3))})  # four methods
+
+    Args:
+      tried: {a method with a {} for each of its numbers: the values of each}.
+    """
+    return tuple(method.format(*numbers) for method, values in tried.items() for numbers in itertools.product(*values))
 
 
 def variant(config: ConfigDict, name: str, **others: Callable[[ConfigDict], None]) -> ConfigDict:

@@ -316,7 +316,7 @@ def draw_split(problem: tasks.Problem, workdir: Path) -> None:
         plots.split_by_class(counts, path, problem.classes)
     elif {"x", "y"} <= set(train) and train["x"].ndim == 2:
         on_boundary = " inside, u on the boundary" if "boundary" in train else ""
-        name = f"right-hand side f{on_boundary}" if "solution" in problem.test else "y"
+        name = f"right-hand side f{on_boundary}" if "solution" in problem.test else problem.targets[0]
         if train["x"].shape[1] <= 2:
             plots.split_by_position(train["x"], train["y"], clients, path, name)
         else:
@@ -324,12 +324,13 @@ def draw_split(problem: tasks.Problem, workdir: Path) -> None:
 
 
 def draw_prediction(problem: tasks.Problem, params, path: Path) -> None:
-    """Draws what the model says of a regression task with one output, or of an equation, beside what is true."""
+    """Draws what the model says of a regression task, or of an equation, beside what is true."""
     test = problem.test
     truth = test.get("solution", test.get("y"))
-    if truth is None or test["x"].ndim != 2 or truth.size != len(test["x"]):
+    if truth is None or test["x"].ndim != 2 or truth.size != len(problem.targets) * len(truth):
         return
-    model = np.asarray(jax.jit(problem.task.outputs)(params, test)[0]).reshape(-1)
+    model = np.asarray(jax.jit(problem.task.outputs)(params, test)[0])
     x = np.asarray(problem.train["x"])
     inputs = [x[indices] for indices in shown(problem.clients)]
-    plots.prediction(test["x"], np.asarray(truth).reshape(-1), model, inputs, path)
+    truth, model = (np.reshape(values, [len(test["x"]), -1]) for values in (truth, model))
+    plots.prediction(test["x"], truth, model, inputs, path, problem.targets)

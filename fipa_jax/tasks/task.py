@@ -82,6 +82,7 @@ class Problem(NamedTuple):
     clients: Sequence[np.ndarray]  # per client, the indices of its examples in `train`
     test_clients: Sequence[np.ndarray] | None = None  # the same in `test`, where they have test examples of their own
     classes: Sequence[str] = ()  # the names of the classes, where there are some
+    targets: Sequence[str] = ("y",)  # the names of the K numbers to learn, where it is numbers
     baseline: tuple[str, dict] | None = None  # (a constant answer, {figure: what it has on the test set})
 
 
