@@ -86,6 +86,7 @@ PHASE = {
     "sketch.examples": NOT_NEGATIVE,
     "aggregator.damping": NOT_NEGATIVE,
     "aggregator.rcond": NOT_NEGATIVE,
+    "aggregator.faulty": Range(0, 0.5, "share", brackets="[)"),
     "aggregator.past.decay": Range(0, 1),
     "aggregator.past.rank": POSITIVE,
     "aggregator.past.length": POSITIVE,

@@ -199,8 +199,9 @@ def aggregator(name: str) -> ConfigDict:
     """How uploads become one step: the rule of aggregate.rules.AGGREGATORS that `name` names."""
     return ConfigDict(
         {
-            # aggregate.rules.mean, aggregate.fisher_informed.fipa, aggregate.rules.diagonal
-            "name": name,  # mean, fipa, diagonal
+            # aggregate.rules.mean, aggregate.fisher_informed.fipa, aggregate.rules.diagonal, aggregate.robust.krum,
+            # aggregate.robust.trimmed_mean
+            "name": name,  # mean, fipa, diagonal; median, trimmed_mean, krum, multi_krum, geometric_median
             "weighting": "examples",  # or "uniform"
             "form": "damped",  # pinv, tikhonov, damped
             "damping": 1e-3,
@@ -210,6 +211,7 @@ def aggregator(name: str) -> ConfigDict:
             "own_damping": False,  # updates count as the clients' own damped steps, 1 / (lr steps); see aggregate
             "merge": "auto",  # of the sketches: auto, qr, tsqr, gram
             "at": "local",  # where the diagonal rule sees the curvature: local or broadcast parameters
+            "faulty": 0.2,  # trimmed_mean, krum, multi_krum: the share of the clients that may be at fault
             "past": {  # aggregate.past_rounds.PastRounds
                 "kind": "none",  # of past rounds' curvature: none, prior, targets, latest; for few clients of many
                 "decay": 0.9,  # by which the weight of what is remembered falls with each round

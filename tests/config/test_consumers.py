@@ -31,7 +31,12 @@ CONSUMERS = {
     "fipa.local.gauss_newton": ("client.second_order.gauss_newton",),
     "fipa.term": ("client.local_solver.Hyper",),
     "fipa.sketch": ("curvature.sketch.make_sketch", "curvature.sketch.make_diagonal"),
-    "fipa.aggregator": ("aggregate.rules.mean", "aggregate.fisher_informed.fipa", "aggregate.rules.diagonal"),
+    "fipa.aggregator": (
+        "aggregate.rules.mean",
+        "aggregate.fisher_informed.fipa",
+        "aggregate.rules.diagonal",
+        "aggregate.robust.krum",
+    ),
     "fipa.aggregator.past": ("aggregate.past_rounds.PastRounds",),
     "fipa.aggregator.limits": ("aggregate.limits.Limits",),
     "fipa.aggregator.late": ("aggregate.late_updates.LateUpdates",),
