@@ -288,7 +288,9 @@ def test_an_empty_client_has_an_empty_sketch(x64, solver):
         np.testing.assert_array_equal(leaf, 0)
 
 
-@pytest.mark.parametrize("solver", ["subspace", "lanczos", "rows", "head"])
+@pytest.mark.parametrize(
+    "solver", ["subspace", "rows", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lanczos", "head"))]
+)
 def test_what_is_not_finite_gives_a_finite_sketch_of_zeros_and_a_flag(x64, solver):
     _, batch = _problem()
     found = _sketch(batch=batch | {"x": batch["x"].at[0, 0].set(jnp.nan)}, solver=solver)
