@@ -14,6 +14,7 @@ profile    a config's round, stage by stage: seconds, operations, memory; and a 
 ragged     a round of clients of very different sizes, padded, beside the sum of the clients' own work
 checkpoint rounds that are kept, one by one, beside the same rounds that are not
 robust     what one faulty client of five does to the step, by fault and rule, and by the caps
+lowering   every stage of a round, lowered for a GPU and a TPU on this machine: float64 in it, and calls out of it
 device     numerics and speed on an accelerator, see scripts/device_check.sh
 round      one client's work in a round beside PyTorch, pfl, fedjax and Flower; and a FIPA round beside a FedAvg round
 
@@ -30,7 +31,7 @@ from benchmarks import timing
 
 COMMANDS = (
     "products", "sketch", "eigenpairs", "head", "merge", "gauss_newton", "step", "startup", "population", "scaling",
-    "profile", "ragged", "checkpoint", "robust", "device", "round",
+    "profile", "ragged", "checkpoint", "robust", "lowering", "device", "round",
 )  # fmt: skip
 
 

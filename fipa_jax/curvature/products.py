@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax import trees
+from fipa_jax import backend, trees
 from fipa_jax.curvature import contracts, last_layer
 from fipa_jax.curvature.contracts import Features, Loss, MakeVector, Outputs
 from fipa_jax.curvature.micro_batches import first, fold, micro_batches, stack, zero_if_empty
@@ -116,7 +116,7 @@ def _matrix_free(outputs, loss, params, micro):
                 return ravel_pytree(pull(hessian(push(unravel(v))))[0])[0]
 
             # On a CPU one after another: side by side they leave its cache, which takes two to three times as long.
-            if jax.default_backend() == "cpu":
+            if backend.kind() == "cpu":
                 return total + jax.lax.map(column, vectors.T).T
             return total + jax.vmap(column, in_axes=1, out_axes=1)(vectors)
 
