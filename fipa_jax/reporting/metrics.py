@@ -165,6 +165,6 @@ def summarise(rows: list[dict]) -> dict:
 
 def direction(name: str) -> int:
     """+1 for accuracies and areas under curves, -1 for other figures of evaluation, 0 for what is not one."""
-    if not name.startswith(("test_", "holdout_", "client_")) or name.endswith("_std"):
+    if not name.startswith(("test_", "holdout_", "client_", "personal_")) or name.endswith("_std"):
         return 0
     return 1 if "accuracy" in name or "auc" in name.split("_") else -1
