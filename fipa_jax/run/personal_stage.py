@@ -128,7 +128,7 @@ def figures(experiment, settings: ConfigDict, parts: Parts, params: Any) -> dict
     """The figures of the clients' own models on their own test examples, `personal_WAY[_EXAMPLES]_METRIC_...`.
 
     That is the mean over clients, their standard deviation and worst decile, see `metrics.over_clients`; besides, the
-    strength or the steps, `chosen_WAY[_EXAMPLES]`. {} where nobody gets a model of its own.
+    strength or the steps, `chosen_WAY[_EXAMPLES]`, and with `_loss` the held-out loss by which these were chosen. {} where nobody gets a model of its own.
 
     Args:
       experiment: `experiment.Experiment`.
@@ -145,15 +145,16 @@ def figures(experiment, settings: ConfigDict, parts: Parts, params: Any) -> dict
     for number in wanted.examples:
         folds = folds_of(people.owned, number, max(wanted.examples), wanted.folds, experiment.config.seed)
         for name, way in ways.items():
-            thetas, chosen = best_of(way, _attempt(experiment, settings, parts, params, way, folds))
+            thetas, chosen, loss = best_of(way, _attempt(experiment, settings, parts, params, way, folds))
             means = measure(params, thetas, experiment.held["test"], tests)
             end = f"{name}_{number}" if number else name
-            result |= metrics.over_clients(means, tests.num_examples, f"personal_{end}") | {f"chosen_{end}": chosen}
+            result |= metrics.over_clients(means, tests.num_examples, f"personal_{end}")
+            result |= {f"chosen_{end}": chosen, f"chosen_{end}_loss": loss}
     return jax.device_get(result)
 
 
-def best_of(way: Way, attempt: Callable[[float], tuple]) -> tuple[Any, float]:
-    """(the clients' parameters [M, ...], the number with which they have the lowest loss on what was held out).
+def best_of(way: Way, attempt: Callable[[float], tuple]) -> tuple[Any, float, float]:
+    """(the clients' parameters [M, ...], the number with which the held-out loss is lowest, that loss).
 
     Args:
       way: whose numbers are tried.
@@ -165,7 +166,7 @@ def best_of(way: Way, attempt: Callable[[float], tuple]) -> tuple[Any, float]:
         loss = np.nan_to_num(loss, nan=np.inf)
         if best is None or loss < best[2]:
             best = thetas, number, loss
-    return best[:2]
+    return best
 
 
 def folds_of(owned: Sequence[np.ndarray], number: int, most: int, folds: int, seed: int) -> Folds:
