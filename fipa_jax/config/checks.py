@@ -47,6 +47,14 @@ RUN = {
     "task.column": NOT_NEGATIVE,
     "task.seed": NOT_NEGATIVE,
     "partition.seed": NOT_NEGATIVE,
+    "personal.newcomers": Range(0, 1, "share", "[)"),
+    "personal.examples": NOT_NEGATIVE,
+    "personal.folds": Range(2),
+    "personal.strengths": Range(0, brackets="(]"),
+    "personal.steps": POSITIVE,
+    "personal.lr": NOT_NEGATIVE,
+    "personal.damping": Range(0, brackets="(]"),
+    "personal.fit_steps": POSITIVE,
     "partition.num_clients": POSITIVE,
     "model.widths": POSITIVE,
     "model.head_width": NOT_NEGATIVE,
@@ -153,7 +161,7 @@ def holds(numbers: Range, value: float) -> bool:
 def _in_words(numbers):
     """Which numbers a range holds."""
     if numbers.high == math.inf:
-        return f"at least {numbers.low}"
+        return f"{'more than' if numbers.brackets[0] == '(' else 'at least'} {numbers.low}"
     return f"a {numbers.noun} in {numbers.brackets[0]}{numbers.low}, {numbers.high}{numbers.brackets[1]}"
 
 

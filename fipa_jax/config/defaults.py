@@ -32,6 +32,7 @@ def default() -> ConfigDict:
     config.warmup = phase(rounds=0, aggregator_name="mean")
     config.fipa = phase(rounds=100, aggregator_name="fipa")
     config.eval = evaluation()
+    config.personal = personal()
     return config.lock()
 
 
@@ -112,6 +113,22 @@ def evaluation() -> ConfigDict:
     group.every = 1  # rounds between evaluations on the test set; the last round of a phase always is
     group.clients_every = 1  # rounds between evaluations on every client's own examples; 0 for never
     group.batch_size = 50  # small batches stay in a CPU's cache; raise it on an accelerator
+    return group
+
+
+def personal() -> ConfigDict:
+    """Models that clients have for themselves once a method is trained: run.personal_stage."""
+    group = ConfigDict()
+    group.compare = ()  # ways to get them, side by side: global, local, finetune, ditto, curvature, laplace, spread
+    group.newcomers = 0.0  # share of the clients that no round sees, and that alone get models; 0: all clients do
+    group.examples = (0,)  # own training examples that a model is made of, one number after another; 0 for all
+    group.folds = 5  # of these, by which strength or steps are chosen, one for all clients together
+    group.strengths = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # tried by all but finetune
+    group.steps = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # that finetune tries: on all of the own examples
+    group.lr = 0.1  # of these steps
+    group.own = ""  # regular expression over the paths of parameters that every client has for itself, free of priors
+    group.damping = 0.1  # of curvature and laplace, in units of the curvature's mean eigenvalue
+    group.fit_steps = 20  # of Gauss-Newton, by which all but finetune find their models; a linear model needs 1
     return group
 
 

@@ -130,6 +130,11 @@ def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task) -> ske
     if aggregator.needs.curvature == "diagonal":
         fields = fields_for(sketch.make_diagonal, settings)
         return sketch.plain(lambda outputs, features: sketch.make_diagonal(outputs, task.loss, **fields))
+    return eigenpairs_of(settings, task)
+
+
+def eigenpairs_of(settings: ConfigDict, task: Task) -> sketch.Sketcher:
+    """The sketches of the clients' curvature, as `sketch` has its fields."""
     fields = fields_for(sketch.make_sketch, settings)
     if settings.energy and not settings.probes:
         raise ValueError("sketch.energy: needs the trace, and sketch.probes = 0 leaves it unknown; set it to 2 or more")

@@ -18,6 +18,7 @@ CONSUMERS = {
     "data": ("tasks.images",),
     "partition": ("data.partition.partition",),
     "model": ("models.networks",),
+    "personal": ("run.personal_stage",),
     "eval": ("run.loop", "reporting.metrics.make_evaluate"),
     "fipa": ("run.experiment", "run.loop", "run.phase_parts", "run.whole_run"),
     "fipa.local": (
