@@ -9,50 +9,39 @@ import itertools
 from fipa_jax import config as config_lib
 from fipa_jax.lookup import lookup
 
-FEDAVG = "fedavg:local.lr={}:server.lr={}"
-FEDADAM = "fedavg:server.optimizer=adam:local.lr={}:server.lr={}"
-FIPA = "fipa:aggregator.damping={}"
-NATURAL = "fipa_memory:aggregator.damping={}:aggregator.limits.max_divergence={}"
-TRIED = {  # method -> the values of its numbers; six settings for each of FedAvg, FedAdam and FIPA
-    FEDAVG: ((1, 0.5, 0.25), (1, 1.5)),
-    FEDADAM: ((0.5, 0.25), (0.01, 0.003, 0.001)),
-    FIPA: ((1, 0.3),),
-    NATURAL: ((0.3, 0.1), (0.005, 0.02)),
+PARTS = {  # of the model -> what a method says to train it alone
+    "whole": "trainable=^(?!.*lora)",
+    "lora": "trainable=lora",
+    "head": "trainable=^head/:cache_body=True",
+}
+FEDAVG = "fedavg:{}:local.lr={}:server.lr={}"
+FEDADAM = "fedavg:{}:server.optimizer=adam:local.lr={}:server.lr={}"
+FIPA = "fipa:{}:aggregator.damping={}:local.lr={}"
+NATURAL = "fipa_memory:{}:aggregator.damping={}:aggregator.limits.max_divergence={}"
+TRIED = {  # method -> the values of its two numbers: four settings for each of FedAvg, FedAdam and FIPA
+    FEDAVG: ((0.5, 0.25), (1, 1.5)),
+    FEDADAM: ((0.5, 0.25), (0.01, 0.003)),
+    FIPA: ((3, 0.5), (0.5,)),
+    NATURAL: ((1, 0.2), (0.02,)),
 }
 
 
 def get_config(variant: str = ""):
     config = config_lib.default()
-    config.task.name, config.model.name = "text", "transformer"
+    config.task.name, config.model.name, config.model.lora_rank = "text", "transformer", 2
     config.task.least_characters, config.task.holdout = 5000, 0.1
-    config.cohort = 6
-    config.warmup.rounds, config.fipa.rounds = 60, 10
+    config.cohort = 4
+    config.warmup.rounds, config.fipa.rounds = 25, 10
+    config.warmup.trainable = "^(?!.*lora)"
     config.eval.every, config.eval.clients_every = 5, 10
     for phase in (config.warmup, config.fipa):
-        phase.local.lr, phase.local.batch_size, phase.local.epochs, phase.local.clip_norm = 0.3, 20, 1, 1.0
+        phase.local.lr, phase.local.batch_size, phase.local.epochs, phase.local.clip_norm = 0.3, 20, 5, 1.0
     sketch, rule = config.fipa.sketch, config.fipa.aggregator
-    sketch.solver, sketch.rank, sketch.examples, sketch.tolerance = "auto", 20, 16, 1e-2
+    sketch.solver, sketch.rank, sketch.examples, sketch.tolerance = "auto", 20, 32, 1e-2
     rule.relative, rule.past.rank = False, 100
     part, _, tune = variant.partition("_")
-    lookup({"": _adapters, "lora": _adapters, "head": _head, "whole": _whole}, part, "--config")(config)
     lookup({"": _chosen, "tune": _tune}, tune, "--config")(config)
     return config
-
-
-def _adapters(config):
-    """LoRA adapters of rank 2 beside the blocks' layers, on a body that the warm-up has trained without them."""
-    config.model.lora_rank = 2
-    config.warmup.trainable, config.fipa.trainable = "^(?!.*lora)", "lora"
-
-
-def _head(config):
-    """The last layer, on features that are computed once."""
-    config.fipa.trainable, config.fipa.cache_body = "^head/", True
-    config.fipa.sketch.rank, config.fipa.sketch.examples = 50, 64
-
-
-def _whole(config):
-    """All of the model."""
 
 
 def _chosen(config):
@@ -62,6 +51,10 @@ def _chosen(config):
 def _tune(config):
     """Every setting that was tried."""
     config.compare = tuple(
-        method.format(*numbers) for method, values in TRIED.items() for numbers in itertools.product(*values)
+        method.format(part, *numbers)
+        for part in PARTS.values()
+        for method, values in TRIED.items()
+        for numbers in itertools.product(*values)
     )
+    config.fipa.rounds = config.eval.every = 5
     config.eval.clients_every = 0
