@@ -39,8 +39,7 @@ def get_config(variant: str = ""):
     sketch, rule = config.fipa.sketch, config.fipa.aggregator
     sketch.solver, sketch.rank, sketch.examples, sketch.tolerance = "auto", 20, 32, 1e-2
     rule.relative, rule.past.rank = False, 100
-    part, _, tune = variant.partition("_")
-    lookup({"": _chosen, "tune": _tune}, tune, "--config")(config)
+    lookup({"": _chosen, "tune": _tune}, variant, "--config")(config)
     return config
 
 

@@ -105,7 +105,9 @@ def model() -> ConfigDict:
     group.activation = "tanh"
     group.head_width = 0  # of a hidden layer in a ResNet's head; 0 for none
     group.compute_dtype = ""  # of a ResNet's computation, e.g. bfloat16; "" for config.precision
-    group.width, group.layers, group.heads = 32, 2, 4  # of the transformer
+    group.width = 32  # of the transformer
+    group.layers = 2  # its blocks
+    group.heads = 4  # of attention in each, which divide the width
     group.lora_rank = 0  # of adapters beside the dense layers of its blocks, whose paths contain `lora`; 0 for none
     return group
 
