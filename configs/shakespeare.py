@@ -9,20 +9,18 @@ import itertools
 from fipa_jax import config as config_lib
 from fipa_jax.lookup import lookup
 
-PARTS = {  # of the model -> what a method says to train it alone
-    "whole": "trainable=^(?!.*lora)",
-    "lora": "trainable=lora",
-    "head": "trainable=^head/:cache_body=True",
-}
 FEDAVG = "fedavg:{}:local.lr={}:server.lr={}"
 FEDADAM = "fedavg:{}:server.optimizer=adam:local.lr={}:server.lr={}"
-FIPA = "fipa:{}:aggregator.damping={}:local.lr={}"
-NATURAL = "fipa_memory:{}:aggregator.damping={}:aggregator.limits.max_divergence={}"
-TRIED = {  # method -> the values of its two numbers: four settings for each of FedAvg, FedAdam and FIPA
-    FEDAVG: ((0.5, 0.25), (1, 1.5)),
-    FEDADAM: ((0.5, 0.25), (0.01, 0.003)),
-    FIPA: ((3, 0.5), (0.5,)),
-    NATURAL: ((1, 0.2), (0.02,)),
+FIPA = "fipa_memory:{}:aggregator.damping={}:aggregator.limits.max_divergence={}"
+PARTS = {  # of the model: what a method says to train it alone, and the local learning rates that were tried
+    "whole": ("trainable=^(?!.*lora)", (0.25, 0.1)),
+    "lora": ("trainable=lora", (0.5, 0.2)),
+    "head": ("trainable=^head/:cache_body=True", (0.5, 0.2)),
+}
+TRIED = {  # method -> the values of its second number, or of both
+    FEDAVG: (1, 0.5),
+    FEDADAM: (0.003, 0.001),
+    FIPA: ((0.1, 0.03), (0.02, 0.1)),
 }
 
 
@@ -48,12 +46,12 @@ def _chosen(config):
 
 
 def _tune(config):
-    """Every setting that was tried."""
+    """Every setting that was tried, four of each method and part."""
     config.compare = tuple(
         method.format(part, *numbers)
-        for part in PARTS.values()
+        for part, rates in PARTS.values()
         for method, values in TRIED.items()
-        for numbers in itertools.product(*values)
+        for numbers in itertools.product(*(values if method is FIPA else (rates, values)))
     )
     config.fipa.rounds = config.eval.every = 5
     config.eval.clients_every = 0
