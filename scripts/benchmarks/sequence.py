@@ -5,9 +5,9 @@ four. What is trained: the whole model, adapters (LoRA), or the last layer. `tem
 the program beside its arguments and results. `rows GiB` is what the explicit rows [N T K, P] would be; they are not
 made. `captured` is the share of the trace that the pairs have.
 
-lanczos       block Lanczos on matrix-free products, all windows at a time or some; what `auto` takes but for the last layer
+lanczos       block Lanczos on matrix-free products, all windows at a time or some; by `auto`, but for the last layer
 subspace      the published iteration on the same products
-head          block Lanczos on the last layer's closed form over the features of all positions; what `auto` takes for it
+head          block Lanczos on the last layer's closed form over the features of all positions; by `auto` for it
 """
 
 import argparse
