@@ -277,7 +277,7 @@ def _resnet(widths: Sequence[int], blocks: int) -> Maker:
 def _transformer(config_model, num_outputs: int) -> Transformer:
     """The transformer of `config.model.width`, `layers`, `heads` and `lora_rank`."""
     width, layers, heads = config_model.width, config_model.layers, config_model.heads
-    if heads < 1 or width % heads:
+    if width % heads:
         raise ValueError(f"config.model.heads: needs to divide config.model.width = {width}, got {heads}")
     return Transformer(num_outputs, width, layers, heads, config_model.lora_rank)
 
