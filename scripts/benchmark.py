@@ -3,6 +3,7 @@
 products   H V: through the network, by explicit rows and for the last layer, beside one read of the rows
 sketch     top eigenpairs of a trained CNN's curvature, beside matfree, curvlinops with scipy's eigsh, and jax's lobpcg
 eigenpairs multiple and nearly multiple eigenvalues: errors, and whether convergence is claimed, against dense float64
+sequence   a sequence model's sketch: seconds and memory, for the whole model, adapters and the last layer
 head       the last layer's sketch in closed form, beside the same through the network and beside local training
 merge      the server's merge: errors against float64, seconds and peak memory, beside one copy of the uploads
 gauss_newton   how close FIPA stays to the centralised Gauss-Newton trajectory, by rank and number of rounds
@@ -30,8 +31,8 @@ from pathlib import Path
 from benchmarks import timing
 
 COMMANDS = (
-    "products", "sketch", "eigenpairs", "head", "merge", "gauss_newton", "step", "startup", "population", "scaling",
-    "profile", "ragged", "checkpoint", "robust", "lowering", "device", "round",
+    "products", "sketch", "eigenpairs", "sequence", "head", "merge", "gauss_newton", "step", "startup", "population",
+    "scaling", "profile", "ragged", "checkpoint", "robust", "lowering", "device", "round",
 )  # fmt: skip
 
 

@@ -45,6 +45,8 @@ RUN = {
     "task.test_points": POSITIVE,
     "task.test_fraction": Range(0, 1, "fraction", "()"),
     "task.column": NOT_NEGATIVE,
+    "task.window": POSITIVE,
+    "task.least_characters": POSITIVE,
     "task.seed": NOT_NEGATIVE,
     "partition.seed": NOT_NEGATIVE,
     "personal.newcomers": Range(0, 1, "share", "[)"),
@@ -58,6 +60,10 @@ RUN = {
     "partition.num_clients": POSITIVE,
     "model.widths": POSITIVE,
     "model.head_width": NOT_NEGATIVE,
+    "model.width": POSITIVE,
+    "model.layers": POSITIVE,
+    "model.heads": POSITIVE,
+    "model.lora_rank": NOT_NEGATIVE,
     "data.holdout": Range(0, 1, "fraction", "[)"),
     "task.holdout": Range(0, 1, "fraction", "[)"),
     "data.side": NOT_NEGATIVE,
@@ -116,9 +122,15 @@ PHASE = {
     "faults.scale_by": NOT_NEGATIVE,
 }
 # What a field asks for, set to anything but nothing, and who does not have it: field -> (the choice, its names).
-LACKING = dict.fromkeys(
-    ("data.holdout", "data.side", "data.rotation"), ("task.name", ("sine", "gaussians_2d", "pde", "own_data"))
-) | dict.fromkeys(("model.head_width", "model.compute_dtype"), ("model.name", ("mlp", "cnn_6k", "cnn_23k", "cnn_200k")))
+SMALL, RESNETS = ("mlp", "cnn_6k", "cnn_23k", "cnn_200k"), ("resnet20", "resnet18")
+LACKING: dict[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(
+        ("data.holdout", "data.side", "data.rotation"),
+        ("task.name", ("sine", "gaussians_2d", "pde", "own_data", "text")),
+    ),
+    **dict.fromkeys(("model.head_width", "model.compute_dtype"), ("model.name", (*SMALL, "transformer"))),
+    "model.lora_rank": ("model.name", (*SMALL, *RESNETS)),
+}
 PLACES = ("auto", "device", "host")
 CHOICES = {
     "precision": ("float32", "float64"),

@@ -45,7 +45,7 @@ def checkpoint() -> ConfigDict:
 
 
 def task() -> ConfigDict:
-    """What is learned: tasks.task, then tasks.regression, tasks.pde or tasks.own_data."""
+    """What is learned: tasks.task, then tasks.regression, tasks.pde, tasks.own_data or tasks.text."""
     group = ConfigDict()
     group.name = "sine"
     group.num_clients = 2  # sine: equal intervals of [0, 1]
@@ -61,6 +61,8 @@ def task() -> ConfigDict:
     group.split = "column"  # own_data: column (values or quantiles of one), kmeans (of x), given (the file's client)
     group.column = 0  # own_data: of x, by which the split `column` goes
     group.standardise = "pooled"  # own_data: x to mean 0 and variance 1, by all training examples; client, none
+    group.window = 32  # text: characters of an example; of the fields above also file, test_fraction, holdout: in time
+    group.least_characters = 1000  # text: of a speaker, to be a client
     group.equation = "poisson_1d"  # pde: poisson_1d, _2d, _3d, fisher_kpp, burgers, burgers_mild, helmholtz
     group.boundary_points = 20  # pde: on each face of the domain that a client's strip touches
     group.boundary_weight = 100.0  # pde: lambda, of the squared boundary residuals
@@ -104,6 +106,10 @@ def model() -> ConfigDict:
     group.activation = "tanh"
     group.head_width = 0  # of a hidden layer in a ResNet's head; 0 for none
     group.compute_dtype = ""  # of a ResNet's computation, e.g. bfloat16; "" for config.precision
+    group.width = 32  # of the transformer
+    group.layers = 2  # its blocks
+    group.heads = 4  # of attention in each, which divide the width
+    group.lora_rank = 0  # of adapters beside the dense layers of its blocks, whose paths contain `lora`; 0 for none
     return group
 
 

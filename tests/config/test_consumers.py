@@ -14,7 +14,7 @@ from fipa_jax.config import defaults, fields
 CONSUMERS = {
     "": ("run.estimate", "run.experiment", "run.loop", "run.phase_parts", "run.whole_run"),
     "checkpoint": ("saving.resume", "saving.journal"),
-    "task": ("tasks.task", "tasks.regression", "tasks.own_data", "tasks.pde"),
+    "task": ("tasks.task", "tasks.regression", "tasks.own_data", "tasks.pde", "tasks.text"),
     "data": ("tasks.images",),
     "partition": ("data.partition.partition",),
     "model": ("models.networks",),
