@@ -13,6 +13,7 @@ scaling    the same rounds on 1, 2, 4 devices and on two processes: seconds, and
 profile    a config's round, stage by stage: seconds, operations, memory; and a trace for the profiler
 ragged     a round of clients of very different sizes, padded, beside the sum of the clients' own work
 checkpoint rounds that are kept, one by one, beside the same rounds that are not
+apart      how far apart the clients' curvatures and data are, at the model of a run's warm-up
 robust     what one faulty client of five does to the step, by fault and rule, and by the caps
 device     numerics and speed on an accelerator, see scripts/device_check.sh
 round      one client's work in a round beside PyTorch, pfl, fedjax and Flower; and a FIPA round beside a FedAvg round
@@ -30,7 +31,7 @@ from benchmarks import timing
 
 COMMANDS = (
     "products", "sketch", "eigenpairs", "head", "merge", "gauss_newton", "step", "startup", "population", "scaling",
-    "profile", "ragged", "checkpoint", "robust", "device", "round",
+    "profile", "ragged", "checkpoint", "apart", "robust", "device", "round",
 )  # fmt: skip
 
 

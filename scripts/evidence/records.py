@@ -60,8 +60,9 @@ class Size(NamedTuple):
     """A study that is made smaller."""
 
     words: str  # in which way, for the page
-    fields: Mapping[str, Any] = NOTHING  # of every run, that are overridden
+    fields: Mapping[str, Any] = NOTHING  # of every run on images, that are overridden
     seeds: tuple[int, ...] = ()  # () for the study's own
+    configs: Mapping[str, str] = NOTHING  # configs that stand in for others
 
 
 class Study(NamedTuple):

@@ -72,12 +72,13 @@ def seeds_of(study: Study, options: Options) -> tuple[int, ...]:
 
 def _training_job(study: Study, name: str, run: Run, seed: int, options: Options) -> Iterable[Job]:
     """The job of a run, after that of the one it begins with."""
+    run = _sized(study, run, options)
     changed, start = _fields_of(study, run, seed, options), None
     if run.start:
         first = seed if seed in (run.start.seeds or (seed,)) else run.start.seeds[0]
         *_, start = _training_job(study, "", run.start, first, options)
         yield start
-        before = _config_of(run.start.config, _fields_of(study, run.start, first, options))
+        before = _config_of(_sized(study, run.start, options).config, _fields_of(study, run.start, first, options))
         changed |= {"warmup.rounds": 0, "first_round": before.first_round + before.warmup.rounds}
     config = _config_of(run.config, changed)
     told = json.dumps([config.to_json_best_effort(), start and start.folder.name], sort_keys=True)
@@ -110,10 +111,16 @@ def _benchmark_job(study: Study, name: str, run: Benchmark, seed: int, options: 
     yield Job(name, seed, command, folder, 1, start and start.folder)
 
 
+def _sized(study: Study, run: Run, options: Options) -> Run:
+    """The run with the config that stands in for its own at this size."""
+    configs = study.reduced.configs if options.size != "full" and study.reduced else {}
+    return run._replace(config=configs.get(run.config, run.config))
+
+
 def _fields_of(study: Study, run: Run, seed: int, options: Options) -> dict[str, Any]:
     """The fields that a run changes in its config."""
     changed = dict(run.fields) | {field: seed for field in run.seeded}
-    if options.size == "reduced" and study.reduced:
+    if options.size == "reduced" and study.reduced and _config_of(run.config, changed).task.name == "images":
         changed |= study.reduced.fields
     return changed | (_tiny(_config_of(run.config, changed)) if options.size == "debug" else {})
 
@@ -125,6 +132,7 @@ def _tiny(config) -> dict[str, Any]:
     changed["eval.every"] = changed["rounds_per_call"] = 1
     if config.task.name == "images":
         changed |= {"data.name": "digits", "data.test_split": "", "data.train_split": "train[:200]", "data.side": 0}
+        changed |= {"data.augment": False, "data.flip": False, "data.rotation": 0.0, "model.head_width": 0}
         changed |= {"partition.num_clients": 4, "cohort": 2, "model.name": "cnn_6k", "fipa.sketch.rank": 5}
         changed |= {f"{phase}.local.epochs": 1 for phase in ("warmup", "fipa")}
     return changed
