@@ -23,7 +23,7 @@ from fipa_jax.reporting import metrics
 SCRIPTS = Path(__file__).resolve().parents[1]
 MADE = "made.json"  # in a run's folder: that it is done, where and when
 FIGURES = "figures.json"  # what a benchmark leaves
-MOST_IN_DEBUG = 3  # runs of a study that are shown to run; the configs of all are read
+MOST_IN_DEBUG = 2  # runs of a study that are shown to run; the configs of all are read
 
 
 class Options(NamedTuple):
