@@ -59,22 +59,18 @@ def _points(found, part):
     return {name: np.array([row[0][name] for row in rows]) for name in DISTANCES}, np.array([gain for _, gain in rows])
 
 
-def _ranks(values):
-    """[n], ranks from 0; equal values share their mean."""
-    return np.array([np.mean(np.flatnonzero(np.sort(values) == value)) for value in values])
+def _correlation(distances, gains):
+    """Spearman's rank correlation, in words: its value, and the middle 95 % of bootstrap samples of the points."""
+    from scipy import stats
 
+    def rho(one, other):
+        return stats.spearmanr(one, other).statistic
 
-def _correlation(one, other):
-    """Spearman's rank correlation; NaN where one of them does not vary."""
-    one, other = _ranks(one), _ranks(other)
-    return np.corrcoef(one, other)[0, 1] if np.ptp(one) and np.ptp(other) else np.nan
-
-
-def _interval(one, other, draws=2000):
-    """The middle 95 % of the correlation over bootstrap samples of the points."""
-    rng = np.random.default_rng(0)
-    samples = [rng.integers(len(one), size=len(one)) for _ in range(draws)]
-    return np.nanquantile([_correlation(one[chosen], other[chosen]) for chosen in samples], [0.025, 0.975])
+    drawn = stats.bootstrap(
+        (distances, gains), rho, paired=True, vectorized=False, n_resamples=2000, method="percentile", rng=0
+    )
+    low, high = drawn.confidence_interval
+    return f"{rho(distances, gains):.2f} ({low:.2f} to {high:.2f})"
 
 
 def tables(found):
@@ -105,11 +101,10 @@ def tables(found):
     for part in PART:
         distances, gains = _points(found, part)
         if len(gains) > 3:
-            ranked = []
-            for name in DISTANCES:
-                low, high = _interval(distances[name], gains)
-                cell = f"{_correlation(distances[name], gains):.2f} ({low:.2f} to {high:.2f})"
-                ranked.append({"distance": name, "rank correlation with the gain": cell})
+            ranked = [
+                {"distance": name, "rank correlation with the gain": _correlation(distances[name], gains)}
+                for name in DISTANCES
+            ]
             words = f"{part}: Spearman's correlation over {len(gains)} points (split and seed), 95 % by bootstrap."
             made.append(Table(words, ranked))
     return made

@@ -149,7 +149,15 @@ def error(values: np.ndarray) -> str:
     if not np.isfinite(values).all():
         return f"diverges on {int((~np.isfinite(values)).sum())} of {values.size}"
     low, middle, high = np.quantile(values, [0, 0.5, 1])
-    return f"{middle:.2g} ({low:.2g} to {high:.2g})" if values.size > 1 else f"{middle:.2g}"
+    return f"{short(middle)} ({short(low)} to {short(high)})" if values.size > 1 else short(middle)
+
+
+def short(value: float) -> str:
+    """A number to two digits: 0.012, 1.8e-11."""
+    if value and not 1e-3 <= abs(value) < 1e4:
+        digits, _, power = f"{value:.1e}".partition("e")
+        return f"{digits}e{int(power)}"
+    return f"{value:.2g}"
 
 
 def percent(values: np.ndarray) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from evidence.records import Benchmark, Found, Run, Study
 from fipa_jax.config import command_line, fields
 from fipa_jax.config.checks import validate
+from fipa_jax.config.defaults import default
 from fipa_jax.reporting import metrics
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -81,8 +82,7 @@ def _training_job(study: Study, name: str, run: Run, seed: int, options: Options
         before = _config_of(_sized(study, run.start, options).config, _fields_of(study, run.start, first, options))
         changed |= {"warmup.rounds": 0, "first_round": before.first_round + before.warmup.rounds}
     config = _config_of(run.config, changed)
-    told = json.dumps([config.to_json_best_effort(), start and start.folder.name], sort_keys=True)
-    folder = options.folder / f"{run.config.replace(':', '-')}-{hashlib.sha256(told.encode()).hexdigest()[:10]}"
+    folder = options.folder / f"{run.config.replace(':', '-')}-{_digest([_own(config), start and start.folder.name])}"
     if start:
         changed["init_from"] = str(start.folder / "warmup.msgpack")
     if config.task.name == "images" and config.data.name != "digits":
@@ -106,9 +106,24 @@ def _benchmark_job(study: Study, name: str, run: Benchmark, seed: int, options: 
         )
         for option in given
     ]
-    folder = options.folder / f"{run.command}-{hashlib.sha256(json.dumps(filled).encode()).hexdigest()[:10]}"
+    folder = options.folder / f"{run.command}-{_digest(filled)}"
     command = (str(SCRIPTS / "benchmark.py"), run.command, *filled, f"--out={folder / FIGURES}")
     yield Job(name, seed, command, folder, 1, start and start.folder)
+
+
+def _digest(told) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _own(config) -> dict:
+    """What a config says beyond the defaults, {path: value}: a new field changes no folder's name."""
+
+    def flat(group, prefix=""):
+        for name, value in group.items():
+            yield from flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+
+    usual = dict(flat(default().to_dict()))
+    return {path: value for path, value in flat(config.to_dict()) if value != usual.get(path)}
 
 
 def _sized(study: Study, run: Run, options: Options) -> Run:
