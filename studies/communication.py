@@ -1,8 +1,8 @@
 """Accuracy against all bytes sent: what may be saved of the eigenpairs, and what do others do with as many bytes?
 
 FIPA with past rounds at fixed ranks, with as many pairs as reach a share of the trace (`sketch.energy`), by the
-published threshold (`sketch.gradient_scale`) and in bfloat16, for 50 rounds; FedAvg and FedAdam, as tuned for 50, take 500:
-a round of theirs costs a 26th of FIPA's bytes at rank 50.
+published threshold (`sketch.gradient_scale`) and in bfloat16, for 50 rounds; FedAvg and FedAdam, as tuned for 50, take
+500: a round of theirs costs a 26th of FIPA's bytes at rank 50.
 """
 
 from evidence.records import Run, Size, Spread, Study, Table, final, number, percent, sent
