@@ -20,6 +20,7 @@ from fipa_jax import config as config_lib
 config_lib.prepare_process()
 
 from evidence import page, running  # noqa: E402
+from evidence.records import question  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +43,7 @@ def main():
     known = sorted(path.stem for path in (ROOT / "studies").glob("*.py"))
     if args.list:
         for name in known:
-            print(f"{name:16} {load(name).question}")
+            print(f"{name:16} {question(load(name))}")
         return
     if args.name not in known:
         sys.exit(f"error: there is no study {args.name!r}; known: {', '.join(known)}")

@@ -68,7 +68,7 @@ def draw(found, path):
 
 
 STUDY = Study(
-    question="What does each method reach with how many bytes?",
+    words=__doc__,
     runs=dict(_runs()),
     tables=tables,
     draw=draw,

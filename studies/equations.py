@@ -39,7 +39,9 @@ def then(found):
     """The first-order methods as tuned, beside FIPA as published."""
     runs = {}
     for name in ROUNDS:
-        settings = filter(None, chosen(found, f"{name} Adam tune", TRIED, FIGURE).values())
+        settings = tuple(filter(None, chosen(found, f"{name} Adam tune", TRIED, FIGURE).values()))
+        if not settings:
+            continue
         runs[f"{name} Adam"] = Run(f"{name}:published", {"compare": ("fipa", *settings), "fipa.rounds": 100})
     return runs
 
@@ -81,7 +83,7 @@ def draw(found, path):
 
 
 STUDY = Study(
-    question="Four clients own strips of an equation's domain: which methods solve it?",
+    words=__doc__,
     runs=dict(_runs()),
     then=then,
     tables=tables,

@@ -72,7 +72,7 @@ def draw(found, path):
 
 
 STUDY = Study(
-    question="Two of eight clients take part: what do past rounds make up for?",
+    words=__doc__,
     runs=dict(_runs()),
     tables=tables,
     draw=draw,

@@ -1,4 +1,8 @@
-"""Theorem 1: how far is FIPA from the centralised Gauss-Newton method, in one round and over many?"""
+"""How near is FIPA to the centralised Gauss-Newton method, and does the gap fall as O(1/K) (the paper's Theorem 1)?
+
+`scripts/benchmark.py gauss_newton`: clients solve their problems exactly in one round; then they follow their own
+Gauss-Newton flow within each of K rounds, which end at the same time of the flow as the centralised one.
+"""
 
 import numpy as np
 from evidence.records import Benchmark, Spread, Study, Table, error, number
@@ -58,7 +62,7 @@ def draw(found, path):
 
 
 STUDY = Study(
-    question="How near is FIPA to the centralised Gauss-Newton method, and does the gap fall as O(1/K) (Theorem 1)?",
+    words=__doc__,
     runs={
         task: Benchmark(
             "gauss_newton", (f"--config={{configs}}/{task}.py", f"--damping={damping:g}", *OPTIONS), debug=DEBUG

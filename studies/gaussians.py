@@ -1,6 +1,7 @@
-"""Six clients with a bump of a surface each; first-order methods get as many bytes as FIPA, so 26 times its rounds.
+"""Six clients have one bump of a surface each: how do FIPA and first-order methods fit all of it?
 
-Each first-order method has four settings, chosen by seed 9 at a quarter of the rounds, which the table does not see.
+First-order methods get as many bytes as FIPA, so 26 times its rounds, of 10 full-batch steps. Each has four settings,
+chosen by seed 9 at a quarter of the rounds, which the table does not see. All clients take part in every round.
 """
 
 from evidence.records import Run, Spread, Study, Table, chosen, draw_lines, error, every, final, number, sent
@@ -64,7 +65,7 @@ def draw(found, path):
 
 
 STUDY = Study(
-    question="Six clients have one bump of a surface each: FIPA beside tuned first-order methods at equal bytes?",
+    words=__doc__,
     runs={
         "second order": Run("gaussians_2d", {"compare": tuple(SECOND_ORDER.values()), "fipa.rounds": ROUNDS, **OFTEN}),
         "tune": Run(

@@ -1,4 +1,4 @@
-"""FedRCL for a warm-up, then FIPA on the last layers: does it end ahead of FedRCL, as published (+2.36 points)?
+"""FedRCL for a warm-up, then FIPA on the last layers: does that end ahead of FedRCL, as published (+2.36 points)?
 
 At full size ResNet-18, 1000 rounds of FedRCL and 100 of each method, `configs/tiny_imagenet.py`, on a GPU: FIPA and
 FedRCL at the published steps, which are not tuned here, and FedAvg on the same head.
@@ -36,7 +36,7 @@ def draw(found, path):
 
 
 STUDY = Study(
-    question="FedRCL, then FIPA on the last layers: what is gained over FedRCL?",
+    words=__doc__,
     runs={"phase": Run("tiny_imagenet", start=WARM)},
     tables=tables,
     draw=draw,

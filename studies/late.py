@@ -28,6 +28,8 @@ def _chosen(found):
 def then(found):
     """FIPA with and without late clients, and the others as tuned."""
     fedbuff, fedasync = _chosen(found)
+    if not (fedbuff and fedasync):
+        return {}
     runs = {"cohorts": Run("cifar10", BY_COHORTS | {"compare": (FIPA, "fipa_memory", fedbuff)}, start=WARM)}
     return runs | {"one by one": Run("cifar10", ONE_BY_ONE | {"compare": (fedasync,)}, start=WARM)}
 
@@ -57,7 +59,7 @@ def draw(found, path):
 
 
 STUDY = Study(
-    question="Half of the clients are late: does FIPA keep its lead?",
+    words=__doc__,
     runs=dict(_runs()),
     then=then,
     tables=tables,

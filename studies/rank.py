@@ -1,4 +1,4 @@
-"""How many eigenpairs? The paper: fewer than 20 suffice for compact networks, fewer than 200 for ResNet-20.
+"""How many eigenpairs does FIPA need: do 20 suffice for compact networks, and 200 for ResNet-20, as published?
 
 Small networks: Levenberg-Marquardt by clients and server. CIFAR-10: the CNN of 23.7k parameters, alpha 0.05, 5 of 100
 clients, FIPA in the authors' form (`fipa`) and with past rounds (`fipa_memory`), each as tuned at rank 50, beside
@@ -97,7 +97,7 @@ def draw(found, path):
 
 
 STUDY = Study(
-    question="How many eigenpairs does FIPA need?",
+    words=__doc__,
     runs=dict(_runs()),
     tables=tables,
     draw=draw,

@@ -1,4 +1,4 @@
-"""The smallest problem on which averaging fails: sin(2 pi x), a half for each of two clients.
+"""Two clients have a half of a curve each, sin(2 pi x): what do FIPA and averaging make of it?
 
 FedAvg takes FIPA's local steps; its damping (the best of four) or its server's step (the best of three) is chosen by
 the seeds 9 and 10, which the table does not see.
@@ -56,7 +56,7 @@ def draw(found, path):
 
 
 STUDY = Study(
-    question="Two clients have a half of a curve each: what do FIPA and averaging make of it?",
+    words=__doc__,
     runs=dict(_runs()),
     tables=tables,
     draw=draw,

@@ -1,7 +1,8 @@
-"""How long must the warm-up be? After 0 to 1000 rounds of it FIPA takes the rounds that are left of 1050.
+"""How long must the warm-up be, and what happens without one?
 
-CIFAR-10 with the CNN of 23.7k parameters, Tiny-ImageNet-50 with the last layer of a CNN, and with all of it. FIPA and
-FedAvg are as tuned after a long warm-up (`configs/cifar10.py`, `configs/tiny_imagenet.py:cpu`); FedAvg goes on beside.
+After 0 to 1000 rounds of it FIPA takes the rounds that are left of 1050: on CIFAR-10 with the CNN of 23.7k parameters,
+on Tiny-ImageNet-50 with the last layer of a CNN, and with all of it. FIPA and FedAvg are as tuned after a long warm-up
+(`configs/cifar10.py`, `configs/tiny_imagenet.py:cpu`); FedAvg goes on beside.
 """
 
 from evidence.records import Run, Size, Spread, Study, Table, final, percent
@@ -64,7 +65,7 @@ def draw(found, path):
 
 
 STUDY = Study(
-    question="How long must the warm-up be, and what happens without one?",
+    words=__doc__,
     runs=dict(_runs()),
     tables=tables,
     draw=draw,

@@ -56,8 +56,8 @@ def test_a_record_fits_together(name, evidence):
     nothing = records.Found({run: {} for run in study.runs}, [], [])
     assert all(isinstance(table, records.Table) for table in study.tables(nothing))
     if study.then:
-        study.then(nothing)
-    assert study.question.endswith("?")
+        assert not study.then(nothing), "there is nothing that was tuned"
+    assert records.question(study).endswith("?")
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def pretended(evidence, monkeypatch, tmp_path):
         cells = {run: records.Spread(records.final(found, run, "fipa", "test_mse"), records.error) for run in runs}
         return [records.Table("Errors.", [cells])]
 
-    return records.Study("Is it so?", runs, tables, seeds=(0, 1))
+    return records.Study("Is it so?\n\nTwo halves.\n", runs, tables, seeds=(0, 1))
 
 
 def test_runs_are_done_once_and_go_on(pretended, evidence, tmp_path):
@@ -110,7 +110,12 @@ def test_the_page_keeps_what_a_person_wrote(pretended, evidence, tmp_path):
     page.write("so", pretended, running.collect(jobs, missing), "study.py so", docs, "full")
     text = (docs / "results" / "so.md").read_text()
     assert "A word before." in text and "A word after." in text and "Not run yet" not in text
-    assert text.count("Is it so?") == 1 and "| 0.1 | 0.1 |" in text and "Missing: one, seed 1" in text
+    assert (
+        text.count("Is it so?") == 1
+        and "Two halves." in text
+        and "| 0.1 | 0.1 |" in text
+        and "Missing: one, seed 1" in text
+    )
     saved = json.loads((docs / "results" / "figures" / "so.json").read_text())
     assert saved["tables"][0]["rows"][0]["other"]["seeds"] == [0.1]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evidence.records import Found, Spread, Study, Table
+from evidence.records import Found, Spread, Study, Table, question
 from fipa_jax import files
 from fipa_jax.reporting import console
 from fipa_jax.reporting.metrics import jsonable
@@ -30,7 +30,8 @@ def write(name: str, study: Study, found: Found, command: str, docs: Path, size:
     pictured = bool(found.made and study.draw) and console.attempt(
         "the picture", _draw, study, found, docs / "pictures" / f"study_{name}"
     )
-    _save(page.parent / "figures" / f"{name}.json", name, tables, found)
+    if found.made:
+        _save(page.parent / "figures" / f"{name}.json", name, tables, found)
     text = page.read_text() if page.is_file() else f"# {name.replace('_', ' ').capitalize()}\n"
     begin = BEGIN.format(name=name)
     if begin not in text:
@@ -50,12 +51,13 @@ def _draw(study: Study, found: Found, path: Path) -> bool:
 
 def _part(name, study, found, tables, command, size, pictured):
     """The lines of a study's part of its page."""
-    yield f"**{study.question}**\n"
+    _, _, setting = study.words.partition("\n\n")
+    yield f"**{question(study)}**\n\n{setting.strip()}\n"
     yield f"```sh\n{command}\n```"
     if size == "reduced" and study.reduced:
         yield f"\nAt reduced size: {study.reduced.words} Full size takes about {_hours(study.hours)} of one core.\n"
     if not found.made:
-        yield f"\nNot run yet. It takes about {_hours(study.hours)} of one core.\n"
+        yield f"\nNot run yet, so that there are no figures. It takes about {_hours(study.hours)} of one core."
     for table in tables:
         yield f"\n{table.words}\n"
         yield from lines_of(table)

@@ -68,7 +68,7 @@ class Size(NamedTuple):
 class Study(NamedTuple):
     """What `studies/NAME.py` gives as `STUDY`."""
 
-    question: str
+    words: str  # the file's docstring: a question, and below it what is run and how controls were tuned
     runs: Mapping[str, Run | Benchmark]
     tables: Callable[[Found], list[Table]]
     then: "Callable[[Found], Mapping[str, Run | Benchmark]] | None" = (
@@ -81,6 +81,11 @@ class Study(NamedTuple):
     data: tuple[str, ...] = ()  # sets that `scripts/prepare_data.py` prepares
     gigabytes: float = 2.0  # of memory that one run takes
     hours: float = 0.1  # about, of one core at full size
+
+
+def question(study: Study) -> str:
+    """What it asks, in one line."""
+    return " ".join(study.words.partition("\n\n")[0].split())
 
 
 def final(found: Found, run: str, method: str, figure: str, *, last: int = 1, rounds: int = 0) -> np.ndarray:
