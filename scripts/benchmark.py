@@ -14,6 +14,7 @@ scaling    the same rounds on 1, 2, 4 devices and on two processes: seconds, and
 profile    a config's round, stage by stage: seconds, operations, memory; and a trace for the profiler
 ragged     a round of clients of very different sizes, padded, beside the sum of the clients' own work
 checkpoint rounds that are kept, one by one, beside the same rounds that are not
+apart      how far apart the clients' curvatures and data are, at the model of a run's warm-up
 robust     what one faulty client of five does to the step, by fault and rule, and by the caps
 lowering   every stage of a round, lowered for a GPU and a TPU on this machine: float64 in it, and calls out of it
 device     numerics and speed on an accelerator, see scripts/device_check.sh
@@ -30,10 +31,9 @@ from pathlib import Path
 
 from benchmarks import timing
 
-COMMANDS = (
-    "products", "sketch", "eigenpairs", "sequence", "head", "merge", "gauss_newton", "step", "startup", "population",
-    "scaling", "profile", "ragged", "checkpoint", "robust", "lowering", "device", "round",
-)  # fmt: skip
+COMMANDS = [line.split()[0] for line in __doc__.split("
+
+")[1].splitlines()]
 
 
 def main():

@@ -221,11 +221,12 @@ def _check_method(config, spec):
 def _check_phase(name, settings):
     """Checks the fields of a phase, `name` being its path."""
     _check_ranges(name, settings, PHASE)
-    try:
-        re.compile(settings.trainable)
-    except re.error as error:
-        text = f"got {settings.trainable!r} ({error})"
-        raise ValueError(f"{name}.trainable: needs a regular expression, {text}") from None
+    for field in ("trainable", "also_trained"):
+        try:
+            re.compile(settings[field])
+        except re.error as error:
+            text = f"got {settings[field]!r} ({error})"
+            raise ValueError(f"{name}.{field}: needs a regular expression, {text}") from None
     if not settings.local.steps:
         _check_ranges(name, settings, {"local.epochs": POSITIVE})
     if settings.term.name == "dyn" and not settings.term.mu:

@@ -143,6 +143,9 @@ def phase(rounds: int, aggregator_name: str) -> ConfigDict:
     group = ConfigDict()  # run.experiment, run.loop, run.phase_parts, run.whole_run
     group.rounds = rounds
     group.trainable = ".*"  # regular expression over parameter paths, e.g. "^head/" for one layer
+    group.also_trained = (
+        ""  # the same of what clients train, where that is more: only the change of `trainable` is sent
+    )
     group.pooled = False  # one client holds all examples: the ceiling that a federated run is measured against
     group.cache_body = False  # where only the head is trained: run it on features that are computed once
     group.cache_views = 0  # random views of each example whose features are kept, to train on; 0 for the plain one
@@ -215,6 +218,8 @@ def sketch() -> ConfigDict:
     group.gradient_scale = 0.0  # c of the published rank rule, by the gradients' norms; 0 for none
     group.store = ""  # dtype of the basis as it is sent: bfloat16 halves it; "" for the parameters' own
     group.examples = 0  # of a client that enter its sketch; 0 for all
+    group.views = False  # of random views of the examples, where config.data.augment is set
+    group.common_start = False  # iterative solvers begin from one basis for all clients of a round
     return group
 
 

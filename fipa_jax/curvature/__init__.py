@@ -18,6 +18,7 @@ from fipa_jax.curvature.sketch import (
     truncate,
     with_rank_by_gradient,
 )
+from fipa_jax.curvature.sketchers import from_one_start, on_views
 
 __all__ = [
     "Curvature",
@@ -33,6 +34,7 @@ __all__ = [
     "TaskOutputs",
     "check",
     "exact",
+    "from_one_start",
     "keeping_energy",
     "lanczos",
     "make_diagonal",
@@ -40,6 +42,7 @@ __all__ = [
     "make_ggn_diagonal",
     "make_gradient",
     "make_sketch",
+    "on_views",
     "plain",
     "stored_as",
     "subspace",

@@ -54,6 +54,8 @@ BY_THE_RUN = {
     "fipa.term.name": "an entry of client.terms.TERMS",
     "fipa.sketch.gradient_scale": "`scale` of sketch.with_rank_by_gradient",
     "fipa.sketch.examples": "by the round, which draws them: federation.round",
+    "fipa.sketch.views": "whether sketcher_of takes sketchers.on_views: run.phase_parts",
+    "fipa.sketch.common_start": "whether sketcher_of takes sketchers.from_one_start: run.phase_parts",
     "fipa.sketch.energy": "`share` of sketch.keeping_energy",
     "fipa.sketch.store": "`dtype` of sketch.stored_as",
     "fipa.late.share": "by the channel's rates: federation.channel.ChannelRates",
