@@ -30,15 +30,15 @@ PRIVACY = (
     "Flower's differential privacy and secure aggregation work on an average of updates; a sketch of curvature, which "
     "tells more of a client's data, is covered by neither. Use Fipa and client_app without wrappers or mods"
 )
-Answer = Callable[[int, bytes], bytes]  # (the client's number, a broadcast) -> its upload
+Answer = Callable[[bytes, Any], bytes]  # (a broadcast, Flower's Context) -> its upload
 Who = Callable[[Any], int | None]  # one of `grid.get_nodes()` -> the client's number; None of a stranger
 
 
 def client_app(answer: Answer) -> "ClientApp":
-    """A ClientApp that answers broadcasts; its node says who it is, `--node-config "partition-id=2"`.
+    """A ClientApp that answers broadcasts.
 
     Example:
-      app = client_app(relay("/run/user/1000/hospital-{client}.sock"))
+      app = client_app(relay)
 
     Args:
       answer: gives the upload. An error in it reaches the server by its kind alone, as its text may hold data.
@@ -52,7 +52,7 @@ def client_app(answer: Answer) -> "ClientApp":
     @app.train()
     def train(message: "Message", context: "Context") -> "Message":
         try:
-            content = content_of(answer(client_of(context), blob_of(message.content)))
+            content = content_of(answer(blob_of(message.content), context))
         except Exception as error:
             logging.exception("the broadcast could not be answered")
             content = RecordDict({"error": ConfigRecord({"kind": f"{type(error).__name__}"})})
@@ -61,17 +61,13 @@ def client_app(answer: Answer) -> "ClientApp":
     return app
 
 
-def relay(socket: str) -> Answer:
-    """An `Answer` by the warm worker at a socket, in whose path `{client}` stands for the client's number."""
-
-    def answer(client: int, blob: bytes) -> bytes:
-        return worker.ask(Path(socket.format(client=client)), blob)
-
-    return answer
+def relay(blob: bytes, context: "Context") -> bytes:
+    """The upload by the warm worker at a socket, which its node names: `--node-config 'socket="/run/two.sock"'`."""
+    return worker.ask(Path(str(context.node_config["socket"])), blob)
 
 
 def client_of(context: "Context") -> int:
-    """The client's number, from 0.
+    """The client's number, from 0, which its node says: `--node-config "partition-id=2"`; a simulation has it too.
 
     Raises:
       ValueError: the node was started without one.
@@ -225,12 +221,12 @@ class Fipa:
 
         content, number = content_of(self.server.broadcast()), self.server.number
         life = self._timeout * (1 + self.server.agreement.late)
-        nodes = [*nodes]
-        messages = [Message(content, node, "train", ttl=life, group_id=str(number)) for node in nodes]
-        sent = dict(zip(grid.push_messages(messages), nodes, strict=True)) if messages else {}
-        self._asked |= {key: Asked(node, number) for key, node in sent.items() if key}
-        live = {key for key, node in sent.items() if key and node not in self._silent}
-        return live or {key for key in sent if key}
+        sent = {}
+        for node in nodes:  # one by one: what a SuperLink does not take, such as for a node just gone, gets no id
+            message = Message(content, node, "train", ttl=life, group_id=str(number))
+            sent |= dict.fromkeys(filter(None, grid.push_messages([message])), node)
+        self._asked |= {key: Asked(node, number) for key, node in sent.items()}
+        return {key for key, node in sent.items() if node not in self._silent} or {*sent}
 
     def _take(self, reply: "Message", got: dict[int, tuple[int, bytes]]) -> None:
         """Puts a reply into `got`, {client: (round that it answers, bytes)}, if it is of any use."""

@@ -63,6 +63,16 @@ class Site:
         arrays = arrays_of(one, loss)
         return wire.pack(wire.Message("upload", broadcast.fingerprint, broadcast.round, self._client, arrays))
 
+    def warm_up(self) -> None:
+        """Compiles what a round needs, by one on the first model, so that the first message need not wait for it."""
+        agreement, parts = self._agreement, self._agreement.parts
+        with agreement.precision():
+            chosen = trees.select(agreement.params, parts.trainable)
+            told = parts.announce(parts.aggregator.init(trees.widened(chosen)))
+            arrays = {f"params/{path}": np.asarray(leaf) for path, leaf in chosen.items()}
+            arrays |= {f"told/{name}": np.asarray(value) for name, value in told.items()}
+        self.work(wire.pack(wire.Message("broadcast", agreement.fingerprint, 0, wire.NOBODY, arrays)))
+
     def _seen(self, broadcast: wire.Message):
         """The state as the broadcast tells it."""
         chosen = trees.select(self._agreement.params, self._agreement.parts.trainable)
