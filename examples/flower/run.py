@@ -105,8 +105,8 @@ class Machines:
         if not self.options.cold:
             path = self.folder / f"{client}.sock"
             node_config += f' socket="{path}"'
-            script, settings = str(HERE / "worker.py"), [f"--{name}={value}" for name, value in self.settings.items()]
-            self.start(f"worker-{client}", sys.executable, script, f"--client={client}", f"--socket={path}", *settings)
+            own = [f"--client={client}", f"--socket={path}", f"--settings={json.dumps(self.settings)}"]
+            self.start(f"worker-{client}", sys.executable, str(HERE / "worker.py"), *own)
         command = [str(self.bin / "flower-supernode"), "--superlink", f"127.0.0.1:{self.port}"]
         command += ["--port", str(free_port()), "--node-config", node_config]
         if self.options.authenticate:
@@ -121,7 +121,7 @@ class Machines:
     @property
     def settings(self) -> dict:
         """Of the run, as pyproject.toml lists them."""
-        names = ("problem", "method", "rounds", "workdir", "data", "timeout", "late")
+        names = ("problem", "method", "rounds", "workdir", "data", "timeout", "late", "authenticate")
         values = {name: getattr(self.options, name) for name in names}
         return values | {name: str(values[name].absolute()) for name in ("workdir", "data")}
 
@@ -196,7 +196,7 @@ def make_certificates(folder: Path) -> None:
 
 def make_key(path: Path) -> None:
     """A node's private key, and its public one beside it, `.pub`, as ssh writes it."""
-    command = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-m", "PEM", "-f", str(path)]
+    command = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(path)]
     subprocess.run(command, check=True, capture_output=True)
 
 

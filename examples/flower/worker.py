@@ -1,9 +1,11 @@
-"""A client's warm worker: has its data, compiles once, and answers the node beside it until it is stopped.
+r"""A client's warm worker: has its data, compiles once, and answers the node beside it until it is stopped.
 
-Command: python examples/flower/worker.py --client=2 --socket=/run/user/1000/two.sock --problem=hospitals --data=DIR
+Command: python examples/flower/worker.py --client=2 --socket=/run/user/1000/two.sock \
+           --settings='{"problem": "hospitals", "data": "DIR"}'
 """
 
 import argparse
+import json
 import tomllib
 from pathlib import Path
 
@@ -20,15 +22,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--client", type=int, required=True)
     parser.add_argument("--socket", type=Path, required=True)
-    for name, value in settings.items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
-    given = vars(parser.parse_args())
-    client, socket = given.pop("client"), given.pop("socket")
-    federation = named(given)
-    site = Site(federation.agreement, client, federation.own(client), federation.width)
+    parser.add_argument("--settings", type=json.loads, default={}, help="of the run, where they differ from the file")
+    given = parser.parse_args()
+    federation = named(settings | given.settings)
+    site = Site(federation.agreement, given.client, federation.own(given.client), federation.width)
     site.warm_up()
-    print(f"client {client} answers at {socket}", flush=True)
-    worker.serve(site.work, socket)
+    print(f"client {given.client} answers at {given.socket}", flush=True)
+    worker.serve(site.work, given.socket)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ have not.
 """
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -146,8 +147,9 @@ def fingerprint_of(parts: Parts, params: Any) -> str:
     return wire.fingerprint(chosen, {path: np.asarray(leaf) for path, leaf in leaves.items() if path not in chosen})
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def work_of(parts: Parts, state: State, rates: Rates, cohort: Cohort, root: jax.Array):
-    """(the uploads of a cohort [C, ...], their mean training losses [C]); jit it."""
+    """(the uploads of a cohort [C, ...], their mean training losses [C]), compiled once for all that share `parts`."""
 
     def stage(function):
         return lambda *args: function(parts, *args)

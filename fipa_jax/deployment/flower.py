@@ -185,7 +185,7 @@ class Fipa:
 
     def _round(self, grid: "Grid") -> None:
         """One round."""
-        number = self.server.number
+        number, start = self.server.number, time.monotonic()
         waiting = self._send(grid, self._draw(grid))
         end, got = time.monotonic() + self._timeout, {}
         while waiting and time.monotonic() < end:
@@ -196,7 +196,8 @@ class Fipa:
                 time.sleep(self._poll)
         self._silent |= {self._asked[one].node for one in waiting}
         missing = {self._client[one.node] for one in self._asked.values() if one.node in self._client}
-        self.server.round(dict.fromkeys(missing) | {client: blob for client, (_, blob) in got.items()})
+        sent = dict.fromkeys(missing) | {client: blob for client, (_, blob) in got.items()}
+        self.server.round(sent, {"seconds_answers": time.monotonic() - start})
         self._asked = {key: one for key, one in self._asked.items() if one.round > number - REMEMBERED}
 
     def _draw(self, grid: "Grid") -> list[int]:

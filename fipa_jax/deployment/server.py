@@ -5,6 +5,7 @@ simulation. A client that is silent, late beyond what is allowed, or sends what 
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -108,7 +109,6 @@ class Server:
         with agreement.precision():
             blank = parts_lib.init(agreement.parts, jax.tree.map(jnp.asarray, agreement.params), first)
             self._state, note = self._journal.resumed(agreement.name, blank, None)
-            self._serve = jax.jit(_serve, static_argnums=0)
         self._skipped, self._number = note.get("skipped", 0), int(self._state.round)
         self._broadcast: bytes | None = None
 
@@ -158,12 +158,13 @@ class Server:
             self._broadcast = wire.pack(message)
         return self._broadcast
 
-    def round(self, sent: Sent) -> dict:
+    def round(self, sent: Sent, seconds: Mapping[str, float] | None = None) -> dict:
         """One round from what clients have sent: its info, see `federation.server.serve`; `wrong` says who is left out.
 
         Args:
           sent: by the client's number, in any order: those that were asked, and with an agreement that lets answers be
             late also those that answer an earlier round. Who is not in it is absent.
+          seconds: {name: seconds} of the transport, for the row.
 
         Raises:
           ValueError: there are more clients than the agreement has room for.
@@ -177,12 +178,12 @@ class Server:
             reading = time.perf_counter()
             orders = Order(age=jnp.asarray(ages)) if self.agreement.late else Order()
             given = self.agreement.rates, uploads, losses, orders
-            state, info = self._serve(self.agreement.parts, self._state, *given)
+            state, info = _serve(self.agreement.parts, self._state, *given)
             self._state, info = state, jax.device_get(info)
-            seconds = {"seconds_read": reading - start, "seconds_aggregate": time.perf_counter() - reading}
+            own = {"seconds_read": reading - start, "seconds_aggregate": time.perf_counter() - reading}
             figures = self._figures(state.params)
         traffic = {"bytes_down": down, "bytes_up": sum(len(blob or b"") for blob in sent.values())}
-        self._write(figures | console.figures(info) | traffic | seconds)
+        self._write(figures | console.figures(info) | traffic | own | dict(seconds or {}))
         return info
 
     def _read(self, sent: Sent) -> tuple[Uploads, np.ndarray, np.ndarray]:
@@ -237,6 +238,7 @@ class Server:
         journal.keep(name, self._state, row, note | {"skipped": self._skipped}, ended=self.done)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _serve(parts: Parts, state, rates, uploads: Uploads, losses: jax.Array, orders: Order):
     """`serve` for a round whose clients have done their work elsewhere; NaN losses [C] are of those that are absent."""
     clients = Client(jnp.zeros([len(losses), 1], jnp.int32), uploads.num_examples)

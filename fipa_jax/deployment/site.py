@@ -1,6 +1,5 @@
 """What does a client of a real federation do? It answers a broadcast by what it has made of it beside its own data."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.client.examples import Client
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.deployment import wire
-from fipa_jax.deployment.agreement import Agreement, client_state, work_of
+from fipa_jax.deployment.agreement import Agreement, client_state
 from fipa_jax.federation.population import Cohort
 
 
@@ -48,7 +47,6 @@ class Site:
             clients = Client(jnp.asarray(indices), jnp.asarray([number], jnp.int32))
             fields = {name: jnp.asarray(field) for name, field in data.items()}
             self._cohort = Cohort(jnp.asarray([client], jnp.int32), clients, fields)
-            self._work = jax.jit(functools.partial(work_of, agreement.of_clients))
 
     def work(self, blob: bytes) -> bytes:
         """The upload that answers a broadcast.

@@ -82,8 +82,10 @@ def ask(path: Path, message: bytes, patience: float = 60.0) -> bytes:
 def _answer(answer: Callable[[bytes], bytes], connection: Connection) -> None:
     """Answers one message, or says which kind of error it met."""
     message = connection.recv_bytes(LARGEST)
+    start = time.perf_counter()
     try:
         got = DONE + answer(message)
+        logging.info("%d bytes answered by %d in %.6f seconds", len(message), len(got), time.perf_counter() - start)
     except Exception as error:
         logging.exception("a message could not be answered")
         got = FAILED + type(error).__name__.encode()

@@ -18,8 +18,15 @@ def main(grid: Grid, context: Context) -> None:
     settings = context.run_config
     federation = problems.named(settings)
     figures = functools.partial(_figures, federation, federation.test())
+    who = by_name if settings["authenticate"] else None
     with opened(federation.agreement, federation.config, settings["workdir"], figures) as server:
-        Fipa(server, timeout=settings["timeout"]).start(grid)
+        Fipa(server, timeout=settings["timeout"], who=who).start(grid)
+
+
+def by_name(node) -> int | None:
+    """The client that a node is: whoever runs the SuperLink has registered its key as that of `client-N`."""
+    name, _, number = node.name.partition("-")
+    return int(number) if name == "client" and number.isdigit() else None
 
 
 def _figures(federation: problems.Federation, test: dict, params) -> dict:
