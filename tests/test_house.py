@@ -23,6 +23,7 @@ FLOORS = (
     {"reporting"},
     {"saving"},
     {"run"},
+    {"deployment"},
     {"__main__"},
 )
 LIGHT = {"jax", "optax", "numpy"}  # what the packages for other people's loops may need

@@ -75,7 +75,7 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
         population=_population(config, problem, on_device),
         people=people,
         held={prefix: on_device(data) for prefix, data in held.items()},
-        params=_first_params(config, problem, root),
+        params=first_params(config, problem.task, root),
         evaluate=jax.jit(metrics.make_evaluate(problem.task, config.eval.batch_size)),
         compiled={},
         root=replicate(root, mesh),
@@ -94,9 +94,9 @@ def _population(config: ConfigDict, problem: tasks.Problem, on_device: Callable)
     return Resident(*on_device((problem.train, Client(*partition.pad(problem.clients)))))
 
 
-def _first_params(config: ConfigDict, problem: tasks.Problem, root: jax.Array) -> Any:
+def first_params(config: ConfigDict, task: tasks.Task, root: jax.Array) -> Any:
     """The parameters that the run starts from: drawn, or those of `config.init_from`."""
-    params = jax.jit(problem.task.init)(jax.random.fold_in(root, 2**31))  # op by op it would compile each alone
+    params = jax.jit(task.init)(jax.random.fold_in(root, 2**31))  # op by op it would compile each alone
     params = jax.tree.map(lambda leaf: leaf.astype(config.precision), params)
     if not config.init_from:
         return params
