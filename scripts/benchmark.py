@@ -31,9 +31,7 @@ from pathlib import Path
 
 from benchmarks import timing
 
-COMMANDS = [line.split()[0] for line in __doc__.split("
-
-")[1].splitlines()]
+COMMANDS = [line.split()[0] for line in __doc__.split("\n\n")[1].splitlines()]
 
 
 def main():
