@@ -128,7 +128,8 @@ def figures(experiment, settings: ConfigDict, parts: Parts, params: Any) -> dict
     """The figures of the clients' own models on their own test examples, `personal_WAY[_EXAMPLES]_METRIC_...`.
 
     That is the mean over clients, their standard deviation and worst decile, see `metrics.over_clients`; besides, the
-    strength or the steps, `chosen_WAY[_EXAMPLES]`, and with `_loss` the held-out loss by which these were chosen. {} where nobody gets a model of its own.
+    strength or the steps, `chosen_WAY[_EXAMPLES]`, and with `_loss` the held-out loss by which these were chosen. {}
+    where nobody gets a model of its own.
 
     Args:
       experiment: `experiment.Experiment`.
