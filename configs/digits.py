@@ -8,8 +8,6 @@ FedAdam 75.2, FedAvg 70.9 %.
 Command: python scripts/train.py --config=configs/digits.py
 """
 
-import itertools
-
 from fipa_jax.config import recipes
 
 SCAFFOLD = "fedavg:term.name=scaffold:local.lr={}:server.lr={}"
@@ -39,6 +37,4 @@ def get_config(variant: str = ""):
 
 def _tune(config):
     """Every setting that was tried."""
-    config.compare = tuple(
-        method.format(*numbers) for method, values in TRIED.items() for numbers in itertools.product(*values)
-    )
+    config.compare = recipes.every_setting(TRIED)

@@ -110,8 +110,11 @@ def below(leaves: dict, name: str) -> dict:
     return {rest: leaves[path] for path, (first, _, rest) in parts.items() if first == name}
 
 
-def select(params, pattern: str) -> dict:
+def select(params, pattern: str, field: str = "trainable") -> dict:
     """The trainable subset: {path: leaf} of the leaves whose path contains the regular expression `pattern`.
+
+    Args:
+      field: what the pattern is called, for the error.
 
     Raises:
       ValueError: no path matches.
@@ -119,7 +122,7 @@ def select(params, pattern: str) -> dict:
     leaves = paths(params)
     chosen = {path: leaf for path, leaf in leaves.items() if re.search(pattern, path)}
     if not chosen:
-        raise ValueError(f"trainable: no parameter path matches {pattern!r}; the paths are: {', '.join(leaves)}")
+        raise ValueError(f"{field}: no parameter path matches {pattern!r}; the paths are: {', '.join(leaves)}")
     return chosen
 
 

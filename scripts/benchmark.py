@@ -3,6 +3,7 @@
 products   H V: through the network, by explicit rows and for the last layer, beside one read of the rows
 sketch     top eigenpairs of a trained CNN's curvature, beside matfree, curvlinops with scipy's eigsh, and jax's lobpcg
 eigenpairs multiple and nearly multiple eigenvalues: errors, and whether convergence is claimed, against dense float64
+sequence   a sequence model's sketch: seconds and memory, for the whole model, adapters and the last layer
 head       the last layer's sketch in closed form, beside the same through the network and beside local training
 merge      the server's merge: errors against float64, seconds and peak memory, beside one copy of the uploads
 gauss_newton   how close FIPA stays to the centralised Gauss-Newton trajectory, by rank and number of rounds
@@ -14,7 +15,9 @@ sums       FIPA from sums beside FIPA from eigenpairs: errors, the server's and 
 profile    a config's round, stage by stage: seconds, operations, memory; and a trace for the profiler
 ragged     a round of clients of very different sizes, padded, beside the sum of the clients' own work
 checkpoint rounds that are kept, one by one, beside the same rounds that are not
+apart      how far apart the clients' curvatures and data are, at the model of a run's warm-up
 robust     what one faulty client of five does to the step, by fault and rule, and by the caps
+lowering   every stage of a round, lowered for a GPU and a TPU on this machine: float64 in it, and calls out of it
 device     numerics and speed on an accelerator, see scripts/device_check.sh
 round      one client's work in a round beside PyTorch, pfl, fedjax and Flower; and a FIPA round beside a FedAvg round
 
@@ -29,10 +32,7 @@ from pathlib import Path
 
 from benchmarks import timing
 
-COMMANDS = (
-    "products", "sketch", "eigenpairs", "head", "merge", "gauss_newton", "step", "startup", "population", "scaling",
-    "profile", "ragged", "checkpoint", "robust", "device", "round", "sums",
-)  # fmt: skip
+COMMANDS = [line.split()[0] for line in __doc__.split("\n\n")[1].splitlines()]
 
 
 def main():

@@ -2,6 +2,7 @@
 
 python scripts/prepare_data.py cifar10 --data-dir=DIR
 python scripts/prepare_data.py heart_disease --data-dir=DIR
+python scripts/prepare_data.py shakespeare --data-dir=DIR
 python scripts/prepare_data.py tiny_imagenet --data-dir=DIR --manual-dir=FOLDER_WITH_THE_ARCHIVE
 """
 

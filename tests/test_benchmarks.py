@@ -19,6 +19,7 @@ SINE = str(ROOT / "configs" / "sine.py")
 COMMANDS = {
     "products": "products --model=cnn_6k --examples=4 --widths 2 --micro-batches 2 --repeats=1",
     "eigenpairs": "eigenpairs --keys=1 --ranks 4 --cases symmetric_network",
+    "sequence": "sequence --symbols=3 --window=4 --examples=4 --width=4 --layers=1 --rank=2 --repeats=1",
     "head": "head --features=4 --classes=3 --examples=6 --pixels=16 --channels 2 2 --ranks 2 --epochs=1 --repeats=1",
     "merge": "merge --parts=size --size=300 --clients=2 --rank=2 --size-methods=gram --stores=float32 --repeats=1",
     "gauss_newton": "gauss_newton --ranks 2 --rounds 2 4 --substeps=2 --plot=gap.png",
@@ -33,6 +34,7 @@ COMMANDS = {
     "ragged": "ragged --model=cnn_6k --examples=16 --clients=2 --rank=2 --solver=rows --epochs=1 --chunk=2 --repeats=1",
     "robust": "robust --size=20 --rank=4",
     "round": f"round --model=cnn_6k --examples=8 --clients=2 --batch=4 --repeats=1 --torch-python={sys.executable}",
+    "lowering": "lowering --configs=sine",
     "device": "device --tiny --parts=numerics",
     "rules": "round --rules --model=cnn_6k --examples=8 --clients=2 --sketches=head --epochs=1 --repeats=1",
 }

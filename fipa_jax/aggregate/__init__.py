@@ -5,6 +5,7 @@ from fipa_jax.aggregate.fisher_informed import INFO, FipaState, fipa, fipa_step,
 from fipa_jax.aggregate.late_updates import LateUpdates
 from fipa_jax.aggregate.limits import Limits, capped, limited
 from fipa_jax.aggregate.past_rounds import Kind, PastRounds, latest, prior, remembering, targets
+from fipa_jax.aggregate.robust import geometric_median, krum, median, multi_krum, trimmed_mean
 from fipa_jax.aggregate.rules import AGGREGATORS, diagonal, mean
 from fipa_jax.aggregate.screening import REASONS, Received, receive
 from fipa_jax.aggregate.solvers import FALLBACKS, Messages, Now, Solution, Solver, check_order, damped, pinv, tikhonov
@@ -52,9 +53,13 @@ __all__ = [
     "fipa_step",
     "from_solver",
     "from_sums",
+    "geometric_median",
+    "krum",
     "latest",
     "limited",
     "mean",
+    "median",
+    "multi_krum",
     "pinv",
     "prior",
     "receive",
@@ -64,6 +69,7 @@ __all__ = [
     "sum_solver",
     "targets",
     "tikhonov",
+    "trimmed_mean",
     "trust_region",
     "weights_of",
 ]

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from fipa_jax import backend
 from fipa_jax.aggregate.factorisations import METHODS, arithmetic, dot, dot_all, whole
 from fipa_jax.aggregate.row_blocks import map_rows, over_row_blocks, reduce_rows, row_block, segments_of
 from fipa_jax.curvature.sketch import Sketch
@@ -146,10 +147,10 @@ def merge(
     scales, ways = [_scale(part, dtype) for part in parts], [(part.deltas, part.moved) for part in parts]
     size, width = bases[0].shape[1], sum(scale.size for scale in scales)
     if method == "auto":
-        method = choose(size, width, dtype, jax.default_backend())
+        method = choose(size, width, dtype, backend.kind())
     rows = size // segments_of(size)
     length = rows if method == "qr" else min(rows, max(BLOCK // width, 2 * width))
-    wide = jnp.float64 if jax.default_backend() in DOUBLE else dtype
+    wide = jnp.float64 if backend.kind() in DOUBLE else dtype
     # The decomposition has no derivatives; `solve` and the others have, from the parts alone.
     fixed = jax.lax.stop_gradient((bases, scales, ways, base))
 
@@ -237,7 +238,7 @@ def check(method: str) -> None:
     lookup({"auto": choose} | METHODS, method, "aggregator.merge")
 
 
-def choose(size: int, width: int, dtype, backend: str) -> Literal["gram", "qr", "tsqr"]:
+def choose(size: int, width: int, dtype, device: str) -> Literal["gram", "qr", "tsqr"]:
     """The rule of `auto`, for F [P, D].
 
     `gram` for float32 on devices with float64: its error, that of float64's square root, is below float32's rounding,
@@ -245,7 +246,7 @@ def choose(size: int, width: int, dtype, backend: str) -> Literal["gram", "qr", 
     fraction of a second, and `tsqr` for more. (A Gram matrix summed with compensation would not do on devices without
     float64: its eigenvalues too would have to be found in more than float32.)
     """
-    if dtype == jnp.float32 and backend in DOUBLE:
+    if dtype == jnp.float32 and device in DOUBLE:
         return "gram"
     return "qr" if size * width**2 <= 2**30 else "tsqr"
 

@@ -1,4 +1,4 @@
-"""Which aggregation rules are there? The two that average, and the table of all, FIPA among them.
+"""Which aggregation rules are there? The two that average, and the table of all, FIPA and the robust ones among them.
 
 A rule of one's own is a factory like these, entered in `AGGREGATORS`; see `aggregator.Aggregator` for an example.
 """
@@ -10,6 +10,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
+from fipa_jax.aggregate import robust
 from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Needs, Place, Weighting, compare, sound, weights_of
 from fipa_jax.aggregate.fisher_informed import fipa
 from fipa_jax.aggregate.late_updates import LateUpdates, freshness
@@ -104,6 +105,11 @@ def diagonal(
 AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "diagonal": diagonal,
     "fipa": fipa,
+    "geometric_median": robust.geometric_median,
+    "krum": robust.krum,
     "mean": mean,
+    "median": robust.median,
+    "multi_krum": robust.multi_krum,
+    "trimmed_mean": robust.trimmed_mean,
     "sums": from_sums,
 }

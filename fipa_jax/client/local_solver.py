@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fipa_jax import trees
+from fipa_jax import backend, trees
 from fipa_jax.client.examples import Client, gather, masked_mean, own_indices, present
 from fipa_jax.client.terms import Done, Local, Term
 from fipa_jax.curvature import contracts
@@ -197,7 +197,7 @@ def in_micro_batches(gradient: MeanGradient, number: int) -> MeanGradient:
 def micro_batch_of(wanted: int, batch: int) -> int:
     """The largest divisor of the batch that is at most as wanted; as suits the backend, the nearest to a few."""
     divisors = [m for m in range(1, batch + 1) if batch % m == 0]
-    if wanted < 0 and jax.default_backend() == "cpu":
+    if wanted < 0 and backend.kind() == "cpu":
         return min((m for m in divisors if 2 * m > FEW), key=lambda m: abs(m - FEW), default=batch)
     return max(m for m in divisors if m <= (wanted if wanted > 0 else batch))
 

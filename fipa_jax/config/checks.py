@@ -45,11 +45,25 @@ RUN = {
     "task.test_points": POSITIVE,
     "task.test_fraction": Range(0, 1, "fraction", "()"),
     "task.column": NOT_NEGATIVE,
+    "task.window": POSITIVE,
+    "task.least_characters": POSITIVE,
     "task.seed": NOT_NEGATIVE,
     "partition.seed": NOT_NEGATIVE,
+    "personal.newcomers": Range(0, 1, "share", "[)"),
+    "personal.examples": NOT_NEGATIVE,
+    "personal.folds": Range(2),
+    "personal.strengths": Range(0, brackets="(]"),
+    "personal.steps": POSITIVE,
+    "personal.lr": NOT_NEGATIVE,
+    "personal.damping": Range(0, brackets="(]"),
+    "personal.fit_steps": POSITIVE,
     "partition.num_clients": POSITIVE,
     "model.widths": POSITIVE,
     "model.head_width": NOT_NEGATIVE,
+    "model.width": POSITIVE,
+    "model.layers": POSITIVE,
+    "model.heads": POSITIVE,
+    "model.lora_rank": NOT_NEGATIVE,
     "data.holdout": Range(0, 1, "fraction", "[)"),
     "task.holdout": Range(0, 1, "fraction", "[)"),
     "data.side": NOT_NEGATIVE,
@@ -86,6 +100,7 @@ PHASE = {
     "sketch.examples": NOT_NEGATIVE,
     "aggregator.damping": NOT_NEGATIVE,
     "aggregator.rcond": NOT_NEGATIVE,
+    "aggregator.faulty": Range(0, 0.5, "share", brackets="[)"),
     "aggregator.past.decay": Range(0, 1),
     "aggregator.past.rank": POSITIVE,
     "aggregator.past.length": POSITIVE,
@@ -112,9 +127,15 @@ PHASE = {
     "faults.scale_by": NOT_NEGATIVE,
 }
 # What a field asks for, set to anything but nothing, and who does not have it: field -> (the choice, its names).
-LACKING = dict.fromkeys(
-    ("data.holdout", "data.side", "data.rotation"), ("task.name", ("sine", "gaussians_2d", "pde", "own_data"))
-) | dict.fromkeys(("model.head_width", "model.compute_dtype"), ("model.name", ("mlp", "cnn_6k", "cnn_23k", "cnn_200k")))
+SMALL, RESNETS = ("mlp", "cnn_6k", "cnn_23k", "cnn_200k"), ("resnet20", "resnet18")
+LACKING: dict[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(
+        ("data.holdout", "data.side", "data.rotation"),
+        ("task.name", ("sine", "gaussians_2d", "pde", "own_data", "text")),
+    ),
+    **dict.fromkeys(("model.head_width", "model.compute_dtype"), ("model.name", (*SMALL, "transformer"))),
+    "model.lora_rank": ("model.name", (*SMALL, *RESNETS)),
+}
 PLACES = ("auto", "device", "host")
 CHOICES = {
     "precision": ("float32", "float64"),
@@ -157,7 +178,7 @@ def holds(numbers: Range, value: float) -> bool:
 def _in_words(numbers):
     """Which numbers a range holds."""
     if numbers.high == math.inf:
-        return f"at least {numbers.low}"
+        return f"{'more than' if numbers.brackets[0] == '(' else 'at least'} {numbers.low}"
     return f"a {numbers.noun} in {numbers.brackets[0]}{numbers.low}, {numbers.high}{numbers.brackets[1]}"
 
 
@@ -205,11 +226,12 @@ def _check_method(config, spec):
 def _check_phase(name, settings):
     """Checks the fields of a phase, `name` being its path."""
     _check_ranges(name, settings, PHASE)
-    try:
-        re.compile(settings.trainable)
-    except re.error as error:
-        text = f"got {settings.trainable!r} ({error})"
-        raise ValueError(f"{name}.trainable: needs a regular expression, {text}") from None
+    for field in ("trainable", "also_trained"):
+        try:
+            re.compile(settings[field])
+        except re.error as error:
+            text = f"got {settings[field]!r} ({error})"
+            raise ValueError(f"{name}.{field}: needs a regular expression, {text}") from None
     if not settings.local.steps:
         _check_ranges(name, settings, {"local.epochs": POSITIVE})
     if settings.term.name == "dyn" and not settings.term.mu:

@@ -32,6 +32,7 @@ def default() -> ConfigDict:
     config.warmup = phase(rounds=0, aggregator_name="mean")
     config.fipa = phase(rounds=100, aggregator_name="fipa")
     config.eval = evaluation()
+    config.personal = personal()
     return config.lock()
 
 
@@ -44,7 +45,7 @@ def checkpoint() -> ConfigDict:
 
 
 def task() -> ConfigDict:
-    """What is learned: tasks.task, then tasks.regression, tasks.pde or tasks.own_data."""
+    """What is learned: tasks.task, then tasks.regression, tasks.pde, tasks.own_data or tasks.text."""
     group = ConfigDict()
     group.name = "sine"
     group.num_clients = 2  # sine: equal intervals of [0, 1]
@@ -60,6 +61,8 @@ def task() -> ConfigDict:
     group.split = "column"  # own_data: column (values or quantiles of one), kmeans (of x), given (the file's client)
     group.column = 0  # own_data: of x, by which the split `column` goes
     group.standardise = "pooled"  # own_data: x to mean 0 and variance 1, by all training examples; client, none
+    group.window = 32  # text: characters of an example; of the fields above also file, test_fraction, holdout: in time
+    group.least_characters = 1000  # text: of a speaker, to be a client
     group.equation = "poisson_1d"  # pde: poisson_1d, _2d, _3d, fisher_kpp, burgers, burgers_mild, helmholtz
     group.boundary_points = 20  # pde: on each face of the domain that a client's strip touches
     group.boundary_weight = 100.0  # pde: lambda, of the squared boundary residuals
@@ -103,6 +106,10 @@ def model() -> ConfigDict:
     group.activation = "tanh"
     group.head_width = 0  # of a hidden layer in a ResNet's head; 0 for none
     group.compute_dtype = ""  # of a ResNet's computation, e.g. bfloat16; "" for config.precision
+    group.width = 32  # of the transformer
+    group.layers = 2  # its blocks
+    group.heads = 4  # of attention in each, which divide the width
+    group.lora_rank = 0  # of adapters beside the dense layers of its blocks, whose paths contain `lora`; 0 for none
     return group
 
 
@@ -115,11 +122,30 @@ def evaluation() -> ConfigDict:
     return group
 
 
+def personal() -> ConfigDict:
+    """Models that clients have for themselves once a method is trained: run.personal_stage."""
+    group = ConfigDict()
+    group.compare = ()  # ways to get them, side by side: global, local, finetune, ditto, curvature, laplace, spread
+    group.newcomers = 0.0  # share of the clients that no round sees, and that alone get models; 0: all clients do
+    group.examples = (0,)  # own training examples that a model is made of, one number after another; 0 for all
+    group.folds = 5  # of these, by which strength or steps are chosen, one for all clients together
+    group.strengths = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # tried by all but finetune
+    group.steps = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # that finetune tries: on all of the own examples
+    group.lr = 0.1  # of these steps
+    group.own = ""  # regular expression over the paths of parameters that every client has for itself, free of priors
+    group.damping = 0.1  # of curvature and laplace, in units of the curvature's mean eigenvalue
+    group.fit_steps = 20  # of Gauss-Newton, by which all but finetune find their models; a linear model needs 1
+    return group
+
+
 def phase(rounds: int, aggregator_name: str) -> ConfigDict:
     """One phase: who learns what, how, and how uploads become a step."""
     group = ConfigDict()  # run.experiment, run.loop, run.phase_parts, run.whole_run
     group.rounds = rounds
     group.trainable = ".*"  # regular expression over parameter paths, e.g. "^head/" for one layer
+    group.also_trained = (
+        ""  # the same of what clients train, where that is more: only the change of `trainable` is sent
+    )
     group.pooled = False  # one client holds all examples: the ceiling that a federated run is measured against
     group.cache_body = False  # where only the head is trained: run it on features that are computed once
     group.cache_views = 0  # random views of each example whose features are kept, to train on; 0 for the plain one
@@ -194,6 +220,8 @@ def sketch() -> ConfigDict:
     group.gradient_scale = 0.0  # c of the published rank rule, by the gradients' norms; 0 for none
     group.store = ""  # dtype of the basis as it is sent: bfloat16 halves it; "" for the parameters' own
     group.examples = 0  # of a client that enter its sketch; 0 for all
+    group.views = False  # of random views of the examples, where config.data.augment is set
+    group.common_start = False  # iterative solvers begin from one basis for all clients of a round
     return group
 
 
@@ -201,9 +229,10 @@ def aggregator(name: str) -> ConfigDict:
     """How uploads become one step: the rule of aggregate.rules.AGGREGATORS that `name` names."""
     return ConfigDict(
         {
-            # aggregate.rules.mean, aggregate.fisher_informed.fipa, aggregate.rules.diagonal,
-            # aggregate.sum_rule.from_sums
-            "name": name,  # mean, fipa, diagonal, sums
+            # aggregate.rules.mean, aggregate.fisher_informed.fipa, aggregate.rules.diagonal, aggregate.robust.krum,
+            # aggregate.robust.trimmed_mean, aggregate.sum_rule.from_sums
+            # mean, fipa, diagonal, sums; median, trimmed_mean, krum, multi_krum, geometric_median
+            "name": name,
             "weighting": "examples",  # or "uniform"
             "form": "damped",  # pinv, tikhonov, damped
             "damping": 1e-3,
@@ -213,6 +242,7 @@ def aggregator(name: str) -> ConfigDict:
             "own_damping": False,  # updates count as the clients' own damped steps, 1 / (lr steps); see aggregate
             "merge": "auto",  # of the sketches: auto, qr, tsqr, gram
             "at": "local",  # where the diagonal rule sees the curvature: local or broadcast parameters
+            "faulty": 0.2,  # trimmed_mean, krum, multi_krum: the share of the clients that may be at fault
             "past": {  # aggregate.past_rounds.PastRounds
                 "kind": "none",  # of past rounds' curvature: none, prior, targets, latest; for few clients of many
                 "decay": 0.9,  # by which the weight of what is remembered falls with each round

@@ -1,6 +1,7 @@
 """What the experiments in `configs/` share: each starts from one of these and says what is its own."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
@@ -88,6 +89,42 @@ def head_alone(config: ConfigDict, trainable: str) -> None:
     fipa.sketch.solver, fipa.sketch.rank = "auto", 10
     fipa.aggregator.form, fipa.aggregator.relative, fipa.aggregator.damping = "tikhonov", False, 0.01
     fipa.server.lr = 0.01  # gamma beta
+
+
+def every_setting(tried: Mapping[str, tuple]) -> tuple[str, ...]:
+    """The methods of `config.compare` that are to be tuned: each with every combination of its numbers.
+
+    Example:
+      every_setting({"fedavg:local.lr={}:server.lr={}": ((0.1, 0.01), (1, 0.3))})  # four methods
+
+    Args:
+      tried: {a method with a {} for each of its numbers: the values of each}.
+    """
+    return tuple(method.format(*numbers) for method, values in tried.items() for numbers in itertools.product(*values))
+
+
+def as_published(config: ConfigDict) -> None:
+    """Sets the FIPA phase to what the authors' code does in every image experiment, where it is not said in the paper.
+
+    Sketches are of augmented images, by subspace iteration from one start for all clients; the form is `tikhonov`.
+    """
+    fipa = config.fipa
+    fipa.local.lr = config.warmup.local.lr  # whose schedule goes on
+    fipa.sketch.solver, fipa.sketch.loss_rank, fipa.sketch.examples, fipa.sketch.micro_batch = "subspace", 0, 0, 0
+    fipa.sketch.views = fipa.sketch.common_start = True
+    fipa.aggregator.form, fipa.aggregator.relative = "tikhonov", False
+
+
+def head_as_published(config: ConfigDict, trainable: str) -> None:
+    """Sets the FIPA phase to the head as the authors' code has it: clients train all, but send the head's change.
+
+    Args:
+      trainable: the pattern of the head's layers.
+    """
+    fipa = config.fipa
+    fipa.trainable, fipa.also_trained, fipa.cache_body = trainable, ".*", False
+    fipa.sketch.rank, fipa.sketch.oversample, fipa.sketch.power_steps = 10, 10, 2
+    fipa.aggregator.damping, fipa.server.lr = 0.01, 0.01  # beta, gamma beta with gamma 1
 
 
 def variant(config: ConfigDict, name: str, **others: Callable[[ConfigDict], None]) -> ConfigDict:

@@ -19,6 +19,7 @@ from fipa_jax.curvature.sketch import (
     truncate,
     with_rank_by_gradient,
 )
+from fipa_jax.curvature.sketchers import from_one_start, on_views
 
 __all__ = [
     "Curvature",
@@ -35,6 +36,7 @@ __all__ = [
     "TaskOutputs",
     "check",
     "exact",
+    "from_one_start",
     "keeping_energy",
     "lanczos",
     "make_diagonal",
@@ -43,6 +45,7 @@ __all__ = [
     "make_gradient",
     "make_image",
     "make_sketch",
+    "on_views",
     "plain",
     "stored_as",
     "subspace",

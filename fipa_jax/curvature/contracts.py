@@ -22,7 +22,7 @@ from fipa_jax import trees
 
 Outputs = Callable[[Any, Any], Any]  # (params, batch) -> out, a pytree of [B, ...], of each example by itself
 Loss = Callable[[Any, Any], jax.Array]  # (out, batch) -> [B], of each example
-Features = Callable[[Any, Any], jax.Array]  # (params, batch) -> [B, F], the inputs of the last layer
+Features = Callable[[Any, Any], jax.Array]  # (params, batch) -> [B, ..., F], the inputs of the last layer
 Number = jax.Array | float  # [], which may be traced
 Given = TypeVar("Given")
 
@@ -257,6 +257,11 @@ def kind(value: Any) -> str:
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         return f"{type(value).__name__} {value!r:.40}"
     return f"{value.dtype} of shape {tuple(value.shape)}"
+
+
+def shapes(tree: Any) -> list[list[int]]:
+    """The shape of each leaf."""
+    return [list(leaf.shape) for leaf in jax.tree.leaves(tree)]
 
 
 def _at(path: str) -> str:

@@ -20,21 +20,30 @@ CALLS = {"pjit", "jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "re
 
 
 def fits(params: Any, out: Any, features: Any) -> bool:
-    """Whether the parameters have a dense layer's shapes, [F, K] and at most [K]: features [B, F] to out [B, K]."""
-    if not all(hasattr(x, "shape") and len(x.shape) == 2 for x in (out, features)):
+    """Whether the parameters have a dense layer's shapes, [F, K] and at most [K]: features [B, F] to out [B, K].
+
+    Of a sequence model, whose layer is the same at every position, features [B, T, F] to out [B, T, K].
+    """
+    if not all(hasattr(x, "shape") and len(x.shape) >= 2 for x in (out, features)):
         return False
-    bias, shapes = tuple(out.shape[1:]), [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
-    kernel = (*features.shape[1:], *bias)
+    if out.shape[:-1] != features.shape[:-1]:
+        return False
+    bias, shapes = tuple(out.shape[-1:]), [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
+    kernel = (*features.shape[-1:], *bias)
     return sorted(shapes, key=len) in ([kernel], [bias, kernel])
 
 
 def affine(params: Any, features: jax.Array) -> jax.Array:
-    """[B, K]: features @ kernel + bias, of parameters that fit; linear in them."""
-    return trees.total(features @ leaf if leaf.ndim == 2 else leaf[None] for leaf in jax.tree.leaves(params))
+    """[B, ..., K]: features @ kernel + bias, of parameters that fit; linear in them."""
+
+    def part(leaf):
+        return features @ leaf if leaf.ndim == 2 else jnp.expand_dims(leaf, range(features.ndim - 1))
+
+    return trees.total(map(part, jax.tree.leaves(params)))
 
 
 def differs(outputs: Outputs, params: Any, batch: Any, features: jax.Array) -> jax.Array:
-    """[] bool: the outputs' derivative in the parameters is not that of the last layer on these features [B, F].
+    """[] bool: the outputs' derivative in the parameters is not that of the last layer on these features [B, ..., F].
 
     Both are linear. Where they agree along one random direction they agree along all, but for chance.
     """

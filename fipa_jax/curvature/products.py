@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax import trees
+from fipa_jax import backend, trees
 from fipa_jax.curvature import contracts, last_layer
 from fipa_jax.curvature.contracts import Features, Loss, MakeVector, Outputs
 from fipa_jax.curvature.micro_batches import first, fold, micro_batches, stack, zero_if_empty
@@ -70,7 +70,7 @@ def make_ggn(
         products: for networks whose weights are used many times per example (convolutions) and few outputs this is
         much the faster. `head`, where the parameters are those of the last dense layer: the closed form
         1/N sum_n (phi_n phi_n^T) kron L_n over cached features phi_n, no network in the loop.
-      features: (params, batch) -> [B, F], the inputs phi of the last layer; for `head`.
+      features: (params, batch) -> [B, F], or [B, T, F], the inputs phi of the last layer; for `head`.
       loss_rank: for `rows`, how many eigendirections of each L_n are pulled back, the largest first: the work and the
         memory are proportional to it, and what is left out is positive semi-definite. 0 takes all K. Products and
         trace are those of what is kept; `Curvature.truncated` says whether that is less than H.
@@ -116,7 +116,7 @@ def _matrix_free(outputs, loss, params, micro):
                 return ravel_pytree(pull(hessian(push(unravel(v))))[0])[0]
 
             # On a CPU one after another: side by side they leave its cache, which takes two to three times as long.
-            if jax.default_backend() == "cpu":
+            if backend.kind() == "cpu":
                 return total + jax.lax.map(column, vectors.T).T
             return total + jax.vmap(column, in_axes=1, out_axes=1)(vectors)
 
@@ -238,7 +238,10 @@ def _roots(loss, out, batch, weight):
 
 
 def _head(outputs, loss, params, micro, *, features):
-    """H V for the last dense layer, out_n = W^T phi_n + b: J_n = phi_n^T kron I, so that no network is in the loop."""
+    """H V for the last dense layer, out_n = W^T phi_n + b: J_n = phi_n^T kron I, so that no network is in the loop.
+
+    With positions t: out_nt = W^T phi_nt + b, and H = 1/N sum_n sum_st J_ns^T L_nst J_nt for whatever L_n.
+    """
     flat, unravel = ravel_pytree(params)
 
     def seen_by_head(batch, weight):
@@ -251,8 +254,8 @@ def _head(outputs, loss, params, micro, *, features):
     if not last_layer.fits(params, *first((out, phi))):
         raise ValueError(
             "sketch.jacobian: head needs the trainable parameters to be the last layer's kernel [F, K] and at most its "
-            f"bias [K], got {_shapes(params)} for features and outputs of shapes {_shapes((phi, out))}; set trainable "
-            "to that layer"
+            f"bias [K], got {contracts.shapes(params)} for features and outputs {contracts.shapes((phi, out))}; set "
+            "trainable to that layer"
         )
     differs = jnp.any(differs)
     phi = jnp.where(differs, jnp.nan, phi)
@@ -274,22 +277,24 @@ def _head(outputs, loss, params, micro, *, features):
         diagonal = jax.lax.map(lambda unit: hessian(jnp.broadcast_to(unit, out.shape)) @ unit, jnp.eye(out.shape[1]))
         return total + jnp.vdot(jnp.sum(diagonal, 0), jnp.sum(phi**2, axis=1) + has_bias)
 
-    whole = zero_if_empty(micro, fold(trace, jnp.zeros([], flat.dtype), micro, out, phi))
+    # With positions, which L_n may couple, the trace is no sum over them.
+    whole = zero_if_empty(micro, fold(trace, jnp.zeros([], flat.dtype), micro, out, phi)) if out.ndim == 3 else None
     return Curvature(product, flat.size, flat.dtype, trace=whole, not_last_layer=differs)
 
 
 def _head_columns(loss, columns, batch, weight, out, phi):
     """H V of one micro-batch: of the kernel's columns [F, K, B] and the bias's [K, B], one product for all of them."""
+    leading = tuple(range(out.ndim - 1))  # the examples' axis, and those of positions
 
     def push(leaf):
-        return jnp.tensordot(phi, leaf, 1) if leaf.ndim == 3 else leaf[None]
+        return jnp.tensordot(phi, leaf, 1) if leaf.ndim == 3 else jnp.expand_dims(leaf, leading)
 
     tangent = trees.total(push(leaf) for leaf in jax.tree.leaves(columns))
     hessian = loss_derivatives(loss, out, batch, weight)[1]
-    curved = jax.vmap(hessian, in_axes=2, out_axes=2)(jnp.broadcast_to(tangent, (*out.shape, tangent.shape[2])))
+    curved = jax.vmap(hessian, in_axes=-1, out_axes=-1)(jnp.broadcast_to(tangent, (*out.shape, tangent.shape[-1])))
 
     def pull(leaf):
-        return jnp.tensordot(phi, curved, [[0], [0]]) if leaf.ndim == 3 else jnp.sum(curved, 0)
+        return jnp.tensordot(phi, curved, [leading, leading]) if leaf.ndim == 3 else jnp.sum(curved, leading)
 
     return jax.tree.map(pull, columns)
 
@@ -393,8 +398,3 @@ def _ravelled(tree) -> jax.Array:
 def _ravel_each(stacked) -> jax.Array:
     """[B, K], each example's leaves [B, ...] one after another."""
     return jax.vmap(_ravelled)(stacked)
-
-
-def _shapes(tree) -> list[list[int]]:
-    """The shape of each leaf."""
-    return [list(leaf.shape) for leaf in jax.tree.leaves(tree)]

@@ -150,8 +150,7 @@ def make_sketch(
 def keeping_energy(sketch: SketchFunction, share: float) -> SketchFunction:
     """The sketch function with as few pairs as reach this share of the trace; the others are zero.
 
-    The report's residuals are those of the pairs that are kept. All pairs stay where the trace is not known, as from
-    products without probes (`make_sketch`).
+    The report's residuals are those of the pairs that are kept. All pairs stay where the trace is not known.
     """
 
     def kept(key, params, batch, mask=None, start=None) -> Sketch:
@@ -338,6 +337,7 @@ class Sketcher(NamedTuple):
     of_client: OfClient
     of_cohort: OfCohort = _as_they_are
     sends_gradient: bool = False  # whether the clients send their gradients [P] too
+    drawn_by: Callable[[jax.Array], jax.Array] = jnp.asarray  # ids [C] -> [C], those that their random keys are of
 
 
 def plain(make: SketchMaker) -> Sketcher:

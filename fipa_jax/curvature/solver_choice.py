@@ -74,6 +74,7 @@ def _choose_for(outputs, params, batch, search: Search, view: View) -> tuple[str
     return choose(
         examples=jax.tree.leaves(batch)[0].shape[0],
         outputs=min(view.loss_rank or num_outputs, num_outputs),
+        side=num_outputs,
         size=sum(leaf.size for leaf in jax.tree.leaves(params)),
         products=(search.power_steps + 1) * search.rank + search.oversample + USUAL,
         flops=forward_flops(outputs, params, batch),
@@ -83,22 +84,25 @@ def _choose_for(outputs, params, batch, search: Search, view: View) -> tuple[str
 
 
 def choose(
-    *, examples: int, outputs: int, size: int, products: int, flops: float, itemsize: int, is_head: bool
+    *, examples: int, outputs: int, side: int, size: int, products: int, flops: float, itemsize: int, is_head: bool
 ) -> tuple[str, str]:
     """The rule of `auto`: (solver, jacobian), by the floating-point operations of each and the memory of the rows.
 
     1. The last layer alone is seen in closed form.
-    2. Rows [N K, P] that take more than `ROWS_GIB`: block Lanczos on matrix-free products.
-    3. At most 256 rows or parameters: the exact pairs, one small decomposition.
-    4. Otherwise the cheapest of, with f the operations of one forward pass over all N examples:
-         matrix-free Lanczos   4 f B + 6 P B^2                      B products, and keeping their columns orthogonal
-         Lanczos on the rows   2 f K + 4 N K P B + 6 P B^2          K pullbacks, then B products
-         exact                 2 f K + 2 n^2 max(N K, P) + 25 n^3   with n = min(N K, P): a Gram matrix and its
-                                                                    eigenvectors, at a third of a product's speed
-       K being `loss_rank` where that is set.
+    2. Rows [N K, P] and Hessians of the loss [N, M, M] that take more than `ROWS_GIB`: block Lanczos on matrix-free
+       products. So it is for sequences, of whose rows there are T times as many.
+    3. At most 256 rows or parameters, and M <= 256: the exact pairs, one small decomposition.
+    4. Otherwise the cheapest of, with f the operations of one forward pass over all N examples, and l = 25 N M^3 those
+       of the roots of the Hessians:
+         matrix-free Lanczos   4 f B + 6 P B^2                          B products, and keeping their columns orthogonal
+         Lanczos on the rows   l + 2 f K + 4 N K P B + 6 P B^2          K pullbacks, then B products
+         exact                 l + 2 f K + 2 n^2 max(N K, P) + 25 n^3   with n = min(N K, P): a Gram matrix and its
+                                                                        eigenvectors, at a third of a product's speed
 
     Args:
-      examples, outputs, size: N, K, P.
+      examples, size: N, P.
+      outputs: K, of an example, T times the symbols' number for a sequence; `loss_rank` where that is set.
+      side: M, of an example's Hessian: K without `loss_rank`.
       products: B, that Lanczos may take, with those that ask whether it has overlooked a vector.
       flops: f.
       itemsize: bytes of an entry.
@@ -107,14 +111,15 @@ def choose(
     if is_head:
         return "lanczos", "head"
     rows = examples * outputs
-    if rows * size * itemsize > ROWS_GIB * 2**30:
+    if (rows * size + examples * side**2) * itemsize > ROWS_GIB * 2**30:
         return "lanczos", "matrix_free"
     narrow, wide = sorted((rows, size))
-    if narrow <= 256:
+    if max(narrow, side) <= 256:
         return "exact", "rows"
+    pulled = 25 * examples * side**3 + 2 * flops * outputs
     work = {
         ("lanczos", "matrix_free"): 4 * flops * products + 6 * size * products**2,
-        ("lanczos", "rows"): 2 * flops * outputs + 4 * rows * size * products + 6 * size * products**2,
-        ("exact", "rows"): 2 * flops * outputs + 2 * narrow**2 * wide + 25 * narrow**3,
+        ("lanczos", "rows"): pulled + 4 * rows * size * products + 6 * size * products**2,
+        ("exact", "rows"): pulled + 2 * narrow**2 * wide + 25 * narrow**3,
     }
     return min(work, key=work.__getitem__)

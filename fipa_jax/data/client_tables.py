@@ -1,7 +1,7 @@
-"""How are tables with clients of their own prepared, hospitals and patients? From their archives to an .npz.
+"""How are data with clients of their own prepared: hospitals, patients, speakers? From their archives to an .npz.
 
-The file is one that the task `own_data` reads, see `own_arrays`. An archive's files are compared with their digests and
-read where they lie. A new set is an entry of `SOURCES`.
+The file is one that the task `own_data` reads, see `own_arrays`, or of texts the task `text`. An archive's files are
+compared with their digests and read where they lie. A new set is an entry of `SOURCES`.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from fipa_jax.lookup import lookup
 
 
 class TableSource(NamedTuple):
-    """A set of tables as it is published."""
+    """A set of tables, or of texts, as it is published."""
 
-    url: str  # of the archive
+    url: str  # of the archive, or of the one file
     files: dict[str, str]  # {name of a file in it: SHA-256}
     read: Callable[[dict[str, str]], dict[str, np.ndarray]]  # {name: text} -> the arrays of the .npz
 
@@ -75,10 +75,8 @@ def _text(source: TableSource, file: str, folder: Path, archive: Path) -> str:
         except (*sources.DAMAGE, ValueError, KeyError) as error:
             raise ValueError(f"{archive} is damaged, or lacks {file}; delete it and fetch {source.url}") from error
     else:
-        raise FileNotFoundError(
-            f"neither {archive.name} nor {file} is in {folder}; the data set needs {', '.join(source.files)}, "
-            f"of {source.url}"
-        )
+        lacking = f"{file} is not" if file == archive.name else f"neither {archive.name} nor {file} is"
+        raise FileNotFoundError(f"{lacking} in {folder}; the data set needs {', '.join(source.files)}, of {source.url}")
     if (got := hashlib.sha256(content).hexdigest()) != source.files[file]:
         raise ValueError(
             f"{file} in {where} is not the official file: needed SHA-256 {source.files[file]}, got {got} from its "
@@ -127,7 +125,26 @@ def _parkinsons(texts: dict[str, str]) -> dict[str, np.ndarray]:
     return {f"{name}{end}": values[rows] for end, rows in parts.items() for name, values in columns.items()}
 
 
-# Both from UCI, CC BY 4.0: DOI 10.24432/C52P4X (Janosi et al. 1988) and 10.24432/C5ZS3N (Tsanas and Little 2009).
+def _shakespeare(texts: dict[str, str]) -> dict[str, np.ndarray]:
+    """The words of 299 speakers, each one's speeches one after another in the order of the file.
+
+    A speech is a block between empty lines that begins with a line `NAME:` and goes on. The other 125 blocks are left
+    out; 9 speakers have no words in the file but such a line.
+    """
+    words: dict[str, list[str]] = {}
+    for block in texts["input.txt"].split("\n\n"):
+        name, colon, speech = block.strip("\n").partition(":\n")
+        if colon and "\n" not in name:
+            words.setdefault(name, []).append(speech)
+    spoken = {name: "\n".join(speeches) + "\n" for name, speeches in words.items()}
+    return {
+        "text": np.frombuffer("".join(spoken.values()).encode("utf-32-le"), np.uint32),
+        "length": np.array([len(text) for text in spoken.values()]),
+        "client": np.array([*spoken]),
+    }
+
+
+# The tables from UCI, CC BY 4.0: DOI 10.24432/C52P4X (Janosi et al. 1988) and 10.24432/C5ZS3N (Tsanas and Little 2009).
 SOURCES = {
     "heart_disease": TableSource(
         "https://archive.ics.uci.edu/static/public/45/heart+disease.zip",
@@ -143,5 +160,10 @@ SOURCES = {
         "https://archive.ics.uci.edu/static/public/189/parkinsons+telemonitoring.zip",
         {"parkinsons_updrs.data": "f2c7d5025dec4e92e7feae367a5f7ccf58789a10ac6b54bdf15976c599f9dd39"},
         _parkinsons,
+    ),
+    "shakespeare": TableSource(  # in the public domain; the choice of Karpathy (2015), a tenth of all that he wrote
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        {"input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
+        _shakespeare,
     ),
 }

@@ -29,7 +29,8 @@ class Parts(NamedTuple):
     server: optax.GradientTransformation  # on the negative step, without the learning rate
     num_clients: int  # T
     cohort: int  # C
-    trainable: str = ".*"  # regular expression over parameter paths
+    trainable: str = ".*"  # regular expression over parameter paths: what is sent and aggregated
+    also_trained: str = ""  # the same of what clients train, where that is more; "" for no more
     channel: Channel = Channel()  # what lies between server and clients
     announce: Callable[[Any], dict] = announce_nothing  # the rule's state -> fields of `Hyper` that the clients take
     sketch_first: bool = False  # whether local work needs the client's sketch
@@ -75,6 +76,12 @@ def model_of(parts: Parts, params: Any) -> tuple[dict, Callable]:
         return parts.task.outputs(trees.replace(params, theta), batch)
 
     return trees.select(params, parts.trainable), outputs
+
+
+def trained_of(parts: Parts, params: Any) -> dict:
+    """What clients train, {path: leaf}: what `trainable` names, and what `also_trained` names besides."""
+    more = trees.select(params, parts.also_trained, "also_trained") if parts.also_trained else {}
+    return trees.select(params, parts.trainable) | more
 
 
 def _repeated(leaf, number: int) -> jax.Array:

@@ -22,7 +22,7 @@ from fipa_jax.curvature import contracts
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.federation.channel import Order
 from fipa_jax.federation.parallel import ByRows, by_none, map_clients
-from fipa_jax.federation.parts import Parts, Rates, model_of
+from fipa_jax.federation.parts import Parts, Rates, model_of, trained_of
 from fipa_jax.federation.population import Cohort, sample_cohort
 from fipa_jax.federation.server import serve
 from fipa_jax.federation.state import State, fetch, keep
@@ -54,7 +54,9 @@ def train(
         if sketch is not None:
             sketch = sketch._replace(basis=sketch.basis[: trees.ravel(theta).size])
         hyper = hyper._replace(sketch=sketch, part=order.part)
-        return parts.local(outputs, theta, data, client, key, hyper, store, state.shared)
+        whole = trained_of(parts, state.params) | theta
+        result = parts.local(outputs, whole, data, client, key, hyper, store, state.shared)
+        return result._replace(delta={path: result.delta[path] for path in chosen})
 
     keys = _of_clients(_keys_of(state.round, root)[1], cohort.ids)
     common = _seen_by_all(state), cohort.data, hyper
@@ -85,7 +87,7 @@ def sketch(
         batch, mask = gather(data, client.indices), present(client)
         return _filled_up(parts, sketcher.of_client(outputs, theta, solve_key, batch, mask, *asked))
 
-    keys = _of_clients(_keys_of(state.round, root)[2], cohort.ids)
+    keys = _of_clients(_keys_of(state.round, root)[2], sketcher.drawn_by(cohort.ids))
     trained = None
     if parts.aggregator.needs.at == "local":
         trained = contracts.given(results, "results, as the rule wants curvature at the trained parameters").delta

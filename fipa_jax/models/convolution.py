@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fipa_jax import backend
+
 LAYOUT = ("NHWC", "HWIO", "NHWC")  # of images, kernels and results
 
 CACHE = 2**19  # bytes of patches that stay in a core's cache
@@ -52,7 +54,7 @@ def conv(  # its nine parameters are those by which flax calls `conv_general_dil
             f"conv needs one group and no dilation, got feature_group_count={feature_group_count}, "
             f"lhs_dilation={lhs_dilation}, rhs_dilation={rhs_dilation}; use lax.conv_general_dilated for those"
         )
-    if jax.default_backend() == "cpu":
+    if backend.kind() == "cpu":
         return _conv_by_matmul(lhs, rhs, window_strides, padding, precision)
     return lax.conv_general_dilated(lhs, rhs, window_strides, padding, dimension_numbers=layout, precision=precision)
 

@@ -16,10 +16,10 @@ Maker = Callable[[Any, int], nn.Module]  # (config.model, K) -> the network
 
 
 class Features(NamedTuple):
-    """What a network computes on its way to the outputs."""
+    """What a network computes on its way to the outputs; a sequence model's have a further axis, of positions."""
 
     levels: tuple  # of [B, ...]: hidden values, of convolutions globally averaged before their ReLU
-    body: jax.Array  # [B, F], the input of the head
+    body: jax.Array  # [B, F], the input of the head, or [B, T, F]
     last: jax.Array  # [B, F'], the input of the last layer; the body's where the head is one layer
 
 
@@ -122,6 +122,40 @@ class ResNet(nn.Module):
         return ("hidden", "head") if self.hidden else ("head",)
 
 
+class Transformer(nn.Module):
+    """A causal transformer, with normalisation before each part (Radford et al. 2019) and learned positions.
+
+    It predicts the next of K symbols at every position, from the symbols up to it. Parameter names are those of the
+    blocks, and `head`. With a positive `lora_rank` r every dense layer of the blocks has an adapter (LoRA, Hu et al.
+    2022): x W becomes x W + x A B, with A [in, r] drawn and B [r, out] zero at first, so that the model starts as the
+    one without. Their paths, and no others, contain `lora`. The scale alpha / r of that paper is one here.
+    """
+
+    num_symbols: int  # K
+    width: int
+    layers: int
+    heads: int
+    lora_rank: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        """Maps symbols [B, T], whole numbers below K, to outputs [B, T, K] and features."""
+        if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
+            shape = "x".join(map(str, x.shape[1:]))
+            raise ValueError(
+                f"config.model.name: 'transformer' needs whole numbers [B, T], got {x.dtype} of {shape} for an "
+                "example; take config.task.name = 'text', or another model"
+            )
+        place = self.param("positions", nn.initializers.normal(0.02), (x.shape[1], self.width))
+        x = nn.Embed(self.num_symbols, self.width, name="embedding")(x) + place[None]
+        for i in range(self.layers):
+            x = _TransformerBlock(self.heads, self.lora_rank, name=f"block{i + 1}")(x)
+        x = nn.LayerNorm(name="norm")(x)
+        return nn.Dense(self.num_symbols, name="head")(x), Features((), x, x)
+
+    head_layers = ("head",)
+
+
 def apply_head(layers: Sequence[str], params, body):
     """The head alone: dense layers with ReLU between them, from the body's features [B, F] to (outputs, features)."""
     *hidden, final = layers
@@ -132,8 +166,48 @@ def apply_head(layers: Sequence[str], params, body):
 
 
 def _dense(layer: dict, x: jax.Array) -> jax.Array:
-    """[B, F'], a dense layer's values for inputs [B, F], by its parameters."""
-    return x @ layer["kernel"] + (layer["bias"][None] if "bias" in layer else 0)
+    """[B, ..., F'], a dense layer's values for inputs [B, ..., F], by its parameters."""
+    bias = layer["bias"].reshape([1] * (x.ndim - 1) + [-1]) if "bias" in layer else 0
+    return x @ layer["kernel"] + bias
+
+
+class _TransformerBlock(nn.Module):
+    """Causal attention and a network with one hidden layer of four times the width, each added to what it is given."""
+
+    heads: int
+    lora_rank: int
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+
+        def dense(name, x, features=width):
+            y = nn.Dense(features, name=name)(x)
+            if not self.lora_rank:
+                return y
+            low = nn.Dense(self.lora_rank, use_bias=False, name=f"{name}_lora_a")(x)
+            zeros = nn.initializers.zeros
+            return y + nn.Dense(features, use_bias=False, kernel_init=zeros, name=f"{name}_lora_b")(low)
+
+        def split(values):  # [B, T, F] -> [B, T, heads, F / heads]
+            return values.reshape(*values.shape[:2], self.heads, -1)
+
+        y = nn.LayerNorm(name="norm1")(x)
+        mixed = _causal_attention(*(split(dense(name, y)) for name in ("query", "key", "value")))
+        x = x + dense("out", mixed.reshape(x.shape))
+        y = nn.LayerNorm(name="norm2")(x)
+        return x + dense("down", nn.gelu(dense("up", y, 4 * width)))
+
+
+def _causal_attention(query, key, value):
+    """[B, T, H, F], each position's mean of the values [B, S, H, F] up to it, weighed by softmax(query key / sqrt(F)).
+
+    As `jax.nn.dot_product_attention`, whose softmax is float32 whatever it is given; ours is the inputs'.
+    """
+    scores = jnp.einsum("bthf,bshf->bhts", query, key) / query.shape[-1] ** 0.5
+    past = jnp.tri(scores.shape[-1], dtype=bool)[None, None]
+    weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshf->bthf", weights, value)
 
 
 class _ConvNorm(nn.Module):
@@ -200,6 +274,14 @@ def _resnet(widths: Sequence[int], blocks: int) -> Maker:
     return make
 
 
+def _transformer(config_model, num_outputs: int) -> Transformer:
+    """The transformer of `config.model.width`, `layers`, `heads` and `lora_rank`."""
+    width, layers, heads = config_model.width, config_model.layers, config_model.heads
+    if width % heads:
+        raise ValueError(f"config.model.heads: needs to divide config.model.width = {width}, got {heads}")
+    return Transformer(num_outputs, width, layers, heads, config_model.lora_rank)
+
+
 # The CNNs are named after their numbers of parameters with images 32x32x3 and ten outputs: 5,956, 23,711 and 197,984.
 MODELS: dict[str, Maker] = {
     "mlp": _mlp,
@@ -208,6 +290,7 @@ MODELS: dict[str, Maker] = {
     "cnn_200k": _cnn((32, 40), hidden=128),
     "resnet20": _resnet((16, 32, 64), blocks=3),
     "resnet18": _resnet((64, 128, 256, 512), blocks=2),
+    "transformer": _transformer,
 }
 
 
@@ -216,14 +299,14 @@ def build(config_model, num_outputs: int) -> nn.Module:
 
     Args:
       config_model: the fields `name`, for the MLP `widths` and `activation`, for a ResNet `head_width` and
-        `compute_dtype`.
-      num_outputs: K.
+        `compute_dtype`, for the transformer `width`, `layers`, `heads` and `lora_rank`.
+      num_outputs: K, and for the transformer the number of symbols.
 
     Returns:
-      A module that maps inputs [B, ...] to (outputs [B, K], `Features`).
+      A module that maps inputs [B, ...] to (outputs [B, K], `Features`); the transformer, symbols [B, T] to [B, T, K].
 
     Raises:
-      ValueError: the name of the model or of the activation is not known.
+      ValueError: the name of the model or of the activation is not known, or heads do not divide the width.
     """
     return lookup(MODELS, config_model.name, "config.model.name")(config_model, num_outputs)
 

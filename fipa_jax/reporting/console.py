@@ -25,7 +25,7 @@ from fipa_jax.aggregate.screening import REASONS
 from fipa_jax.aggregate.solvers import FALLBACKS
 from fipa_jax.curvature import sketch
 from fipa_jax.data import partition
-from fipa_jax.reporting import plots
+from fipa_jax.reporting import metrics, plots
 from fipa_jax.tasks import task as tasks
 
 REPEATS = 10  # times that a kind of warning is written in one phase
@@ -215,7 +215,7 @@ def progress(row: dict, width: int) -> str:
 
 def show_table(summary: dict, compilations: Compilations) -> None:
     """Prints the compared methods side by side, and what was compiled."""
-    print(f"\n{table(summary)}\n\ncompiled {compilations}")
+    print(f"\n{table(summary)}\n{personal_table(summary)}\ncompiled {compilations}")
 
 
 def table(summary: dict) -> str:
@@ -228,6 +228,20 @@ def table(summary: dict) -> str:
     side_by_side = max((WIDTH - width) // (2 * CELL + 2), 1)
     blocks = [names[i : i + side_by_side] for i in range(0, len(names), side_by_side)] or [[]]
     return "\n\n".join(_block(runs, width, block) for block in blocks)
+
+
+def personal_table(summary: dict) -> str:
+    """The clients' own models, way beside way, as printed at the end of a run; "" where there are none."""
+    text = ""
+    for run, result in summary["runs"].items():
+        above = None
+        for metric, way, number, values in metrics.personal(result["final"]):
+            if above != (above := (metric, number)):
+                whose = f"own models, {number or 'all'} own examples"
+                heads = "".join(f"{head:>{CELL + 2}}" for head in (shortened(metric, CELL), "worst tenth", "spread"))
+                text += f"\n{shortened(run, WIDTH)}\n{whose:<{NAME}}{heads}\n"
+            text += f"  {way:<{NAME - 2}}" + "".join(f"{_number(value):>{CELL + 2}}" for value in values) + "\n"
+    return text
 
 
 def _block(runs: dict, width: int, names: list[str]) -> str:
@@ -316,7 +330,7 @@ def draw_split(problem: tasks.Problem, workdir: Path) -> None:
         plots.split_by_class(counts, path, problem.classes)
     elif {"x", "y"} <= set(train) and train["x"].ndim == 2:
         on_boundary = " inside, u on the boundary" if "boundary" in train else ""
-        name = f"right-hand side f{on_boundary}" if "solution" in problem.test else "y"
+        name = f"right-hand side f{on_boundary}" if "solution" in problem.test else problem.targets[0]
         if train["x"].shape[1] <= 2:
             plots.split_by_position(train["x"], train["y"], clients, path, name)
         else:
@@ -324,12 +338,13 @@ def draw_split(problem: tasks.Problem, workdir: Path) -> None:
 
 
 def draw_prediction(problem: tasks.Problem, params, path: Path) -> None:
-    """Draws what the model says of a regression task with one output, or of an equation, beside what is true."""
+    """Draws what the model says of a regression task, or of an equation, beside what is true."""
     test = problem.test
     truth = test.get("solution", test.get("y"))
-    if truth is None or test["x"].ndim != 2 or truth.size != len(test["x"]):
+    if truth is None or test["x"].ndim != 2 or truth.size != len(problem.targets) * len(truth):
         return
-    model = np.asarray(jax.jit(problem.task.outputs)(params, test)[0]).reshape(-1)
+    model = np.asarray(jax.jit(problem.task.outputs)(params, test)[0])
     x = np.asarray(problem.train["x"])
     inputs = [x[indices] for indices in shown(problem.clients)]
-    plots.prediction(test["x"], np.asarray(truth).reshape(-1), model, inputs, path)
+    truth, model = (np.reshape(values, [len(test["x"]), -1]) for values in (truth, model))
+    plots.prediction(test["x"], truth, model, inputs, path, problem.targets)

@@ -40,6 +40,13 @@ PUBLISHED = {
         "acg": ("FedACG", "#DDAA33"),
         "exp": ("FedExP", "#CC6677"),
     },
+    "aggregator.name": {
+        "geometric_median": ("geometric median", "#6C8EBF"),
+        "krum": ("Krum", "#8C564B"),
+        "median": ("median", "#7F7F00"),
+        "multi_krum": ("multi-Krum", "#C49C94"),
+        "trimmed_mean": ("trimmed mean", "#BCBD22"),
+    },
     "term.name": {
         "prox": ("FedProx", "#CC79A7"),
         "scaffold": ("SCAFFOLD", "#9467BD"),

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,21 @@ def within(rows: list[dict], seconds: float) -> list[dict]:
     return kept
 
 
+def personal(final: dict) -> list[tuple[str, str, int, list]]:
+    """(metric, way, own examples or 0 for all, [mean, worst decile, spread]) of the clients' own models, by metrics.
+
+    Args:
+      final: a run's last figures, among them those of `run.personal_stage`.
+    """
+    lines = []
+    for name, mean in final.items():
+        if match := re.fullmatch(r"personal_([a-z]+?)_(?:(\d+)_)?(.+)_mean", name):
+            way, number, metric = match.groups()
+            others = [final.get(f"{name.removesuffix('_mean')}_{of}") for of in ("worst_decile", "std")]
+            lines.append((metric, way, int(number or 0), [mean, *others]))
+    return sorted(lines, key=lambda line: (line[0], line[2]))
+
+
 def series(rows: list[dict]) -> dict:
     """{(run, figure): its values, evaluation by evaluation}; None where an evaluation gave no number."""
     values = {}
@@ -186,7 +202,12 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def direction(name: str) -> int:
-    """+1 for accuracies and areas under curves, -1 for other figures of evaluation, 0 for what is not one."""
-    if not name.startswith(("test_", "holdout_", "client_")) or name.endswith("_std"):
+    """+1 for accuracies and areas under curves, -1 for other figures of evaluation, 0 for what is not one.
+
+    The spread over clients counts where they have models of their own: there it is the aim that nobody is left behind.
+    """
+    if not name.startswith(("test_", "holdout_", "client_", "personal_")):
         return 0
+    if name.endswith("_std"):
+        return -1 if name.startswith("personal_") else 0
     return 1 if "accuracy" in name or "auc" in name.split("_") else -1

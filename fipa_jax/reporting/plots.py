@@ -18,6 +18,7 @@ DPI = 300
 DATA, GREY = "#0072B2", "#6b6b6b"  # of what is no method
 CLIENTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#332288", "#999933", "#882255", "#6b6b6b")
 FEW, NAMED, MANY = 40, 40, 3000  # clients drawn as bubbles; classes that are named; points that are drawn one by one
+TARGETS = 6  # outputs of which the predictions are drawn
 STYLE = {  # matplotlib's settings for these pictures, on top of its defaults
     "font.size": 8.5,
     "axes.titlesize": 9,
@@ -154,34 +155,50 @@ def split_by_target(y: np.ndarray, clients: Sequence[np.ndarray], path: Path, na
         axis.figure.legend(loc="outside lower center", ncols=3)
 
 
-def prediction(x: np.ndarray, truth: np.ndarray, model: np.ndarray, clients: list[np.ndarray], path: Path) -> None:
-    """Draws a model on the test points beside what is true: over one or two inputs, else true against predicted.
+def prediction(
+    x: np.ndarray,
+    truth: np.ndarray,
+    model: np.ndarray,
+    clients: list[np.ndarray],
+    path: Path,
+    names: Sequence[str] = ("y",),
+) -> None:
+    """Draws a model on the test points beside what is true.
+
+    One output is drawn over one or two inputs; of more inputs or outputs it is the true values against the predicted.
 
     Args:
       x: [N, d], the test points.
-      truth, model: [N], the true values and the model's outputs.
+      truth, model: [N, K], the true values and the model's outputs.
       clients: per client, the inputs [N_m, d] of its examples, of which the extent is drawn.
       path: of the pictures.
+      names: of the K outputs, of which the first `TARGETS` are drawn.
     """
-    if x.shape[1] > 2:
-        with picture(path, 3.6, 3.4) as (_, axes):
-            _draw_against_truth(axes[0, 0], truth, model)
+    if x.shape[1] > 2 or len(names) > 1:
+        names = names[:TARGETS]
+        columns = min(len(names), 3)
+        rows = -(-len(names) // columns)
+        with picture(path, 3.6 * columns, 3.4 * rows, rows, columns) as (figure, axes):
+            for axis in axes.flat[len(names) :]:
+                axis.set_axis_off()
+            for axis, name, true, predicted in zip(axes.flat, names, truth.T, model.T, strict=False):
+                _draw_against_truth(axis, true, predicted, name)
+            figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center")
         return
     draw, panels = (_draw_on_a_line, 2) if x.shape[1] == 1 else (_draw_in_the_plane, 3)
     with picture(path, 3.4 * panels, 2.9, 1, panels) as (_, axes):
-        draw(axes[0], x, truth, model, clients)
+        draw(axes[0], x, truth[:, 0], model[:, 0], clients)
 
 
-def _draw_against_truth(axis, truth, model) -> None:
+def _draw_against_truth(axis, truth, model, name) -> None:
     """A point for each test example; a perfect model's lie on the diagonal."""
     both = np.concatenate([truth, model[np.isfinite(model)]])
     ends = [both.min(), both.max()]
     axis.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="predicted = true", zorder=3)
     axis.scatter(truth, model, s=10, color=DATA, alpha=0.5, linewidths=0, rasterized=len(truth) > MANY)
     error, spread = np.sqrt(np.mean((model - truth) ** 2)), np.std(truth)
-    title = f"root mean squared error {error:.3g}\nstandard deviation of y {spread:.3g}"
-    axis.set(xlabel="true y", ylabel="predicted y", aspect="equal", title=title)
-    axis.figure.legend(loc="outside lower center")
+    title = f"root mean squared error {error:.3g}\nstandard deviation {spread:.3g}"
+    axis.set(xlabel=f"true {name}", ylabel=f"predicted {name}", aspect="equal", title=title)
 
 
 def _draw_on_a_line(axes, x, truth, model, clients) -> None:

@@ -114,7 +114,7 @@ def write(workdir: Path, rows: Sequence[dict], summary: dict, pictures: dict[str
         style=STYLE,
         title=escape(f"{title_of(config)}: {names}" if names else title_of(config)),
         state=escape(_state(rows, config)),
-        results=_results(summary["runs"], rows, looks) + _constant(workdir),
+        results=_results(summary["runs"], rows, looks) + _constant(workdir) + _personal(summary["runs"], looks),
         pictures=_pictures(workdir, pictures),
         warnings=_warnings(rows),
         settings=_settings(config),
@@ -162,6 +162,17 @@ def _results(runs: dict, rows: Sequence[dict], looks: dict[str, curves.Look]) ->
             cells.append(("no number" if value is None else f"{value:.4g}", "n best" if is_best else "n"))
         lines.append(cells + [(text, "n") for text in _cost([row for row in rows if row["run"] == run])])
     return _table(["method", *heads, "rounds", "MB sent", "seconds"], lines)
+
+
+def _personal(runs: dict, looks: dict[str, curves.Look]) -> str:
+    """The table of the clients' own models; nothing where there are none."""
+    lines = []
+    for run, result in runs.items():
+        for metric, way, number, values in metrics.personal(result["final"]):
+            cells = [(_named(run, looks.get(run)), "head"), (way, ""), (str(number or "all"), "n"), (metric, "")]
+            lines.append(cells + [("no number" if value is None else f"{value:.4g}", "n") for value in values])
+    heads = ["method", "own model", "own examples", "figure", "mean of clients", "worst tenth", "spread"]
+    return _table(heads, lines) if lines else ""
 
 
 def _constant(workdir: Path) -> str:

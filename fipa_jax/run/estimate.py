@@ -42,7 +42,8 @@ def least_operations(experiment: Experiment, settings: ConfigDict) -> float:
         return 0.0
     config, problem = experiment.config, experiment.problem
     one = {name: jax.ShapeDtypeStruct((1, *field.shape[1:]), field.dtype) for name, field in problem.train.items()}
-    passes = (3 if settings.trainable == ".*" else 1) * forward_flops(problem.task.outputs, experiment.params, one)
+    backward = 2 if ".*" in (settings.trainable, settings.also_trained) else 0
+    passes = (1 + backward) * forward_flops(problem.task.outputs, experiment.params, one)
     everyone, local = len(problem.clients), settings.local
     clients, owners = (1, 1) if settings.pooled else (config.cohort or everyone, everyone)
     own = sum(map(len, problem.clients)) / owners  # examples of a client, on average

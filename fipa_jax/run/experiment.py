@@ -22,7 +22,7 @@ from fipa_jax.federation.population import OnHost, Resident
 from fipa_jax.federation.round import by_clients
 from fipa_jax.federation.state import fetch
 from fipa_jax.reporting import metrics, plots
-from fipa_jax.run import head_features, phase_checks, phase_parts, programs
+from fipa_jax.run import head_features, personal_stage, phase_checks, phase_parts, programs
 from fipa_jax.saving.model_files import load
 from fipa_jax.tasks import task as tasks
 from fipa_jax.tasks.task import Problem
@@ -34,6 +34,7 @@ class Experiment(NamedTuple):
     config: ConfigDict
     problem: tasks.Problem
     population: Resident | OnHost  # all clients and their examples
+    people: personal_stage.People | None  # the clients that get models of their own
     held: dict  # {"test" | "holdout": {field: [N, ...]}} on the device
     params: Any  # that the run starts from
     evaluate: Callable[[Any, dict], dict]  # (params, data) -> {name: [N]}, compiled
@@ -58,7 +59,7 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
         )
     phase_parts.check(config)  # before data are loaded, which may take long
     plots.check()  # its absence must show now
-    problem = problem or tasks.build(config)
+    problem, people = personal_stage.set_apart(problem or tasks.build(config), config.personal, config.seed)
     if config.cohort > len(problem.clients):
         raise ValueError(f"config.cohort: {config.cohort} is above the number of clients, {len(problem.clients)}")
     partition.sizes(problem.clients)  # which looks for clients without examples
@@ -72,8 +73,9 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
         config=config,
         problem=problem,
         population=_population(config, problem, on_device),
+        people=people,
         held={prefix: on_device(data) for prefix, data in held.items()},
-        params=_first_params(config, problem, root),
+        params=first_params(config, problem.task, root),
         evaluate=jax.jit(metrics.make_evaluate(problem.task, config.eval.batch_size, mesh)),
         compiled={},
         root=replicate(root, mesh),
@@ -92,9 +94,9 @@ def _population(config: ConfigDict, problem: tasks.Problem, on_device: Callable)
     return Resident(*on_device((problem.train, Client(*partition.pad(problem.clients)))))
 
 
-def _first_params(config: ConfigDict, problem: tasks.Problem, root: jax.Array) -> Any:
+def first_params(config: ConfigDict, task: tasks.Task, root: jax.Array) -> Any:
     """The parameters that the run starts from: drawn, or those of `config.init_from`."""
-    params = jax.jit(problem.task.init)(jax.random.fold_in(root, 2**31))  # op by op it would compile each alone
+    params = jax.jit(task.init)(jax.random.fold_in(root, 2**31))  # op by op it would compile each alone
     params = jax.tree.map(lambda leaf: leaf.astype(config.precision), params)
     if not config.init_from:
         return params
@@ -133,6 +135,7 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     if settings.pooled:
         experiment = pooled(experiment)
     config, people, params, root = experiment.config, experiment.population, experiment.params, experiment.root
+    personal_stage.check(experiment, settings)
     rates = phase_parts.make_rates(settings, config.precision)
     parts = parts_of(experiment, settings)
     phase_checks.check_needs(settings, parts, params, people.data, name)

@@ -22,7 +22,7 @@ from fipa_jax.federation.population import Ahead, Cohort, OnHost, Resident
 from fipa_jax.federation.state import State
 from fipa_jax.reporting import console, metrics
 from fipa_jax.reporting.console import NOTED
-from fipa_jax.run import programs
+from fipa_jax.run import personal_stage, programs
 from fipa_jax.run.experiment import Experiment, parts_of, store_on_host
 from fipa_jax.run.phase_parts import make_rates
 from fipa_jax.run.programs import tuned_chunk
@@ -94,6 +94,7 @@ def rounds_of(
         while k <= last:
             state, rows = advance(state, k, min(count_to(phase.experiment.config, k), last + 1 - k))
             for row, info in rows:
+                row |= own_models(phase, state.params) if row["round"] == phase.last else {}
                 console.attempt("a warning", console.warn, name, row["round"], info, warned)
                 row = metrics.jsonable({"run": name} | row)
                 journal.write(row)
@@ -176,6 +177,14 @@ def figures_of(phase: Phase, params: Any, k: int) -> dict:
     test, clients = due(experiment.config.eval, k, phase.last)
     figures = on_test(experiment, experiment.held, params) if test else {}
     return figures | (on_clients(experiment, experiment.population, experiment.held, params) if clients else {})
+
+
+def own_models(phase: Phase, params: Any) -> dict:
+    """The figures of the clients' own models, once the phase is over, and the seconds that they took."""
+    clock = Clock()
+    figures = personal_stage.figures(phase.experiment, phase.settings, phase.parts, params)
+    clock("personal", figures)
+    return figures | clock.seconds if figures else {}
 
 
 def in_blocks(phase: Phase, state: State) -> Advance:

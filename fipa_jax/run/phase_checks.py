@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fipa_jax import trees
 from fipa_jax.aggregate.aggregator import Aggregator
 from fipa_jax.client import first_order, terms
 from fipa_jax.federation.channel import FAULTS
-from fipa_jax.federation.parts import Parts, model_of
+from fipa_jax.federation.parts import Parts, model_of, trained_of
 
 
 @contextlib.contextmanager
@@ -63,6 +62,8 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
     if aggregator.needs.curvature == "image":
         _check_sums(settings, aggregator)
         _checkmatched(settings, aggregator)
+    if settings.also_trained:
+        _check_trains(settings, term)
     _check_local_work(settings, aggregator, term)
     _check_faults(settings, aggregator, cohort)
 
@@ -124,7 +125,7 @@ def _of(features: Any, field: str) -> list:
 
 def _feels(parts: Parts, params: Any, batch: dict) -> bool:
     """Whether the term's penalty depends on the trained parameters, as `vmap` sees it: is it another for each?"""
-    theta = trees.select(params, parts.trainable)
+    theta = trained_of(parts, params)
     store, mask = jax.eval_shape(parts.term.init, theta), jax.ShapeDtypeStruct((2,), bool)
 
     def penalty(theta, params, store, batch, mask):
@@ -139,6 +140,22 @@ def _feels(parts: Parts, params: Any, batch: dict) -> bool:
     except ValueError:  # it is not the same for all
         return True
     return False
+
+
+def _check_trains(settings: ConfigDict, term: terms.Term) -> None:
+    """Refuses what knows only what is sent: it cannot work on what is trained besides."""
+    if settings.local.optimizer not in first_order.LOCAL_SOLVERS:
+        raise ValueError(
+            f"config.fipa.also_trained: needs a first-order solver, as {settings.local.optimizer!r} goes by the "
+            "curvature of `trainable` alone; set it to ''"
+        )
+    if term.init is not terms.none().init:
+        raise ValueError(
+            f"config.fipa.also_trained: the term {settings.term.name!r} keeps what clients send, not what they "
+            "train; set it to '', or take another term"
+        )
+    if settings.cache_body:
+        raise ValueError("config.fipa.also_trained: with cache_body there is the head alone; set cache_body to False")
 
 
 def _check_trust(settings: ConfigDict, term: terms.Term, everyone: bool) -> None:

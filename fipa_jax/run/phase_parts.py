@@ -19,6 +19,7 @@ from fipa_jax.client import first_order, second_order, terms
 from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
 from fipa_jax.config.methods import method
 from fipa_jax.curvature import common_basis, sketch
+from fipa_jax.curvature.sketchers import from_one_start, on_views
 from fipa_jax.federation.channel import Channel, ChannelRates, FaultRates, chain, faulty, late
 from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.federation.parts import Parts, Rates
@@ -67,6 +68,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
         num_clients=num_clients,
         cohort=cohort,
         trainable=settings.trainable,
+        also_trained=settings.also_trained,
         channel=channel_of(settings),
         announce=aggregator.announce if matched(settings, aggregator) else announce_nothing,
         sketch_first=by_sketch,
@@ -131,6 +133,15 @@ def local_of(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, tas
 
 def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task) -> sketch.Sketcher | None:
     """What the clients say of their curvature, as the rule needs it; None if it needs nothing."""
+    sketcher = _sketcher_of_examples(settings, aggregator, task)
+    if sketcher is None:
+        return None
+    sketcher = on_views(sketcher, task.augment) if settings.views else sketcher
+    return from_one_start(sketcher) if settings.common_start else sketcher
+
+
+def _sketcher_of_examples(settings: ConfigDict, aggregator: Aggregator, task: Task) -> sketch.Sketcher | None:
+    """The same, of the examples as they are, each client by random numbers of its own."""
     if aggregator.needs.curvature == "none":
         return None
     if aggregator.needs.curvature == "diagonal":
@@ -138,6 +149,11 @@ def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task) -> ske
         return sketch.plain(lambda outputs, features: sketch.make_diagonal(outputs, task.loss, **fields))
     if aggregator.needs.curvature == "image":
         return common_basis.sketcher_of_images(task.loss, **fields_for(common_basis.make_image, settings))
+    return eigenpairs_of(settings, task)
+
+
+def eigenpairs_of(settings: ConfigDict, task: Task) -> sketch.Sketcher:
+    """The sketches of the clients' curvature, as `sketch` has its fields."""
     fields = fields_for(sketch.make_sketch, settings)
     if settings.energy and not settings.probes:
         raise ValueError("sketch.energy: needs the trace, and sketch.probes = 0 leaves it unknown; set it to 2 or more")

@@ -31,6 +31,7 @@ class Target(NamedTuple):
     fields: dict[str, dict[str, np.ndarray]]  # set -> {"y": [N, K]} or {"label": [N]}
     make: Callable  # (module, an input [d]) -> Task
     classes: tuple[str, ...]
+    names: tuple[str, ...]  # of the numbers to learn
     baseline: tuple[str, dict]  # see Problem
 
 
@@ -70,6 +71,7 @@ def build(config) -> Problem:
         clients=clients,
         test_clients=_of_the_same(sets, task.split),
         classes=target.classes,
+        targets=target.names,
         baseline=target.baseline,
     )
 
@@ -85,10 +87,13 @@ def _regression(task, y: dict[str, np.ndarray]) -> Target:
         refuse(task.file, "has words as targets: set config.task.kind to 'classes', or leave it at 'auto'")
     if task.standardise != "none":
         y = _standardise(y)
-    mean = y["train"].mean(0)
+    mean, number = y["train"].mean(0), y["train"].shape[1]
     figures = {"mse": float(np.mean((y["test"] - mean) ** 2))}
     fields = {name: {"y": values} for name, values in y.items()}
-    return Target(y["train"].shape[1], fields, regression, (), ("the mean of the training targets", figures))
+    named = tuple(task.targets) or (("y",) if number == 1 else tuple(f"y{i + 1}" for i in range(number)))
+    if task.standardise != "none":
+        named = tuple(f"{name}, standardised" for name in named)
+    return Target(number, fields, regression, (), named, ("the mean of the training targets", figures))
 
 
 def _classes(task, y: dict[str, np.ndarray]) -> Target:
@@ -112,7 +117,7 @@ def _classes(task, y: dict[str, np.ndarray]) -> Target:
     fields = {name: {"label": label} for name, label in labels.items()}
     outputs = 1 if len(classes) == 2 else len(classes)
     baseline = (f"always the largest class, {classes[most]}", figures)
-    return Target(outputs, fields, classifier, tuple(classes.tolist()), baseline)
+    return Target(outputs, fields, classifier, tuple(classes.tolist()), (), baseline)
 
 
 def _auto(task, y: dict[str, np.ndarray]) -> Target:

@@ -16,7 +16,7 @@ from fipa_jax.lookup import lookup
 
 Batch = dict[str, jax.Array]  # {field: [B, ...]}, with a leading example axis
 Init = Callable[[jax.Array], Any]  # key -> params
-Outputs = Callable[[Any, Batch], tuple]  # (params, batch) -> (outputs [B, K], features: `Features`, or () for none)
+Outputs = Callable[[Any, Batch], tuple]  # (params, batch) -> (outputs [B, ..., K], features: `Features`, or ())
 Loss = Callable[[jax.Array, Batch], jax.Array]  # (outputs, batch) -> [B], the loss of each example
 Metrics = Callable[[jax.Array, Batch], dict[str, jax.Array]]  # (outputs, batch) -> {name: [B, ...]}
 Augment = Callable[[jax.Array, Batch], Batch]  # (key, batch) -> a random view of the batch
@@ -82,6 +82,7 @@ class Problem(NamedTuple):
     clients: Sequence[np.ndarray]  # per client, the indices of its examples in `train`
     test_clients: Sequence[np.ndarray] | None = None  # the same in `test`, where they have test examples of their own
     classes: Sequence[str] = ()  # the names of the classes, where there are some
+    targets: Sequence[str] = ("y",)  # the names of the K numbers to learn, where it is numbers
     baseline: tuple[str, dict] | None = None  # (a constant answer, {figure: what it has on the test set})
 
 
@@ -91,6 +92,7 @@ TASKS = {  # name in `config.task.name` -> the module whose `build(config)` make
     "images": "fipa_jax.tasks.images",
     "pde": "fipa_jax.tasks.pde",
     "own_data": "fipa_jax.tasks.own_data",
+    "text": "fipa_jax.tasks.text",
 }
 
 

@@ -33,8 +33,8 @@ RULES = {
     "trusted": aggregate.fipa("damped", relative=False, trust=True),
 }
 PAIRS = list(itertools.product(RULES, (np.float32, np.float64)))
-if "FUZZ_EXAMPLES" not in os.environ:  # every rule in one precision: compilation is the cost
-    PAIRS = [pair for place, pair in enumerate(PAIRS) if place % 4 in (0, 3)]
+if "FUZZ_EXAMPLES" not in os.environ:  # some rules in one precision each: compilation is the cost
+    PAIRS = [PAIRS[place] for place in (0, 5, 8, 13)]
 # What each part of an upload may be, from a sound draw and the dtype's largest number.
 UPDATES = {
     "plain": lambda x, most: x,

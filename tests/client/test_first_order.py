@@ -24,6 +24,7 @@ from helpers.clients import (
 )
 from jax.flatten_util import ravel_pytree
 
+from fipa_jax import backend
 from fipa_jax.client import first_order as client_lib
 from fipa_jax.client import terms
 from fipa_jax.client.local_solver import micro_batch_of
@@ -134,10 +135,10 @@ def test_a_few_examples_are_near_to_five(batch, wanted):
     assert micro_batch_of(0, batch) == batch
 
 
-def test_a_gradient_is_computed_for_so_many_examples_at_a_time(monkeypatch):
+def test_a_gradient_is_computed_for_so_many_examples_at_a_time():
     """On a CPU a few, on an accelerator all; all of them for a term that compares examples, or for none asked."""
 
-    def seen(backend, micro_batch, term="none"):
+    def seen(device, micro_batch, term="none"):
         sizes = set()
 
         def outputs(params, batch):
@@ -145,10 +146,10 @@ def test_a_gradient_is_computed_for_so_many_examples_at_a_time(monkeypatch):
             features = types.SimpleNamespace(levels=(batch["x"],), last=batch["x"])
             return network(params, batch)[0], features
 
-        monkeypatch.setattr(jax, "default_backend", lambda: backend)
         local = client_lib.first_order(softmax, KEEP, batch_size=8, micro_batch=micro_batch, term=terms.TERMS[term]())
         data, given = make_data(), (make_client(8), jax.random.key(0), make_hyper(), (), ())
-        jax.eval_shape(lambda params: local(outputs, params, data, *given), make_params())
+        with backend.traced_for(device):
+            jax.eval_shape(lambda params: local(outputs, params, data, *given), make_params())
         return sizes
 
     assert seen("cpu", 3) == {2} and seen("cpu", 0) == {8} and seen("gpu", 4) == {4}

@@ -51,7 +51,9 @@ def test_every_config_is_valid(path):
         config_lib.validate(module.get_config("debug"))
 
 
-@pytest.mark.parametrize(("name", "variant"), [("cifar10", "debug"), ("tiny_imagenet", "cpu")])
+@pytest.mark.parametrize(
+    ("name", "variant"), [("cifar10", "debug"), pytest.param("tiny_imagenet", "cpu", marks=pytest.mark.slow)]
+)
 def test_an_image_config_goes_through_a_round_of_every_method(name, variant, tmp_path):
     """By shapes alone, on the real data."""
     if not (SHARED / name).exists():

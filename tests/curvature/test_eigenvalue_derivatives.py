@@ -48,7 +48,7 @@ def _value(solver, jacobian, params, x):
 @pytest.mark.parametrize("wide", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["x64 off", "x64 on"])
 @pytest.mark.parametrize(
     ("solver", "jacobian"),
-    [("subspace", "matrix_free"), ("rows", "rows"), pytest.param("head", "head", marks=pytest.mark.slow)],
+    [("subspace", "matrix_free"), *(pytest.param(way, way, marks=pytest.mark.slow) for way in ("rows", "head"))],
 )
 def test_eigenvalues_change_as_differences_say(solver, jacobian, wide):
     """With a mask and micro-batches, whose loop has no reverse mode of its own."""

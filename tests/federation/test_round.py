@@ -377,3 +377,24 @@ def test_a_sketch_of_some_examples_is_of_its_own_examples():
     assert int(small.num_examples) == 2 and set(np.asarray(small.indices[:2]).tolist()) == {10, 11}
     for examples in (0, 8, 9):
         chex.assert_trees_all_equal(subsample(jax.random.key(0), client, examples), client)
+
+
+def test_what_is_trained_besides_is_thrown_away(x64):
+    """Clients' updates of the head are those of training all; the body that they trained along does not move."""
+    data, clients = _problem()
+    whole, head = (
+        _parts(rule=aggregate.mean(), **fields) for fields in ({}, {"trainable": "^head/", "also_trained": ".*"})
+    )
+    cohort, first = Resident(data, clients).cohort(jnp.arange(CLIENTS)), _first(whole)
+    deltas = {}
+    for name, parts in {"whole": whole, "head": head, "alone": head._replace(also_trained="")}.items():
+        state = state_lib.fetch(_first(parts), cohort.ids)
+        deltas[name] = jax.jit(functools.partial(rounds.train, parts))(
+            state, _rates(), cohort, jax.random.key(ROOT)
+        ).delta
+    assert set(deltas["head"]) == {"head/w", "head/b"}
+    chex.assert_trees_all_equal(deltas["head"], {path: deltas["whole"][path] for path in deltas["head"]})
+    assert not np.allclose(deltas["head"]["head/w"], deltas["alone"]["head/w"])
+    state, _ = _run(head, 1)
+    chex.assert_trees_all_equal(state.params["body"], first.params["body"])
+    assert not np.allclose(state.params["head"]["w"], first.params["head"]["w"])

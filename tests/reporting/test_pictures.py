@@ -86,13 +86,15 @@ def test_curves_of_a_run_that_diverged_are_drawn(tmp_path):
     assert ">FedAvg<" in svg(tmp_path / "bytes")  # text is text
 
 
+@pytest.mark.parametrize("names", [("y",), ("price", "size, standardised")], ids=len)
 @pytest.mark.parametrize("dim", [1, 2, 3])
-def test_the_picture_of_a_prediction_is_drawn(dim, tmp_path):
+def test_the_picture_of_a_prediction_is_drawn(dim, names, tmp_path):
     rng = np.random.default_rng(dim)
-    x, truth = rng.random((9, dim)), rng.random(9)
-    plots.prediction(x, truth, truth + 0.1, [x[:4], x[4:]], tmp_path / "model.png")
+    x, truth = rng.random((9, dim)), rng.random((9, len(names)))
+    plots.prediction(x, truth, truth + 0.1, [x[:4], x[4:]], tmp_path / "model.png", names)
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
-    assert ("predicted y" in svg(tmp_path / "model")) == (dim == 3)
+    for name in names:
+        assert (f"predicted {name}" in svg(tmp_path / "model")) == (dim == 3 or len(names) > 1)
 
 
 @pytest.mark.parametrize("clients", [4, 100])

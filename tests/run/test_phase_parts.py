@@ -175,6 +175,22 @@ REFUSED = {
         {"model__compute_dtype": "bfloat16"},
         "config.model.compute_dtype model.name 'mlp' 'bfloat16'",
     ),
+    "a step by the head's curvature for all": (
+        {"fipa__also_trained": ".*", "fipa__trainable": "Dense_1", "fipa__local__optimizer": "gauss_newton"},
+        "config.fipa.also_trained first-order 'gauss_newton'",
+    ),
+    "controls of the head for all": (
+        {"fipa__also_trained": ".*", "fipa__trainable": "Dense_1", "fipa__term__name": "scaffold"},
+        "config.fipa.also_trained 'scaffold'",
+    ),
+    "a body that is not there": (
+        {"fipa__also_trained": ".*", "fipa__trainable": "Dense_1", "fipa__cache_body": True},
+        "config.fipa.also_trained cache_body False",
+    ),
+    "layers that are not there": (
+        {"fipa__also_trained": "^Dens_0/"},
+        "config.fipa.also_trained '^Dens_0/' Dense_0/kernel",
+    ),
     "Adam's own damping": (
         {"fipa__local__optimizer": "adam", "fipa__aggregator__own_damping": True, "fipa__aggregator__relative": False},
         "config.fipa.aggregator.own_damping local.optimizer 'adam'",

@@ -328,7 +328,7 @@ def test_the_figure_by_which_a_round_is_the_best(row, score):
     assert journal.score_of(row) == score
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "fields", [pytest.param({}, marks=pytest.mark.slow), {"stage_seconds": False}], ids=["timed", "unwatched"]
 )

@@ -1,0 +1,1 @@
+"""An app for Flower: FIPA on the sine task, or on four hospitals."""

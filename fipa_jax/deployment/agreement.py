@@ -1,0 +1,190 @@
+"""What do a federation's server and clients share before it begins? A method, a model, and what an upload looks like.
+
+Each of them makes it by itself, from the same config and the same first model; a `wire.fingerprint` tells where they
+have not.
+"""
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from fipa_jax import trees
+from fipa_jax.aggregate.uploads import Uploads
+from fipa_jax.client.examples import Client
+from fipa_jax.config.checks import validate
+from fipa_jax.config.methods import method
+from fipa_jax.deployment import wire
+from fipa_jax.federation.channel import Channel, ChannelRates, late
+from fipa_jax.federation.parts import Parts, Rates
+from fipa_jax.federation.population import Cohort
+from fipa_jax.federation.round import by_clients, sketch, train
+from fipa_jax.federation.server import uploads_of
+from fipa_jax.federation.state import State
+from fipa_jax.run.experiment import first_params
+from fipa_jax.run.phase_checks import has_faults, naming
+from fipa_jax.run.phase_parts import make_parts, make_rates
+from fipa_jax.tasks.task import Task
+
+WARMUP = "warmup"  # the phase of this name, instead of a method
+
+
+class Agreement(NamedTuple):
+    """What server and clients share."""
+
+    name: str  # of the method, in the metrics file
+    parts: Parts  # of its rounds, as the server has them
+    rates: Rates
+    params: Any  # the whole model's, that the first round starts from
+    root: jax.Array  # the key from which all random numbers derive
+    rounds: int
+    late: int  # rounds after which an answer may still come in; 0 where only those of this round count
+    like: Any  # shapes of a client's (upload, training loss)
+    fingerprint: str
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """A context with jax's precision as this federation needs it; a thread begins with jax's own."""
+        wide = [leaf.dtype == np.float64 for leaf in jax.tree.leaves(self.params)]
+        return jax.enable_x64(any(wide))
+
+    @property
+    def of_clients(self) -> Parts:
+        """The parts as a client has them: what the server tells it takes the place of the rule's state."""
+        return self.parts._replace(announce=_as_told, channel=Channel(), chunk=1, mesh=None)
+
+
+def agree(
+    config: ConfigDict,
+    task: Task,
+    num_clients: int,
+    example: Mapping[str, Any],
+    *,
+    spec: str = "fipa",
+    late: int = 0,
+    params: Any = None,
+) -> Agreement:
+    """The agreement on one method of a config, without anybody's data.
+
+    Example:
+      agree(config, problem.task, 4, problem.test, spec="fedavg")
+
+    Args:
+      config: all fields.
+      task: what is learned.
+      num_clients: T.
+      example: {field: [N, ...]}, examples of the task, of which only shapes and types count.
+      spec: the method, as in `config.compare`; or `warmup`, the warm-up, whose model is then the method's first.
+      late: see `Agreement.late`.
+      params: the first model; None for the one that the config draws or names, `config.init_from`.
+
+    Raises:
+      ValueError: the config asks for what a federation of real clients cannot do; names the field.
+    """
+    validate(config)
+    config = only(config, spec)
+    phase, settings = ("warmup", config.warmup) if spec == WARMUP else ("fipa", method(config, spec))
+    with naming(phase, f"the method {spec!r}", settings), jax.enable_x64(config.precision == "float64"):
+        check(settings)
+        parts = make_parts(config, settings, task, num_clients)
+        _check_parts(parts)
+        rates = make_rates(settings, config.precision)._replace(channel=ChannelRates())
+        parts = parts._replace(channel=_channel(late), chunk=1, mesh=None)
+        root = jax.random.key(config.seed)
+        params = first_params(config, task, root) if params is None else params
+        draft = Agreement(spec, parts, rates, params, root, settings.rounds, late, None, fingerprint_of(parts, params))
+        return draft._replace(like=_shapes(draft, example))
+
+
+def only(config: ConfigDict, spec: str) -> ConfigDict:
+    """The config of one phase alone: a method, without a warm-up before it, or the warm-up.
+
+    Raises:
+      ValueError: a warm-up would come before the method.
+    """
+    config = config.copy_and_resolve_references()
+    if spec == WARMUP:
+        config.fipa.rounds = 0
+        return config
+    if config.warmup.rounds:
+        raise ValueError(
+            "config.warmup.rounds: a federation has one phase; let one with spec = 'warmup' come first, then set this "
+            "to 0 and config.init_from to the model that it leaves"
+        )
+    config.compare = (spec,)
+    return config
+
+
+def check(settings: ConfigDict) -> None:
+    """Refuses fields of a phase that only a simulation can follow, with a ValueError that names the field."""
+    if settings.late.share or has_faults(settings):
+        field = "late.share" if settings.late.share else "faults"
+        raise ValueError(f"{field}: draws delays or faults for a study; a real federation has its own, set it to 0")
+    for field in ("pooled", "cache_body"):
+        if settings[field]:
+            raise ValueError(f"{field}: needs all clients' data in one place, which a real federation has not")
+
+
+def _check_parts(parts: Parts) -> None:
+    """Refuses what needs more than one upload from each client."""
+    if parts.sketcher is not None and parts.sketcher.sends_gradient:
+        raise ValueError("sketch.gradient_scale: needs a second exchange in a round, which is not built; set it to 0")
+    if jax.tree.leaves(parts.term.init({"one": np.zeros(1, np.float32)})):
+        raise ValueError("term.name: keeps something at each client from round to round, which does not travel yet")
+
+
+def _channel(most: int) -> Channel:
+    """What the server keeps for answers that come in up to `most` rounds later."""
+    return late(most) if most else Channel()
+
+
+def fingerprint_of(parts: Parts, params: Any) -> str:
+    """The `wire.fingerprint` of the model, of which `parts` train a part."""
+    leaves, chosen = trees.paths(params), trees.select(params, parts.trainable)
+    return wire.fingerprint(chosen, {path: np.asarray(leaf) for path, leaf in leaves.items() if path not in chosen})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def work_of(parts: Parts, state: State, rates: Rates, cohort: Cohort, root: jax.Array):
+    """(the uploads of a cohort [C, ...], their mean training losses [C]), compiled once for all that share `parts`."""
+
+    def stage(function):
+        return lambda *args: function(parts, *args)
+
+    results, sketches = by_clients(parts, stage(train), stage(sketch))(state, rates, cohort, root)
+    return uploads_of(parts, cohort, results, sketches)._replace(ids=None), results.loss
+
+
+def client_state(agreement: Agreement, params: Any, told: dict, round: Any) -> State:
+    """What a client sees of the state: the whole model's parameters, what it was told, and the round's number."""
+    blank = agreement.parts.term.init(trees.select(params, agreement.parts.trainable))
+    return State(params, told, (), blank, blank, round)
+
+
+def _shapes(draft: Agreement, example: Mapping[str, Any]) -> tuple[Uploads, Any]:
+    """The shapes of one client's upload and training loss."""
+    fields = {name: jax.ShapeDtypeStruct(np.shape(field), field.dtype) for name, field in example.items()}
+    number = next(iter(fields.values())).shape[0]
+    whole = jax.ShapeDtypeStruct
+    clients = Client(whole((1, number), np.int32), whole((1,), np.int32))
+    told = jax.eval_shape(lambda params: draft.parts.announce(_rule_state(draft, params)), draft.params)
+
+    def work(params, told, round, clients, ids, data, rates, root):
+        cohort = Cohort(ids, clients, data)
+        return work_of(draft.of_clients, client_state(draft, params, told, round), rates, cohort, root)
+
+    given = draft.params, told, whole((), np.int32), clients, whole((1,), np.int32), fields, draft.rates, draft.root
+    stacked = jax.eval_shape(work, *given)
+    return jax.tree.map(lambda leaf: whole(leaf.shape[1:], leaf.dtype), stacked)
+
+
+def _rule_state(draft: Agreement, params: Any) -> Any:
+    return draft.parts.aggregator.init(trees.widened(trees.select(params, draft.parts.trainable)))
+
+
+def _as_told(told: dict) -> dict:
+    """What the server announces, as a client has received it."""
+    return told

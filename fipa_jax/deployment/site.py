@@ -1,0 +1,111 @@
+"""What does a client of a real federation do? It answers a broadcast by what it has made of it beside its own data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fipa_jax import trees
+from fipa_jax.aggregate.uploads import Uploads
+from fipa_jax.client.examples import Client
+from fipa_jax.curvature.sketch import Diagonal, Sketch
+from fipa_jax.deployment import wire
+from fipa_jax.deployment.agreement import Agreement, client_state
+from fipa_jax.federation.population import Cohort
+
+
+class Site:
+    """A client beside its data. It keeps nothing between two rounds but compiled programs.
+
+    Example:
+      site = Site(agreement, client=2, data={"x": x, "y": y})
+      upload = site.work(broadcast)
+
+    Args:
+      agreement: the federation's.
+      client: its number, from 0.
+      data: {field: [N, ...]}, its own examples.
+      width: to how many examples its draws are padded, N or more; 0 for N. A simulation pads to its largest client: the
+        same width draws the same batches.
+
+    Raises:
+      ValueError: there is no such client, or fields differ in their lengths.
+    """
+
+    def __init__(self, agreement: Agreement, client: int, data: Mapping[str, Any], width: int = 0):
+        if not 0 <= client < agreement.parts.num_clients:
+            raise ValueError(f"client: needed 0 to {agreement.parts.num_clients - 1}, got {client}")
+        lengths = {len(field) for field in data.values()}
+        if len(lengths) != 1 or not all(lengths):
+            raise ValueError(f"data: needed as many examples in each field, one at least, got {sorted(lengths)}")
+        self._agreement, self._client, (number,) = agreement, client, lengths
+        indices = np.zeros([1, max(width, number)], np.int32)
+        indices[0, :number] = np.arange(number)
+        with agreement.precision():
+            clients = Client(jnp.asarray(indices), jnp.asarray([number], jnp.int32))
+            fields = {name: jnp.asarray(field) for name, field in data.items()}
+            self._cohort = Cohort(jnp.asarray([client], jnp.int32), clients, fields)
+
+    def work(self, blob: bytes) -> bytes:
+        """The upload that answers a broadcast.
+
+        Raises:
+          wire.Malformed: it is none, or of a federation with other parameters.
+        """
+        broadcast = wire.expect(blob, "broadcast", self._agreement.fingerprint)
+        with self._agreement.precision():
+            uploads, loss = self._work(self._seen(broadcast), self._agreement.rates, self._cohort, self._agreement.root)
+            one, loss = jax.tree.map(lambda leaf: np.asarray(leaf)[0], (uploads, loss))
+        arrays = arrays_of(one, loss)
+        return wire.pack(wire.Message("upload", broadcast.fingerprint, broadcast.round, self._client, arrays))
+
+    def warm_up(self) -> None:
+        """Compiles what a round needs, by one on the first model, so that the first message need not wait for it."""
+        agreement, parts = self._agreement, self._agreement.parts
+        with agreement.precision():
+            chosen = trees.select(agreement.params, parts.trainable)
+            told = parts.announce(parts.aggregator.init(trees.widened(chosen)))
+            arrays = {f"params/{path}": np.asarray(leaf) for path, leaf in chosen.items()}
+            arrays |= {f"told/{name}": np.asarray(value) for name, value in told.items()}
+        self.work(wire.pack(wire.Message("broadcast", agreement.fingerprint, 0, wire.NOBODY, arrays)))
+
+    def _seen(self, broadcast: wire.Message):
+        """The state as the broadcast tells it."""
+        chosen = trees.select(self._agreement.params, self._agreement.parts.trainable)
+        arrays = {path: jnp.asarray(array) for path, array in broadcast.arrays.items()}
+        try:
+            params = trees.replace(self._agreement.params, trees.fitted(_below(arrays, "params/"), chosen))
+        except ValueError as error:
+            raise wire.Malformed(f"its parameters: {error}") from None
+        return client_state(self._agreement, params, _below(arrays, "told/"), jnp.int32(broadcast.round))
+
+
+def arrays_of(one: Uploads, loss: Any) -> dict[str, np.ndarray]:
+    """{name on the wire: array} of one client's upload and training loss; of its sketch the pairs that are not zero."""
+    numbers = {"num_examples": one.num_examples, "local_loss": loss, "loss": one.loss, "damping": one.damping}
+    arrays = {name: np.asarray(value) for name, value in numbers.items() if value is not None}
+    arrays |= {f"delta/{path}": np.asarray(leaf) for path, leaf in trees.paths(one.delta).items()}
+    if isinstance(one.sketch, Diagonal):
+        arrays["diagonal/values"] = np.asarray(one.sketch.values)
+    elif one.sketch is not None:
+        arrays |= _of_sketch(one.sketch)
+    return arrays
+
+
+def _of_sketch(sketch: Sketch) -> dict[str, np.ndarray]:
+    """{name: array} of a sketch."""
+    eigenvalues = np.asarray(sketch.eigenvalues)
+    kept = wire.kept_pairs(eigenvalues)
+    arrays = {"rank": np.asarray(len(eigenvalues), np.int32), "eigenvalues": eigenvalues[kept]}
+    arrays["basis"] = np.asarray(sketch.basis)[:, kept]
+    if sketch.report is not None:
+        report = {f"report/{path}": np.asarray(leaf) for path, leaf in trees.paths(sketch.report).items()}
+        arrays |= report | {"report/residuals": report["report/residuals"][kept]}
+    return {f"sketch/{name}": array for name, array in arrays.items()}
+
+
+def _below(arrays: dict, prefix: str) -> dict:
+    """{rest of the name: array} of the names that begin with the prefix."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,128 @@
+"""What does a reader see of a study? A part of docs/results/NAME.md, its picture, and the figures behind it as JSON.
+
+What a person has written around that part stays.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from evidence.records import Found, Spread, Study, Table, question
+from fipa_jax import files
+from fipa_jax.reporting import console
+from fipa_jax.reporting.metrics import jsonable
+
+BEGIN = "% study {name}: what follows is written by scripts/study.py"
+END = "% end of the study"
+
+
+def write(name: str, study: Study, found: Found, command: str, docs: Path, size: str) -> Path:
+    """Writes the study's part of its page, the picture and the figures; returns the page.
+
+    Args:
+      command: that prints it.
+      docs: the folder of the documentation.
+      size: full, reduced or debug.
+    """
+    page = docs / "results" / f"{name}.md"
+    tables = study.tables(found) if found.made else []
+    pictured = bool(found.made and study.draw) and console.attempt(
+        "the picture", _draw, study, found, docs / "pictures" / f"study_{name}"
+    )
+    if found.made:
+        _save(page.parent / "figures" / f"{name}.json", name, tables, found)
+    text = page.read_text() if page.is_file() else f"# {name.replace('_', ' ').capitalize()}\n"
+    begin = BEGIN.format(name=name)
+    if begin not in text:
+        text = f"{text.rstrip()}\n\n{begin}\n{END}\n"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(END)
+    part = "\n".join(_part(name, study, found, tables, command, size, pictured))
+    files.write(page, f"{before}{begin}\n\n{part}\n\n{END}{after}".encode())
+    return page
+
+
+def _draw(study: Study, found: Found, path: Path) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    study.draw(found, path)
+    return True
+
+
+def _part(name, study, found, tables, command, size, pictured):
+    """The lines of a study's part of its page."""
+    _, _, setting = study.words.partition("\n\n")
+    yield f"**{question(study)}**\n\n{setting.strip()}\n"
+    yield f"```sh\n{command}\n```"
+    if size == "reduced" and study.reduced:
+        yield f"\nAt reduced size: {study.reduced.words} Full size takes about {_hours(study.hours)} of one core.\n"
+    if not found.made:
+        yield f"\nNot run yet, so that there are no figures. It takes about {_hours(study.hours)} of one core."
+    for table in tables:
+        yield f"\n{table.words}\n"
+        yield from lines_of(table)
+    if pictured:
+        yield f"\n![{study.caption}](../pictures/study_{name}.svg)\n\n*{study.caption}*"
+    if found.missing:
+        yield f"\nMissing: {'; '.join(found.missing)}."
+    if found.made:
+        yield f"\n{_made(found)} [The figures of every seed](figures/{name}.json)."
+
+
+def _hours(hours: float) -> str:
+    words = f"{hours:.2g} hour" if hours >= 1 else f"{max(round(60 * hours), 1)} minute"
+    return words if words.startswith("1 ") else f"{words}s"
+
+
+def lines_of(table: Table) -> list[str]:
+    """A table in Markdown."""
+    names = list(dict.fromkeys(name for row in table.rows for name in row))
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for row in table.rows:
+        cells = [cell_of(row.get(name, "-")) for name in names]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def cell_of(cell: str | Spread) -> str:
+    """A cell in words."""
+    if isinstance(cell, Spread):
+        return cell.show(cell.values) if cell.values.size else "not run"
+    return cell
+
+
+def _made(found: Found) -> str:
+    """When and with what the runs were made."""
+
+    def each(*path):
+        values = []
+        for made in found.made:
+            value = made
+            for step in path:
+                value = value.get(step, "") if isinstance(value, dict) else ""
+            values.append(str(value))
+        return ", ".join(sorted(set(values) - {""}))
+
+    hours = sum(made["seconds"] for made in found.made) / 3600
+    return (
+        f"{len(found.made)} runs of {each('date')}, {_hours(max(hours, 1 / 60))} in all, on an {each('processor')} "
+        f"({each('cores')} core a run); Python {each('versions', 'python')}, jax {each('versions', 'jax')}, "
+        f"fipa_jax {each('versions', 'fipa_jax')} (source {each('versions', 'source')})."
+    )
+
+
+def _save(path: Path, name: str, tables: list[Table], found: Found) -> None:
+    """Writes the figures of every seed, with mean and standard deviation."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    saved = [{"words": table.words, "rows": [_raw(row) for row in table.rows]} for table in tables]
+    content = {"study": name, "tables": saved, "missing": found.missing, "runs": found.made}
+    files.write(path, (json.dumps(jsonable(content), indent=1) + "\n").encode())
+
+
+def _raw(row: dict) -> dict:
+    return {
+        name: {"seeds": cell.values, "mean": cell.values.mean(), "std": cell.values.std()}
+        if isinstance(cell, Spread) and np.size(cell.values)
+        else cell_of(cell)
+        for name, cell in row.items()
+    }

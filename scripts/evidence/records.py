@@ -1,0 +1,207 @@
+"""What is a study? A question, the runs that answer it, and what is made of their figures."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fipa_jax.reporting import curves, metrics
+
+NOTHING: Mapping = MappingProxyType({})
+
+
+class Run(NamedTuple):
+    """A run of `scripts/train.py` for every seed."""
+
+    config: str  # a name in configs/, or NAME:VARIANT
+    fields: Mapping[str, Any] = NOTHING  # of the config, that are overridden: {"fipa.rounds": 50}
+    seeds: tuple[int, ...] = ()  # () for the study's own
+    seeded: tuple[str, ...] = ("seed",)  # fields that take the seed
+    start: "Run | None" = None  # the run whose warm-up's last model it begins with, in the round in which that ended
+
+
+class Benchmark(NamedTuple):
+    """A command of `scripts/benchmark.py` for every seed."""
+
+    command: str
+    options: tuple[str, ...] = ()  # filled in: {seed}, {configs}, {data}, and {start}, the folder of `start`
+    seeds: tuple[int, ...] = ()
+    start: Run | None = None
+    debug: tuple[str, ...] = ()  # options that make it tiny
+
+
+class Found(NamedTuple):
+    """What the runs of a study have left."""
+
+    runs: dict[str, dict[int, Any]]  # run -> seed -> rows of its metrics file, or a benchmark's figures
+    made: list[dict]  # of each run: machine, versions, date and seconds
+    missing: list[str]  # one line for each run that is not there
+
+
+class Spread(NamedTuple):
+    """A cell of a table: a figure of each seed."""
+
+    values: np.ndarray  # [S]
+    show: Callable[[np.ndarray], str]  # `error` or `percent`
+
+
+class Table(NamedTuple):
+    """A table of a page: each row a dictionary of texts and `Spread`s."""
+
+    words: str
+    rows: list[dict[str, str | Spread]]
+
+
+class Size(NamedTuple):
+    """A study that is made smaller."""
+
+    words: str  # in which way, for the page
+    fields: Mapping[str, Any] = NOTHING  # of every run on images, that are overridden
+    seeds: tuple[int, ...] = ()  # () for the study's own
+    configs: Mapping[str, str] = NOTHING  # configs that stand in for others
+
+
+class Study(NamedTuple):
+    """What `studies/NAME.py` gives as `STUDY`."""
+
+    words: str  # the file's docstring: a question, and below it what is run and how controls were tuned
+    runs: Mapping[str, Run | Benchmark]
+    tables: Callable[[Found], list[Table]]
+    then: "Callable[[Found], Mapping[str, Run | Benchmark]] | None" = (
+        None  # further runs, with what the first have tuned
+    )
+    draw: Callable[[Found, Path], None] | None = None
+    caption: str = ""  # of the picture
+    seeds: tuple[int, ...] = (0, 1, 2)
+    reduced: Size | None = None  # what --size=reduced runs
+    data: tuple[str, ...] = ()  # sets that `scripts/prepare_data.py` prepares
+    gigabytes: float = 2.0  # of memory that one run takes
+    hours: float = 0.1  # about, of one core at full size
+
+
+def question(study: Study) -> str:
+    """What it asks, in one line."""
+    return " ".join(study.words.partition("\n\n")[0].split())
+
+
+def final(found: Found, run: str, method: str, figure: str, *, last: int = 1, rounds: int = 0) -> np.ndarray:
+    """[S], a method's figure at its end, of each seed that has it.
+
+    Args:
+      last: the mean over so many last evaluations.
+      rounds: of the method, after which the figure is taken; 0 for all. Above the rounds that there are: none.
+    """
+    values = []
+    for rows in found.runs.get(run, {}).values():
+        mine = [row for row in rows if row["run"] == method]
+        if rounds:
+            first = mine[0]["round"] if mine else 0
+            mine = [row for row in mine if row["round"] < first + rounds]
+        series = [row[figure] for row in mine if figure in row]
+        if series:
+            values.append(np.mean([math.nan if value is None else value for value in series[-last:]]))
+    return np.array(values)
+
+
+def after_seconds(found: Found, run: str, method: str, figure: str, seconds: float) -> np.ndarray:
+    """[S], a method's figure by the time that its rounds have taken so many seconds."""
+    cut = {seed: metrics.within(rows, seconds) for seed, rows in found.runs.get(run, {}).items()}
+    return final(found._replace(runs={run: cut}), run, method, figure)
+
+
+def sent(found: Found, run: str, method: str) -> np.ndarray:
+    """[S], bytes that a method's clients and server have sent."""
+    return np.array(
+        [
+            sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in rows if row["run"] == method)
+            for rows in found.runs.get(run, {}).values()
+        ]
+    )
+
+
+def best(found: Found, run: str, methods: Iterable[str], figure: str, last: int = 1) -> str:
+    """The method with the best mean figure over the seeds of a run made for tuning: geometric for errors.
+
+    One that diverges on any seed is not chosen, unless all do; "" where none was run.
+    """
+
+    def score(method):
+        values = final(found, run, method, figure, last=last)
+        if not values.size or not np.isfinite(values).all():
+            return -math.inf
+        return values.mean() if metrics.direction(figure) > 0 else -np.log(np.maximum(values, 1e-300)).mean()
+
+    run_ones = [method for method in methods if final(found, run, method, figure).size]
+    return max(run_ones, key=score, default="")
+
+
+def every(tried: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """All settings of {label: settings that are tried}."""
+    return tuple(itertools.chain.from_iterable(tried.values()))
+
+
+def chosen(found: Found, run: str, tried: Mapping[str, Sequence[str]], figure: str, last: int = 1) -> dict[str, str]:
+    """{label: the best of its settings} by a run made for tuning, of {label: settings that were tried}."""
+    return {label: best(found, run, settings, figure, last) for label, settings in tried.items()}
+
+
+def error(values: np.ndarray) -> str:
+    """Of errors over seeds, which may span decades: median, then the lowest and the highest."""
+    if not np.isfinite(values).all():
+        return f"diverges on {int((~np.isfinite(values)).sum())} of {values.size}"
+    low, middle, high = np.quantile(values, [0, 0.5, 1])
+    return f"{short(middle)} ({short(low)} to {short(high)})" if values.size > 1 else short(middle)
+
+
+def short(value: float) -> str:
+    """A number to two digits: 0.012, 1.8e-11."""
+    if value and not 1e-3 <= abs(value) < 1e4:
+        digits, _, power = f"{value:.1e}".partition("e")
+        return f"{digits}e{int(power)}"
+    return f"{value:.2g}"
+
+
+def percent(values: np.ndarray) -> str:
+    """Of accuracies over seeds: mean and standard deviation, in %."""
+    return f"{100 * values.mean():.1f}" + (f" +- {100 * values.std():.1f}" if values.size > 1 else "")
+
+
+def number(values: np.ndarray) -> str:
+    """Of other figures over seeds: mean and standard deviation."""
+    return f"{values.mean():.3g}" + (f" +- {values.std():.2g}" if values.size > 1 else "")
+
+
+def draw_lines(panels: Mapping[str, Sequence[tuple]], figure: str, path: Path, found: Found) -> None:
+    """Draws a figure by rounds, one panel for each group of lines, with a band of one standard deviation over seeds.
+
+    Args:
+      panels: {title: [(run, method), ...]}.
+      figure: name of a column.
+      path: of the picture, which is written as PNG and SVG.
+      found: what there is.
+    """
+    from fipa_jax.reporting import plots
+
+    panels = {
+        title: [(run, method) for run, method in lines if final(found, run, method, figure).size]
+        for title, lines in panels.items()
+    }
+    names = list(dict.fromkeys(method for lines in panels.values() for _, method in lines))
+    looks = curves.looks(names)
+    with plots.picture(path, 3.4 * len(panels), 3.2, 1, len(panels)) as (picture, axes):
+        for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+            for run, method in lines:
+                line = curves.line(list(found.runs.get(run, {}).values()), method, figure)
+                style = {"color": looks[method].color, "linestyle": looks[method].dash}
+                axis.plot(line.x, line.mean, label=looks[method].label, linewidth=1.7, **style)
+                axis.fill_between(line.x, line.low, line.high, color=looks[method].color, alpha=0.18, linewidth=0)
+            axis.set(title=title, xlabel="rounds", ylabel=curves.words_of(figure))
+            axis.set_yscale("linear" if metrics.direction(figure) > 0 else "log")
+            axis.grid(alpha=0.25, linewidth=0.6)
+        pairs = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes[0]]
+        handles = {label: line for line, label in itertools.chain.from_iterable(pairs)}
+        picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles) or 1, 5))

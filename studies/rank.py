@@ -1,0 +1,113 @@
+"""How many eigenpairs does FIPA need: do 20 suffice for compact networks, and 200 for ResNet-20, as published?
+
+Small networks: Levenberg-Marquardt by clients and server. CIFAR-10: the CNN of 23.7k parameters, alpha 0.05, 5 of 100
+clients, FIPA in the authors' form (`fipa`) and with past rounds (`fipa_memory`), each as tuned at rank 50, beside
+FedAvg and FedVARP as tuned. ResNet-20: its head on Tiny-ImageNet-50.
+"""
+
+from evidence.records import Run, Size, Spread, Study, Table, error, final, number, percent, sent
+
+SMALL = {  # config -> (figure, rounds)
+    "sine": ("test_mse", 300),
+    "poisson_1d": ("test_relative_l2", 200),
+    "poisson_2d": ("test_relative_l2", 200),
+    "fisher_kpp": ("test_relative_l2", 200),
+    "burgers": ("test_relative_l2", 400),
+    "helmholtz": ("test_relative_l2", 400),
+    "gaussians_2d": ("test_mse", 200),
+}
+RANKS = (5, 10, 20, 50)
+LARGE = (*RANKS, 100, 200)
+METHODS = ("fipa", "fipa_memory")
+CONTROLS = ("fedavg:local.lr=0.1:server.lr=0.08", "fedavg:term.name=varp:local.lr=0.03:server.lr=0.1")
+HEAD = "fipa_damped:sketch.rank={}:aggregator.damping=0.1:server.lr=0.3:local.lr=0.3"
+WARM = Run("cifar10", {"partition.alpha": 0.05, "fipa.rounds": 0}, seeds=(0,))
+WARM_HEAD = Run("tiny_imagenet:resnet20", {"fipa.rounds": 0}, seeds=(0,))
+
+
+def _spec(method, rank):
+    return f"{method}:sketch.rank={rank}"
+
+
+def _runs():
+    for config, (_, rounds) in SMALL.items():
+        yield config, Run(config, {"compare": tuple(_spec("fipa", r) for r in RANKS), "fipa.rounds": rounds})
+    specs = tuple(_spec(method, rank) for method in METHODS for rank in LARGE)
+    fields = {"partition.alpha": 0.05, "eval.every": 2, "fipa.rounds": 50, "compare": (*specs, *CONTROLS)}
+    yield "cifar10", Run("cifar10", fields, start=WARM)
+    heads = (*(HEAD.format(rank) for rank in LARGE), "fedavg:server.lr=0.1:local.lr=0.03")
+    yield "resnet20", Run("tiny_imagenet:resnet20", {"compare": heads}, start=WARM_HEAD)
+
+
+def tables(found):
+    """Errors of small networks by rank, then accuracies of larger ones with what they send."""
+    small = []
+    for config, (figure, rounds) in SMALL.items():
+        row = {"task, rounds": f"{config}, {rounds}"}
+        for rank in RANKS:
+            row[f"rank {rank}"] = Spread(final(found, config, _spec("fipa", rank), figure), error)
+        small.append(row)
+    made = [Table("Errors by rank: median over the seeds, then the lowest and the highest.", small)]
+    lines = {
+        "cifar10": [*((_spec(method, rank)) for method in METHODS for rank in LARGE), *CONTROLS],
+        "resnet20": [*(HEAD.format(rank) for rank in LARGE), "fedavg:server.lr=0.1:local.lr=0.03"],
+    }
+    for run, specs in lines.items():
+        rows = [
+            {
+                "method": f"`{spec}`",
+                "test accuracy, %": Spread(final(found, run, spec, "test_accuracy", last=5), percent),
+                "test loss": Spread(final(found, run, spec, "test_loss", last=5), number),
+                "megabytes": Spread(sent(found, run, spec) / 1e6, number),
+            }
+            for spec in specs
+        ]
+        made.append(
+            Table(f"{run}: means of the last five evaluations, and the standard deviation over the seeds.", rows)
+        )
+    return made
+
+
+def draw(found, path):
+    """The errors of small networks by rank, and the accuracy on CIFAR-10 by bytes."""
+    from fipa_jax.reporting import curves, plots
+
+    with plots.picture(path, 7.2, 3.2, 1, 2) as (_, ((left, right),)):
+        for (config, (figure, _)), color in zip(SMALL.items(), plots.CLIENTS, strict=False):
+            ends = [final(found, config, _spec("fipa", rank), figure) for rank in RANKS]
+            if all(values.size for values in ends):
+                left.loglog(
+                    RANKS, [sorted(values)[len(values) // 2] for values in ends], ".-", color=color, label=config
+                )
+        left.set(xlabel="rank", ylabel="error", title="small networks", xticks=RANKS, xticklabels=RANKS)
+        for method in METHODS:
+            ends = [
+                (sent(found, "cifar10", spec), final(found, "cifar10", spec, "test_accuracy", last=5))
+                for spec in (_spec(method, r) for r in LARGE)
+            ]
+            ends = [(size.mean() / 1e6, 100 * values.mean()) for size, values in ends if values.size]
+            if ends:
+                right.semilogx(
+                    *zip(*ends, strict=True), ".-", color=curves.KNOWN[method][1], label=curves.KNOWN[method][0]
+                )
+        right.set(xlabel="megabytes", ylabel="test accuracy, %", title="CIFAR-10, alpha 0.05")
+        for axis in (left, right):
+            axis.grid(alpha=0.25)
+            axis.legend(fontsize=6)
+
+
+STUDY = Study(
+    words=__doc__,
+    runs=dict(_runs()),
+    tables=tables,
+    draw=draw,
+    caption="Left: the median error of small networks by rank. Right: accuracy by bytes at ranks 5 to 200",
+    data=("cifar10", "tiny_imagenet"),
+    reduced=Size(
+        "a fifth of the training images, 60 rounds of warm-up and 10 of each method on images, one seed.",
+        {"data.train_split": "train[:20%]", "warmup.rounds": 60, "fipa.rounds": 10},
+        (0,),
+    ),
+    gigabytes=6,
+    hours=9,
+)

@@ -1,0 +1,105 @@
+"""The robust rules beside their definitions in NumPy, and what they are for: a few clients that send anything."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.rules import LIKE, SIZE, apply, as_tree, as_vector, assert_close
+from scipy.optimize import minimize
+
+from fipa_jax import aggregate
+
+CLIENTS, FAULTY = 7, 0.3  # of seven clients two
+
+
+def _trimmed(deltas, counts):
+    cut = int(FAULTY * len(deltas))
+    return np.sort(deltas, axis=0)[cut : len(deltas) - cut].mean(0)
+
+
+def _krum(deltas, counts, several=False):
+    wrong, scores = int(FAULTY * len(deltas)), []
+    for i, delta in enumerate(deltas):
+        others = sorted(np.sum((delta - other) ** 2) for j, other in enumerate(deltas) if j != i)
+        scores.append(sum(others[: max(len(deltas) - wrong - 2, 1)]))
+    return deltas[np.argsort(scores)[: len(deltas) - wrong if several else 1]].mean(0)
+
+
+RULES = {  # name -> (rule, its definition: (deltas [n, P], counts [n]) -> [P])
+    "median": (aggregate.median(), lambda deltas, counts: np.median(deltas, axis=0)),
+    "trimmed_mean": (aggregate.trimmed_mean(FAULTY), _trimmed),
+    "krum": (aggregate.krum(FAULTY), _krum),
+    "multi_krum": (aggregate.multi_krum(FAULTY), functools.partial(_krum, several=True)),
+}
+each_rule = pytest.mark.parametrize("name", RULES)
+
+
+@functools.cache
+def _compiled(rule):
+    return jax.jit(functools.partial(apply, rule))
+
+
+def _step(rule, deltas, counts):
+    params = jax.tree.map(jnp.asarray, LIKE)
+    uploads = aggregate.Uploads(as_tree(deltas), jnp.asarray(counts))
+    step, _, info = _compiled(rule)(uploads, rule.init(params), params)
+    return as_vector(step), info
+
+
+def _clients():
+    draw = np.random.default_rng(0)
+    return draw.normal(size=(CLIENTS, SIZE)), draw.integers(1, 9, CLIENTS)
+
+
+@pytest.mark.parametrize("absent", [(), (1,), (0, 4), range(1, CLIENTS), range(CLIENTS)], ids=len)
+@each_rule
+def test_a_step_is_as_defined_over_those_who_take_part(x64, name, absent):
+    deltas, counts = _clients()
+    counts[list(absent)] = 0
+    step, _ = _step(RULES[name][0], deltas, counts)
+    present = counts > 0
+    assert_close(step, RULES[name][1](deltas[present], counts[present]) if present.any() else np.zeros(SIZE), 1e-12)
+
+
+@pytest.mark.parametrize("rule", [*(rule for rule, _ in RULES.values()), aggregate.geometric_median()])
+def test_a_few_clients_cannot_steer(x64, rule):
+    """However far two of seven go, and whether they agree, the step stays among the others' updates."""
+    deltas, counts = _clients()
+    counts[:] = 1
+    for far in (1e3, -1e12):
+        deltas[[2, 5]] = far
+        step, _ = _step(rule, deltas, counts)
+        others = np.delete(deltas, [2, 5], axis=0)
+        assert np.linalg.norm(step - others.mean(0)) <= 2 * np.linalg.norm(others - others.mean(0), axis=1).max()
+    mean, _ = _step(aggregate.mean(), deltas, counts)
+    assert np.linalg.norm(mean) > 1e10, "which the mean does not survive"
+
+
+def test_the_geometric_median_has_the_least_sum_of_distances(x64):
+    deltas, counts = _clients()
+
+    def total(point):
+        return np.sum(counts * np.linalg.norm(deltas - point, axis=1))
+
+    found = minimize(total, np.average(deltas, axis=0, weights=counts), options={"gtol": 1e-10})
+    step, _ = _step(aggregate.geometric_median(), deltas, counts)
+    assert total(step) <= found.fun * (1 + 1e-4)
+    identical, _ = _step(aggregate.geometric_median(), np.repeat(deltas[:1], CLIENTS, axis=0), counts)
+    assert_close(identical, deltas[0], 1e-12)
+
+
+def test_a_client_that_sends_nan_is_left_out_before(x64):
+    deltas, counts = _clients()
+    deltas[3, 0] = np.nan
+    step, info = _step(RULES["median"][0], deltas, counts)
+    assert_close(step, np.median(np.delete(deltas, 3, axis=0), axis=0), 1e-12)
+    assert info["rejected"][3]
+
+
+@pytest.mark.parametrize("faulty", [0.5, -0.1, float("nan")])
+def test_a_share_that_no_rule_survives_is_refused(faulty):
+    for make in (aggregate.trimmed_mean, aggregate.krum, aggregate.multi_krum):
+        with pytest.raises(ValueError, match="faulty"):
+            make(faulty)
