@@ -115,12 +115,8 @@ def after_seconds(found: Found, run: str, method: str, figure: str, seconds: flo
 
 def sent(found: Found, run: str, method: str) -> np.ndarray:
     """[S], bytes that a method's clients and server have sent."""
-    return np.array(
-        [
-            sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in rows if row["run"] == method)
-            for rows in found.runs.get(run, {}).values()
-        ]
-    )
+    mine = [[row for row in rows if row["run"] == method] for rows in found.runs.get(run, {}).values()]
+    return np.array([sum(row["bytes_up"] + row["bytes_down"] for row in rows) for rows in mine if rows])
 
 
 def best(found: Found, run: str, methods: Iterable[str], figure: str, last: int = 1) -> str:
