@@ -203,7 +203,8 @@ class Server:
         for client, why in sorted(self.wrong.items()):
             logging.warning("round %d: client %d is left out: %s", self._number, client, why)
         losses = [np.nan if place in misfits else loss for place, loss in enumerate(losses)]
-        uploads = uploads._replace(ids=jnp.asarray(ids, jnp.int32))
+        counts = jnp.asarray(uploads.num_examples, jnp.float32)  # also where nobody has sent any: a round compiles once
+        uploads = uploads._replace(num_examples=counts, ids=jnp.asarray(ids, jnp.int32))
         return uploads, np.asarray(losses, self.agreement.like[1].dtype), np.asarray(ages, np.int32)
 
     def _one(self, client: int, blob: bytes | None) -> tuple[Uploads, float, int]:
