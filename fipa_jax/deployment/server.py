@@ -92,6 +92,7 @@ class Server:
     Attributes:
       agreement: as it was given.
       wrong: {client: why, in words}, whose bytes were of no use in the last round.
+      last: the last round's row.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Server:
         first: int = 0,
     ):
         self.wrong: dict[int, str] = {}
+        self.last: dict = {}
         self.agreement, self._figures, self._first = agreement, figures, first
         self._journal = Rows() if journal is None else journal
         cohort, clients = agreement.parts.cohort, agreement.parts.num_clients
@@ -232,7 +234,7 @@ class Server:
     def _write(self, figures: dict) -> None:
         """Writes the round's row, and keeps what the next ones need."""
         name, journal, note = self.agreement.name, self._journal, {"first": self._first, "chunk": 1}
-        row = metrics.jsonable({"run": name, "round": self._number} | figures)
+        row = self.last = metrics.jsonable({"run": name, "round": self._number} | figures)
         self._number, self._broadcast = self._number + 1, None
         self._skipped = self._skipped + 1 if row.get("skipped") else 0
         journal.write(row)
