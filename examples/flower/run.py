@@ -21,15 +21,16 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CLIENTS = {"sine": 2, "hospitals": 4}
+PROBLEMS = ("sine", "hospitals")
+HOSPITALS = 4
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-ENDED = ("finished",)
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problem", choices=CLIENTS, default="sine")
+    parser.add_argument("--problem", choices=PROBLEMS, default="sine")
+    parser.add_argument("--clients", type=int, default=2, help="of the sine task")
     parser.add_argument("--method", default="fipa", help="as in config.compare, such as fedavg")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--workdir", type=Path, default=Path("runs/flower"), help="of the server; a run in it goes on")
@@ -66,7 +67,7 @@ class Machines:
         try:
             self._start_link()
             if not self.options.simulation:
-                for client in range(CLIENTS[self.options.problem]):
+                for client in range(self.clients):
                     self.start_client(client)
         except BaseException:
             self.__exit__()
@@ -119,22 +120,30 @@ class Machines:
         self.start(f"node-{client}", *command, *(certificate if self.options.tls else ["--insecure"]))
 
     @property
+    def clients(self) -> int:
+        """How many there are."""
+        return self.options.clients if self.options.problem == "sine" else HOSPITALS
+
+    @property
     def settings(self) -> dict:
         """Of the run, as pyproject.toml lists them."""
-        names = ("problem", "method", "rounds", "workdir", "data", "timeout", "late", "authenticate")
+        names = ("problem", "clients", "method", "rounds", "workdir", "data", "timeout", "late", "authenticate")
         values = {name: getattr(self.options, name) for name in names}
         return values | {name: str(values[name].absolute()) for name in ("workdir", "data")}
 
     def submit(self) -> str:
         """Gives the app to the SuperLink; returns the run's number."""
         config = " ".join(f"{name}={json.dumps(value)}" for name, value in self.settings.items())
-        return json.loads(self.flwr("run", str(HERE), "here", "--run-config", config, "--format", "json"))["run-id"]
+        command = ["run", str(HERE), "here", "--run-config", config, "--format", "json"]
+        if self.options.simulation:
+            command += ["--federation-config", f"num-supernodes={self.clients}"]
+        return json.loads(self.flwr(*command))["run-id"]
 
     def wait(self, run: str) -> str:
         """How a run has ended."""
         while True:
             state = json.loads(self.flwr("list", "here", "--run-id", str(run), "--format", "json"))["runs"][0]["status"]
-            if state.startswith(ENDED):
+            if state.startswith("finished"):
                 return state
             time.sleep(2)
 

@@ -92,6 +92,7 @@ class Server:
     Attributes:
       agreement: as it was given.
       wrong: {client: why, in words}, whose bytes were of no use in the last round.
+      last: the last round's row.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Server:
         first: int = 0,
     ):
         self.wrong: dict[int, str] = {}
+        self.last: dict = {}
         self.agreement, self._figures, self._first = agreement, figures, first
         self._journal = Rows() if journal is None else journal
         cohort, clients = agreement.parts.cohort, agreement.parts.num_clients
@@ -203,7 +205,8 @@ class Server:
         for client, why in sorted(self.wrong.items()):
             logging.warning("round %d: client %d is left out: %s", self._number, client, why)
         losses = [np.nan if place in misfits else loss for place, loss in enumerate(losses)]
-        uploads = uploads._replace(ids=jnp.asarray(ids, jnp.int32))
+        counts = jnp.asarray(uploads.num_examples, jnp.float32)  # also where nobody has sent any: a round compiles once
+        uploads = uploads._replace(num_examples=counts, ids=jnp.asarray(ids, jnp.int32))
         return uploads, np.asarray(losses, self.agreement.like[1].dtype), np.asarray(ages, np.int32)
 
     def _one(self, client: int, blob: bytes | None) -> tuple[Uploads, float, int]:
@@ -231,7 +234,7 @@ class Server:
     def _write(self, figures: dict) -> None:
         """Writes the round's row, and keeps what the next ones need."""
         name, journal, note = self.agreement.name, self._journal, {"first": self._first, "chunk": 1}
-        row = metrics.jsonable({"run": name, "round": self._number} | figures)
+        row = self.last = metrics.jsonable({"run": name, "round": self._number} | figures)
         self._number, self._broadcast = self._number + 1, None
         self._skipped = self._skipped + 1 if row.get("skipped") else 0
         journal.write(row)

@@ -12,7 +12,7 @@ from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.client.examples import Client
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.deployment import wire
-from fipa_jax.deployment.agreement import Agreement, client_state
+from fipa_jax.deployment.agreement import Agreement, client_state, work_of
 from fipa_jax.federation.population import Cohort
 
 
@@ -45,7 +45,8 @@ class Site:
         indices[0, :number] = np.arange(number)
         with agreement.precision():
             clients = Client(jnp.asarray(indices), jnp.asarray([number], jnp.int32))
-            fields = {name: jnp.asarray(field) for name, field in data.items()}
+            rows = np.minimum(np.arange(indices.shape[1]), number - 1)  # sites of the same width share a program
+            fields = {name: jnp.asarray(np.asarray(field)[rows]) for name, field in data.items()}
             self._cohort = Cohort(jnp.asarray([client], jnp.int32), clients, fields)
 
     def work(self, blob: bytes) -> bytes:
@@ -55,8 +56,10 @@ class Site:
           wire.Malformed: it is none, or of a federation with other parameters.
         """
         broadcast = wire.expect(blob, "broadcast", self._agreement.fingerprint)
-        with self._agreement.precision():
-            uploads, loss = self._work(self._seen(broadcast), self._agreement.rates, self._cohort, self._agreement.root)
+        agreement = self._agreement
+        with agreement.precision():
+            given = agreement.of_clients, self._seen(broadcast), agreement.rates, self._cohort, agreement.root
+            uploads, loss = work_of(*given)
             one, loss = jax.tree.map(lambda leaf: np.asarray(leaf)[0], (uploads, loss))
         arrays = arrays_of(one, loss)
         return wire.pack(wire.Message("upload", broadcast.fingerprint, broadcast.round, self._client, arrays))
