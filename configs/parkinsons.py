@@ -32,7 +32,7 @@ def get_config(variant: str = ""):
     config.personal.compare = ("global", "local", "finetune", "ditto", "curvature", "spread", "laplace")
     config.personal.newcomers, config.personal.examples = 1 / 3, (2, 5, 20)
     config.personal.own, config.personal.fit_steps = "bias", 1
-    config.personal.lr, config.personal.steps = 0.001, (10, 30, 100, 300, 600, 1000, 3000, 6000, 10_000, 30_000)
+    config.personal.lr, config.personal.steps = 0.001, (3, 10, 30, 60, 100, 200, 300, 600, 1000, 3000)
     return recipes.variant(config, variant, plain=_plain, fedavg=_fedavg, tune=_tune)
 
 

@@ -127,8 +127,9 @@ def check(experiment, settings: ConfigDict) -> None:
 def figures(experiment, settings: ConfigDict, parts: Parts, params: Any) -> dict:
     """The figures of the clients' own models on their own test examples, `personal_WAY[_EXAMPLES]_METRIC_...`.
 
-    That is the mean over clients, their standard deviation and worst decile, see `metrics.over_clients`; besides, the
-    strength or the steps, `chosen_WAY[_EXAMPLES]`, and with `_loss` the held-out loss by which these were chosen. {} where nobody gets a model of its own.
+    That is the mean over clients, their standard deviation and worst decile, see `metrics.over_clients`. Besides, the
+    strength or the steps, `chosen_WAY[_EXAMPLES]`, and the held-out loss by which these were chosen, with `_loss` at
+    the end. {} where nobody gets a model of its own.
 
     Args:
       experiment: `experiment.Experiment`.
@@ -296,7 +297,7 @@ def _local(trained: Trained) -> Way:
 
 
 def _finetune(trained: Trained) -> Way:
-    """Gradient steps from the trained model."""
+    """Gradient steps with momentum 0.9 from the trained model, on all own examples."""
     local = _descent(trained.task.loss)
     settings = trained.settings
     return Way(local, trained.params, personal.proximity(trained.params), settings.steps, "steps", settings.lr)
@@ -340,7 +341,7 @@ def _fitter(trained: Trained) -> LocalSolver:
 
 @functools.cache
 def _descent(loss) -> LocalSolver:
-    return first_order(loss, unaugmented, batch_size=0)
+    return first_order(loss, unaugmented, optimizer="momentum", batch_size=0)
 
 
 WAYS: dict[str, Callable[[Trained], Way]] = {
