@@ -50,4 +50,4 @@ def _fedavg(config):
 def _tune(config):
     """Weight decays of the common model, to be chosen by `chosen_curvature_*_loss`, on other seeds than those shown."""
     config.compare = tuple(FIPA.format(decay) for decay in (0.1, 1.0, 10.0, 100.0))
-    config.personal.compare = ("ditto", "curvature")
+    config.personal.compare = ("ditto", "curvature", "spread")

@@ -181,6 +181,7 @@ def test_newcomers_are_in_no_round_and_alone_get_models():
     [
         ({"compare": ("nonesuch",)}, r"config.personal.compare: unknown 'nonesuch'"),
         ({"newcomers": 0.01}, r"config.personal.newcomers: 0 of 5 clients"),
+        ({"compare": (), "newcomers": 0.5}, r"config.personal.newcomers: keeps clients out"),
         ({"own": "nonesuch"}, r"config.personal.own: .*no parameter path matches 'nonesuch'"),
     ],
 )
