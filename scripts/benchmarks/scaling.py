@@ -9,6 +9,7 @@ costs, not what it gains. The hash is that of the model after the last round, or
 
 import argparse
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -52,6 +53,10 @@ def run(options: list[str]) -> dict:
 def measure_rounds(args) -> list[dict]:
     """Prints and returns a line for each method and place."""
     places = [tuple(map(int, place.split("x"))) for place in args.places]
+    # XLA's CPU pool has a thread for each virtual device at least, and a long sum is cut by their number: as many
+    # everywhere, or places would differ by that alone.
+    threads = max([os.cpu_count() or 1, *(devices for _, devices in places)])
+    os.environ.setdefault("NPROC", str(threads))
     rows = [measure(args, method, *place) for method in args.methods for place in places]
     timing.table(rows)
     for method in args.methods:

@@ -32,56 +32,59 @@ def _sent():
     return tuple(np.float32(x) for x in fields)
 
 
-def _rule(mesh, **options):
-    return aggregate.fipa(damping=1e-2, spread=Spread(mesh), **options)
+PAST = {"past": aggregate.PastRounds("prior", rank=5)}
 
 
-def _program(rule, mesh):
-    """Two rounds of a rule, jitted, and what it is given, with the bases spread over the mesh."""
+def _rounds(devices, sent, options=PAST, number=2):
+    """(parameters, state, spectrum) after some rounds of a rule, and the compiled program of one."""
+    delta, counts, values, basis = sent
+    mesh = make_mesh(devices) if devices else None
+    rule = aggregate.fipa(damping=1e-2, spread=Spread(mesh) if devices else None, **options)
+    if mesh is not None:
+        basis = jax.device_put(basis, NamedSharding(mesh, PartitionSpec(None, "clients")))
+
+    def serve(params, state, basis):
+        uploads = aggregate.Uploads(delta, counts, Sketch(jnp.asarray(values), basis))
+        received, info = aggregate.receive(uploads, params, mesh)
+        step, state, info, _ = aggregate.step_of(rule, received, state, params, info)
+        return params + step, state, info["spectrum"]
+
+    params, placed = jnp.zeros(SIZE), {}
+    given = params, jax.jit(rule.init)(params), basis
+    if mesh is not None:
+        whole = NamedSharding(mesh, PartitionSpec())
+        given, placed = (*jax.device_put(given[:2], whole), basis), {"out_shardings": whole}
+    program = jax.jit(serve, **placed).lower(*given).compile()
+    for _ in range(number):
+        params, state, spectrum = program(*given)
+        given = params, state, basis
+    return program, jax.device_get((params, state, spectrum))
+
+
+@functools.cache
+def _padded_rounds(devices, merge="auto"):
     delta, counts, values, basis = _sent()
     basis = np.pad(basis, [(0, 0), (0, padded(SIZE) - SIZE), (0, 0)])
-    placed = basis if mesh is None else jax.device_put(basis, NamedSharding(mesh, PartitionSpec(None, "clients")))
-
-    @jax.jit
-    def rounds(basis):
-        params = jnp.zeros(SIZE)
-        state, uploads = rule.init(params), aggregate.Uploads(delta, counts, Sketch(jnp.asarray(values), basis))
-        for _ in range(2):
-            received, info = aggregate.receive(uploads, params, mesh)
-            step, state, info, _ = aggregate.step_of(rule, received, state, params, info)
-            params = params + step
-        return params, state, info["spectrum"], info["divergence"]
-
-    return rounds, placed
+    return _rounds(devices, (delta, counts, values, basis), PAST | {"merge": merge})
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"past": aggregate.PastRounds("prior", rank=5)}, pytest.param({"merge": "tsqr"}, marks=pytest.mark.slow)],
-    ids=str,
-)
-def test_steps_spectra_and_past_rounds_have_the_same_bits_on_all_devices(options):
-    found = []
-    for devices in (1, 2, 4):
-        mesh = make_mesh(devices)
-        rounds, basis = _program(_rule(mesh, **options), mesh)
-        found.append(jax.device_get(rounds(basis)))
-    for other in found[1:]:
-        jax.tree.map(np.testing.assert_array_equal, found[0], other)
-    plain = aggregate.fipa(damping=1e-2, **options)
-    delta, counts, values, basis = _sent()
-    params, state = jnp.zeros(SIZE), plain.init(jnp.zeros(SIZE))
-    for _ in range(2):
-        received, info = aggregate.receive(aggregate.Uploads(delta, counts, Sketch(values, basis)), params)
-        step, state, *_ = jax.jit(functools.partial(aggregate.step_of, plain))(received, state, params, info)
-        params = params + step
-    np.testing.assert_allclose(found[0][0], params, rtol=1e-4, atol=1e-6)  # and near what is read in one run
+SLOW = [pytest.param(merge, 2, marks=pytest.mark.slow) for merge in ("auto", "tsqr")]
+
+
+@pytest.mark.parametrize(("merge", "devices"), [("auto", 4), *SLOW])
+def test_steps_spectra_and_past_rounds_have_the_same_bits_on_all_devices(merge, devices):
+    alone, together = (_padded_rounds(number, merge)[1] for number in (1, devices))
+    jax.tree.map(np.testing.assert_array_equal, alone, together)
+
+
+@pytest.mark.slow
+def test_segments_are_near_what_is_read_in_one_run():
+    alone, plain = _padded_rounds(1)[1], _rounds(0, _sent())[1]
+    np.testing.assert_allclose(alone[0], plain[0], rtol=1e-4, atol=1e-6)
 
 
 def test_no_device_holds_all_rows_of_the_bases():
-    mesh = make_mesh(4)
-    rounds, basis = _program(_rule(mesh), mesh)
-    text = rounds.lower(basis).compile().as_text()
+    text = _padded_rounds(4)[0].as_text()
     whole, own = f"[{CLIENTS},{padded(SIZE)},{RANK}]", f"[{CLIENTS},{padded(SIZE) // 4},{RANK}]"
     assert own in text and whole not in text
 

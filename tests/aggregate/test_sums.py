@@ -118,6 +118,7 @@ def test_a_whole_basis_gives_the_damped_rule_and_newtons_step(x64, form):
     np.testing.assert_allclose(step, _solve(BETA, dense.total, wanted), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_from_the_last_sum_the_basis_turns_to_the_top_eigenvectors(x64):
     dense, rule = Dense(), _rule("galerkin", sums={"columns": COLUMNS, "fresh": 1})
     state = None
@@ -133,6 +134,7 @@ def test_from_the_last_sum_the_basis_turns_to_the_top_eigenvectors(x64):
     np.testing.assert_array_equal(state.basis, again.basis)  # whatever the clients send
 
 
+@pytest.mark.slow
 def test_columns_come_and_go_by_the_tail(x64):
     """All are in use while the least eigenvalue counts beside beta; of curvature of rank 2 stay 2 and the fresh one."""
     low = Dense()
@@ -178,6 +180,7 @@ def test_the_trust_region_takes_back_a_step_that_raised_the_sum_of_the_losses(x6
     np.testing.assert_allclose(state.trust.loss, loss, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_bound_on_the_divergence_shortens_the_step(x64):
     dense = Dense()
     free, _, info = _apply(_rule("galerkin"), dense)
@@ -187,6 +190,7 @@ def test_a_bound_on_the_divergence_shortens_the_step(x64):
     np.testing.assert_allclose(info["divergence"], most, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_float32_is_as_near_as_its_rounding_allows():
     dense = Dense()
     for form in ("galerkin", "gradient"):
