@@ -39,7 +39,8 @@ class Found(NamedTuple):
 
     runs: dict[str, dict[int, Any]]  # run -> seed -> rows of its metrics file, or a benchmark's figures
     made: list[dict]  # of each run: machine, versions, date and seconds
-    missing: list[str]  # one line for each run that is not there
+    missing: list[str]  # one line for each run that failed
+    planned: int = 0  # runs, of which `made` are done
 
 
 class Spread(NamedTuple):

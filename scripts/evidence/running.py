@@ -285,7 +285,7 @@ def collect(jobs: list[Job], missing: list[str]) -> Found:
             figures = job.folder / FIGURES
             left = json.loads(figures.read_text()) if figures.is_file() else metrics.read(job.folder / "metrics.jsonl")
             runs[job.run][job.seed] = left
-    return Found(runs, made, missing)
+    return Found(runs, made, missing, len(jobs))
 
 
 def side_by_side(gigabytes: float) -> int:
