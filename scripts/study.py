@@ -9,7 +9,6 @@ A study that is stopped goes on when the same command is given again. Its runs l
 """
 
 import argparse
-import os
 import runpy
 import shlex
 import sys
@@ -46,7 +45,7 @@ def main():
             print(f"{name:16} {question(load(name))}")
         return
     if args.name not in known:
-        sys.exit(f"error: there is no study {args.name!r}; known: {', '.join(known)}")
+        sys.exit(f"error: there is no study {args.name or 'without a name'!r}; known: {', '.join(known)}")
     try:
         sys.exit(conduct(args.name, load(args.name), args))
     except ValueError as error:
@@ -60,17 +59,25 @@ def load(name: str):
     return runpy.run_path(str(ROOT / "studies" / f"{name}.py"))["STUDY"]
 
 
+def check_data(study, jobs, folder: str) -> None:
+    """Refuses to start runs whose data sets are not there.
+
+    Raises:
+      ValueError: says how they are prepared.
+    """
+    absent = [data for data in study.data if not (Path(folder) / data).is_dir()]
+    if absent and any("--config.data.dir=" in word for job in jobs for word in job.command):
+        raise ValueError(
+            f"needs the data of {' and '.join(absent)}: python scripts/prepare_data.py {absent[0]} --data-dir=DIR, "
+            "then --data-dir=DIR here"
+        )
+
+
 def conduct(name: str, study, args) -> int:
     """Runs a study and writes its page; 1 if any of its runs is missing."""
     size = "debug" if args.debug else args.size
     folder = args.runs.absolute() / ("debug" if args.debug else "")
     options = running.Options(size, tuple(args.seeds), args.data_dir, folder, args.fresh)
-    absent = [] if args.debug else [data for data in study.data if not os.path.isdir(os.path.join(args.data_dir, data))]
-    if absent and not args.write:
-        sys.exit(
-            f"error: {name} needs the data of {' and '.join(absent)}: python scripts/prepare_data.py {absent[0]} "
-            "--data-dir=DIR, then --data-dir=DIR here"
-        )
     parallel = args.jobs or running.side_by_side(study.gigabytes)
     jobs, missing, found = [], [], None
     for stage in (lambda _: study.runs, study.then):
@@ -78,6 +85,8 @@ def conduct(name: str, study, args) -> int:
             runs = stage(found)
             runs = {run: value for run, value in runs.items() if args.write or not args.only or run in args.only}
             more = running.jobs_of(study, runs, options)
+            if not args.write:
+                check_data(study, more, args.data_dir)
             missing += [] if args.write else running.run(more, parallel, name, args.fresh)
             jobs += more
             found = running.collect(jobs, missing)
