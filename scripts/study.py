@@ -74,31 +74,35 @@ def check_data(study, jobs, folder: str) -> None:
 
 
 def conduct(name: str, study, args) -> int:
-    """Runs a study and writes its page; 1 if any of its runs is missing."""
+    """Runs a study and writes its page; 1 if a run failed."""
     size = "debug" if args.debug else args.size
     folder = args.runs.absolute() / ("debug" if args.debug else "")
-    options = running.Options(size, tuple(args.seeds), args.data_dir, folder, args.fresh)
-    parallel = args.jobs or running.side_by_side(study.gigabytes)
-    jobs, missing, found = [], [], None
-    for stage in (lambda _: study.runs, study.then):
-        if stage and not missing:  # what is tuned by runs that are missing cannot be run
-            runs = stage(found)
-            runs = {run: value for run, value in runs.items() if args.write or not args.only or run in args.only}
-            more = running.jobs_of(study, runs, options)
-            if not args.write:
-                check_data(study, more, args.data_dir)
-            missing += [] if args.write else running.run(more, parallel, name, args.fresh)
-            jobs += more
-            found = running.collect(jobs, missing)
+    found = results(name, study, args, running.Options(size, tuple(args.seeds), args.data_dir, folder, args.fresh))
     shown = [name, *(["--debug"] if args.debug else ["--size=reduced"] if size == "reduced" else [])]
     shown += ["--seeds", *map(str, args.seeds)] if args.seeds else []
     shown += ["--data-dir=DIR"] if study.data else []
-    docs = folder / "docs" if args.debug else args.docs
     command = shlex.join([".venv/bin/python", "scripts/study.py", *shown])
-    print(page.write(name, study, found, command, docs, size))
-    for line in missing:
+    print(page.write(name, study, found, command, folder / "docs" if args.debug else args.docs, size))
+    for line in found.missing:
         print(f"missing: {line}", file=sys.stderr)
-    return int(bool(missing))
+    return int(bool(found.missing))
+
+
+def results(name: str, study, args, options):
+    """What the study's runs leave, and then those that follow from what the first have tuned."""
+    parallel = args.jobs or running.side_by_side(study.gigabytes)
+    jobs, missing, found = [], [], None
+    for stage in (lambda _: study.runs, study.then):
+        if not stage or missing:  # what is tuned by runs that are missing cannot be run
+            break
+        runs = {run: value for run, value in stage(found).items() if args.write or not args.only or run in args.only}
+        more = running.jobs_of(study, runs, options)
+        if not args.write:
+            check_data(study, more, args.data_dir)
+            missing += running.run(more, parallel, name, args.fresh)
+        jobs += more
+        found = running.collect(jobs, missing)
+    return found
 
 
 if __name__ == "__main__":
