@@ -34,6 +34,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", default="fipa", help="as in config.compare, such as fedavg")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--workdir", type=Path, default=Path("runs/flower"), help="of the server; a run in it goes on")
+    parser.add_argument("--resume", default="yes", help="as of scripts/train.py: yes, anyway or no")
     parser.add_argument("--data", type=Path, default=Path(), help="where prepare.py has put the hospitals' files")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a round waits for answers")
     parser.add_argument("--late", type=int, default=0, help="rounds after which an answer may still come in")
@@ -127,7 +128,18 @@ class Machines:
     @property
     def settings(self) -> dict:
         """Of the run, as pyproject.toml lists them."""
-        names = ("problem", "clients", "method", "rounds", "workdir", "data", "timeout", "late", "authenticate")
+        names = (
+            "problem",
+            "clients",
+            "method",
+            "rounds",
+            "workdir",
+            "data",
+            "timeout",
+            "late",
+            "authenticate",
+            "resume",
+        )
         values = {name: getattr(self.options, name) for name in names}
         return values | {name: str(values[name].absolute()) for name in ("workdir", "data")}
 

@@ -85,6 +85,8 @@ def agree(
       ValueError: the config asks for what a federation of real clients cannot do; names the field.
     """
     validate(config)
+    if config.personal.compare:
+        raise ValueError("config.personal.compare: clients' own models are a simulation's last stage; set it to ()")
     config = only(config, spec)
     phase, settings = ("warmup", config.warmup) if spec == WARMUP else ("fipa", method(config, spec))
     with naming(phase, f"the method {spec!r}", settings), jax.enable_x64(config.precision == "float64"):

@@ -220,6 +220,7 @@ def server_rows(folder):
         ("fipa.term.name", "scaffold", "config.fipa.term.name"),
         ("fipa.sketch.gradient_scale", 1.0, "config.fipa.sketch.gradient_scale"),
         ("warmup.rounds", 1, "config.warmup.rounds"),
+        ("personal.compare", ("global",), "config.personal.compare"),
     ],
 )
 def test_what_only_a_simulation_can_do_is_refused(federation, field, value, words):
