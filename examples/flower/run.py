@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PROBLEMS = ("sine", "hospitals")
 HOSPITALS = 4
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+OURS = ("cold", "simulation", "tls")  # options that the run itself does not know
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +52,6 @@ class Machines:
 
     Args:
       options: of the command line.
-      keep: what to do with the folder of logs and sockets: None removes it.
     """
 
     def __init__(self, options: argparse.Namespace):
@@ -90,16 +91,18 @@ class Machines:
     def stop(self, name: str, number: int = 15) -> None:
         """Ends a process and what it has started, and waits for it."""
         process = self.processes.pop(name)
+        started = descendants(process.pid)  # some of them in sessions of their own
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
+            process.kill()
             process.wait()
-        with contextlib.suppress(ProcessLookupError):  # what it has started may outlive it
-            os.killpg(process.pid, 9)
+        for pid, words in started.items():
+            if command_of(pid) == words:  # and not another one that has its number by now
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
 
     def start_client(self, client: int) -> None:
         """Starts a client's worker and node."""
@@ -193,6 +196,29 @@ class Machines:
         raise RuntimeError(f"the SuperLink does not answer:\n{(self.folder / 'link.log').read_text()}")
 
 
+def command_of(pid: int) -> str:
+    """The command line of a process; "" where there is none, or where the system does not tell."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """{number: command line} of all processes that a process has started, and they, where the system tells."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(stat.parent.name))
+    found, left = {}, [pid]
+    while left:
+        new = children.get(left.pop(), [])
+        found |= {one: command_of(one) for one in new}
+        left += new
+    return found
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as one:
@@ -224,6 +250,7 @@ def make_key(path: Path) -> None:
 def main() -> None:
     """Runs a federation, and prints its rows."""
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends what was started, too
     with Machines(options) as machines:
         state = machines.wait(machines.submit())
         print(state)
