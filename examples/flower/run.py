@@ -12,9 +12,11 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -162,6 +164,11 @@ class Machines:
                 return state
             time.sleep(2)
 
+    def seconds_of_workers(self) -> list[float]:
+        """How long the workers took for each answer."""
+        logs = "".join(log.read_text() for log in self.folder.glob("worker-*.log"))
+        return [float(seconds) for seconds in re.findall(r"answered by \d+ in ([\d.]+) seconds", logs)]
+
     def flwr(self, *command: str) -> str:
         """What a command of Flower prints."""
         done = subprocess.run(
@@ -259,10 +266,23 @@ def main() -> None:
             for log in sorted(machines.folder.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text()[-4000:]}")
             sys.exit(1)
-        for line in rows.read_text().splitlines():
-            row = json.loads(line)
-            figures = {name: value for name, value in row.items() if name.startswith("test_")}
-            print(f"round {row['round']}: {figures}")
+        show([json.loads(line) for line in rows.read_text().splitlines()], machines.seconds_of_workers())
+
+
+def show(rows: list[dict], workers: list[float]) -> None:
+    """Prints each round's figures, and where the time of a round has gone, by medians without the first round."""
+    for row in rows:
+        figures = {name: round(value, 6) for name, value in row.items() if name.startswith("test_")}
+        print(f"round {row['round']}, {row['seconds_answers']:.2f} s: {figures}")
+    later = rows[1:] or rows
+    server = statistics.median(row["seconds_read"] + row["seconds_aggregate"] for row in later)
+    answers = statistics.median(row["seconds_answers"] for row in later)
+    print(f"bytes of a round: {rows[-1]['bytes_down']} down, {rows[-1]['bytes_up']} up")
+    print(f"seconds of a round: {answers:.2f} until all have answered, then {server:.3f} of the server")
+    if workers:
+        print(
+            f"seconds of a worker: {statistics.median(workers):.3f}, at most {max(workers):.3f}; the rest is Flower's"
+        )
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_with_keys_and_certificates(options):
 
 
 def test_a_killed_node_costs_one_round_and_a_killed_server_none(options):
-    options.rounds = 40
+    options.rounds = 16
     with RUN["Machines"](options) as machines:
         run = machines.submit()
         until(lambda: len(rows(options)) >= 2)
@@ -104,6 +104,6 @@ def test_a_killed_node_costs_one_round_and_a_killed_server_none(options):
         before = rows(options)
         assert machines.wait(machines.submit()) == "finished:completed"
     after = rows(options)
-    assert [row["round"] for row in after] == [*range(40)]
+    assert [row["round"] for row in after] == [*range(16)]
     kept = len(before) - 1  # at most the last row had no checkpoint yet
     assert after[:kept] == before[:kept]
