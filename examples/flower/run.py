@@ -281,7 +281,7 @@ def show(rows: list[dict], workers: list[float]) -> None:
     print(f"seconds of a round: {answers:.2f} until all have answered, then {server:.3f} of the server")
     if workers:
         print(
-            f"seconds of a worker: {statistics.median(workers):.3f}, at most {max(workers):.3f}; the rest is Flower's"
+            f"of these a worker takes {statistics.median(workers):.3f}, {max(workers):.3f} at most; the rest is Flower's"
         )
 
 
