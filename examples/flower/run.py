@@ -280,9 +280,7 @@ def show(rows: list[dict], workers: list[float]) -> None:
     print(f"bytes of a round: {rows[-1]['bytes_down']} down, {rows[-1]['bytes_up']} up")
     print(f"seconds of a round: {answers:.2f} until all have answered, then {server:.3f} of the server")
     if workers:
-        print(
-            f"of these a worker takes {statistics.median(workers):.3f}, {max(workers):.3f} at most; the rest is Flower's"
-        )
+        print(f"of these a worker takes {statistics.median(workers):.3f}, at most {max(workers):.3f}; Flower the rest")
 
 
 if __name__ == "__main__":
