@@ -10,9 +10,10 @@ import numpy as np
 from fipa_jax import trees
 from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.client.examples import Client
+from fipa_jax.curvature.common_basis import Image
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.deployment import wire
-from fipa_jax.deployment.agreement import Agreement, client_state, work_of
+from fipa_jax.deployment.agreement import Agreement, broadcast_of, client_state, first_rule, work_of
 from fipa_jax.federation.population import Cohort
 
 
@@ -66,13 +67,10 @@ class Site:
 
     def warm_up(self) -> None:
         """Compiles what a round needs, by one on the first model, so that the first message need not wait for it."""
-        agreement, parts = self._agreement, self._agreement.parts
+        agreement = self._agreement
         with agreement.precision():
-            chosen = trees.select(agreement.params, parts.trainable)
-            told = parts.announce(parts.aggregator.init(trees.widened(chosen)))
-            arrays = {f"params/{path}": np.asarray(leaf) for path, leaf in chosen.items()}
-            arrays |= {f"told/{name}": np.asarray(value) for name, value in told.items()}
-        self.work(wire.pack(wire.Message("broadcast", agreement.fingerprint, 0, wire.NOBODY, arrays)))
+            first = broadcast_of(agreement, agreement.params, first_rule(agreement, agreement.params), 0)
+        self.work(first)
 
     def _seen(self, broadcast: wire.Message):
         """The state as the broadcast tells it."""
@@ -82,7 +80,9 @@ class Site:
             params = trees.replace(self._agreement.params, trees.fitted(_below(arrays, "params/"), chosen))
         except ValueError as error:
             raise wire.Malformed(f"its parameters: {error}") from None
-        return client_state(self._agreement, params, _below(arrays, "told/"), jnp.int32(broadcast.round))
+        asked = _below(arrays, "asked/")
+        said = _below(arrays, "told/"), tuple(asked[str(place)] for place in range(len(asked)))
+        return client_state(self._agreement, params, said, jnp.int32(broadcast.round))
 
 
 def arrays_of(one: Uploads, loss: Any) -> dict[str, np.ndarray]:
@@ -90,11 +90,16 @@ def arrays_of(one: Uploads, loss: Any) -> dict[str, np.ndarray]:
     numbers = {"num_examples": one.num_examples, "local_loss": loss, "loss": one.loss, "damping": one.damping}
     arrays = {name: np.asarray(value) for name, value in numbers.items() if value is not None}
     arrays |= {f"delta/{path}": np.asarray(leaf) for path, leaf in trees.paths(one.delta).items()}
-    if isinstance(one.sketch, Diagonal):
-        arrays["diagonal/values"] = np.asarray(one.sketch.values)
+    if isinstance(one.sketch, Diagonal | Image):
+        arrays[name_of(one.sketch)] = np.asarray(one.sketch.values)
     elif one.sketch is not None:
         arrays |= _of_sketch(one.sketch)
     return arrays
+
+
+def name_of(message: Diagonal | Image) -> str:
+    """What the values of a diagonal, or of an image of the common basis, are called on the wire."""
+    return f"{type(message).__name__.lower()}/values"
 
 
 def _of_sketch(sketch: Sketch) -> dict[str, np.ndarray]:

@@ -285,3 +285,21 @@ def test_a_relay_answers_as_the_site_behind_it(federation, tmp_path):
     serving.join()
     with pytest.raises(FileNotFoundError):
         worker.ask(path, blob, patience=0)
+
+
+@pytest.mark.slow
+def test_a_late_answer_counts_with_its_age():
+    """A node whose answers come a round late, each while the next one is on its way."""
+    late = Deployed(config_of(fipa={"rounds": 3}), "fedbuff:aggregator.late.staleness=0.5", late=1)
+    third, server = [*NODES][2], late.server()
+
+    def instead(node, number, reply):
+        return None if node == third and number == server.number else reply
+
+    got = bits(flower.Fipa(server, poll=0.01, timeout=0.5).start(Grid(app_of(late), NODES, instead)))
+    by_hand, kept = late.server(), None
+    while not by_hand.done:
+        sent = late.answers(by_hand)
+        kept, sent[2] = sent[2], kept
+        by_hand.round(sent)
+    assert got == bits(by_hand.params)
