@@ -4,7 +4,8 @@ Reproduces: nothing published. A third of the patients is in no round. From the 
 each of these gets one of its own by 2, 5 or 20 of its recordings, in several ways whose strength is chosen by
 cross-validation within these recordings. Every patient has an offset of its own, the bias, that no prior holds;
 `:plain` is without that, `:fedavg` with the models of FedAvg and FedProx instead, `:tune` how the weight decay was
-found. Hardware: two CPU cores, a minute.
+found. Hardware: two CPU cores, half a minute. Expected, as mean of ten seeds: a squared error of 0.097, 0.049 and 0.027
+with 2, 5 and 20 recordings for `spread`, 0.117, 0.068 and 0.028 for local only, 0.32, 0.13 and 0.037 for fine-tuning.
 Data: python scripts/prepare_data.py parkinsons --data-dir=DIR
 Command: python scripts/train.py --config=configs/parkinsons.py --config.task.file=DIR/parkinsons.npz
 """
