@@ -105,14 +105,13 @@ def test_of_a_linear_model_it_is_ridge_regression_with_the_priors_precision(sett
 def test_the_spread_of_others_models_is_the_inverse_of_their_covariance(setting):
     with jax.enable_x64(True):
         got = dense(jax.jit(personal.spread)(setting[0], MOVES))
+        prior, anchor = personal.spread(setting[0], MOVES), trees.ravel(setting[0])
         one, other = MOVES[0], np.linalg.svd(MOVES)[2][-1]  # no client has moved along the other
-        away = [
-            personal.quadratic(personal.spread(setting[0], MOVES), trees.ravel(setting[0]) + d) for d in (one, other)
-        ]
+        away = [float(personal.quadratic(prior, anchor + move)) for move in (one, other)]
     covariance = MOVES.T @ MOVES / (np.sum(MOVES**2) / P)
     expected = np.linalg.inv(covariance + personal.NOT_SEEN * np.eye(P))
     np.testing.assert_allclose(got, expected, atol=1e-9 / personal.NOT_SEEN)
-    np.testing.assert_allclose(away, MOVES[0] @ expected @ MOVES[0], rtol=1e-6)
+    np.testing.assert_allclose(away, [move @ expected @ move for move in (one, other)], rtol=1e-6)
 
 
 def test_with_the_strength_of_all_examples_it_is_the_fit_of_all_data(setting):
