@@ -4,23 +4,42 @@ Data: python scripts/prepare_data.py shakespeare --data-dir=DIR
 Command: python scripts/train.py --config=configs/shakespeare.py --config.task.file=DIR/shakespeare.npz
 """
 
-import itertools
-
 from fipa_jax import config as config_lib
 from fipa_jax.lookup import lookup
 
+PARTS = {  # of the model -> what a method says to train it alone
+    "whole": "trainable=^(?!.*lora)",
+    "lora": "trainable=lora",
+    "head": "trainable=^head/:cache_body=True",
+}
 FEDAVG = "fedavg:{}:local.lr={}:server.lr={}"
 FEDADAM = "fedavg:{}:server.optimizer=adam:local.lr={}:server.lr={}"
-FIPA = "fipa_memory:{}:aggregator.damping={}:aggregator.limits.max_divergence={}"
-PARTS = {  # of the model: what a method says to train it alone, and the local learning rates that were tried
-    "whole": ("trainable=^(?!.*lora)", (0.25, 0.1)),
-    "lora": ("trainable=lora", (0.5, 0.2)),
-    "head": ("trainable=^head/:cache_body=True", (0.5, 0.2)),
+FIPA = "fipa:{}:local.lr={}:aggregator.damping={}"
+NATURAL = "fipa_memory:{}:aggregator.damping={}:aggregator.limits.max_divergence=0.02"
+TRIED = {  # part -> rule -> the numbers of each setting
+    "whole": {
+        FEDAVG: ((0.5, 1), (0.5, 1.5), (0.25, 1), (0.25, 1.5), (0.25, 0.5), (0.1, 1), (0.1, 0.5)),
+        FEDADAM: ((0.5, 0.01), (0.5, 0.003), (0.25, 0.01), (0.25, 0.003), (0.25, 0.001), (0.1, 0.003), (0.1, 0.001)),
+        FIPA: ((0.5, 3), (0.5, 0.5)),
+        NATURAL: ((1,), (0.2,), (0.1,)),
+    },
+    "lora": {
+        FEDAVG: ((1, 1), (1, 0.5), (0.5, 1), (0.5, 0.5), (0.2, 1), (0.2, 0.5)),
+        FEDADAM: ((0.5, 0.03), (0.5, 0.01), (0.5, 0.003), (0.5, 0.001), (0.2, 0.003), (0.2, 0.001)),
+        FIPA: ((0.5, 1), (0.2, 1)),
+        NATURAL: ((0.2,),),
+    },
+    "head": {
+        FEDAVG: ((0.5, 1), (0.5, 0.5), (0.2, 1), (0.2, 0.5), (0.1, 1), (0.1, 0.5)),
+        FEDADAM: ((0.5, 0.003), (0.5, 0.001), (0.2, 0.03), (0.2, 0.01), (0.2, 0.003), (0.2, 0.001)),
+        FIPA: ((0.5, 0.1), (0.2, 0.1)),
+        NATURAL: ((0.1,), (0.03,), (0.01,), (0.003,)),
+    },
 }
-TRIED = {  # method -> the values of its second number, or of both
-    FEDAVG: (1, 0.5),
-    FEDADAM: (0.003, 0.001),
-    FIPA: ((0.1, 0.03), (0.02, 0.1)),
+CHOSEN = {  # part -> the best setting of each rule on the held-out windows
+    "whole": (FEDAVG, (0.1, 0.5), FEDADAM, (0.1, 0.003), FIPA, (0.1, 1)),
+    "lora": (FEDAVG, (1, 1), FEDADAM, (0.5, 0.01), FIPA, (1, 1)),
+    "head": (FEDAVG, (0.2, 0.5), FEDADAM, (0.2, 0.003), FIPA, (0.2, 0.1)),
 }
 
 
@@ -29,29 +48,28 @@ def get_config(variant: str = ""):
     config.task.name, config.model.name, config.model.lora_rank = "text", "transformer", 2
     config.task.least_characters, config.task.holdout = 5000, 0.1
     config.cohort = 4
-    config.warmup.rounds, config.fipa.rounds = 25, 10
-    config.warmup.trainable = "^(?!.*lora)"
-    config.eval.every, config.eval.clients_every = 5, 10
+    config.warmup.rounds, config.fipa.rounds = 25, 5
+    config.warmup.trainable = PARTS["whole"].removeprefix("trainable=")
+    config.eval.every, config.eval.clients_every = 5, 5
     for phase in (config.warmup, config.fipa):
         phase.local.lr, phase.local.batch_size, phase.local.epochs, phase.local.clip_norm = 0.3, 20, 5, 1.0
     sketch, rule = config.fipa.sketch, config.fipa.aggregator
     sketch.solver, sketch.rank, sketch.examples, sketch.tolerance = "auto", 20, 32, 1e-2
     rule.relative, rule.past.rank = False, 100
-    lookup({"": _chosen, "tune": _tune}, variant, "--config")(config)
+    config.compare = lookup(_compared(), variant, "--config")
     return config
 
 
-def _chosen(config):
-    config.compare = ("fedavg", "fipa")
-
-
-def _tune(config):
-    """Every setting that was tried, four of each method and part."""
-    config.compare = tuple(
-        method.format(part, *numbers)
-        for part, rates in PARTS.values()
-        for method, values in TRIED.items()
-        for numbers in itertools.product(*(values if method is FIPA else (rates, values)))
+def _compared() -> dict:
+    """{variant: its methods}: the best of every part, those of one part, or every setting that was tried."""
+    chosen = {
+        part: tuple(method.format(PARTS[part], *numbers) for method, numbers in zip(best[::2], best[1::2], strict=True))
+        for part, best in CHOSEN.items()
+    }
+    tried = tuple(
+        method.format(PARTS[part], *numbers)
+        for part, methods in TRIED.items()
+        for method, values in methods.items()
+        for numbers in values
     )
-    config.fipa.rounds = config.eval.every = 5
-    config.eval.clients_every = 0
+    return {"": sum(chosen.values(), ()), **chosen, "tune": tried}

@@ -9,7 +9,6 @@ A study that is stopped goes on when the same command is given again. Its runs l
 """
 
 import argparse
-import os
 import runpy
 import shlex
 import sys
@@ -46,7 +45,7 @@ def main():
             print(f"{name:16} {question(load(name))}")
         return
     if args.name not in known:
-        sys.exit(f"error: there is no study {args.name!r}; known: {', '.join(known)}")
+        sys.exit(f"error: there is no study {args.name or 'without a name'!r}; known: {', '.join(known)}")
     try:
         sys.exit(conduct(args.name, load(args.name), args))
     except ValueError as error:
@@ -60,36 +59,50 @@ def load(name: str):
     return runpy.run_path(str(ROOT / "studies" / f"{name}.py"))["STUDY"]
 
 
+def check_data(study, jobs, folder: str) -> None:
+    """Refuses to start runs whose data sets are not there.
+
+    Raises:
+      ValueError: says how they are prepared.
+    """
+    absent = [data for data in study.data if not (Path(folder) / data).is_dir()]
+    if absent and any("--config.data.dir=" in word for job in jobs for word in job.command):
+        raise ValueError(
+            f"needs the data of {' and '.join(absent)}: python scripts/prepare_data.py {absent[0]} --data-dir=DIR, "
+            "then --data-dir=DIR here"
+        )
+
+
 def conduct(name: str, study, args) -> int:
-    """Runs a study and writes its page; 1 if any of its runs is missing."""
+    """Runs a study and writes its page; 1 if a run failed."""
     size = "debug" if args.debug else args.size
     folder = args.runs.absolute() / ("debug" if args.debug else "")
-    options = running.Options(size, tuple(args.seeds), args.data_dir, folder, args.fresh)
-    absent = [] if args.debug else [data for data in study.data if not os.path.isdir(os.path.join(args.data_dir, data))]
-    if absent and not args.write:
-        sys.exit(
-            f"error: {name} needs the data of {' and '.join(absent)}: python scripts/prepare_data.py {absent[0]} "
-            "--data-dir=DIR, then --data-dir=DIR here"
-        )
-    parallel = args.jobs or running.side_by_side(study.gigabytes)
-    jobs, missing, found = [], [], None
-    for stage in (lambda _: study.runs, study.then):
-        if stage and not missing:  # what is tuned by runs that are missing cannot be run
-            runs = stage(found)
-            runs = {run: value for run, value in runs.items() if args.write or not args.only or run in args.only}
-            more = running.jobs_of(study, runs, options)
-            missing += [] if args.write else running.run(more, parallel, name, args.fresh)
-            jobs += more
-            found = running.collect(jobs, missing)
+    found = results(name, study, args, running.Options(size, tuple(args.seeds), args.data_dir, folder, args.fresh))
     shown = [name, *(["--debug"] if args.debug else ["--size=reduced"] if size == "reduced" else [])]
     shown += ["--seeds", *map(str, args.seeds)] if args.seeds else []
     shown += ["--data-dir=DIR"] if study.data else []
-    docs = folder / "docs" if args.debug else args.docs
     command = shlex.join([".venv/bin/python", "scripts/study.py", *shown])
-    print(page.write(name, study, found, command, docs, size))
-    for line in missing:
+    print(page.write(name, study, found, command, folder / "docs" if args.debug else args.docs, size))
+    for line in found.missing:
         print(f"missing: {line}", file=sys.stderr)
-    return int(bool(missing))
+    return int(bool(found.missing))
+
+
+def results(name: str, study, args, options):
+    """What the study's runs leave, and then those that follow from what the first have tuned."""
+    parallel = args.jobs or running.side_by_side(study.gigabytes)
+    jobs, missing, found = [], [], None
+    for stage in (lambda _: study.runs, study.then):
+        if not stage or missing:  # what is tuned by runs that are missing cannot be run
+            break
+        runs = {run: value for run, value in stage(found).items() if args.write or not args.only or run in args.only}
+        more = running.jobs_of(study, runs, options)
+        if not args.write:
+            check_data(study, more, args.data_dir)
+            missing += running.run(more, parallel, name, args.fresh)
+        jobs += more
+        found = running.collect(jobs, missing)
+    return found
 
 
 if __name__ == "__main__":

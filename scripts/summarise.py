@@ -49,12 +49,12 @@ def main():
     warn_of_other_configs(args.workdirs)
     if args.plot:
         draw(seeds, args)
-    width = max((len(run) for run, _ in values), default=0)
-    print(f"{'method':{width}}  {'figure':20}{'median':>11}{'mean':>11}{'std':>11}{'worst':>11}  runs")
+    width, wide = max((len(run) for run, _ in values), default=0), max([20, *(len(name) + 1 for _, name in values)])
+    print(f"{'method':{width}}  {'figure':{wide}}{'median':>11}{'mean':>11}{'std':>11}{'worst':>11}  runs")
     for (run, name), found in values.items():
         worst = min(found) if metrics.direction(name) > 0 else max(found)
         figures = statistics.median(found), statistics.fmean(found), statistics.pstdev(found), worst
-        print(f"{run:{width}}  {name:20}" + "".join(f"{figure:11.4g}" for figure in figures) + f"{len(found):6}")
+        print(f"{run:{width}}  {name:{wide}}" + "".join(f"{figure:11.4g}" for figure in figures) + f"{len(found):6}")
 
 
 def draw(seeds, args):

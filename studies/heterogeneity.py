@@ -77,6 +77,8 @@ def tables(found):
     """The accuracies by split, the distances, and how well each ranks the gains."""
     made = []
     for part in PART:
+        if not any(found.runs.get(f"{alpha}, {part}") for alpha in ALPHAS):
+            continue
         rows = []
         for alpha in ALPHAS:
             name, row = f"{alpha}, {part}", {"alpha": alpha}
@@ -100,7 +102,7 @@ def tables(found):
     )
     for part in PART:
         distances, gains = _points(found, part)
-        if len(gains) > 3:
+        if len(gains) >= 8:
             ranked = [
                 {"distance": name, "rank correlation with the gain": _correlation(distances[name], gains)}
                 for name in DISTANCES

@@ -32,6 +32,7 @@ COMMANDS = {
     "profile": "profile --config=FILE --set task.examples_per_client=8 fipa.sketch.rank=3 --rounds=1",
     "checkpoint": "checkpoint --config=FILE --set task.examples_per_client=8 fipa.sketch.rank=3 --rounds=2 --repeats=1",
     "ragged": "ragged --model=cnn_6k --examples=16 --clients=2 --rank=2 --solver=rows --epochs=1 --chunk=2 --repeats=1",
+    "deployment": "deployment --config=FILE --set task.examples_per_client=8 --rounds=2 --megabytes=1",
     "robust": "robust --size=20 --rank=4",
     "round": f"round --model=cnn_6k --examples=8 --clients=2 --batch=4 --repeats=1 --torch-python={sys.executable}",
     "lowering": "lowering --configs=sine",

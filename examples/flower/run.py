@@ -12,8 +12,11 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
+import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,18 +24,21 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CLIENTS = {"sine": 2, "hospitals": 4}
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-ENDED = ("finished",)
+PROBLEMS = ("sine", "hospitals")
+HOSPITALS = 4
+OURS = ("cold", "simulation", "tls")  # options that the run itself does not know
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problem", choices=CLIENTS, default="sine")
+    parser.add_argument("--problem", choices=PROBLEMS, default="sine")
+    parser.add_argument("--clients", type=int, default=2, help="of the sine task")
     parser.add_argument("--method", default="fipa", help="as in config.compare, such as fedavg")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--workdir", type=Path, default=Path("runs/flower"), help="of the server; a run in it goes on")
+    parser.add_argument("--resume", default="yes", help="as of scripts/train.py: yes, anyway or no")
     parser.add_argument("--data", type=Path, default=Path(), help="where prepare.py has put the hospitals' files")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a round waits for answers")
     parser.add_argument("--late", type=int, default=0, help="rounds after which an answer may still come in")
@@ -48,7 +54,6 @@ class Machines:
 
     Args:
       options: of the command line.
-      keep: what to do with the folder of logs and sockets: None removes it.
     """
 
     def __init__(self, options: argparse.Namespace):
@@ -66,7 +71,7 @@ class Machines:
         try:
             self._start_link()
             if not self.options.simulation:
-                for client in range(CLIENTS[self.options.problem]):
+                for client in range(self.clients):
                     self.start_client(client)
         except BaseException:
             self.__exit__()
@@ -88,16 +93,18 @@ class Machines:
     def stop(self, name: str, number: int = 15) -> None:
         """Ends a process and what it has started, and waits for it."""
         process = self.processes.pop(name)
+        started = descendants(process.pid)  # some of them in sessions of their own
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
+            process.kill()
             process.wait()
-        with contextlib.suppress(ProcessLookupError):  # what it has started may outlive it
-            os.killpg(process.pid, 9)
+        for pid, words in started.items():
+            if command_of(pid) == words:  # and not another one that has its number by now
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
 
     def start_client(self, client: int) -> None:
         """Starts a client's worker and node."""
@@ -119,24 +126,48 @@ class Machines:
         self.start(f"node-{client}", *command, *(certificate if self.options.tls else ["--insecure"]))
 
     @property
+    def clients(self) -> int:
+        """How many there are."""
+        return self.options.clients if self.options.problem == "sine" else HOSPITALS
+
+    @property
     def settings(self) -> dict:
         """Of the run, as pyproject.toml lists them."""
-        names = ("problem", "method", "rounds", "workdir", "data", "timeout", "late", "authenticate")
+        names = (
+            "problem",
+            "clients",
+            "method",
+            "rounds",
+            "workdir",
+            "data",
+            "timeout",
+            "late",
+            "authenticate",
+            "resume",
+        )
         values = {name: getattr(self.options, name) for name in names}
         return values | {name: str(values[name].absolute()) for name in ("workdir", "data")}
 
     def submit(self) -> str:
         """Gives the app to the SuperLink; returns the run's number."""
         config = " ".join(f"{name}={json.dumps(value)}" for name, value in self.settings.items())
-        return json.loads(self.flwr("run", str(HERE), "here", "--run-config", config, "--format", "json"))["run-id"]
+        command = ["run", str(HERE), "here", "--run-config", config, "--format", "json"]
+        if self.options.simulation:
+            command += ["--federation-config", f"num-supernodes={self.clients}"]
+        return json.loads(self.flwr(*command))["run-id"]
 
     def wait(self, run: str) -> str:
         """How a run has ended."""
         while True:
             state = json.loads(self.flwr("list", "here", "--run-id", str(run), "--format", "json"))["runs"][0]["status"]
-            if state.startswith(ENDED):
+            if state.startswith("finished"):
                 return state
             time.sleep(2)
+
+    def seconds_of_workers(self) -> list[float]:
+        """How long the workers took for each answer."""
+        logs = "".join(log.read_text() for log in self.folder.glob("worker-*.log"))
+        return [float(seconds) for seconds in re.findall(r"answered by \d+ in ([\d.]+) seconds", logs)]
 
     def flwr(self, *command: str) -> str:
         """What a command of Flower prints."""
@@ -172,6 +203,29 @@ class Machines:
         raise RuntimeError(f"the SuperLink does not answer:\n{(self.folder / 'link.log').read_text()}")
 
 
+def command_of(pid: int) -> str:
+    """The command line of a process; "" where there is none, or where the system does not tell."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """{number: command line} of all processes that a process has started, and they, where the system tells."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(stat.parent.name))
+    found, left = {}, [pid]
+    while left:
+        new = children.get(left.pop(), [])
+        found |= {one: command_of(one) for one in new}
+        left += new
+    return found
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as one:
@@ -203,6 +257,7 @@ def make_key(path: Path) -> None:
 def main() -> None:
     """Runs a federation, and prints its rows."""
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends what was started, too
     with Machines(options) as machines:
         state = machines.wait(machines.submit())
         print(state)
@@ -211,10 +266,21 @@ def main() -> None:
             for log in sorted(machines.folder.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text()[-4000:]}")
             sys.exit(1)
-        for line in rows.read_text().splitlines():
-            row = json.loads(line)
-            figures = {name: value for name, value in row.items() if name.startswith("test_")}
-            print(f"round {row['round']}: {figures}")
+        show([json.loads(line) for line in rows.read_text().splitlines()], machines.seconds_of_workers())
+
+
+def show(rows: list[dict], workers: list[float]) -> None:
+    """Prints each round's figures, and where the time of a round has gone, by medians without the first round."""
+    for row in rows:
+        figures = {name: round(value, 6) for name, value in row.items() if name.startswith("test_")}
+        print(f"round {row['round']}, {row['seconds_answers']:.2f} s: {figures}")
+    later = rows[1:] or rows
+    server = statistics.median(row["seconds_read"] + row["seconds_aggregate"] for row in later)
+    answers = statistics.median(row["seconds_answers"] for row in later)
+    print(f"bytes of a round: {rows[-1]['bytes_down']} down, {rows[-1]['bytes_up']} up")
+    print(f"seconds of a round: {answers:.2f} until all have answered, then {server:.3f} of the server")
+    if workers:
+        print(f"of these a worker takes {statistics.median(workers):.3f}, at most {max(workers):.3f}; Flower the rest")
 
 
 if __name__ == "__main__":

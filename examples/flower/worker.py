@@ -9,6 +9,7 @@ import json
 import tomllib
 from pathlib import Path
 
+from absl import logging
 from fipa_flower.problems import named
 
 from fipa_jax.deployment import worker
@@ -27,6 +28,7 @@ def main() -> None:
     federation = named(settings | given.settings)
     site = Site(federation.agreement, given.client, federation.own(given.client), federation.width)
     site.warm_up()
+    logging.set_verbosity(logging.INFO)
     print(f"client {given.client} answers at {given.socket}", flush=True)
     worker.serve(site.work, given.socket)
 

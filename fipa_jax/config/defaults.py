@@ -130,8 +130,8 @@ def personal() -> ConfigDict:
     group.examples = (0,)  # own training examples that a model is made of, one number after another; 0 for all
     group.folds = 5  # of these, by which strength or steps are chosen, one for all clients together
     group.strengths = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # tried by all but finetune
-    group.steps = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # that finetune tries: on all of the own examples
-    group.lr = 0.1  # of these steps
+    group.steps = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # that finetune tries: with momentum, on all own examples
+    group.lr = 0.01  # of these steps
     group.own = ""  # regular expression over the paths of parameters that every client has for itself, free of priors
     group.damping = 0.1  # of curvature and laplace, in units of the curvature's mean eigenvalue
     group.fit_steps = 20  # of Gauss-Newton, by which all but finetune find their models; a linear model needs 1

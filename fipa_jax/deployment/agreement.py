@@ -53,8 +53,10 @@ class Agreement(NamedTuple):
 
     @property
     def of_clients(self) -> Parts:
-        """The parts as a client has them: what the server tells it takes the place of the rule's state."""
-        return self.parts._replace(announce=_as_told, channel=Channel(), chunk=1, mesh=None)
+        """The parts as a client has them: what the server says takes the place of the rule's state."""
+        rule = self.parts.aggregator
+        rule = rule._replace(asks=_asked, needs=rule.needs._replace(spread=False))  # bases travel without filling
+        return self.parts._replace(announce=_told, aggregator=rule, channel=Channel(), chunk=1, mesh=None)
 
 
 def agree(
@@ -85,6 +87,8 @@ def agree(
       ValueError: the config asks for what a federation of real clients cannot do; names the field.
     """
     validate(config)
+    if config.personal.compare:
+        raise ValueError("config.personal.compare: clients' own models are a simulation's last stage; set it to ()")
     config = only(config, spec)
     phase, settings = ("warmup", config.warmup) if spec == WARMUP else ("fipa", method(config, spec))
     with naming(phase, f"the method {spec!r}", settings), jax.enable_x64(config.precision == "float64"):
@@ -158,10 +162,28 @@ def work_of(parts: Parts, state: State, rates: Rates, cohort: Cohort, root: jax.
     return uploads_of(parts, cohort, results, sketches)._replace(ids=None), results.loss
 
 
-def client_state(agreement: Agreement, params: Any, told: dict, round: Any) -> State:
-    """What a client sees of the state: the whole model's parameters, what it was told, and the round's number."""
+def said_of(parts: Parts, rule: Any) -> tuple[dict, tuple]:
+    """(numbers for the clients' local work, what they are asked along with their curvature), of the rule's state."""
+    return parts.announce(rule), tuple(parts.aggregator.asks(rule))
+
+
+def broadcast_of(agreement: Agreement, params: Any, rule: Any, number: int) -> bytes:
+    """What every client of a round is sent, from the whole model's parameters and the rule's state."""
+    chosen, (told, asked) = trees.select(params, agreement.parts.trainable), said_of(agreement.parts, rule)
+    groups = {"params": chosen, "told": told, "asked": dict(enumerate(asked))}
+    arrays = {f"{group}/{name}": np.asarray(leaf) for group, leaves in groups.items() for name, leaf in leaves.items()}
+    return wire.pack(wire.Message("broadcast", agreement.fingerprint, number, wire.NOBODY, arrays))
+
+
+def client_state(agreement: Agreement, params: Any, said: tuple[dict, tuple], round: Any) -> State:
+    """What a client sees of the state: the whole model's parameters, what it is told and asked, the round's number."""
     blank = agreement.parts.term.init(trees.select(params, agreement.parts.trainable))
-    return State(params, told, (), blank, blank, round)
+    return State(params, said, (), blank, blank, round)
+
+
+def first_rule(agreement: Agreement, params: Any) -> Any:
+    """The state of the rule before the first round."""
+    return agreement.parts.aggregator.init(trees.widened(trees.select(params, agreement.parts.trainable)))
 
 
 def _shapes(draft: Agreement, example: Mapping[str, Any]) -> tuple[Uploads, Any]:
@@ -170,21 +192,22 @@ def _shapes(draft: Agreement, example: Mapping[str, Any]) -> tuple[Uploads, Any]
     number = next(iter(fields.values())).shape[0]
     whole = jax.ShapeDtypeStruct
     clients = Client(whole((1, number), np.int32), whole((1,), np.int32))
-    told = jax.eval_shape(lambda params: draft.parts.announce(_rule_state(draft, params)), draft.params)
+    said = jax.eval_shape(lambda params: said_of(draft.parts, first_rule(draft, params)), draft.params)
 
-    def work(params, told, round, clients, ids, data, rates, root):
+    def work(params, said, round, clients, ids, data, rates, root):
         cohort = Cohort(ids, clients, data)
-        return work_of(draft.of_clients, client_state(draft, params, told, round), rates, cohort, root)
+        return work_of(draft.of_clients, client_state(draft, params, said, round), rates, cohort, root)
 
-    given = draft.params, told, whole((), np.int32), clients, whole((1,), np.int32), fields, draft.rates, draft.root
+    given = draft.params, said, whole((), np.int32), clients, whole((1,), np.int32), fields, draft.rates, draft.root
     stacked = jax.eval_shape(work, *given)
     return jax.tree.map(lambda leaf: whole(leaf.shape[1:], leaf.dtype), stacked)
 
 
-def _rule_state(draft: Agreement, params: Any) -> Any:
-    return draft.parts.aggregator.init(trees.widened(trees.select(params, draft.parts.trainable)))
+def _told(said: tuple[dict, tuple]) -> dict:
+    """Of what the server says, the numbers for local work."""
+    return said[0]
 
 
-def _as_told(told: dict) -> dict:
-    """What the server announces, as a client has received it."""
-    return told
+def _asked(said: tuple[dict, tuple]) -> tuple:
+    """Of what the server says, what it asks along with curvature."""
+    return said[1]

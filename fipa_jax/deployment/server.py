@@ -19,12 +19,14 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from fipa_jax import files, trees
-from fipa_jax.aggregate.uploads import Uploads, collect
+from fipa_jax.aggregate.uploads import Message, Uploads, collect
 from fipa_jax.client.examples import Client
 from fipa_jax.client.local_solver import LocalResult
+from fipa_jax.curvature.common_basis import Image
 from fipa_jax.curvature.sketch import Diagonal, Report, Sketch
 from fipa_jax.deployment import wire
-from fipa_jax.deployment.agreement import Agreement, only
+from fipa_jax.deployment.agreement import Agreement, broadcast_of, only
+from fipa_jax.deployment.site import name_of
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as round_lib
 from fipa_jax.federation.channel import Channel, Order
@@ -92,6 +94,7 @@ class Server:
     Attributes:
       agreement: as it was given.
       wrong: {client: why, in words}, whose bytes were of no use in the last round.
+      last: the last round's row.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Server:
         first: int = 0,
     ):
         self.wrong: dict[int, str] = {}
+        self.last: dict = {}
         self.agreement, self._figures, self._first = agreement, figures, first
         self._journal = Rows() if journal is None else journal
         cohort, clients = agreement.parts.cohort, agreement.parts.num_clients
@@ -149,13 +153,7 @@ class Server:
     def broadcast(self) -> bytes:
         """What every client of the next round is sent."""
         if self._broadcast is None:
-            agreement, state = self.agreement, self._state
-            chosen = trees.select(state.params, agreement.parts.trainable)
-            arrays = {f"params/{path}": np.asarray(leaf) for path, leaf in chosen.items()}
-            told = agreement.parts.announce(state.aggregator)
-            arrays |= {f"told/{name}": np.asarray(value) for name, value in told.items()}
-            message = wire.Message("broadcast", agreement.fingerprint, self._number, wire.NOBODY, arrays)
-            self._broadcast = wire.pack(message)
+            self._broadcast = broadcast_of(self.agreement, self.params, self._state.aggregator, self._number)
         return self._broadcast
 
     def round(self, sent: Sent, seconds: Mapping[str, float] | None = None) -> dict:
@@ -203,7 +201,8 @@ class Server:
         for client, why in sorted(self.wrong.items()):
             logging.warning("round %d: client %d is left out: %s", self._number, client, why)
         losses = [np.nan if place in misfits else loss for place, loss in enumerate(losses)]
-        uploads = uploads._replace(ids=jnp.asarray(ids, jnp.int32))
+        counts = jnp.asarray(uploads.num_examples, jnp.float32)  # also where nobody has sent any: a round compiles once
+        uploads = uploads._replace(num_examples=counts, ids=jnp.asarray(ids, jnp.int32))
         return uploads, np.asarray(losses, self.agreement.like[1].dtype), np.asarray(ages, np.int32)
 
     def _one(self, client: int, blob: bytes | None) -> tuple[Uploads, float, int]:
@@ -231,7 +230,7 @@ class Server:
     def _write(self, figures: dict) -> None:
         """Writes the round's row, and keeps what the next ones need."""
         name, journal, note = self.agreement.name, self._journal, {"first": self._first, "chunk": 1}
-        row = metrics.jsonable({"run": name, "round": self._number} | figures)
+        row = self.last = metrics.jsonable({"run": name, "round": self._number} | figures)
         self._number, self._broadcast = self._number + 1, None
         self._skipped = self._skipped + 1 if row.get("skipped") else 0
         journal.write(row)
@@ -279,12 +278,12 @@ def _words(form: tuple | None) -> str:
     return "nothing of the kind" if form is None else f"{np.dtype(form[1]).name} {[*form[0]]!s:.100}"
 
 
-def _forms_of_curvature(asked: Sketch | Diagonal | None, kept: tuple) -> dict[str, tuple]:
-    """{name: (shape, type)} of a sketch whose K pairs have eigenvalues of the shape `kept`, or of a diagonal."""
+def _forms_of_curvature(asked: Message, kept: tuple) -> dict[str, tuple]:
+    """{name: (shape, type)} of a sketch whose K pairs' eigenvalues have the shape `kept`, of a diagonal or an image."""
     if asked is None:
         return {}
-    if isinstance(asked, Diagonal):
-        return {"diagonal/values": (asked.values.shape, asked.values.dtype)}
+    if isinstance(asked, Diagonal | Image):
+        return {name_of(asked): (asked.values.shape, asked.values.dtype)}
     if len(kept) != 1 or kept > asked.eigenvalues.shape:
         raise wire.Malformed(
             f"sketch/eigenvalues: it has sent {[*kept]}, asked for {[*asked.eigenvalues.shape]} at most"
@@ -298,12 +297,12 @@ def _forms_of_curvature(asked: Sketch | Diagonal | None, kept: tuple) -> dict[st
     return {f"sketch/{name}": form for name, form in forms.items()}
 
 
-def _curvature_of(arrays: Mapping[str, np.ndarray], asked: Sketch | Diagonal | None) -> Sketch | Diagonal | None:
+def _curvature_of(arrays: Mapping[str, np.ndarray], asked: Message) -> Message:
     """The sketch with all of its R pairs, or the diagonal, from arrays that have their forms."""
     if asked is None:
         return None
-    if isinstance(asked, Diagonal):
-        return Diagonal(arrays["diagonal/values"])
+    if isinstance(asked, Diagonal | Image):
+        return type(asked)(arrays[name_of(asked)])
     rank, sent = asked.eigenvalues.shape[0], int(arrays["sketch/rank"])
     if sent != rank:
         raise wire.Malformed(f"sketch/rank: its sketch is of rank {sent}, asked for {rank}")

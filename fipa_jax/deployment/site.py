@@ -10,9 +10,10 @@ import numpy as np
 from fipa_jax import trees
 from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.client.examples import Client
+from fipa_jax.curvature.common_basis import Image
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.deployment import wire
-from fipa_jax.deployment.agreement import Agreement, client_state
+from fipa_jax.deployment.agreement import Agreement, broadcast_of, client_state, first_rule, work_of
 from fipa_jax.federation.population import Cohort
 
 
@@ -45,7 +46,8 @@ class Site:
         indices[0, :number] = np.arange(number)
         with agreement.precision():
             clients = Client(jnp.asarray(indices), jnp.asarray([number], jnp.int32))
-            fields = {name: jnp.asarray(field) for name, field in data.items()}
+            rows = np.minimum(np.arange(indices.shape[1]), number - 1)  # sites of the same width share a program
+            fields = {name: jnp.asarray(np.asarray(field)[rows]) for name, field in data.items()}
             self._cohort = Cohort(jnp.asarray([client], jnp.int32), clients, fields)
 
     def work(self, blob: bytes) -> bytes:
@@ -55,21 +57,20 @@ class Site:
           wire.Malformed: it is none, or of a federation with other parameters.
         """
         broadcast = wire.expect(blob, "broadcast", self._agreement.fingerprint)
-        with self._agreement.precision():
-            uploads, loss = self._work(self._seen(broadcast), self._agreement.rates, self._cohort, self._agreement.root)
+        agreement = self._agreement
+        with agreement.precision():
+            given = agreement.of_clients, self._seen(broadcast), agreement.rates, self._cohort, agreement.root
+            uploads, loss = work_of(*given)
             one, loss = jax.tree.map(lambda leaf: np.asarray(leaf)[0], (uploads, loss))
         arrays = arrays_of(one, loss)
         return wire.pack(wire.Message("upload", broadcast.fingerprint, broadcast.round, self._client, arrays))
 
     def warm_up(self) -> None:
         """Compiles what a round needs, by one on the first model, so that the first message need not wait for it."""
-        agreement, parts = self._agreement, self._agreement.parts
+        agreement = self._agreement
         with agreement.precision():
-            chosen = trees.select(agreement.params, parts.trainable)
-            told = parts.announce(parts.aggregator.init(trees.widened(chosen)))
-            arrays = {f"params/{path}": np.asarray(leaf) for path, leaf in chosen.items()}
-            arrays |= {f"told/{name}": np.asarray(value) for name, value in told.items()}
-        self.work(wire.pack(wire.Message("broadcast", agreement.fingerprint, 0, wire.NOBODY, arrays)))
+            first = broadcast_of(agreement, agreement.params, first_rule(agreement, agreement.params), 0)
+        self.work(first)
 
     def _seen(self, broadcast: wire.Message):
         """The state as the broadcast tells it."""
@@ -79,7 +80,9 @@ class Site:
             params = trees.replace(self._agreement.params, trees.fitted(_below(arrays, "params/"), chosen))
         except ValueError as error:
             raise wire.Malformed(f"its parameters: {error}") from None
-        return client_state(self._agreement, params, _below(arrays, "told/"), jnp.int32(broadcast.round))
+        asked = _below(arrays, "asked/")
+        said = _below(arrays, "told/"), tuple(asked[str(place)] for place in range(len(asked)))
+        return client_state(self._agreement, params, said, jnp.int32(broadcast.round))
 
 
 def arrays_of(one: Uploads, loss: Any) -> dict[str, np.ndarray]:
@@ -87,11 +90,16 @@ def arrays_of(one: Uploads, loss: Any) -> dict[str, np.ndarray]:
     numbers = {"num_examples": one.num_examples, "local_loss": loss, "loss": one.loss, "damping": one.damping}
     arrays = {name: np.asarray(value) for name, value in numbers.items() if value is not None}
     arrays |= {f"delta/{path}": np.asarray(leaf) for path, leaf in trees.paths(one.delta).items()}
-    if isinstance(one.sketch, Diagonal):
-        arrays["diagonal/values"] = np.asarray(one.sketch.values)
+    if isinstance(one.sketch, Diagonal | Image):
+        arrays[name_of(one.sketch)] = np.asarray(one.sketch.values)
     elif one.sketch is not None:
         arrays |= _of_sketch(one.sketch)
     return arrays
+
+
+def name_of(message: Diagonal | Image) -> str:
+    """What the values of a diagonal, or of an image of the common basis, are called on the wire."""
+    return f"{type(message).__name__.lower()}/values"
 
 
 def _of_sketch(sketch: Sketch) -> dict[str, np.ndarray]:

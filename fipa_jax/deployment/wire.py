@@ -9,6 +9,7 @@ The arrays of a `Message`, by name:
 
     broadcast   params/PATH   the trainable parameters
                 told/NAME     [], numbers for the clients' local work, such as the rule's damping
+                asked/0, ...  what a rule from sums asks along: its common basis, and how many columns are in use
     upload      delta/PATH    the client's new minus the broadcast parameters
                 num_examples  [], of the client
                 local_loss    [], the mean training loss over its steps
@@ -17,6 +18,7 @@ The arrays of a `Message`, by name:
                 sketch/rank                     [], R, with how many pairs it was asked for
                 sketch/report/...               of the sketch; its residuals are those of the K pairs
                 diagonal/values                 [P]
+                image/values                    [P, s], of the common basis
 """
 
 import hashlib

@@ -114,7 +114,7 @@ def write(workdir: Path, rows: Sequence[dict], summary: dict, pictures: dict[str
         style=STYLE,
         title=escape(f"{title_of(config)}: {names}" if names else title_of(config)),
         state=escape(_state(rows, config)),
-        results=_results(summary["runs"], rows, looks) + _constant(workdir) + _personal(summary["runs"], looks),
+        results=_results(summary["runs"], rows, looks) + _constant(workdir) + _personal(summary["runs"]),
         pictures=_pictures(workdir, pictures),
         warnings=_warnings(rows),
         settings=_settings(config),
@@ -164,15 +164,24 @@ def _results(runs: dict, rows: Sequence[dict], looks: dict[str, curves.Look]) ->
     return _table(["method", *heads, "rounds", "MB sent", "seconds"], lines)
 
 
-def _personal(runs: dict, looks: dict[str, curves.Look]) -> str:
-    """The table of the clients' own models; nothing where there are none."""
-    lines = []
+def _personal(runs: dict) -> str:
+    """A table of the clients' own models for each method and figure; nothing where there are none."""
+    page = ""
     for run, result in runs.items():
-        for metric, way, number, values in metrics.personal(result["final"]):
-            cells = [(_named(run, looks.get(run)), "head"), (way, ""), (str(number or "all"), "n"), (metric, "")]
-            lines.append(cells + [("no number" if value is None else f"{value:.4g}", "n") for value in values])
-    heads = ["method", "own model", "own examples", "figure", "mean of clients", "worst tenth", "spread"]
-    return _table(heads, lines) if lines else ""
+        lines = metrics.personal(result["final"])
+        for metric in dict.fromkeys(line[0] for line in lines):
+            cells = {(way, number): values for name, way, number, values in lines if name == metric}
+            ways, numbers = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+            heads = ["the clients' own models", *(f"{number or 'all'} own examples" for number in numbers)]
+            rows = [[(way, "head"), *((_in_a_row(cells[way, number]), "n") for number in numbers)] for way in ways]
+            words = curves.words_of(f"test_{metric}").removesuffix(" (%)")
+            page += f"\n<p>After {escape(run)}, {words}: mean of the clients, worst tenth, spread</p>\n"
+            page += _table(heads, rows)
+    return page
+
+
+def _in_a_row(values: Sequence[float | None]) -> str:
+    return ", ".join("no number" if value is None else f"{value:.3g}" for value in values)
 
 
 def _constant(workdir: Path) -> str:

@@ -38,7 +38,7 @@ class Experiment(NamedTuple):
     held: dict  # {"test" | "holdout": {field: [N, ...]}} on the device
     params: Any  # that the run starts from
     evaluate: Callable[[Any, dict], dict]  # (params, data) -> {name: [N]}, compiled
-    compiled: dict  # static part of a phase -> its compiled stages
+    compiled: dict  # static part of a phase, or of the clients' own models -> compiled programs
     root: jax.Array  # the key from which all others derive
 
 

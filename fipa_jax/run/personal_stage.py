@@ -1,4 +1,4 @@
-"""What does every client get for itself once a method is trained? Models in several ways, each with what it is held to.
+"""What does every client get for itself once a method is trained? Models of its own, in several ways side by side.
 
 The strength of each way is chosen by cross-validation within the clients' own training examples, one for all clients:
 no test example has a say, and a client of two examples needs no third.
@@ -60,7 +60,7 @@ class Trained(NamedTuple):
     params: dict  # those of the trained model
     told: Sketch  # of the clients in training, stacked [C, ...]
     num_examples: jax.Array  # [C], theirs
-    moves_of: Callable[["Way"], jax.Array]  # -> [C, P], their ways from the trained model, fitted with all they have
+    moves_of: Callable[[Way], jax.Array]  # -> [C, P], how far models of theirs, by all they have, are from that model
 
 
 class Folds(NamedTuple):
@@ -81,6 +81,11 @@ def set_apart(problem: Problem, settings: ConfigDict, seed: int) -> tuple[Proble
       ValueError: the clients have no test examples of their own, or none are left to train on.
     """
     if not settings.compare:
+        if settings.newcomers:
+            raise ValueError(
+                "config.personal.newcomers: keeps clients out of the rounds to give them models in the ways that "
+                "config.personal.compare names; name some, or set it to 0"
+            )
         return problem, None
     if problem.test_clients is None:
         raise ValueError(
@@ -127,9 +132,9 @@ def check(experiment, settings: ConfigDict) -> None:
 def figures(experiment, settings: ConfigDict, parts: Parts, params: Any) -> dict:
     """The figures of the clients' own models on their own test examples, `personal_WAY[_EXAMPLES]_METRIC_...`.
 
-    That is the mean over clients, their standard deviation and worst decile, see `metrics.over_clients`; besides, the
-    strength or the steps, `chosen_WAY[_EXAMPLES]`, and with `_loss` the held-out loss by which these were chosen. {}
-    where nobody gets a model of its own.
+    That is the mean over clients, their standard deviation and worst decile, see `metrics.over_clients`. Besides, the
+    strength or the steps, `chosen_WAY[_EXAMPLES]`, and the held-out loss by which these were chosen, with `_loss` at
+    the end. {} where nobody gets a model of its own.
 
     Args:
       experiment: `experiment.Experiment`.
@@ -141,7 +146,8 @@ def figures(experiment, settings: ConfigDict, parts: Parts, params: Any) -> dict
         return result
     trained = _trained(experiment, settings, parts, params)
     tests = Client(*map(jnp.asarray, partition.pad(people.tests)))
-    measure = experiment.compiled.setdefault(f"measure {settings.trainable} {parts.chunk}", jax.jit(_measure(parts)))
+    key = _measure, settings.trainable, parts.chunk
+    measure = experiment.compiled.setdefault(key, jax.jit(_measure(parts)))
     ways = {name: WAYS[name](trained) for name in wanted.compare}
     for number in wanted.examples:
         folds = folds_of(people.owned, number, max(wanted.examples), wanted.folds, experiment.config.seed)
@@ -151,7 +157,7 @@ def figures(experiment, settings: ConfigDict, parts: Parts, params: Any) -> dict
             end = f"{name}_{number}" if number else name
             result |= metrics.over_clients(means, tests.num_examples, f"personal_{end}")
             result |= {f"chosen_{end}": chosen, f"chosen_{end}_loss": loss}
-    return jax.device_get(result)
+    return dict(zip(result, jax.device_get([*result.values()]), strict=True))  # in the order of the ways
 
 
 def best_of(way: Way, attempt: Callable[[float], tuple]) -> tuple[Any, float, float]:
@@ -236,7 +242,7 @@ def _hyper(way: Way, number: float) -> Hyper:
 def _attempt(experiment, settings: ConfigDict, parts: Parts, params: Any, way: Way, folds: Folds):
     """Builds `attempt(number)`, see `best_of`."""
     people, data = experiment.people, experiment.population.data
-    key = f"{way.local} {settings.trainable} {parts.chunk}"
+    key = way.local, settings.trainable, parts.chunk
     run = experiment.compiled.setdefault(key, jax.jit(_fit(way.local, parts)))
     count = len(folds.fit.num_examples) // len(people.owned)
 
@@ -297,7 +303,7 @@ def _local(trained: Trained) -> Way:
 
 
 def _finetune(trained: Trained) -> Way:
-    """Gradient steps from the trained model."""
+    """Gradient steps with momentum 0.9 from the trained model, on all own examples."""
     local = _descent(trained.task.loss)
     settings = trained.settings
     return Way(local, trained.params, personal.proximity(trained.params), settings.steps, "steps", settings.lr)
@@ -317,16 +323,15 @@ def _curvature(trained: Trained) -> Way:
 
 
 def _laplace(trained: Trained) -> Way:
-    """The same with each of the others' examples counting as one of its own: the posterior of one model for all."""
+    """The same, each of the others' examples counting as one of its own: the posterior of one model for all."""
     return _curvature(trained)._replace(tried=(float(jnp.sum(trained.num_examples)),))
 
 
 def _spread(trained: Trained) -> Way:
     """A fit of its own examples, drawn to the trained model as the others' models, by `_curvature`, differ from it."""
     moves = trained.moves_of(_curvature(trained)._replace(tried=(OF_OTHERS,)))
-    return Way(
-        _fitter(trained), trained.params, personal.spread(trained.params, moves), trained.settings.strengths, "mu"
-    )
+    prior = personal.spread(trained.params, moves)
+    return Way(_fitter(trained), trained.params, prior, trained.settings.strengths, "mu")
 
 
 @functools.cache
@@ -341,7 +346,7 @@ def _fitter(trained: Trained) -> LocalSolver:
 
 @functools.cache
 def _descent(loss) -> LocalSolver:
-    return first_order(loss, unaugmented, batch_size=0)
+    return first_order(loss, unaugmented, optimizer="momentum", batch_size=0)
 
 
 WAYS: dict[str, Callable[[Trained], Way]] = {

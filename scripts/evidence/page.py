@@ -4,6 +4,7 @@ What a person has written around that part stays.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def _part(name, study, found, tables, command, size, pictured):
     if found.missing:
         yield f"\nMissing: {'; '.join(found.missing)}."
     if found.made:
-        yield f"\n{_made(found)} [The figures of every seed](figures/{name}.json)."
+        yield f"\n{_made(study, found)} [The figures of every seed](figures/{name}.json)."
 
 
 def _hours(hours: float) -> str:
@@ -91,23 +92,22 @@ def cell_of(cell: str | Spread) -> str:
     return cell
 
 
-def _made(found: Found) -> str:
+def _made(study: Study, found: Found) -> str:
     """When and with what the runs were made."""
+    own = [name for name in found.runs if name not in study.runs or not study.runs[name].seeds]
+    seeds = ", ".join(map(str, sorted({seed for name in own for seed in found.runs[name]})))
 
-    def each(*path):
-        values = []
-        for made in found.made:
-            value = made
-            for step in path:
-                value = value.get(step, "") if isinstance(value, dict) else ""
-            values.append(str(value))
-        return ", ".join(sorted(set(values) - {""}))
+    facts = [made | made["versions"] for made in found.made]
 
-    hours = sum(made["seconds"] for made in found.made) / 3600
+    def each(field):
+        return ", ".join(sorted({str(fact[field]) for fact in facts if field in fact}))
+
+    hours, cores = sum(made["seconds"] for made in found.made) / 3600, each("cores")
+    of_all = f" of {found.planned}" if len(found.made) < found.planned else ""
     return (
-        f"{len(found.made)} runs of {each('date')}, {_hours(max(hours, 1 / 60))} in all, on an {each('processor')} "
-        f"({each('cores')} core a run); Python {each('versions', 'python')}, jax {each('versions', 'jax')}, "
-        f"fipa_jax {each('versions', 'fipa_jax')} (source {each('versions', 'source')})."
+        f"Seeds {seeds}. {len(found.made)}{of_all} runs, {each('date')}, {_hours(hours)} in all, each on {cores} "
+        f"{'core' if cores == '1' else 'cores'} of an {each('processor')}; Python {each('python')}, jax {each('jax')}, "
+        f"fipa_jax {each('fipa_jax')} (source {each('source')})."
     )
 
 
@@ -115,8 +115,14 @@ def _save(path: Path, name: str, tables: list[Table], found: Found) -> None:
     """Writes the figures of every seed, with mean and standard deviation."""
     path.parent.mkdir(parents=True, exist_ok=True)
     saved = [{"words": table.words, "rows": [_raw(row) for row in table.rows]} for table in tables]
-    content = {"study": name, "tables": saved, "missing": found.missing, "runs": found.made}
+    runs = [made | {"command": _anywhere(made["command"])} for made in found.made]
+    content = {"study": name, "tables": saved, "missing": found.missing, "runs": runs}
     files.write(path, (json.dumps(jsonable(content), indent=1) + "\n").encode())
+
+
+def _anywhere(command: str) -> str:
+    """A command without this machine's folders."""
+    return re.sub(r"(data\.dir=)\S+", r"\1DIR", command.replace(f"{Path.cwd()}/", ""))
 
 
 def _raw(row: dict) -> dict:

@@ -34,12 +34,16 @@ class Benchmark(NamedTuple):
     debug: tuple[str, ...] = ()  # options that make it tiny
 
 
+Runs = Mapping[str, Run | Benchmark]  # what a study calls them, which is not shown -> runs
+
+
 class Found(NamedTuple):
     """What the runs of a study have left."""
 
     runs: dict[str, dict[int, Any]]  # run -> seed -> rows of its metrics file, or a benchmark's figures
     made: list[dict]  # of each run: machine, versions, date and seconds
-    missing: list[str]  # one line for each run that is not there
+    missing: list[str]  # one line for each run that failed
+    planned: int = 0  # runs, of which `made` are done
 
 
 class Spread(NamedTuple):
@@ -69,11 +73,9 @@ class Study(NamedTuple):
     """What `studies/NAME.py` gives as `STUDY`."""
 
     words: str  # the file's docstring: a question, and below it what is run and how controls were tuned
-    runs: Mapping[str, Run | Benchmark]
+    runs: Runs
     tables: Callable[[Found], list[Table]]
-    then: "Callable[[Found], Mapping[str, Run | Benchmark]] | None" = (
-        None  # further runs, with what the first have tuned
-    )
+    then: Callable[[Found], Runs] | None = None  # further runs, with what the first have tuned
     draw: Callable[[Found, Path], None] | None = None
     caption: str = ""  # of the picture
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -93,7 +95,7 @@ def final(found: Found, run: str, method: str, figure: str, *, last: int = 1, ro
 
     Args:
       last: the mean over so many last evaluations.
-      rounds: of the method, after which the figure is taken; 0 for all. Above the rounds that there are: none.
+      rounds: of the method, after which the figure is taken; 0 for all.
     """
     values = []
     for rows in found.runs.get(run, {}).values():
@@ -107,20 +109,10 @@ def final(found: Found, run: str, method: str, figure: str, *, last: int = 1, ro
     return np.array(values)
 
 
-def after_seconds(found: Found, run: str, method: str, figure: str, seconds: float) -> np.ndarray:
-    """[S], a method's figure by the time that its rounds have taken so many seconds."""
-    cut = {seed: metrics.within(rows, seconds) for seed, rows in found.runs.get(run, {}).items()}
-    return final(found._replace(runs={run: cut}), run, method, figure)
-
-
 def sent(found: Found, run: str, method: str) -> np.ndarray:
     """[S], bytes that a method's clients and server have sent."""
-    return np.array(
-        [
-            sum(row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in rows if row["run"] == method)
-            for rows in found.runs.get(run, {}).values()
-        ]
-    )
+    mine = [[row for row in rows if row["run"] == method] for rows in found.runs.get(run, {}).values()]
+    return np.array([sum(row["bytes_up"] + row["bytes_down"] for row in rows) for rows in mine if rows])
 
 
 def best(found: Found, run: str, methods: Iterable[str], figure: str, last: int = 1) -> str:

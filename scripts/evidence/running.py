@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evidence.records import Benchmark, Found, Run, Study
+from evidence.records import Benchmark, Found, Run, Runs, Study
 from fipa_jax.config import command_line, fields
 from fipa_jax.config.checks import validate
 from fipa_jax.config.defaults import default
@@ -48,7 +48,7 @@ class Job(NamedTuple):
     after: Path | None  # the folder of the job that must be done before
 
 
-def jobs_of(study: Study, runs: Mapping[str, Run | Benchmark], options: Options) -> list[Job]:
+def jobs_of(study: Study, runs: Runs, options: Options) -> list[Job]:
     """Every process that runs of a study take, warm-ups that others begin with first.
 
     Raises:
@@ -285,7 +285,7 @@ def collect(jobs: list[Job], missing: list[str]) -> Found:
             figures = job.folder / FIGURES
             left = json.loads(figures.read_text()) if figures.is_file() else metrics.read(job.folder / "metrics.jsonl")
             runs[job.run][job.seed] = left
-    return Found(runs, made, missing)
+    return Found(runs, made, missing, len(jobs))
 
 
 def side_by_side(gigabytes: float) -> int:

@@ -12,6 +12,7 @@ from fipa_jax.client.examples import Client
 C, N, INPUTS, K = 3, 12, 4, 2
 P = K + INPUTS * K
 STRENGTH = 0.3
+MOVES = np.random.default_rng(3).normal(size=[C, P])
 
 
 def model(params, batch):
@@ -44,12 +45,18 @@ def setting():
 
 
 def dense(prior):
-    """M [P, P], by the quadratic form's values at sums of unit vectors."""
-    unit = np.eye(P)
-    value = jax.jit(jax.vmap(lambda away: personal.quadratic(prior, prior.anchor + away)))
-    pairs = np.asarray(value((unit[:, None] + unit[None]).reshape(-1, P))).reshape(P, P)
-    single = np.asarray(value(unit))
-    return (pairs - single[:, None] - single[None]) / 2
+    """M [P, P] = S (I + Q diag(g) Q^T) S."""
+    scale, basis, values = map(np.asarray, prior[1:])
+    middle = np.eye(P) + (basis * values) @ basis.T
+    return scale[:, None] * middle * scale[None]
+
+
+@jax.jit
+def fitted(params, data, client, prior, strength):
+    return personal.personalise(outputs, loss, params, data, client, prior, strength, steps=1)
+
+
+curvature_of = jax.jit(personal.curvature, static_argnames="own")
 
 
 def curvature_left(x, own):
@@ -66,7 +73,7 @@ def test_the_prior_is_the_clients_mean_curvature(setting, own):
     params, x, sketches, *_ = setting
     weights = np.array([5, 0, 15])  # the second is left out
     with jax.enable_x64(True):
-        prior = personal.curvature(params, sketches, weights, damping=0.2, own=own)
+        prior = curvature_of(params, sketches, weights, damping=0.2, own=own)
         got = dense(prior)
     mean = sum(w * curvature_left(one, K if own else 0) for w, one in zip(weights / 20, x, strict=True))
     trace = sum(w * np.trace(curvature_left(one, 0)) for w, one in zip(weights / 20, x, strict=True))
@@ -75,20 +82,37 @@ def test_the_prior_is_the_clients_mean_curvature(setting, own):
     np.testing.assert_allclose(got, mean + np.diag(beta), atol=1e-9 * trace)
 
 
-@pytest.mark.parametrize("kind", ["curvature", "proximity"])
+@pytest.mark.parametrize("kind", ["curvature", "spread"])
 def test_of_a_linear_model_it_is_ridge_regression_with_the_priors_precision(setting, kind):
     params, _, sketches, x, y = setting
     with jax.enable_x64(True):
-        of_all = personal.curvature(params, sketches, np.full(C, N))
-        prior = of_all if kind == "curvature" else personal.proximity(params)
+        prior = {
+            "curvature": lambda: curvature_of(params, sketches, np.full(C, N), damping=0.2, own=""),
+            "spread": lambda: personal.spread(params, MOVES),
+        }[kind]()
         precision, anchor = dense(prior), np.asarray(trees.ravel(params))
-        data, client = {"x": jnp.asarray(x), "y": jnp.asarray(y)}, Client(jnp.arange(4), jnp.asarray(3))
-        # the fourth example is padding
-        mine = personal.personalise(outputs, loss, params, data, client, prior, STRENGTH, steps=1)
+        data, client = (
+            {"x": jnp.asarray(x), "y": jnp.asarray(y)},
+            Client(jnp.arange(4), jnp.asarray(3)),
+        )  # one is padding
+        mine = fitted(params, data, client, prior, STRENGTH)  # the fourth example is padding
         got = np.asarray(trees.ravel(mine))
     rows, left = jacobian(x[:3]), y[:3].reshape(-1)
     change = np.linalg.solve(rows.T @ rows + STRENGTH * precision, rows.T @ (left - rows @ anchor))
     np.testing.assert_allclose(got, anchor + change, atol=1e-8)
+
+
+def test_the_spread_of_others_models_is_the_inverse_of_their_covariance(setting):
+    with jax.enable_x64(True):
+        got = dense(jax.jit(personal.spread)(setting[0], MOVES))
+        one, other = MOVES[0], np.linalg.svd(MOVES)[2][-1]  # no client has moved along the other
+        away = [
+            personal.quadratic(personal.spread(setting[0], MOVES), trees.ravel(setting[0]) + d) for d in (one, other)
+        ]
+    covariance = MOVES.T @ MOVES / (np.sum(MOVES**2) / P)
+    expected = np.linalg.inv(covariance + personal.NOT_SEEN * np.eye(P))
+    np.testing.assert_allclose(got, expected, atol=1e-9 / personal.NOT_SEEN)
+    np.testing.assert_allclose(away, MOVES[0] @ expected @ MOVES[0], rtol=1e-6)
 
 
 def test_with_the_strength_of_all_examples_it_is_the_fit_of_all_data(setting):
@@ -99,14 +123,15 @@ def test_with_the_strength_of_all_examples_it_is_the_fit_of_all_data(setting):
     best = np.linalg.lstsq(rows, left, rcond=None)[0]
     with jax.enable_x64(True):
         params = {"bias": jnp.asarray(best[:K]), "kernel": jnp.asarray(best[K:].reshape(INPUTS, K))}
-        prior = personal.curvature(params, sketches, np.full(C, N), damping=1e-12)
+        prior = curvature_of(params, sketches, np.full(C, N), damping=1e-12, own="")
         data, client = {"x": jnp.asarray(x), "y": jnp.asarray(y)}, Client(jnp.arange(4), jnp.asarray(4))
-        mine = personal.personalise(outputs, loss, params, data, client, prior, float(C * N), steps=1)
+        mine = fitted(params, data, client, prior, float(C * N))
         got = np.asarray(trees.ravel(mine))
     both = np.vstack([rows, jacobian(x)]), np.concatenate([left, y.reshape(-1)])
     np.testing.assert_allclose(got, np.linalg.lstsq(*both, rcond=None)[0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_objective_of_a_network_falls_to_a_stationary_point():
     """Classes, whose loss is not quadratic: the gradient of the objective vanishes."""
     rng = np.random.default_rng(2)
@@ -122,7 +147,7 @@ def test_the_objective_of_a_network_falls_to_a_stationary_point():
         params = {"kernel": jnp.asarray(rng.normal(size=[INPUTS, 3])), "top": jnp.asarray(rng.normal(size=[3, 2]))}
         data, prior = {"x": jnp.asarray(x), "label": jnp.asarray(label)}, personal.proximity(params)
         client = Client(jnp.arange(6), jnp.asarray(6))
-        mine = jax.jit(lambda p: personal.personalise(network, entropy, p, data, client, prior, STRENGTH, steps=100))(
+        mine = jax.jit(lambda p: personal.personalise(network, entropy, p, data, client, prior, STRENGTH, steps=50))(
             params
         )
 

@@ -16,11 +16,18 @@ def answer(blob: bytes, context) -> bytes:
 @functools.cache
 def _site(settings: tuple, client: int):
     """A client's own work in this process, kept for its next message; jax is imported only here."""
-    from fipa_flower.problems import named
     from fipa_jax.deployment.site import Site
 
-    federation = named(dict(settings))
+    federation = _federation(settings)
     return Site(federation.agreement, client, federation.own(client), federation.width)
+
+
+@functools.cache
+def _federation(settings: tuple):
+    """One for all clients of this process, which then share what is compiled."""
+    from fipa_flower.problems import named
+
+    return named(dict(settings))
 
 
 app = client_app(answer)

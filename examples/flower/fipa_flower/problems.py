@@ -46,8 +46,9 @@ def _config(name: str, settings: dict):
 
 
 def _sine(settings: dict) -> Federation:
-    """Two clients; everybody makes all data from the seed, and takes its own."""
+    """Some clients; everybody makes all data from the seed, and takes its own."""
     config = _config("sine", settings)
+    config.task.num_clients = settings["clients"]
     problem = task.build(config)
 
     def own(client: int) -> dict:

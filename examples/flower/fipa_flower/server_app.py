@@ -19,7 +19,8 @@ def main(grid: Grid, context: Context) -> None:
     federation = problems.named(settings)
     figures = functools.partial(_figures, federation, federation.test())
     who = by_name if settings["authenticate"] else None
-    with opened(federation.agreement, federation.config, settings["workdir"], figures) as server:
+    given = federation.agreement, federation.config, settings["workdir"], figures, settings["resume"]
+    with opened(*given) as server:
         Fipa(server, timeout=settings["timeout"], who=who).start(grid)
 
 

@@ -1,0 +1,268 @@
+"""The server that any transport can call: the rounds of a simulation; and what does not fit is an absent client.
+
+The clients' programs, the wire and the server's reading are all in between; what a simulation gives is the oracle.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+from helpers.deployed import Deployed, bits, config_of, gap
+
+from fipa_jax.deployment import wire
+from fipa_jax.deployment.agreement import agree
+from fipa_jax.deployment.server import Server, opened
+from fipa_jax.deployment.site import Site
+from fipa_jax.reporting import metrics
+from fipa_jax.saving.journal import Rows
+
+KINDS = {
+    "mean": ("fedavg", {}),
+    "fipa": ("fipa", {}),
+    "prior": ("fipa:aggregator.past.kind=prior:aggregator.relative=False", {}),
+    "latest": ("fipa:aggregator.past.kind=latest:aggregator.relative=False", {}),
+    "lev_marquardt": ("fipa", {"lev_marquardt": True}),
+    "diagonal": ("fisher_diagonal", {}),
+    "sums": ("fipa_sums:aggregator.sums.columns=6:aggregator.sums.fresh=2", {}),
+    "sums_of_gradients": ("fipa_sums_of_gradients:aggregator.sums.columns=6:aggregator.sums.fresh=2", {}),
+    "bfloat16": ("fipa:sketch.store=bfloat16", {}),
+    "cohort": ("fipa", {"clients": 5, "cohort": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def federation():
+    """Three clients of different size, and a trust region: sketch, loss and damping all travel."""
+    return Deployed(config_of(lev_marquardt=True))
+
+
+def compare(federation, bound):
+    got, rows = federation.run()
+    want, expected = federation.simulate()
+    assert gap(got, want) <= bound, (got, want)
+    for row, other in zip(rows, expected, strict=True):
+        shared = [name for name in row if name in other and not name.startswith(("run", "seconds", "bytes"))]
+        assert "local_loss" in shared
+        for name in shared:
+            np.testing.assert_allclose(row[name], other[name], rtol=1e4 * bound, atol=1e4 * bound, err_msg=name)
+
+
+def test_a_round_over_the_wire_is_that_of_a_simulation(federation):
+    server = federation.server()
+    while not server.done:
+        server.round(federation.answers(server))
+        assert not server.wrong
+    want = federation.whole_rounds()
+    assert gap(server.params, want.params) <= 1e-12
+    assert gap(server._state.aggregator, want.aggregator) <= 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "bound"), [("float64", 1e-12), ("float32", 1e-5)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rule_over_the_wire_is_that_of_a_simulation(kind, precision, bound):
+    spec, fields = KINDS[kind]
+    compare(Deployed(config_of(precision, **fields), spec), bound)
+
+
+@pytest.fixture(scope="module")
+def uploads(federation):
+    """What the three clients answer to the first broadcast."""
+    return federation.answers(federation.server())
+
+
+def after(federation, sent):
+    """(the state's bits after a round, who is wrong)."""
+    server = federation.server()
+    server.round(sent)
+    return bits(server._state), server.wrong
+
+
+@pytest.fixture(scope="module")
+def without_the_second(federation, uploads):
+    """The state's bits after a round in which client 1 is absent, and after one with all."""
+    absent, wrong = after(federation, {client: uploads[client] for client in (0, 2)})
+    assert not wrong
+    whole, wrong = after(federation, uploads)
+    assert not wrong and whole != absent
+    return absent
+
+
+def changed(blob, remove=(), **arrays):
+    """An upload with other arrays, its digest right; a name's `/` is written `__`."""
+    message = wire.unpack(blob)
+    new = message.arrays | {name.replace("__", "/"): array for name, array in arrays.items()}
+    return wire.pack(message._replace(arrays={name: new[name] for name in new if name not in remove}))
+
+
+def about(blob, **fields):
+    """An upload that says something else about itself."""
+    return wire.pack(wire.unpack(blob)._replace(**fields))
+
+
+def faults(blob, other):
+    """{what is wrong with an upload of client 1: (its bytes, what the server says)}."""
+    arrays = wire.unpack(blob).arrays
+    path = next(name for name in arrays if name.startswith("delta/") and len(arrays[name]) > 1)
+    basis = arrays["sketch/basis"]
+    return {
+        "silent": (None, "it has not answered"),
+        "cut": (blob[:-9], "its arrays have"),
+        "a turned bit": (blob[:-1] + bytes([blob[-1] ^ 1]), "SHA-256"),
+        "no bytes": (b"", "bytes"),
+        "of another client": (other, "it says that it is client 0"),
+        "of an earlier round": (about(blob, round=-1), "it answers round -1"),
+        "of a round to come": (about(blob, round=1), "it answers round 1"),
+        "another model": (about(blob, fingerprint="0" * 64), "other parameters"),
+        "a broadcast": (about(blob, kind="broadcast"), "needed upload"),
+        "another rank": (changed(blob, sketch__rank=np.array(9, np.int32)), "of rank 9, asked for 3"),
+        "more pairs than asked for": (
+            changed(
+                blob,
+                sketch__eigenvalues=np.ones(4),
+                sketch__basis=np.ones([len(basis), 4]),
+                sketch__report__residuals=np.ones(4),
+            ),
+            "asked for \\[3\\] at most",
+        ),
+        "another shape": (changed(blob, **{path: arrays[path][:1]}), "asked for float64"),
+        "another type": (changed(blob, **{path: arrays[path].astype(np.float32)}), "sent float32"),
+        "something missing": (changed(blob, remove=(path,)), "sent nothing of the kind"),
+        "something more": (changed(blob, more=np.ones(2)), "asked for nothing of the kind"),
+        "an update of NaN": (changed(blob, **{path: arrays[path] * np.nan}), None),
+        "a basis of NaN": (changed(blob, sketch__basis=basis * np.nan), None),
+        "a doubled column": (changed(blob, sketch__basis=basis[:, [0] * basis.shape[1]]), None),
+        "negative curvature": (changed(blob, sketch__eigenvalues=-arrays["sketch/eigenvalues"]), None),
+        "a loss of NaN": (changed(blob, loss=np.array(np.nan)), None),
+        "fewer than no examples": (changed(blob, num_examples=np.array(-4, np.int32)), None),
+        "no examples": (changed(blob, num_examples=np.array(0, np.int32)), None),
+    }
+
+
+def test_every_fault_is_the_clients_absence_to_the_bit(federation, uploads, without_the_second):
+    for fault, (blob, words) in faults(uploads[1], uploads[0]).items():
+        state, wrong = after(federation, {**uploads, 1: blob})
+        assert state == without_the_second, fault
+        if words is None:  # the screening's, not the reader's
+            assert not wrong, fault
+        else:
+            assert set(wrong) == {1}, fault
+            with pytest.raises(ValueError, match=words):
+                raise ValueError(wrong[1])
+
+
+def test_clients_may_come_in_any_order_and_strangers_count_for_nothing(federation, uploads):
+    whole, _ = after(federation, uploads)
+    assert after(federation, dict(reversed(uploads.items())))[0] == whole
+    absent, _ = after(federation, {client: uploads[client] for client in (0, 2)})
+    state, wrong = after(federation, {0: uploads[0], 2: uploads[2], 7: about(uploads[1], client=7)})
+    assert state == absent and "none of the 3 clients" in wrong[7]
+    with pytest.raises(ValueError, match="at most 3 clients, got 4"):
+        federation.server().round({**uploads, 7: None})
+
+
+def test_a_round_of_nobody_changes_nothing_but_its_number(federation):
+    server = federation.server()
+    before = bits(server.params)
+    info = server.round({})
+    assert info["skipped"] and server.number == 1 and bits(server.params) == before
+
+
+def test_clients_are_drawn_of_those_that_can_be_reached(federation):
+    server = federation.server()
+    assert server.draw() == [0, 1, 2] and server.draw(among=[2, 0]) == [0, 2] and server.draw(among=[]) == []
+
+
+def test_a_broadcast_of_others_is_refused_at_the_client(federation, uploads):
+    site, blob = federation.sites[0], federation.server().broadcast()
+    for other in (uploads[0], about(blob, fingerprint="0" * 64), changed(blob, remove=("params/Dense_0/bias",))):
+        with pytest.raises(wire.Malformed):
+            site.work(other)
+
+
+def test_sites_say_what_is_wrong_with_them(federation):
+    with pytest.raises(ValueError, match="client: needed 0 to 2, got 3"):
+        Site(federation.agreement, 3, federation.data(0))
+    with pytest.raises(ValueError, match="as many examples in each field"):
+        Site(federation.agreement, 0, {"x": np.zeros([2, 1]), "y": np.zeros([3, 1])})
+
+
+def test_a_warm_site_answers_as_a_cold_one(federation, uploads):
+    site = Site(federation.agreement, 1, federation.data(1), federation.width)
+    site.warm_up()
+    assert site.work(federation.server().broadcast()) == uploads[1]
+
+
+def test_a_killed_server_goes_on_from_its_last_round(federation, tmp_path):
+    want, rows = federation.run()
+    with opened(federation.agreement, federation.config, tmp_path) as server:
+        server.round(federation.answers(server))
+        server._journal._checkpoints.wait()  # what a kill finds on the disk
+        first = metrics.read(tmp_path / "metrics.jsonl")
+    with opened(federation.agreement, federation.config, tmp_path) as server:
+        assert server.number == 1 and not server.done
+        server.round(federation.answers(server))
+        assert server.done and bits(server.params) == bits(want)
+    assert metrics.read(tmp_path / "metrics.jsonl")[:1] == first and (tmp_path / "fipa.msgpack").exists()
+    seen = [
+        [{k: v for k, v in row.items() if "seconds" not in k} for row in some] for some in (rows, server_rows(tmp_path))
+    ]
+    assert seen[0] == seen[1]
+
+
+def server_rows(folder):
+    return metrics.read(folder / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("fipa.late.share", 0.5, "config.fipa.late.share"),
+        ("fipa.faults.nan", 0.5, "config.fipa.faults"),
+        ("fipa.term.name", "scaffold", "config.fipa.term.name"),
+        ("fipa.sketch.gradient_scale", 1.0, "config.fipa.sketch.gradient_scale"),
+        ("warmup.rounds", 1, "config.warmup.rounds"),
+        ("personal.compare", ("global",), "config.personal.compare"),
+    ],
+)
+def test_what_only_a_simulation_can_do_is_refused(federation, field, value, words):
+    config = config_of(fipa={"rounds": 2})
+    config.update_from_flattened_dict({field: value})
+    agreeing = functools.partial(agree, config, federation.problem.task, 3, federation.problem.test)
+    with pytest.raises(ValueError, match=words):
+        agreeing()
+
+
+def test_late_answers_count_with_their_age():
+    """Client 2 answers each broadcast a round later: what the mean makes of it is what FedBuff says."""
+    config = config_of(fipa={"rounds": 3})
+    deployed = Deployed(config, "fedbuff:aggregator.late.staleness=0.5", late=1)
+    server, rows = deployed.server(), []
+    server._journal = rows = Rows()
+    kept, models = None, [server.params]
+    for _ in range(3):
+        sent = deployed.answers(server)
+        slow, sent[2] = sent[2], kept
+        kept = slow
+        server.round(sent)
+        models.append(server.params)
+        fresh = [wire.unpack(sent[client]) for client in (0, 1)]
+        entries = [(message, 0) for message in fresh] + ([(wire.unpack(sent[2]), 1)] if sent[2] else [])
+        weights = np.array([float(message.arrays["num_examples"]) for message, _ in entries])
+        weights *= np.array([(1 + age) ** -0.5 for _, age in entries]) / weights.sum()
+        for path in ("Dense_0/kernel", "Dense_1/bias"):
+            step = sum(w * m.arrays[f"delta/{path}"] for w, (m, _) in zip(weights, entries, strict=True))
+            layer, leaf = path.split("/")
+            moved = np.asarray(models[-1][layer][leaf]) - np.asarray(models[-2][layer][leaf])
+            np.testing.assert_allclose(moved, step, rtol=1e-10)
+    assert [row["age_most"] for row in rows] == [0, 1, 1]
+    stale = about(kept, round=1)  # two rounds ago
+    blob = deployed.answers(server)
+    server.round(blob | {2: stale})
+    assert "it answers round 1, and this is round 3" in server.wrong[2]
+
+
+def test_a_server_can_be_asked_for_figures(federation):
+    server = Server(federation.agreement, rows := Rows(), lambda params: {"test_mse": np.float64(2.0)})
+    server.round({})
+    assert rows[0]["test_mse"] == 2.0 and rows[0]["bytes_up"] == 0
