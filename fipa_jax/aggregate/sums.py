@@ -143,16 +143,7 @@ def sum_solver(
     next_basis = lookup(BASES, sums.basis, "aggregator.sums.basis")
     numbers = solver_numbers(damping, limits, past)
     contracts.at_least(0, **numbers, tail=sums.tail, fresh=sums.fresh)
-    check_bits(sums.bits)
-    if sums.columns < 1 or sums.fresh > sums.columns:
-        raise ValueError(
-            f"aggregator.sums.columns: needs 1 or more, and as many as sums.fresh = {sums.fresh}, got {sums.columns}"
-        )
-    if trust and (sums.form != "gradient" or past.kind != "none"):
-        raise ValueError(
-            "aggregator.trust: from sums it needs sums.form = 'gradient', whose sums say what a step promises, and no "
-            "past rounds"
-        )
+    _check(sums, trust, past)
 
     def init(theta: jax.Array) -> SumState:
         size, columns = theta.size, min(sums.columns, theta.size)
@@ -191,6 +182,20 @@ def sum_solver(
         return step, _unless_empty(total, after, state), info | described
 
     return SumSolver(init, solve)
+
+
+def _check(sums: SumOptions, trust: bool, past: PastRounds) -> None:
+    """Refuses, with a ValueError, options that do not fit together."""
+    check_bits(sums.bits)
+    if sums.columns < 1 or sums.fresh > sums.columns:
+        raise ValueError(
+            f"aggregator.sums.columns: needs 1 or more, and as many as sums.fresh = {sums.fresh}, got {sums.columns}"
+        )
+    if trust and (sums.form != "gradient" or past.kind != "none"):
+        raise ValueError(
+            "aggregator.trust: from sums it needs sums.form = 'gradient', whose sums say what a step promises, and no "
+            "past rounds"
+        )
 
 
 def solver_numbers(damping: Number, limits: Limits, past: PastRounds) -> dict:

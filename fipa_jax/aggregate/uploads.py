@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fipa_jax import trees
-from fipa_jax.aggregate.row_blocks import padded
+from fipa_jax.aggregate.row_blocks import padded, segments_of
 from fipa_jax.curvature import contracts
 from fipa_jax.curvature.common_basis import Image
 from fipa_jax.curvature.sketch import FLAGS, STORES, Diagonal, Report, Sketch
@@ -198,7 +198,8 @@ def _read_curvature(sketch: Any, size: int) -> Message:
         raise _Misfit(f"its sketch is a {type(sketch).__name__}, needed Sketch, Diagonal, Image or None")
     rank = np.size(_array(sketch.eigenvalues))
     eigenvalues = _shaped(sketch.eigenvalues, (rank,), "the eigenvalues of its sketch")
-    basis = _shaped(sketch.basis, (size, rank), "the basis of its sketch")
+    rows = padded(size) if _array(sketch.basis).shape[:1] == (padded(size),) else size  # see `row_blocks`
+    basis = _shaped(sketch.basis, (rows, rank), "the basis of its sketch")
     return Sketch(eigenvalues, basis, _read_report(sketch.report, rank))
 
 
@@ -265,4 +266,7 @@ def _kind(one: Uploads | None) -> str:
         return f"an image of {one.sketch.values.shape[-1]} columns{loss}"
     if not isinstance(one.sketch, Sketch):
         return f"{'no sketch' if one.sketch is None else 'a diagonal'}{loss}"
-    return f"a sketch of rank {one.sketch.eigenvalues.shape[0]}{' with a report' if one.sketch.report else ''}{loss}"
+    rows = " with rows to be spread" if segments_of(one.sketch.basis.shape[0]) > 1 else ""
+    return (
+        f"a sketch of rank {one.sketch.eigenvalues.shape[0]}{rows}{' with a report' if one.sketch.report else ''}{loss}"
+    )

@@ -111,3 +111,13 @@ def test_only_long_rows_are_spread():
     assert (padded(511), segments_of(511)) == (511, 1)
     assert (padded(1000), segments_of(1024)) == (1024, 64)
     assert segments_of(1000) == 1  # as they came, in one run
+
+
+def test_single_uploads_may_come_with_rows_to_be_spread():
+    """All of them, or none: what is stacked has one shape."""
+    delta, counts, values, basis = _sent()
+    wide = np.pad(basis, [(0, 0), (0, padded(SIZE) - SIZE), (0, 0)])
+    one = lambda place, bases: aggregate.Uploads(delta[place], counts[place], Sketch(values[place], bases[place]))
+    stacked, wrong = aggregate.collect([one(0, wide), one(1, wide), one(2, basis)], np.zeros(SIZE, np.float32))
+    assert stacked.sketch.basis.shape == (CLIENTS, padded(SIZE), RANK)
+    assert list(wrong) == [2] and "with rows to be spread" in wrong[2]
