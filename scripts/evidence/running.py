@@ -106,7 +106,7 @@ def _benchmark_job(study: Study, name: str, run: Benchmark, seed: int, options: 
         )
         for option in given
     ]
-    folder = options.folder / f"{run.command}-{_digest(filled)}"
+    folder = options.folder / f"{run.command}-{_digest([given, seed, start and start.folder.name])}"
     command = (str(SCRIPTS / "benchmark.py"), run.command, *filled, f"--out={folder / FIGURES}")
     yield Job(name, seed, command, folder, 1, start and start.folder)
 
