@@ -42,6 +42,7 @@ class Agreement(NamedTuple):
     params: Any  # the whole model's, that the first round starts from
     root: jax.Array  # the key from which all random numbers derive
     rounds: int
+    max_skips: int  # so many skipped rounds in a row end the run; 0 for never
     late: int  # rounds after which an answer may still come in; 0 where only those of this round count
     like: Any  # shapes of a client's (upload, training loss)
     fingerprint: str
@@ -99,7 +100,8 @@ def agree(
         parts = parts._replace(channel=_channel(late), chunk=1, mesh=None)
         root = jax.random.key(config.seed)
         params = first_params(config, task, root) if params is None else params
-        draft = Agreement(spec, parts, rates, params, root, settings.rounds, late, None, fingerprint_of(parts, params))
+        steering, mark = (settings.rounds, settings.max_skips, late), fingerprint_of(parts, params)
+        draft = Agreement(spec, parts, rates, params, root, *steering, None, mark)
         return draft._replace(like=_shapes(draft, example))
 
 

@@ -160,7 +160,8 @@ class Fipa:
         Raises:
           TimeoutError: within `timeout` not a node came.
         """
-        self._gather(grid)
+        if not self.server.done:
+            self._gather(grid)
         while not self.server.done:
             self._round(grid)
         return self.server.params

@@ -34,6 +34,7 @@ from fipa_jax.federation.parts import Parts
 from fipa_jax.federation.population import Cohort
 from fipa_jax.federation.server import serve
 from fipa_jax.reporting import console, metrics
+from fipa_jax.run.loop import check_progress
 from fipa_jax.saving import provenance
 from fipa_jax.saving.journal import Journal, Rows
 from fipa_jax.saving.model_files import export, stems
@@ -167,6 +168,7 @@ class Server:
         Raises:
           ValueError: there are more clients than the agreement has room for.
           OSError, saving.signals.Stopped: of the journal.
+          run.loop.Stalled: too many rounds in a row were skipped.
         """
         if len(sent) > self._slots:
             raise ValueError(f"sent: needed at most {self._slots} clients, got {len(sent)}")
@@ -234,6 +236,7 @@ class Server:
         self._number, self._broadcast = self._number + 1, None
         self._skipped = self._skipped + 1 if row.get("skipped") else 0
         journal.write(row)
+        check_progress(name, row, self._skipped, self.agreement.max_skips)
         journal.keep(name, self._state, row, note | {"skipped": self._skipped}, ended=self.done)
 
 

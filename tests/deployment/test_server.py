@@ -14,6 +14,7 @@ from fipa_jax.deployment.agreement import agree
 from fipa_jax.deployment.server import Server, opened
 from fipa_jax.deployment.site import Site
 from fipa_jax.reporting import metrics
+from fipa_jax.run.loop import Stalled
 from fipa_jax.saving.journal import Rows
 
 KINDS = {
@@ -166,6 +167,15 @@ def test_a_round_of_nobody_changes_nothing_but_its_number(federation):
     before = bits(server.params)
     info = server.round({})
     assert info["skipped"] and server.number == 1 and bits(server.params) == before
+
+
+def test_rounds_that_nobody_answers_end_the_run_in_the_end(federation):
+    most = federation.agreement.max_skips
+    server = Server(federation.agreement._replace(rounds=2 * most))
+    with pytest.raises(Stalled, match=f"{most} rounds in a row were skipped"):
+        while True:
+            server.round({0: None})
+    assert server.number == most
 
 
 def test_clients_are_drawn_of_those_that_can_be_reached(federation):

@@ -37,7 +37,8 @@ def config_of(precision="float64", clients=3, lev_marquardt=False, **fields):
     config.task.num_clients = clients
     if lev_marquardt:
         recipes.levenberg_marquardt(config)
-        config.fipa.rounds, config.fipa.sketch.rank, config.fipa.sketch.solver = 2, 3, "rows"
+        config.fipa.rounds, config.fipa.sketch.rank = 2, 3
+    config.fipa.sketch.solver = "rows"  # which compiles in least time
     return config
 
 
