@@ -1,5 +1,9 @@
 """64 speakers of Shakespeare's plays are the clients: a small causal transformer predicts the next character.
 
+Reproduces: nothing published. After 25 rounds of FedAvg every rule goes on for five, on the whole model, on adapters
+(LoRA) or on the last layer, at the best of its settings on held-out windows. `:whole`, `:lora` and `:head` run one of
+these parts, `:tune` all settings that were tried. Hardware: two CPU cores, about five minutes. Expected: on the whole
+model a test loss of 1.99 by tuned FedAvg, and FIPA not ahead of it, see docs/results/shakespeare.md.
 Data: python scripts/prepare_data.py shakespeare --data-dir=DIR
 Command: python scripts/train.py --config=configs/shakespeare.py --config.task.file=DIR/shakespeare.npz
 """
@@ -14,32 +18,32 @@ PARTS = {  # of the model -> what a method says to train it alone
 }
 FEDAVG = "fedavg:{}:local.lr={}:server.lr={}"
 FEDADAM = "fedavg:{}:server.optimizer=adam:local.lr={}:server.lr={}"
-FIPA = "fipa:{}:local.lr={}:aggregator.damping={}"
+FIPA = "fipa:{}:local.lr={}:aggregator.damping={}:server.lr={}"
 NATURAL = "fipa_memory:{}:aggregator.damping={}:aggregator.limits.max_divergence=0.02"
 TRIED = {  # part -> rule -> the numbers of each setting
     "whole": {
         FEDAVG: ((0.5, 1), (0.5, 1.5), (0.25, 1), (0.25, 1.5), (0.25, 0.5), (0.1, 1), (0.1, 0.5)),
         FEDADAM: ((0.5, 0.01), (0.5, 0.003), (0.25, 0.01), (0.25, 0.003), (0.25, 0.001), (0.1, 0.003), (0.1, 0.001)),
-        FIPA: ((0.5, 3), (0.5, 0.5)),
+        FIPA: ((0.5, 3, 1), (0.5, 0.5, 1), (0.1, 1, 1), (0.1, 1, 0.5)),
         NATURAL: ((1,), (0.2,), (0.1,)),
     },
     "lora": {
         FEDAVG: ((1, 1), (1, 0.5), (0.5, 1), (0.5, 0.5), (0.2, 1), (0.2, 0.5)),
         FEDADAM: ((0.5, 0.03), (0.5, 0.01), (0.5, 0.003), (0.5, 0.001), (0.2, 0.003), (0.2, 0.001)),
-        FIPA: ((0.5, 1), (0.2, 1)),
+        FIPA: ((1, 1, 1), (0.5, 1, 1), (0.2, 1, 1)),
         NATURAL: ((0.2,),),
     },
     "head": {
         FEDAVG: ((0.5, 1), (0.5, 0.5), (0.2, 1), (0.2, 0.5), (0.1, 1), (0.1, 0.5)),
         FEDADAM: ((0.5, 0.003), (0.5, 0.001), (0.2, 0.03), (0.2, 0.01), (0.2, 0.003), (0.2, 0.001)),
-        FIPA: ((0.5, 0.1), (0.2, 0.1)),
+        FIPA: ((0.5, 0.1, 1), (0.2, 0.1, 1), (0.2, 0.1, 0.5)),
         NATURAL: ((0.1,), (0.03,), (0.01,), (0.003,)),
     },
 }
 CHOSEN = {  # part -> the best setting of each rule on the held-out windows
-    "whole": (FEDAVG, (0.1, 0.5), FEDADAM, (0.1, 0.003), FIPA, (0.1, 1)),
-    "lora": (FEDAVG, (1, 1), FEDADAM, (0.5, 0.01), FIPA, (1, 1)),
-    "head": (FEDAVG, (0.2, 0.5), FEDADAM, (0.2, 0.003), FIPA, (0.2, 0.1)),
+    "whole": (FEDAVG, (0.1, 0.5), FEDADAM, (0.1, 0.003), FIPA, (0.1, 1, 0.5)),
+    "lora": (FEDAVG, (1, 1), FEDADAM, (0.5, 0.01), FIPA, (1, 1, 1)),
+    "head": (FEDAVG, (0.2, 0.5), FEDADAM, (0.2, 0.003), FIPA, (0.2, 0.1, 0.5)),
 }
 
 

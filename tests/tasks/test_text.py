@@ -1,5 +1,8 @@
 """Texts with owners: who owns which window, what a model of them may look at, and the curvature of its loss."""
 
+import runpy
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,6 +198,14 @@ def test_what_is_too_short_or_not_there_is_said(config):
     broken.model.heads = 3
     with pytest.raises(ValueError, match=r"config\.model\.heads: needs to divide config\.model\.width = 4, got 3"):
         tasks.build(broken)
+
+
+@pytest.mark.parametrize(("variant", "least"), [("", 9), ("whole", 3), ("lora", 3), ("head", 3), ("tune", 45)])
+def test_the_speakers_config_has_valid_methods_of_each_part(variant, least):
+    path = Path(__file__).resolve().parents[2] / "configs" / "shakespeare.py"
+    config = runpy.run_path(str(path))["get_config"](variant)
+    config_lib.validate(config)
+    assert len(set(config.compare)) == len(config.compare) >= least
 
 
 def test_a_transformer_of_what_is_no_sequence_is_refused():
