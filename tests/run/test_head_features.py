@@ -49,7 +49,7 @@ def _stub():
     )
     image = jnp.arange(2.0 * NUM_EXAMPLES).reshape(NUM_EXAMPLES, 2)
     data = {"image": image, "label": jnp.arange(NUM_EXAMPLES)}
-    config = types.SimpleNamespace(eval=types.SimpleNamespace(batch_size=3))
+    config = types.SimpleNamespace(eval=types.SimpleNamespace(batch_size=3), devices=1)
     return Stub(config, Problem(task), Resident(data, None), {"test": data}, jax.random.key(0))
 
 
