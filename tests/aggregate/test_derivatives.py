@@ -112,7 +112,7 @@ def _check(form, relative, kind, wide, changed):
 
 
 CASES = [
-    ("generic", {}),
+    pytest.param("generic", {}, marks=pytest.mark.slow),
     ("generic", {"max_step": 0.3}),
     ("equal", {"max_divergence": 0.01}),
     ("apart", {}),

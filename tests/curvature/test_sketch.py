@@ -75,7 +75,9 @@ def _raised(found):
     return {name for name, flag in found.report.flags.items() if flag}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] * (way in ("head", "subspace_on_rows"))) for way in WAYS]
+)
 def test_a_sketch_and_its_report_equal_their_dense_values(x64, way):
     options, trace_is_known = WAYS[way]
     found, dense = _sketch(**options), _dense()
@@ -231,7 +233,7 @@ def test_a_report_is_the_same_at_any_scale_of_the_curvature(way):
         np.testing.assert_array_equal(share, sketch.enough(one, 0.7))
 
 
-@pytest.mark.parametrize("loss_rank", [1, 2])
+@pytest.mark.parametrize("loss_rank", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_loss_rank_leaves_out_is_in_the_trace_and_in_the_flags(x64, loss_rank):
     """A softmax over three classes has a Hessian of rank two, so that a rank of two leaves nothing out."""
     dense, found = _dense(), []

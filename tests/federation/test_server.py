@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from helpers.clients import KEEP, NUM_EXAMPLES, make_client, make_data, make_hyper, make_params, network, squared
 
 from fipa_jax import aggregate, tasks
@@ -67,6 +68,7 @@ def _upload(state, k, one):
     return jax.device_get(_at_a_client(state.params, hyper, make_data(), client, *keys, own, state.shared))
 
 
+@pytest.mark.slow
 def test_uploads_of_clients_elsewhere_give_the_round_to_the_bit(x64):
     """No example ever reaches the server, which holds no data; its state is that of the whole round on one device."""
     clients = Client(jnp.asarray(_own_indices()), jnp.asarray(COUNTS))

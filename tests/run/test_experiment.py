@@ -179,6 +179,7 @@ def test_bytes_kept_are_those_of_rule_optimiser_and_what_the_server_remembers_of
     assert kept(terms.varp(), jnp.zeros(5)) == 4 * (5 + 7 * 10)
 
 
+@pytest.mark.slow
 def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / "photo.png").write_text("a picture")

@@ -99,7 +99,7 @@ def test_a_term_is_refused_in_one_line_where_it_finds_nothing(term, name, folder
 
 # In the fast suite those that look into the model.
 STEPS = [
-    pytest.param(term, name, marks=() if term in NEEDS and name == "images" else pytest.mark.slow)
+    pytest.param(term, name, marks=() if term == "rcl" and name == "images" else pytest.mark.slow)
     for term in terms.TERMS
     for name in TASKS
 ]

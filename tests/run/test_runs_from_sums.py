@@ -42,6 +42,7 @@ def test_what_a_sum_cannot_serve_names_its_field(spec, words):
         experiment.build(tiny(compare=(spec,)))
 
 
+@pytest.mark.slow
 def test_the_traffic_is_the_basis_down_and_its_image_up(tmp_path):
     whole_run.run(
         tiny(compare=("fipa_sums:aggregator.sums.columns=4:aggregator.sums.fresh=1",), fipa={"rounds": 1}), tmp_path

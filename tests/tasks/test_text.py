@@ -116,7 +116,13 @@ def _dense(params, batch, chosen):
 
 
 @pytest.mark.parametrize(
-    ("jacobian", "chosen"), [("matrix_free", "lora"), ("rows", "head/"), ("head", "head/"), ("head", "head/kernel")]
+    ("jacobian", "chosen"),
+    [
+        pytest.param("matrix_free", "lora", marks=pytest.mark.slow),
+        ("rows", "head/"),
+        ("head", "head/"),
+        pytest.param("head", "head/kernel", marks=pytest.mark.slow),
+    ],
 )
 def test_the_curvature_of_a_sequence_is_the_mean_over_its_positions(jacobian, chosen, x64):
     params, batch = _problem(jnp.float64)
@@ -153,6 +159,7 @@ def test_adapters_begin_as_the_model_without_them():
     assert not np.allclose(plain(trees.nested(without)), run(moved, {"x": x})[0])
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained(config):
     config = config()
     config.model.lora_rank, config.fipa.trainable = 1, "lora"
