@@ -331,7 +331,9 @@ def toy_config(prepared, cache_dir, **changes):
 
 
 def test_build_sets_the_holdout_apart_and_learns(prepared, tmp_path):
-    task, train, test, holdout, clients, *_, classes, _ = images.build(toy_config(prepared, tmp_path))
+    problem = images.build(toy_config(prepared, tmp_path))
+    task, train, test, holdout, clients, *_ = problem
+    classes = problem.classes
     assert (len(train["label"]), len(holdout["label"]), len(test["label"])) == (18, 6, 6)
     assert len(classes) == NUM_CLASSES and all(isinstance(name, str) for name in classes)
     whole = data.load("toy", "train", str(prepared), str(tmp_path))["image"]
