@@ -214,7 +214,7 @@ def test_a_store_of_updates_by_hand(x64, name, trouble):
     np.testing.assert_allclose(states[1].params["w"], first.params["w"], rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mifa", "varp"])
+@pytest.mark.parametrize("name", [pytest.param("mifa", marks=pytest.mark.slow), "varp"])
 def test_a_store_of_updates_makes_up_for_absent_clients(x64, name):
     everyone = _states(_parts(terms.none(), steps=5), 400)[-1].params["w"]
     with_store = _states(_parts(terms.TERMS[name](), cohort=2, steps=5), 400, server_lr=0.3)

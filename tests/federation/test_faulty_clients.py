@@ -147,7 +147,9 @@ def _round_with(lost, kind):
     raise AssertionError("no such round")
 
 
-@pytest.mark.parametrize(("kind", "field"), [("drop", "absent"), ("nan", "rejected")])
+@pytest.mark.parametrize(
+    ("kind", "field"), [pytest.param("drop", "absent", marks=pytest.mark.slow), ("nan", "rejected")]
+)
 def test_a_client_that_is_lost_keeps_its_store(x64, kind, field):
     before, after, info = _round_with(1, kind)
     np.testing.assert_array_equal(info[field], info["faults"][kind])

@@ -288,6 +288,7 @@ def test_the_constant_answer_of_a_regression_is_the_mean(config):
     np.testing.assert_allclose(figures["mse"], np.mean((problem.test["y"] - mean) ** 2), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_on_classes_shows_all_figures(config, tmp_path, capsys):
     y, label = _labels("two")
     x = _arrays()["x"] + 4 * label[:, None]
