@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -13,9 +14,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # shared with the processes t
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Compilation is most of the suite's time, and half of it without LLVM's optimisation; `.ci/slow` runs all with it.
-if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+# Compilation is most of the suite's time: a quarter of it without LLVM's optimisation and XLA's fusion emitters.
+# `.ci/slow` runs all with both. XLA ends a process at a flag that it does not know: the second is for versions that do.
+FAST = ["--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    FAST.append("--xla_cpu_use_fusion_emitters=false")
+given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([given, *(flag for flag in FAST if flag.partition("=")[0] not in given)]).strip()
 config.prepare_process(devices=4)
 
 import gc  # noqa: E402

@@ -123,7 +123,7 @@ def evaluation() -> ConfigDict:
 
 
 def personal() -> ConfigDict:
-    """Models that clients have for themselves once a method is trained: run.personal_stage."""
+    """Models that clients have for themselves once a method is trained: run.personal_stage, run.personal_ways."""
     group = ConfigDict()
     group.compare = ()  # ways to get them, side by side: global, local, finetune, ditto, curvature, laplace, spread
     group.newcomers = 0.0  # share of the clients that no round sees, and that alone get models; 0: all clients do

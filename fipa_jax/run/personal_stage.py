@@ -1,36 +1,30 @@
 """What does every client get for itself once a method is trained? Models of its own, in several ways side by side.
 
-The strength of each way is chosen by cross-validation within the clients' own training examples, one for all clients:
-no test example has a say, and a client of two examples needs no third.
+The ways are those of `personal_ways`. The strength of each is chosen by cross-validation within the clients' own
+training examples, one for all clients: no test example has a say, and a client of two examples needs no third.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from fipa_jax import trees
 from fipa_jax.client import personal
 from fipa_jax.client.examples import Client, gather, masked_mean, own_indices, present, subsample
-from fipa_jax.client.first_order import first_order
-from fipa_jax.client.local_solver import Hyper, LocalResult, LocalSolver
-from fipa_jax.client.personal import Prior
-from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.client.local_solver import Hyper, LocalSolver
 from fipa_jax.data import partition
 from fipa_jax.federation.parallel import map_clients
 from fipa_jax.federation.parts import Parts, model_of
 from fipa_jax.federation.population import Resident
 from fipa_jax.lookup import lookup
 from fipa_jax.reporting import metrics
+from fipa_jax.run.personal_ways import WAYS, Trained, Way
 from fipa_jax.run.phase_parts import eigenpairs_of
-from fipa_jax.tasks.task import Problem, Task, unaugmented
-
-OF_OTHERS = 3.0  # the strength of the curvature with which the models are fitted whose spread is a prior
+from fipa_jax.tasks.task import Problem
 
 
 class People(NamedTuple):
@@ -38,29 +32,6 @@ class People(NamedTuple):
 
     owned: Sequence[np.ndarray]  # of each the indices of its training examples
     tests: Sequence[np.ndarray]  # and of its test examples, at least one
-
-
-class Way(NamedTuple):
-    """A way to get a model of one's own."""
-
-    local: LocalSolver
-    start: dict  # the parameters that it starts from
-    prior: Prior
-    tried: tuple  # the numbers, strengths or steps, of which one is chosen
-    field: str  # of `Hyper`, which is this number
-    lr: float = 1.0
-
-
-class Trained(NamedTuple):
-    """What all ways start from, after a phase."""
-
-    settings: ConfigDict  # config.personal
-    task: Task
-    first: dict  # the parameters before any training
-    params: dict  # those of the trained model
-    told: Sketch  # of the clients in training, stacked [C, ...]
-    num_examples: jax.Array  # [C], theirs
-    moves_of: Callable[[Way], jax.Array]  # -> [C, P], how far models of theirs, by all they have, are from that model
 
 
 class Folds(NamedTuple):
@@ -283,78 +254,3 @@ def _measure(parts: Parts) -> Callable:
         return {name: masked_mean(value, present(client)) for name, value in values.items()}
 
     return lambda params, thetas, data, clients: map_clients(one, (params, data), thetas, clients, chunk=parts.chunk)
-
-
-def _stay(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
-    """A local solver that changes nothing."""
-    return LocalResult(optax.tree.zeros_like(params), store, jnp.zeros([]))
-
-
-def _global(trained: Trained) -> Way:
-    """The trained model as it is."""
-    return Way(_stay, trained.params, personal.proximity(trained.params), (1.0,), "mu")
-
-
-def _local(trained: Trained) -> Way:
-    """A fit of its own examples alone, from the model before any training, drawn to zero."""
-    prior = personal.proximity(trained.first, trained.settings.own)
-    prior = prior._replace(anchor=jnp.zeros_like(prior.anchor))
-    return Way(_fitter(trained), trained.first, prior, trained.settings.strengths, "mu")
-
-
-def _finetune(trained: Trained) -> Way:
-    """Gradient steps with momentum 0.9 from the trained model, on all own examples."""
-    local = _descent(trained.task.loss)
-    settings = trained.settings
-    return Way(local, trained.params, personal.proximity(trained.params), settings.steps, "steps", settings.lr)
-
-
-def _ditto(trained: Trained) -> Way:
-    """A fit of its own examples, drawn to the trained model alike in all directions (Li et al. 2021)."""
-    prior = personal.proximity(trained.params, trained.settings.own)
-    return Way(_fitter(trained), trained.params, prior, trained.settings.strengths, "mu")
-
-
-def _curvature(trained: Trained) -> Way:
-    """A fit of its own examples, drawn to the trained model as the others' data ask for."""
-    settings = trained.settings
-    prior = personal.curvature(trained.params, trained.told, trained.num_examples, settings.damping, settings.own)
-    return Way(_fitter(trained), trained.params, prior, settings.strengths, "mu")
-
-
-def _laplace(trained: Trained) -> Way:
-    """The same, each of the others' examples counting as one of its own: the posterior of one model for all."""
-    return _curvature(trained)._replace(tried=(float(jnp.sum(trained.num_examples)),))
-
-
-def _spread(trained: Trained) -> Way:
-    """A fit of its own examples, drawn to the trained model as the others' models, by `_curvature`, differ from it."""
-    moves = trained.moves_of(_curvature(trained)._replace(tried=(OF_OTHERS,)))
-    prior = personal.spread(trained.params, moves)
-    return Way(_fitter(trained), trained.params, prior, trained.settings.strengths, "mu")
-
-
-@functools.cache
-def _solver(loss, steps: int) -> LocalSolver:
-    """One object for one loss and so many steps, so that what is compiled with it is found again."""
-    return personal.fitter(loss, steps)
-
-
-def _fitter(trained: Trained) -> LocalSolver:
-    return _solver(trained.task.loss, trained.settings.fit_steps)
-
-
-@functools.cache
-def _descent(loss) -> LocalSolver:
-    return first_order(loss, unaugmented, optimizer="momentum", batch_size=0)
-
-
-WAYS: dict[str, Callable[[Trained], Way]] = {
-    "curvature": _curvature,
-    "ditto": _ditto,
-    "finetune": _finetune,
-    "global": _global,
-    "laplace": _laplace,
-    "local": _local,
-    "spread": _spread,
-}

@@ -18,7 +18,7 @@ CONSUMERS = {
     "data": ("tasks.images",),
     "partition": ("data.partition.partition",),
     "model": ("models.networks",),
-    "personal": ("run.personal_stage",),
+    "personal": ("run.personal_stage", "run.personal_ways"),
     "eval": ("run.loop", "reporting.metrics.make_evaluate"),
     "fipa": ("run.experiment", "run.loop", "run.phase_parts", "run.whole_run"),
     "fipa.local": (

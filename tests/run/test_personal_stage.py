@@ -8,7 +8,7 @@ import pytest
 from helpers.runs import tiny
 
 from fipa_jax.reporting import console, metrics
-from fipa_jax.run import experiment, personal_stage, whole_run
+from fipa_jax.run import experiment, personal_stage, personal_ways, whole_run
 from fipa_jax.tasks.task import Problem
 
 CLIENTS, N, TESTS, INPUTS = 5, 9, 4, 3
@@ -111,11 +111,11 @@ def test_local_is_ridge_regression_on_the_examples_drawn_and_tests_have_no_say(w
 @pytest.mark.parametrize("widths", [(), (4,)])
 def test_all_ways_give_figures_and_those_with_strong_priors_stay_where_they_are(file, tmp_path, monkeypatch, widths):
     quickly(monkeypatch)
-    config = config_of(file, compare=tuple(personal_stage.WAYS), strengths=(1e9,), steps=(1,), lr=1e-9, damping=1e9)
+    config = config_of(file, compare=tuple(personal_ways.WAYS), strengths=(1e9,), steps=(1,), lr=1e-9, damping=1e9)
     config.model.widths, config.personal.fit_steps = widths, 5
     final = whole_run.run(config, tmp_path)["runs"]["fipa"]["final"]
     for number in (3, 6):
-        mse = {way: final[f"personal_{way}_{number}_mse_mean"] for way in personal_stage.WAYS}
+        mse = {way: final[f"personal_{way}_{number}_mse_mean"] for way in personal_ways.WAYS}
         staying = [mse[way] for way in ("finetune", "ditto", "curvature", "laplace", "spread")]
         np.testing.assert_allclose(staying, mse["global"], rtol=1e-3)
 
