@@ -55,7 +55,7 @@ def main(spec: dict) -> dict:
 
 
 def parts_of(spec: dict, whole: float) -> dict:
-    """Seconds of what is read by rows and of the reduced system, of a merge that took `whole`; and of a step from sums."""
+    """Seconds of what a merge that took `whole` reads by rows, of its reduced system, and of a step from sums."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -97,9 +97,9 @@ def on_paper(args) -> list[dict]:
     """Prints and returns what the server's part would take on more devices like this one, for one number of clients in
     all and for so many on each device.
 
-    Of eigenpairs, rows of [P, D], D = C R, are read by the device that holds them, P D^2 / n of work; the reduced system
-    of D columns, D^3, is solved by each alike; a device sends its share of the bases to the others. Sums are added up,
-    s P entries, and what follows is done by each alike, whatever C.
+    Of eigenpairs, rows of [P, D], D = C R, are read by the device that holds them, P D^2 / n of work; the reduced
+    system of D columns, D^3, is solved by each alike; a device sends its share of the bases to the others. Sums are
+    added up, s P entries, and what follows is done by each alike, whatever C.
     """
     found = _merged(args, size=int(args.run_size), clients=args.merge_clients, devices=1, runs=True, parts=True)
     larger, rows = args.size / args.run_size, []
