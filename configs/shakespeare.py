@@ -21,23 +21,24 @@ FEDAVG = "fedavg:{}:local.lr={}:server.lr={}"
 FEDADAM = "fedavg:{}:server.optimizer=adam:local.lr={}:server.lr={}"
 FIPA = "fipa:{}:local.lr={}:aggregator.damping={}:server.lr={}"
 NATURAL = "fipa_memory:{}:aggregator.damping={}:aggregator.limits.max_divergence=0.02"
-TRIED = {  # part -> rule -> the values of each of its numbers, in all combinations: 9, 6, 9 settings a rule
+TRIED = {  # part -> rule -> the values of each of its numbers, in all combinations: six settings a rule
     "whole": {
-        FEDAVG: ((0.25, 0.1, 0.04), (1, 0.7, 0.4)),
-        FEDADAM: ((0.25, 0.1, 0.04), (0.01, 0.003, 0.001)),
-        FIPA: ((0.25, 0.1, 0.04), (1, 0.3), (0.7,)),
-        NATURAL: ((0.5, 0.2, 0.1),),
+        FEDAVG: ((0.25, 0.1, 0.04), (1, 0.7)),
+        FEDADAM: ((0.25, 0.1, 0.04), (0.01, 0.003)),
+        FIPA: ((0.25, 0.1, 0.04), (1,), (0.7,)),
+        NATURAL: ((1, 0.2, 0.1),),
     },
     "lora": {
         FEDAVG: ((4, 2, 1), (1, 0.5)),
-        FEDADAM: ((1, 0.5, 0.2), (0.015, 0.007)),
-        FIPA: ((4, 2, 1), (1, 0.1), (1,)),
+        FEDADAM: ((1, 0.5, 0.2), (0.01, 0.003)),
+        FIPA: ((4, 2, 1, 0.5, 0.2), (1,), (1,)),
+        NATURAL: ((0.2,),),
     },
     "head": {
-        FEDAVG: ((0.5, 0.2, 0.1), (1, 0.5, 0.25)),
-        FEDADAM: ((0.2, 0.1, 0.04), (0.01, 0.005, 0.0025)),
-        FIPA: ((0.5, 0.2, 0.1), (0.1, 0.03), (0.5,)),
-        NATURAL: ((0.05, 0.03, 0.02),),
+        FEDAVG: ((0.5, 0.2, 0.1), (1, 0.5)),
+        FEDADAM: ((0.5, 0.2, 0.1), (0.01, 0.003)),
+        FIPA: ((0.5, 0.2, 0.1), (0.1,), (0.5,)),
+        NATURAL: ((0.1, 0.03, 0.01),),
     },
 }
 CHOSEN = {  # part -> the best setting of each rule on the held-out windows
