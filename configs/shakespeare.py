@@ -9,6 +9,7 @@ Command: python scripts/train.py --config=configs/shakespeare.py --config.task.f
 """
 
 from fipa_jax import config as config_lib
+from fipa_jax.config import recipes
 from fipa_jax.lookup import lookup
 
 PARTS = {  # of the model -> what a method says to train it alone
@@ -20,24 +21,24 @@ FEDAVG = "fedavg:{}:local.lr={}:server.lr={}"
 FEDADAM = "fedavg:{}:server.optimizer=adam:local.lr={}:server.lr={}"
 FIPA = "fipa:{}:local.lr={}:aggregator.damping={}:server.lr={}"
 NATURAL = "fipa_memory:{}:aggregator.damping={}:aggregator.limits.max_divergence=0.02"
-TRIED = {  # part -> rule -> the numbers of each setting
+TRIED = {  # part -> rule -> the values of each of its numbers, in all combinations: six settings a rule
     "whole": {
-        FEDAVG: ((0.5, 1), (0.5, 1.5), (0.25, 1), (0.25, 1.5), (0.25, 0.5), (0.1, 1), (0.1, 0.5)),
-        FEDADAM: ((0.5, 0.01), (0.5, 0.003), (0.25, 0.01), (0.25, 0.003), (0.25, 0.001), (0.1, 0.003), (0.1, 0.001)),
-        FIPA: ((0.5, 3, 1), (0.5, 0.5, 1), (0.1, 1, 1), (0.1, 1, 0.5)),
-        NATURAL: ((1,), (0.2,), (0.1,)),
+        FEDAVG: ((0.25, 0.1, 0.04), (1, 0.7)),
+        FEDADAM: ((0.25, 0.1, 0.04), (0.01, 0.003)),
+        FIPA: ((0.25, 0.1, 0.04), (1,), (0.7,)),
+        NATURAL: ((1, 0.2, 0.1),),
     },
     "lora": {
-        FEDAVG: ((1, 1), (1, 0.5), (0.5, 1), (0.5, 0.5), (0.2, 1), (0.2, 0.5)),
-        FEDADAM: ((0.5, 0.03), (0.5, 0.01), (0.5, 0.003), (0.5, 0.001), (0.2, 0.003), (0.2, 0.001)),
-        FIPA: ((1, 1, 1), (1, 0.1, 1), (0.5, 1, 1), (0.2, 1, 1)),
+        FEDAVG: ((4, 2, 1), (1, 0.5)),
+        FEDADAM: ((1, 0.5, 0.2), (0.01, 0.003)),
+        FIPA: ((4, 2, 1, 0.5, 0.2), (1,), (1,)),
         NATURAL: ((0.2,),),
     },
     "head": {
-        FEDAVG: ((0.5, 1), (0.5, 0.5), (0.2, 1), (0.2, 0.5), (0.1, 1), (0.1, 0.5)),
-        FEDADAM: ((0.5, 0.003), (0.5, 0.001), (0.2, 0.03), (0.2, 0.01), (0.2, 0.003), (0.2, 0.001)),
-        FIPA: ((0.5, 0.1, 1), (0.2, 0.1, 1), (0.2, 0.1, 0.5)),
-        NATURAL: ((0.1,), (0.03,), (0.01,), (0.003,)),
+        FEDAVG: ((0.5, 0.2, 0.1), (1, 0.5)),
+        FEDADAM: ((0.5, 0.2, 0.1), (0.01, 0.003)),
+        FIPA: ((0.5, 0.2, 0.1), (0.1,), (0.5,)),
+        NATURAL: ((0.1, 0.03, 0.01),),
     },
 }
 CHOSEN = {  # part -> the best setting of each rule on the held-out windows
@@ -54,7 +55,7 @@ def get_config(variant: str = ""):
     config.cohort = 4
     config.warmup.rounds, config.fipa.rounds = 25, 5
     config.warmup.trainable = PARTS["whole"].removeprefix("trainable=")
-    config.eval.every, config.eval.clients_every = 5, 5
+    config.eval.every, config.eval.clients_every = 5, 0 if variant == "tune" else 5
     for phase in (config.warmup, config.fipa):
         phase.local.lr, phase.local.batch_size, phase.local.epochs, phase.local.clip_norm = 0.3, 20, 5, 1.0
     sketch, rule = config.fipa.sketch, config.fipa.aggregator
@@ -70,10 +71,8 @@ def _compared() -> dict:
         part: tuple(method.format(PARTS[part], *numbers) for method, numbers in zip(best[::2], best[1::2], strict=True))
         for part, best in CHOSEN.items()
     }
-    tried = tuple(
-        method.format(PARTS[part], *numbers)
+    tried = {
+        part: recipes.every_setting({method: ((PARTS[part],), *values) for method, values in methods.items()})
         for part, methods in TRIED.items()
-        for method, values in methods.items()
-        for numbers in values
-    )
-    return {"": sum(chosen.values(), ()), **chosen, "tune": tried}
+    }
+    return {"": sum(chosen.values(), ()), **chosen, "tune": sum(tried.values(), ())}

@@ -26,6 +26,8 @@ def main():
         "--last", type=int, default=1, help="a run's figure is its mean over this many last evaluations"
     )
     parser.add_argument("--seconds", type=float, default=math.inf, help="a run counts until its rounds took so long")
+    parser.add_argument("--rounds", type=float, default=math.inf, help="it counts until so many rounds of each phase")
+    parser.add_argument("--megabytes", type=float, default=math.inf, help="until so much was sent in a phase")
     parser.add_argument("--figures", default="test_,holdout_", help="beginnings of the figures' names")
     parser.add_argument("--plot", type=Path, help="draw mean and spread over the runs into this file: a PNG and an SVG")
     parser.add_argument("--metric", help="the figures that are drawn, with commas; all of the test set by default")
@@ -37,9 +39,11 @@ def main():
     values, seeds = {}, []
     for workdir in args.workdirs:
         try:
-            rows = metrics.within(metrics.read(workdir / "metrics.jsonl"), args.seconds)
+            rows = metrics.read(workdir / "metrics.jsonl")
         except FileNotFoundError as error:
             sys.exit(f"error: no run in {workdir}: {error}")
+        for cost in metrics.COSTS:
+            rows = metrics.within(rows, getattr(args, cost), cost)
         seeds.append(curves.start_of(workdir) + rows)
         for (run, name), series in metrics.series(rows).items():
             if name.startswith(tuple(args.figures.split(","))):

@@ -28,7 +28,9 @@ COMMANDS = {
     "population": "population --populations 20 --cohort=2 --pool=50 --model=cnn_6k --terms scaffold --rounds=2",
     "scaling": "scaling --model=sine --methods fedavg --clients=2 --examples=8 --rounds=2 --places 1x2",
     "sums": "sums --parts=runs,bits,server --columns=3 --rounds 1 2 --size=300 --rank=3 --clients 2 4 --repeats=1",
-    "scaling_merge": "scaling --parts=merge --size=70000 --run-size=70000 --merge-clients=2 --rank=2 --devices 1 2",
+    "scaling_merge": (
+        "scaling --parts=merge,paper --size=70000 --run-size=70000 --merge-clients=2 --rank=2 --devices 1 2"
+    ),
     "profile": "profile --config=FILE --set task.examples_per_client=8 fipa.sketch.rank=3 --rounds=1",
     "checkpoint": "checkpoint --config=FILE --set task.examples_per_client=8 fipa.sketch.rank=3 --rounds=2 --repeats=1",
     "ragged": "ragged --model=cnn_6k --examples=16 --clients=2 --rank=2 --solver=rows --epochs=1 --chunk=2 --repeats=1",

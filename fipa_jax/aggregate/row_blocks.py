@@ -94,20 +94,15 @@ def reduce_rows(
       join: (one result, the next segments' one) -> their result.
       mesh: devices with an axis `clients`, over which the rows are spread; None for one.
     """
-    segments = segments_of(size_of(rows))
-    if segments == 1:
-        return read(common, rows)
-    devices = _sharing(mesh)
 
-    def local(common, rows):
-        results = _each_segment(functools.partial(read, common), rows, segments // devices)
-        joined = _two_by_two(results, join, segments // devices)
+    def together(results, devices: int):
+        joined = _two_by_two(results, join, SEGMENTS // devices)
         if devices == 1:
             return joined
         every = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, "clients"), joined)
         return _two_by_two(every, join, devices)
 
-    return _on(mesh, devices, local, PartitionSpec(), common, rows)
+    return _by_segments(common, rows, read, together, PartitionSpec(), mesh)
 
 
 def map_rows(common: Any, rows: Rows, read: Callable[[Any, Rows], jax.Array], mesh: Mesh | None = None) -> jax.Array:
@@ -115,16 +110,11 @@ def map_rows(common: Any, rows: Rows, read: Callable[[Any, Rows], jax.Array], me
 
     Args: see `reduce_rows`.
     """
-    segments = segments_of(size_of(rows))
-    if segments == 1:
-        return read(common, rows)
-    devices = _sharing(mesh)
 
-    def local(common, rows):
-        results = _each_segment(functools.partial(read, common), rows, segments // devices)
+    def side_by_side(results, devices: int):
         return results.reshape(-1, *results.shape[2:])
 
-    return _on(mesh, devices, local, PartitionSpec("clients"), common, rows)
+    return _by_segments(common, rows, read, side_by_side, PartitionSpec("clients"), mesh)
 
 
 def spec_of(array: jax.Array) -> PartitionSpec:
@@ -153,7 +143,21 @@ def _sharing(mesh: Mesh | None) -> int:
     return devices if SEGMENTS % devices == 0 else 1
 
 
-def _on(mesh: Mesh | None, devices: int, local: Callable, out: PartitionSpec, common: Any, rows: Rows) -> Any:
+def _by_segments(
+    common: Any, rows: Rows, read: Callable, gather: Callable, out: PartitionSpec, mesh: Mesh | None
+) -> Any:
+    """read(common, rows) of short rows; of long ones gather(segments' results, devices) on each device.
+
+    Args:
+      out: how what is gathered lies on the devices.
+    """
+    segments, devices = segments_of(size_of(rows)), _sharing(mesh)
+    if segments == 1:
+        return read(common, rows)
+
+    def local(common, rows):
+        return gather(_each_segment(functools.partial(read, common), rows, segments // devices), devices)
+
     if devices == 1:
         return local(common, rows)
     specs = PartitionSpec(), jax.tree.map(spec_of, rows)

@@ -16,17 +16,21 @@ def replicate(tree, mesh: Mesh | None):
     """
     if mesh is None:
         return jax.device_put(tree)
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    return put(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
 
-    def place(leaf):
+
+def put(tree, places):
+    """The arrays of a tree where `places`, a tree of shardings like it, says; see `replicate`."""
+
+    def one(leaf, place):
         if isinstance(leaf, int | float):
             return leaf
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(place(jax.random.key_data(leaf)))
+            return jax.random.wrap_key_data(one(jax.random.key_data(leaf), place))
         leaf = np.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))
-        return jax.make_array_from_callback(leaf.shape, everywhere, lambda index: leaf[index])
+        return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(one, tree, places)
 
 
 ByRows = Callable[[Any], Any]  # results -> a tree of bools like them

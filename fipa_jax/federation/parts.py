@@ -14,8 +14,7 @@ from fipa_jax.client.local_solver import Hyper, LocalSolver
 from fipa_jax.client.terms import Term
 from fipa_jax.curvature.sketch import Sketcher
 from fipa_jax.federation.channel import Channel, ChannelRates
-from fipa_jax.federation.parallel import replicate
-from fipa_jax.federation.state import HostStore, State
+from fipa_jax.federation.state import HostStore, State, placed
 
 
 class Parts(NamedTuple):
@@ -65,7 +64,7 @@ def init(parts: Parts, params: Any, round: int = 0, on_host: bool = False) -> St
     rule, server, history = parts.aggregator.init(wide), parts.server.init(wide), parts.channel.init(chosen)
     state = State(params, rule, server, store, blank, jnp.asarray(round, jnp.int32), history)
     if parts.mesh is not None:  # placed where a round leaves it, or the second round would compile anew
-        state = replicate(state, parts.mesh)
+        state = placed(state, parts.mesh)
     return state._replace(store=HostStore(blank)) if on_host else state
 
 

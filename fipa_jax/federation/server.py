@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from fipa_jax import trees
 from fipa_jax.aggregate.aggregator import step_of
@@ -16,7 +15,7 @@ from fipa_jax.client.terms import Served
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.federation.population import Cohort
-from fipa_jax.federation.state import State
+from fipa_jax.federation.state import State, places
 
 
 def serve(
@@ -59,8 +58,8 @@ def serve(
     after = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), state, after)
     # After a skipped round too, or ages would not be rounds.
     history = parts.channel.advance(state.history, trees.select(after.params, parts.trainable))
-    if parts.mesh is not None:  # what long rows have left spread comes together, or the next round would compile anew
-        after = jax.lax.with_sharding_constraint(after, NamedSharding(parts.mesh, PartitionSpec()))
+    if parts.mesh is not None:  # what long rows have left spread comes to its place, or the next would compile anew
+        after = jax.lax.with_sharding_constraint(after, places(after, parts.mesh))
     info |= delivered | {"ids": cohort.ids, "local_loss": jnp.mean(results.loss), "skipped": skipped}
     if isinstance(uploads.sketch, Sketch):
         info["sketch_pairs"] = jnp.sum(uploads.sketch.eigenvalues > 0)

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fipa_jax import trees
+from fipa_jax.aggregate.row_blocks import can_share
 from fipa_jax.client.examples import take
-from fipa_jax.federation.parallel import replicate
+from fipa_jax.federation.parallel import put, replicate
 
 
 class State(NamedTuple):
@@ -24,6 +25,26 @@ class State(NamedTuple):
     shared: Any  # the mean of `store` over all T clients
     round: jax.Array  # [], int32, counted over all phases
     history: Any = ()  # the channel's
+
+
+def places(state: State, mesh: Mesh) -> State:
+    """How a state lies on the devices between rounds: whole on each, but long bases of past rounds by rows.
+
+    With several processes these are whole too, as the first one writes checkpoints without asking the others.
+    """
+    whole, rows = (NamedSharding(mesh, PartitionSpec(*names)) for names in ((), (None, "clients")))
+
+    def of_rule(leaf):
+        by_rows = jax.process_count() == 1 and leaf.ndim == 3 and can_share(mesh, leaf.shape[1])
+        return rows if by_rows else whole
+
+    everywhere = jax.tree.map(lambda _: whole, state)
+    return everywhere._replace(aggregator=jax.tree.map(of_rule, state.aggregator))
+
+
+def placed(state: State, mesh: Mesh | None) -> State:
+    """The state on the device, or on those of the mesh as a round leaves it."""
+    return replicate(state, None) if mesh is None else put(state, places(state, mesh))
 
 
 def fetch(state: State, ids: jax.Array) -> State:
@@ -45,8 +66,8 @@ def snapshot(state: State) -> State:
     """The state on the host, in copies that later rounds do not write to."""
     on_host = isinstance(state.store, HostStore)
     arrays = state._replace(store=()) if on_host else state
-    # Of its own part of what every process holds: not all of them need take the snapshot.
-    copies = jax.tree.map(lambda leaf: np.array(leaf.addressable_data(0)), arrays)
+    # Each process has all that it needs for this: not all of them need take the snapshot.
+    copies = jax.tree.map(np.array, arrays)
     return copies._replace(store=state.store.snapshot()) if on_host else copies
 
 
@@ -64,11 +85,11 @@ def restored(state: State, leaves: dict[str, np.ndarray], mesh: Mesh | None = No
     of_state = {path: leaf for path, leaf in leaves.items() if path.partition("/")[0] in State._fields}
     store = state.store
     if not isinstance(store, HostStore):
-        return jax.tree.map(jnp.copy, replicate(trees.fitted(of_state, state), mesh))
+        return jax.tree.map(jnp.copy, placed(trees.fitted(of_state, state), mesh))
     clients_seen = len(of_state.get("store/ids", ()))
     fitted = trees.fitted(of_state, state._replace(store=store.blank_of(clients_seen)))
     store.put(fitted.store["ids"], fitted.store["rows"])
-    return jax.tree.map(jnp.copy, replicate(fitted._replace(store=()), mesh))._replace(store=store)
+    return jax.tree.map(jnp.copy, placed(fitted._replace(store=()), mesh))._replace(store=store)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

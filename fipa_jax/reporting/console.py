@@ -38,6 +38,7 @@ NOTED = {
 }
 CELL = 11  # characters of a figure in the table of methods
 WIDTH, NAME = 80, 32  # characters of a line, and of a phase's name in one on its progress
+OWNER = 15  # characters of a client's name in a table
 BESIDE = 56  # characters of a phase's name, its bar and its times in such a line, as most are
 LINE_SECONDS = 30.0  # between two lines on how far a phase is, where there is no terminal
 
@@ -215,7 +216,7 @@ def progress(row: dict, width: int) -> str:
 
 def show_table(summary: dict, compilations: Compilations) -> None:
     """Prints the compared methods side by side, and what was compiled."""
-    print(f"\n{table(summary)}\n{personal_table(summary)}\ncompiled {compilations}")
+    print(f"\n{table(summary)}\n{clients_table(summary)}{personal_table(summary)}\ncompiled {compilations}")
 
 
 def table(summary: dict) -> str:
@@ -228,6 +229,20 @@ def table(summary: dict) -> str:
     side_by_side = max((WIDTH - width) // (2 * CELL + 2), 1)
     blocks = [names[i : i + side_by_side] for i in range(0, len(names), side_by_side)] or [[]]
     return "\n\n".join(_block(runs, width, block) for block in blocks)
+
+
+def clients_table(summary: dict) -> str:
+    """Each client's figures on its own test set, as printed at the end of a run; "" where clients are many."""
+    text = ""
+    for run, result in summary["runs"].items():
+        found = metrics.each_client(result["final"])
+        for client, figures in found.items():
+            if client == next(iter(found)):
+                heads = "".join(f"{shortened(name, CELL):>{CELL + 2}}" for name in figures)
+                text += f"\n{shortened(run, WIDTH)}\n{'own test set':<{OWNER}}{heads}\n"
+            cells = "".join(f"{_number(value):>{CELL + 2}}" for value in figures.values())
+            text += f"  {shortened(client, OWNER - 2):<{OWNER - 2}}{cells}\n"
+    return text
 
 
 def personal_table(summary: dict) -> str:

@@ -18,6 +18,7 @@ from fipa_jax.tasks.task import Figures, Task, means
 
 # (params, {field: [N, ...]}) -> arrays with the examples' axis, [N, ...].
 OfExamples = Callable[[Any, dict], Any]
+FEW = 10  # clients, up to which each one's figures on its own test set are reported
 
 
 def make_evaluate(task: Task, batch_size: int, mesh: Mesh | None = None) -> OfExamples:
@@ -108,6 +109,20 @@ def over_clients(means: dict, num_examples: jax.Array, prefix: str = "client") -
     return result
 
 
+def of_each_client(values: dict, owned: dict, figures: Figures) -> dict:
+    """{client_test_NAME/CLIENT: []}, what is reported of each client's own test examples; nothing of many clients.
+
+    Args:
+      values: {name: [N, ...]}, the metrics of all test examples.
+      owned: {name of a client: [N_m], the places of its examples}.
+      figures: `Task.figures`.
+    """
+    if len(owned) > FEW:
+        return {}
+    found = {client: figures(jax.tree.map(lambda v, own=own: v[own], values)) for client, own in owned.items()}
+    return {f"client_test_{name}/{client}": value for client, of in found.items() for name, value in of.items()}
+
+
 class Writer:
     """Appends rows to a JSON-lines file, each in the file when `write` returns.
 
@@ -153,12 +168,25 @@ def jsonable(value):
     return value
 
 
-def within(rows: list[dict], seconds: float) -> list[dict]:
-    """The rows of each run up to the round with which its rounds, compilation and all, have taken so many seconds."""
-    taken, kept = Counter(), []
+COSTS = {  # what a round costs, by its row
+    "seconds": lambda row: sum(value for name, value in row.items() if name.startswith("seconds_")),  # compilation too
+    "rounds": lambda row: 1,
+    "megabytes": lambda row: (row.get("bytes_up", 0) + row.get("bytes_down", 0)) / 1e6,  # of all clients together
+}
+
+
+def within(rows: list[dict], most: float, cost: str = "seconds") -> list[dict]:
+    """The rows of each run up to the round with which its rounds have cost so much.
+
+    Args:
+      rows: of several runs.
+      most: of the cost.
+      cost: a key of `COSTS`.
+    """
+    spent, kept = Counter(), []
     for row in rows:
-        taken[row["run"]] += sum(value for name, value in row.items() if name.startswith("seconds_"))
-        if taken[row["run"]] <= seconds:
+        spent[row["run"]] += COSTS[cost](row)
+        if spent[row["run"]] <= most:
             kept.append(row)
     return kept
 
@@ -176,6 +204,20 @@ def personal(final: dict) -> list[tuple[str, str, int, list]]:
             others = [final.get(f"{name.removesuffix('_mean')}_{of}") for of in ("worst_decile", "std")]
             lines.append((metric, way, int(number or 0), [mean, *others]))
     return sorted(lines, key=lambda line: (line[0], line[2]))
+
+
+def each_client(final: dict) -> dict[str, dict[str, float]]:
+    """{client: {figure: value}} of the clients' own test sets, where each one's figures are reported.
+
+    Args:
+      final: a run's last figures.
+    """
+    found: dict[str, dict] = {}
+    for name, value in final.items():
+        figure, has_client, client = name.partition("/")
+        if has_client:
+            found.setdefault(client, {})[figure.removeprefix("client_test_")] = value
+    return found
 
 
 def series(rows: list[dict]) -> dict:
@@ -206,6 +248,7 @@ def direction(name: str) -> int:
 
     The spread over clients counts where they have models of their own: there it is the aim that nobody is left behind.
     """
+    name = name.partition("/")[0]  # without the client's name
     if not name.startswith(("test_", "holdout_", "client_", "personal_")):
         return 0
     if name.endswith("_std"):

@@ -289,8 +289,12 @@ def on_clients(experiment: Experiment, people, held: dict, params: Any) -> dict:
         return result
     owned = [indices for indices in tests if len(indices)]
     testers = Resident(held["test"], Client(*map(jnp.asarray, partition.pad(owned))))
-    own = metrics.of_clients(testers.values(experiment.evaluate, params), figures)
-    return result | metrics.over_clients(testers.means(own), testers.num_examples, "client_test")
+    values = testers.values(experiment.evaluate, params)
+    own = metrics.of_clients(values, figures)
+    result |= metrics.over_clients(testers.means(own), testers.num_examples, "client_test")
+    names = experiment.problem.names or range(len(tests))
+    by_name = {str(name): indices for name, indices in zip(names, tests, strict=True) if len(indices)}
+    return result | metrics.of_each_client(values, by_name, figures)
 
 
 class Clock:

@@ -74,7 +74,8 @@ def set_apart(problem: Problem, settings: ConfigDict, seed: int) -> tuple[Proble
         return problem, People(owned, tests)
     old = np.setdiff1d(np.arange(number), new)
     clients, old_tests = ([of[i] for i in old] for of in (problem.clients, problem.test_clients))
-    return problem._replace(clients=clients, test_clients=old_tests), People(owned, tests)
+    names = [problem.names[i] for i in old] if problem.names else ()
+    return problem._replace(clients=clients, test_clients=old_tests, names=names), People(owned, tests)
 
 
 def check(experiment, settings: ConfigDict) -> None:

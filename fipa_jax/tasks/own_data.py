@@ -70,6 +70,7 @@ def build(config) -> Problem:
         holdout=data.get("holdout"),
         clients=clients,
         test_clients=_of_the_same(sets, task.split),
+        names=tuple(map(str, np.unique(sets["train"]["client"]))) if task.split == "given" else (),
         classes=target.classes,
         targets=target.names,
         baseline=target.baseline,

@@ -81,6 +81,7 @@ class Problem(NamedTuple):
     holdout: dict | None  # examples set apart from the training set for tuning, or None
     clients: Sequence[np.ndarray]  # per client, the indices of its examples in `train`
     test_clients: Sequence[np.ndarray] | None = None  # the same in `test`, where they have test examples of their own
+    names: Sequence[str] = ()  # of the clients, where they have some
     classes: Sequence[str] = ()  # the names of the classes, where there are some
     targets: Sequence[str] = ("y",)  # the names of the K numbers to learn, where it is numbers
     baseline: tuple[str, dict] | None = None  # (a constant answer, {figure: what it has on the test set})

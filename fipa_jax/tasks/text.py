@@ -54,6 +54,7 @@ def build(config) -> Problem:
         holdout=holdout,
         clients=[np.flatnonzero(owners == client) for client in everyone],
         test_clients=[np.flatnonzero(test_owners == client) for client in everyone],
+        names=texts.names,
         baseline=("the characters' shares, whatever is before", _by_shares(train["y"], test["y"], len(texts.alphabet))),
     )
 

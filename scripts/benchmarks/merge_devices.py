@@ -50,7 +50,30 @@ def main(spec: dict) -> dict:
     from benchmarks import timing
 
     seconds = timing.steady(compiled, *given, repeats=spec["repeats"])[1]
-    return found | {"s": seconds, "hash": hashlib.sha256(np.asarray(compiled(*given)).tobytes()).hexdigest()[:12]}
+    found |= {"s": seconds, "hash": hashlib.sha256(np.asarray(compiled(*given)).tobytes()).hexdigest()[:12]}
+    return found | (parts_of(spec, seconds) if spec.get("parts") else {})
+
+
+def parts_of(spec: dict, whole: float) -> dict:
+    """Seconds of what a merge that took `whole` reads by rows, of its reduced system, and of a step from sums."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from benchmarks import timing
+    from fipa_jax import aggregate
+
+    width, draw = spec["clients"] * spec["rank"], np.random.default_rng(0)
+    with jax.enable_x64(True):
+        rows = draw.normal(size=(2 * width, width))
+        reduced = timing.steady(jax.jit(jnp.linalg.eigh), jnp.asarray(rows.T @ rows), repeats=spec["repeats"])[1]
+    solver = aggregate.sum_solver(aggregate.SumOptions(columns=spec["rank"], fresh=min(5, spec["rank"])))
+    state = solver.init(jnp.zeros(spec["size"]))
+    curved = state.basis * jnp.asarray(np.float32(10.0 ** -np.linspace(0, 3, spec["rank"])))[None]
+    total = aggregate.row_of(500.0, curved, jnp.asarray(draw.normal(size=spec["size"]), jnp.float32))
+    step = jax.jit(lambda total, state: solver.solve(total, state)[:2])
+    of_sums = timing.steady(step, total, state, repeats=spec["repeats"])[1]
+    return {"rows s": max(whole - reduced, 0.0), "reduced s": reduced, "sums s": of_sums}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 rounds  whole rounds; with --weak each device brings so many clients, else all of them share these
 merge   the merge alone: memory of one device as compiled at a large network's size, and at a smaller one its seconds
+paper   what more devices would make of the server's part, computed from parts that are measured on this one
 
 On a CPU the devices are virtual: on a machine with fewer cores they share them, and the table shows what spreading
 costs, not what it gains. The hash is that of the model after the last round, or of the step: equal hashes, equal bits.
@@ -18,8 +19,8 @@ from pathlib import Path
 
 from benchmarks import timing, whole_run
 
-PARTS = ("rounds", "merge")
-PLACES = ("1x1", "1x2", "1x4", "2x2")  # processes x devices of each
+PARTS = ("rounds", "merge", "paper")
+PLACES = ("1x1", "1x2", "1x4", "2x2", "4x1")  # processes x devices of each
 
 
 def run(options: list[str]) -> dict:
@@ -27,14 +28,16 @@ def run(options: list[str]) -> dict:
     parser = argparse.ArgumentParser(
         prog="benchmark.py scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", default="rounds", help="what to measure: rounds, merge")
-    parser.add_argument("--weak", action="store_true", help="rounds: --clients on each device")
-    parser.add_argument("--size", type=float, default=11_173_962, help="merge: P as compiled; ResNet-18's by default")
-    parser.add_argument("--merge-clients", type=int, default=20, help="merge: C")
-    parser.add_argument("--rank", type=int, default=50, help="merge: R")
+    parser.add_argument("--parts", default="rounds", help="what to measure: rounds, merge, paper")
+    parser.add_argument("--weak", action="store_true", help="rounds, merge: so many clients on each device")
+    parser.add_argument("--size", type=float, default=11_173_962, help="merge, paper: P; ResNet-18's by default")
+    parser.add_argument("--merge-clients", type=int, default=20, help="merge, paper: C")
+    parser.add_argument("--rank", type=int, default=50, help="merge, paper: R, and s of sums")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="merge: virtual devices")
-    parser.add_argument("--run-size", type=float, default=200_000, help="merge: P at which it runs; 0 for not")
-    parser.add_argument("--repeats", type=int, default=3, help="merge: of its seconds")
+    parser.add_argument("--run-size", type=float, default=200_000, help="merge, paper: P at which it runs; 0 for not")
+    parser.add_argument("--repeats", type=int, default=3, help="merge, paper: of the seconds")
+    parser.add_argument("--machines", type=int, nargs="+", default=[1, 8, 64], help="paper: devices")
+    parser.add_argument("--link", type=float, default=100.0, help="paper: GB/s that a device sends; not measured")
     parser.add_argument("--model", default="cnn_23k", help="sine, or a network of fipa_jax.models")
     parser.add_argument("--methods", nargs="+", default=["fedavg", "fipa"])
     parser.add_argument("--clients", type=int, default=8, help="all of which take part")
@@ -46,7 +49,7 @@ def run(options: list[str]) -> dict:
     unknown = set(args.parts.split(",")) - set(PARTS)
     if unknown:
         raise SystemExit(f"--parts: unknown {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
-    measures = {"rounds": measure_rounds, "merge": measure_merge}
+    measures = {"rounds": measure_rounds, "merge": measure_merge, "paper": on_paper}
     return {"setting": vars(args)} | {part: measures[part](args) for part in args.parts.split(",")}
 
 
@@ -66,21 +69,56 @@ def measure_rounds(args) -> list[dict]:
 
 
 def measure_merge(args) -> list[dict]:
-    """Prints and returns a line for each number of devices, each from a process of its own."""
+    """Prints and returns a line for each number of devices, each from a process of its own; see `PARTS`."""
     rows = []
     for size in filter(None, (int(args.size), int(args.run_size))):
         for devices in args.devices:
-            spec = {"size": size, "clients": args.merge_clients, "rank": args.rank, "devices": devices}
-            spec |= {"runs": size == int(args.run_size), "repeats": args.repeats}
-            command = [sys.executable, "-m", "benchmarks.merge_devices", json.dumps(spec)]
-            folder = Path(__file__).resolve().parents[1]
-            worker = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
-            rows.append({"P": size, "devices": devices} | json.loads(worker.stdout))
-    print(f"\nmerge: C = {args.merge_clients}, R = {args.rank}; GiB of one device")
+            clients = args.merge_clients * (devices if args.weak else 1)
+            found = _merged(args, size=size, clients=clients, devices=devices, runs=size == int(args.run_size))
+            rows.append({"P": size, "C": clients, "devices": devices} | found)
+    print(f"\nmerge: R = {args.rank}; GiB of one device")
     timing.table(rows)
     hashes = {row["hash"] for row in rows if "hash" in row}
-    if hashes:
+    if hashes and not args.weak:
         print("the same bits everywhere" if len(hashes) == 1 else f"{len(hashes)} different steps")
+    return rows
+
+
+def _merged(args, **spec) -> dict:
+    """What a worker process measures of one merge."""
+    spec |= {"rank": args.rank, "repeats": args.repeats}
+    command = [sys.executable, "-m", "benchmarks.merge_devices", json.dumps(spec)]
+    folder = Path(__file__).resolve().parents[1]
+    worker = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(worker.stdout)
+
+
+def on_paper(args) -> list[dict]:
+    """Prints and returns what the server's part would take on more devices like this one, for one number of clients in
+    all and for so many on each device.
+
+    Of eigenpairs, rows of [P, D], D = C R, are read by the device that holds them, P D^2 / n of work; the reduced
+    system of D columns, D^3, is solved by each alike; a device sends its share of the bases to the others. Sums are
+    added up, s P entries, and what follows is done by each alike, whatever C.
+    """
+    found = _merged(args, size=int(args.run_size), clients=args.merge_clients, devices=1, runs=True, parts=True)
+    larger, rows = args.size / args.run_size, []
+    read, reduced, of_sums = (found[name] for name in ("rows s", "reduced s", "sums s"))
+    for growth in (False, True):
+        for n in args.machines:
+            more = n if growth else 1  # times as many clients
+            away = 4 * args.size * args.rank * (1 - 1 / n) / (1e9 * args.link)  # s, of one client's basis to others
+            parts = {"rows s": read * larger * more**2 / n, "reduced s": reduced * more**3}
+            parts["exchange s"] = away * args.merge_clients * more / n
+            whole = sum(parts.values())
+            ahead = {"C": args.merge_clients * more, "devices": n}
+            rows.append(ahead | parts | {"eigenpairs s": whole, "sums s": of_sums * larger + 2 * away})
+    print(
+        f"\npaper: P = {args.size:.4g}, R = s = {args.rank}; measured here at P = {args.run_size:.4g} and C = "
+        f"{args.merge_clients}: rows {read:.3g} s, reduced system {reduced:.3g} s, sums {of_sums:.3g} s; not measured: "
+        f"{args.link:g} GB/s between devices"
+    )
+    timing.table(rows)
     return rows
 
 

@@ -103,6 +103,7 @@ def _row(name: str, seed: int, rows: list[dict], rounds: list[int]) -> dict:
         | {f"{figure} @{k}": of_round[k] for k in rounds if k in of_round}
         | seconds
         | {"all rounds s": whole, "MB up": rows[-1]["bytes_up"] / 1e6}
+        | ({"s": rows[-1]["columns"], "tail": rows[-1]["tail"]} if "columns" in rows[-1] else {})
     )
 
 

@@ -5,10 +5,12 @@ The clients' programs, the wire and the server's reading are all in between; wha
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 from helpers.deployed import Deployed, bits, config_of, gap
 
+from fipa_jax.aggregate import row_blocks
 from fipa_jax.deployment import wire
 from fipa_jax.deployment.agreement import agree
 from fipa_jax.deployment.server import Server, opened
@@ -64,6 +66,18 @@ def test_a_round_over_the_wire_is_that_of_a_simulation(federation):
 def test_every_rule_over_the_wire_is_that_of_a_simulation(kind, precision, bound):
     spec, fields = KINDS[kind]
     compare(Deployed(config_of(precision, **fields), spec), bound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["fipa", "fipa:aggregator.past.kind=prior:aggregator.relative=False"])
+def test_a_model_whose_rows_are_spread_over_devices_travels_with_its_own_rows_alone(spec):
+    """From 65,536 parameters on the server fills bases up for its devices; over the wire they have P rows."""
+    large = Deployed(config_of(model={"widths": (256, 256)}), spec)
+    size = sum(leaf.size for leaf in jax.tree.leaves(large.agreement.params))
+    assert size >= row_blocks.SPREAD_FROM and row_blocks.padded(size) > size
+    sent = wire.unpack(large.answers(large.server(), [0])[0]).arrays
+    assert sent["sketch/basis"].shape == (size, 3)
+    compare(large, 1e-12)
 
 
 @pytest.fixture(scope="module")

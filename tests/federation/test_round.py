@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 
 from fipa_jax import aggregate, tasks, trees
+from fipa_jax.aggregate import row_blocks
 from fipa_jax.aggregate.limits import Limits
 from fipa_jax.client import first_order as client_lib
 from fipa_jax.client import second_order, terms
@@ -171,6 +172,29 @@ def test_chunks_do_not_change_a_run(x64, chunk, devices):
 @pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_devices_do_not_change_a_bit_of_a_run(x64, devices):
     chex.assert_trees_all_equal(_two_rounds(1, devices), _two_rounds(1, 0))
+
+
+@pytest.mark.slow
+def test_what_past_rounds_have_left_lies_on_the_devices_by_rows(x64, monkeypatch):
+    """Each holds its part of the rows between rounds and after a resume; steps and past have the same bits."""
+    monkeypatch.setattr(row_blocks, "SPREAD_FROM", 16)
+    states = []
+    for devices in (1, 2, 4):
+        mesh = _mesh(devices)
+        past = {"relative": False, "past": aggregate.PastRounds("prior", rank=5)}
+        parts = _parts(rule=aggregate.fipa(damping=0.1, spread=row_blocks.Spread(mesh), **past), mesh=mesh)
+        first = _first(parts)
+        state, _ = _run(parts, 2, state=first)
+        again = state_lib.restored(first, trees.paths(state_lib.snapshot(state)), mesh)
+        for before, after, back in zip(*map(jax.tree.leaves, (first, state, again)), strict=True):
+            assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
+            assert back.sharding.is_equivalent_to(before.sharding, back.ndim)
+            np.testing.assert_array_equal(jax.device_get(after), jax.device_get(back))
+        (basis,) = (leaf for leaf in jax.tree.leaves(state.aggregator) if leaf.ndim == 3)
+        assert basis.shape == (1, 64, 5) and basis.addressable_data(0).shape == (1, 64 // devices, 5)
+        states.append(jax.device_get(state))
+    for other in states[1:]:
+        chex.assert_trees_all_equal(states[0], other)
 
 
 def test_a_round_compiles_once_and_a_resume_is_exact(x64):

@@ -23,6 +23,15 @@ def test_the_table_fits_80_columns_and_loses_no_figure(names):
     assert len(re.findall(r"1e\+09", text)) == 2 * len(names)  # the last figure of each method, final and best
 
 
+def test_each_clients_own_figures_are_shown_where_they_are_few():
+    figures = {f"client_test_{name}": 0.5 for name in ("accuracy_mean", "loss_std")}
+    found = {f"client_test_{name}/{client}": 0.25 for client in ("bern", "y" * 99) for name in ("accuracy", "loss")}
+    shown = console.clients_table({"runs": {"fipa": {"final": figures | found}}}).splitlines()
+    assert [line.split()[1:] for line in shown if line.startswith("  ")] == [["0.25", "0.25"]] * 2
+    assert shown[1] == "fipa" and "bern" in shown[3] and max(map(len, shown)) <= 80
+    assert console.clients_table({"runs": {"fipa": {"final": figures}}}) == ""
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("bad\nticks"), OverflowError("1e284"), OSError(28, "full"), KeyError("x")]
 )

@@ -50,6 +50,24 @@ def test_over_clients_is_what_numpy_says(clients, values, x64):
             np.testing.assert_allclose(figures[f"client_{name}_{figure}"], wanted, rtol=1e-6)
 
 
+def test_each_of_few_clients_has_the_figures_of_its_own_test_set(values, x64):
+    def figures(values):
+        return {"accuracy": jnp.mean(values["accuracy"]), "most": jnp.max(values["loss"])}
+
+    owned = {"bern": np.array([3, 5, 8]), "ulm": np.array([1])}
+    found = metrics.of_each_client(values, owned, figures)
+    for client, rows in owned.items():
+        np.testing.assert_allclose(found[f"client_test_accuracy/{client}"], values["accuracy"][rows].mean())
+        np.testing.assert_allclose(found[f"client_test_most/{client}"], values["loss"][rows].max())
+    assert metrics.each_client(found | {"test_loss": 1.0})["ulm"] == {
+        "accuracy": values["accuracy"][1],
+        "most": values["loss"][1],
+    }
+    assert metrics.direction("client_test_loss/accuracy") == -1  # a client of this name
+    many = {str(client): np.array([0]) for client in range(metrics.FEW + 1)}
+    assert metrics.of_each_client(values, many, figures) == {}
+
+
 def test_worst_decile_is_a_mean_over_a_tenth_of_the_clients(x64):
     """Of thirty clients with one example each, the three worst."""
     each = Client(jnp.arange(30)[:, None], jnp.ones(30, int))
@@ -177,6 +195,12 @@ def test_rows_within_so_many_seconds_are_counted_for_each_run():
     rows = [row("a", k, train=0.5, sketch=0.5) for k in range(4)] + [row("b", k, round=2.0) for k in range(4)]
     assert metrics.within(rows, 3.0) == rows[:3] + rows[4:5]
     assert metrics.within(rows, float("inf")) == rows
+
+
+def test_rows_within_so_many_rounds_or_megabytes_are_counted_for_each_run():
+    rows = [{"run": run, "bytes_up": 1e6 * size, "bytes_down": 1e6} for run, size in (("a", 1), ("b", 3)) * 3]
+    assert metrics.within(rows, 2, "rounds") == rows[:4]
+    assert metrics.within(rows, 4.5, "megabytes") == [rows[0], rows[1], rows[2]]  # two rounds of a, one of b
 
 
 def test_batches_that_are_spread_over_devices_are_the_same_batches():

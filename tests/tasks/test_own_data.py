@@ -278,6 +278,7 @@ def test_clients_by_name_have_test_examples_of_their_own(config):
         assert np.all(problem.train["x"][train, 0] == 1 - place)  # Basel comes first
         assert np.all(problem.test["x"][test, 0] == 1 - place)
     assert sum(map(len, problem.test_clients)) == len(problem.test["x"])
+    assert problem.names == ("Basel", "Ulm")
 
 
 def test_the_constant_answer_of_a_regression_is_the_mean(config):
@@ -299,6 +300,8 @@ def test_a_run_on_classes_shows_all_figures(config, tmp_path, capsys):
     assert {"test_accuracy", "test_balanced_accuracy", "test_auc", "test_loss", "client_test_accuracy_mean"} <= set(
         final
     )
+    own = [final[f"client_test_accuracy/{client}"] for client in (0, 1)]
+    np.testing.assert_allclose(np.mean(own), final["client_test_accuracy_mean"], rtol=1e-6)
     assert final["test_accuracy"] > 0.8
     assert "always the largest class" in capsys.readouterr().out
     assert "always the largest class" in (tmp_path / "run" / "report.html").read_text()
