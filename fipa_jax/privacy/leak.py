@@ -1,0 +1,1 @@
+"""What can be rebuilt of a client from its messages?"""
