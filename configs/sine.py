@@ -45,10 +45,11 @@ def get_config(local_solver: str = ""):
 
 def _private(config):
     """Differential privacy of each of 100 clients, with and without curvature at points that are nobody's."""
-    config.task.num_clients, config.eval.clients_every = 100, 0
+    config.task.num_clients, config.task.examples_per_client, config.eval.clients_every = 100, 10, 0
+    config.precision = "float32"
     fipa = config.fipa
     fipa.rounds, fipa.privacy.epsilon, fipa.privacy.delta = 20, 8.0, 1e-3
-    fipa.local.steps = 20
+    fipa.local.steps = 10
     config.compare = (
         "fedavg:privacy.whitening=public:privacy.damping=0.01:local.lr=10:privacy.clip=1",
         "fedavg:local.lr=0.1:privacy.clip=0.1",

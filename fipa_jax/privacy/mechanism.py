@@ -121,6 +121,24 @@ def whitened(sketch: Sketch, damping: jax.Array | float) -> Frame:
     return Frame(sketch.basis, jax.lax.rsqrt(sketch.eigenvalues / damping + 1))
 
 
+def released_frame(key: jax.Array, moments: jax.Array, noise: jax.Array | float, damping: jax.Array | float) -> Frame:
+    """The frame of the clients' mean second moment, which is released once under noise.
+
+    For softmax and a dense layer the curvature is about a multiple of A kron I: so W acts on the layer's inputs alone.
+    Each client's matrix is clipped to norm 1: what counts is the directions of its features, not their length.
+
+    Args:
+      key: of the noise, secret.
+      moments: [T, D, D], of every client (1/N_m) sum_n phi_n phi_n^T.
+      noise: the multiplier of this release.
+      damping: beta, in units of a clipped matrix.
+    """
+    clients, size, _ = moments.shape
+    total = noisy_sum(key, jax.vmap(svec)(moments), jnp.ones([clients], bool), 1.0, noise)
+    values, vectors = above_noise(smat(total / clients, size), noise / clients)
+    return Frame(vectors, jax.lax.rsqrt(values / damping + 1))
+
+
 def plain_frame(size: int, rank: int, dtype) -> Frame:
     """The frame W = I, of the given shapes."""
     return Frame(jnp.zeros([size, rank], dtype), jnp.ones([rank], dtype))

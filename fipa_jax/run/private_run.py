@@ -7,7 +7,7 @@ must stay with the server is what the run needs to go on: checkpoints, `origin.j
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from fipa_jax.federation.state import State
 from fipa_jax.lookup import lookup
 from fipa_jax.privacy import accounting, mechanism, noisy_sum
 from fipa_jax.privacy.accounting import Plan
-from fipa_jax.privacy.mechanism import Frame
+from fipa_jax.privacy.mechanism import Frame, whitened
 from fipa_jax.privacy.noisy_sum import PrivacyRates, Spent
 from fipa_jax.reporting import console
 from fipa_jax.tasks.task import Problem, Task
@@ -161,7 +161,7 @@ def _public_frame(task: Task, rank: int, params: dict, spent: Spent, rates: Priv
         probes=0,
     )
     sketch = of_all(jax.random.key(0), params, rates.public)
-    return mechanism.whitened(sketch, rates.damping)
+    return whitened(sketch, rates.damping)
 
 
 def rates_of(settings: ConfigDict, dtype: str, public: dict | None) -> PrivacyRates | None:
@@ -305,32 +305,22 @@ def _begun(experiment: Any, settings: ConfigDict, plan: Plan, numbers: PrivacyRa
     """The state before the first round, with what is released once."""
     frame = ()
     if plan.released:
-        features = np.asarray(experiment.population.data["body"])
-        chosen = trees.select(state.params, settings.trainable)
+        moments = second_moments(experiment, settings)
         key = jax.random.fold_in(numbers.secret, RELEASE)
-        frame = released_frame(key, features, experiment.problem.clients, len(chosen) > 1, 1 / plan.released)
-        frame = Frame(frame.basis, jax.lax.rsqrt(frame.scale / numbers.damping + 1))
+        frame = mechanism.released_frame(key, moments, 1 / plan.released, numbers.damping)
     return state._replace(history=Spent(state.history.rounds, numbers.noise, frame))
 
 
-def released_frame(key, features: np.ndarray, clients: Sequence[np.ndarray], bias: bool, noise: float) -> Frame:
-    """The eigenpairs of the clients' mean second moment, released under noise; `scale` holds the eigenvalues.
+def second_moments(experiment: Any, settings: ConfigDict) -> jax.Array:
+    """[T, D, D], of each client (1/N_m) sum_n phi_n phi_n^T, phi what the trained dense layer multiplies.
 
-    Each client sends A_m = (1/N_m) sum_n phi_n phi_n^T, clipped to norm 1: its features' directions, not their length.
-
-    Args:
-      key: of the noise, secret.
-      features: [N, F], before the dense layer.
-      clients: of each, the indices of its examples.
-      bias: whether the layer has one, so that phi begins with a 1.
-      noise: multiplier of this release.
+    That is the body's features, behind a 1 where the layer has a bias.
     """
-    phi = np.concatenate([np.ones_like(features[:, :1]), features], axis=1) if bias else features
-    moments = jnp.stack([jnp.asarray(phi[own].T @ phi[own] / max(len(own), 1)) for own in clients])
-    rows = jax.vmap(mechanism.svec)(moments)
-    total = mechanism.noisy_sum(key, rows, jnp.ones(len(rows), bool), 1.0, noise) / len(rows)
-    values, vectors = mechanism.above_noise(mechanism.smat(total, phi.shape[1]), noise / len(rows))
-    return Frame(vectors, values)
+    features = np.asarray(experiment.population.data["body"])
+    if len(trees.select(experiment.params, settings.trainable)) > 1:
+        features = np.concatenate([np.ones_like(features[:, :1]), features], axis=1)
+    clients = experiment.problem.clients
+    return jnp.stack([jnp.asarray(features[own].T @ features[own] / max(len(own), 1)) for own in clients])
 
 
 def as_shown(problem: Problem) -> Problem:
