@@ -22,19 +22,20 @@ ROUNDING = 64  # machine epsilons by which a clipped message stays below its bou
 def clipped(vector: jax.Array, bound: jax.Array | float) -> jax.Array:
     """The vector [P] shortened to a norm of at most `bound`; zero where an entry is not finite.
 
-    The norm is taken of the vector over its largest entry, so that no square overflows: an entry of 1e30 in float32 is
-    clipped like any other.
+    A vector so long that its squares could overflow is scaled down first: an entry of 1e30 in float32 is clipped like
+    any other. The result is measured once more, and is zero if it were too long for any reason.
 
     Example:
       clipped(jnp.array([3.0, 4.0]), 1.0)  # [0.6, 0.8], but for rounding
     """
+    numbers = jnp.finfo(vector.dtype)
     largest = jnp.max(jnp.abs(vector))
-    shape = vector / jnp.where(largest > 0, largest, 1)  # entries of at most 1, length of at least 1
-    length = trees.length(shape)
-    inside = bound * (1 - ROUNDING * jnp.finfo(vector.dtype).eps)
-    short = largest * length <= inside
-    result = jnp.where(short, vector, inside * trees.ratio(shape, length))
-    return jnp.where(jnp.all(jnp.isfinite(vector)), result, 0)
+    huge = largest > numbers.max**0.4
+    small = jnp.where(huge, vector * numbers.max**-0.6, vector)
+    inside, length = bound * (1 - ROUNDING * numbers.eps), trees.length(small)
+    result = jnp.where(~huge & (length <= inside), vector, inside * trees.ratio(small, length))
+    sound = jnp.all(jnp.isfinite(vector)) & (trees.length(result) <= bound)
+    return jnp.where(sound, result, 0)
 
 
 def noisy_sum(
