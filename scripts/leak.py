@@ -216,7 +216,7 @@ class Attack:
         from matplotlib import pyplot
 
         image = self.train.get("image")
-        side = int(round((self.width / (image.shape[-1] if image is not None else 1)) ** 0.5))
+        side = round((self.width / (image.shape[-1] if image is not None else 1)) ** 0.5)
         channels = self.width // side**2 if side else 0
         if self.shown is None or channels not in (1, 3) or side * side * channels != self.width:
             print(f"no picture: the layer's {self.width} inputs are no square images")

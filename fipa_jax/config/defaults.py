@@ -21,6 +21,7 @@ def default() -> ConfigDict:
     config.devices = 1  # devices over which the clients of a round are spread; 0 for all, of all processes
     config.compare = ("fipa", "fedavg")  # methods run side by side from the warm-up's end: NAME[:field=value...]
     config.init_from = ""  # a saved model (model.msgpack) to start from instead of a fresh initialisation
+    config.init_paths = ""  # regular expression over parameter paths: the others start fresh; "" takes all of init_from
     config.first_round = 0  # number of the first round: a schedule goes on where the saved model's run stopped
     config.writers = ()  # where rows go besides metrics.jsonl: csv, tensorboard, wandb, mlflow
     config.smaller = ""  # what to run where this would take days; said before the first round

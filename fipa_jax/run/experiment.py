@@ -95,13 +95,18 @@ def _population(config: ConfigDict, problem: tasks.Problem, on_device: Callable)
 
 
 def first_params(config: ConfigDict, task: tasks.Task, root: jax.Array) -> Any:
-    """The parameters that the run starts from: drawn, or those of `config.init_from`."""
+    """The parameters that the run starts from: drawn, or those of `config.init_from`, all or `config.init_paths`."""
     params = jax.jit(task.init)(jax.random.fold_in(root, 2**31))  # op by op it would compile each alone
     params = jax.tree.map(lambda leaf: leaf.astype(config.precision), params)
     if not config.init_from:
         return params
     try:
-        return load(files.local(config.init_from, "config.init_from"), params)
+        file = files.local(config.init_from, "config.init_from")
+        if not config.init_paths:
+            return load(file, params)
+        like = trees.select(params, config.init_paths, "config.init_paths")
+        found = {path: leaf for path, leaf in trees.paths(load(file)).items() if path in like}
+        return trees.replace(params, jax.tree.map(jnp.asarray, trees.fitted(found, like)))
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"config.init_from: {error}") from error
 

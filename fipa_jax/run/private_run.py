@@ -88,10 +88,10 @@ def _shows_clients(config: ConfigDict, settings: ConfigDict) -> dict[str, tuple[
     return {
         "eval.clients_every": (config.eval.clients_every > 0, "figures of the clients' own examples leak; set it to 0"),
         "personal.compare": (bool(config.personal.compare), "models of single clients leak; set it to ()"),
-        "warmup.rounds": (
+        "fipa.privacy.epsilon": (
             config.warmup.rounds > 0,
-            "the warm-up trains on the same clients without privacy; set it to 0, and start from public data with "
-            "init_from",
+            "the warm-up trains on the same clients without privacy; set warmup.rounds to 0, and start from a model of "
+            "public data with init_from",
         ),
         "chunk": (config.chunk < 0, "the seconds of clients' work would steer the run; set it to 1 or more"),
     }

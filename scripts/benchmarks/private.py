@@ -1,6 +1,6 @@
 """How good are private rules, each tuned on the same full grid? `benchmark.py private --config FILE`.
 
-Every rule has the same number of settings: rounds x clip x local rate x a number of its own (the server's rate of
+Every rule has the same number of settings: local steps x rounds x clip x local rate x a number of its own (the server's rate of
 DP-FedAvg and DP-FedAdam, the damping of the whitened ones). A setting is chosen for each epsilon by the mean over keys
 that the table does not see; the table is of further keys, each with its own initialisation, sampling and noise. All
 settings run in one compiled program, as everything that they differ in is traced.
@@ -16,6 +16,9 @@ import time
 import numpy as np
 
 from benchmarks import timing
+from fipa_jax import config as config_lib
+
+config_lib.prepare_process()  # before jax starts
 
 # rule -> (the method, what its own number is)
 RULES = {
@@ -36,6 +39,7 @@ def run(options: list[str]) -> dict:
     parser.add_argument("--rules", nargs="*", default=["dp_fedavg", "dp_fedadam", "public"], choices=RULES)
     parser.add_argument("--epsilons", nargs="*", type=float, default=[1, 3, 8])
     parser.add_argument("--rounds", nargs="*", type=int, default=[5, 10, 20, 40])
+    parser.add_argument("--steps", nargs="*", type=int, default=[], help="local ones; none for those of the config")
     parser.add_argument("--clips", nargs="*", type=float, default=[0.03, 0.1, 0.3, 1.0])
     parser.add_argument("--rates", nargs="*", type=float, default=[0.01, 0.03, 0.1, 0.3], help="local, plain rules")
     parser.add_argument("--whitened-rates", nargs="*", type=float, default=[0.01, 0.03, 0.1, 0.3], help="lr * damping")
@@ -47,7 +51,7 @@ def run(options: list[str]) -> dict:
     parser.add_argument("--figure", default="", help="of the test set, by which settings are chosen and shown")
     parser.add_argument("--choosing-keys", type=int, default=2)
     parser.add_argument("--keys", type=int, default=5, help="of the table")
-    parser.add_argument("--batch", type=int, default=48, help="runs side by side")
+    parser.add_argument("--batch", type=int, default=48, help="runs in one call")
     args = parser.parse_args(options)
     config = configured(args)
     lines = []
@@ -66,6 +70,7 @@ def configured(args):
     file, _, variant = args.config.partition(":")
     config = runpy.run_path(file)["get_config"](*([variant] if variant else []))
     config.fipa.rounds, config.warmup.rounds, config.eval.clients_every = max(args.rounds), 0, 0
+    config.chunk = 0
     for given in args.set:
         path, _, value = given.partition("=")
         with contextlib.suppress(SyntaxError, ValueError):  # then it is a string
@@ -90,32 +95,30 @@ def lines_of(rule: str, config, args) -> tuple[list[dict], float]:
     method, own = RULES[rule]
     config.compare, start = (method,), time.perf_counter()
     with jax.enable_x64(config.precision == "float64"):
-        measure = Measure(config, method, own, args)
-        settings = grid_of(rule, args)
-        lines = []
-        for epsilon in args.epsilons:
-            best = None
-            for rounds in args.rounds:
-                runs = [(*setting, key) for setting in settings for key in range(args.choosing_keys)]
-                values = measure(epsilon, rounds, runs)[0].reshape(len(settings), args.choosing_keys).mean(1)
-                score = measure.direction * np.where(np.isfinite(values), values, -measure.direction * np.inf)
-                place = int(np.argmax(score))
-                if best is None or score[place] > best[0]:
-                    best = score[place], rounds, settings[place]
-            _, rounds, setting = best
-            shown = measure(epsilon, rounds, [(*setting, 1000 + key) for key in range(args.keys)])[1]
-            line = {
-                "epsilon": epsilon,
-                "rule": rule,
-                "mean": shown.mean(),
-                "std": shown.std(ddof=min(args.keys - 1, 1)),
-            }
-            numbers = dict(zip(("clip", "local.lr", own), (f"{number:.3g}" for number in setting), strict=True))
-            noise, size = measure.noise(epsilon, rounds), measure.size
-            numbers["own"] = numbers.pop(own)
-            line |= {"rounds": rounds, **numbers, "z": noise, "kappa": noise * size**0.5 / measure.expected}
-            lines.append(line)
+        measures = []
+        for steps in args.steps or [config.fipa.local.steps]:
+            config.fipa.local.steps = steps
+            measures.append(Measure(config, method, own, args))
+        lines = [line_of(rule, own, epsilon, measures, args) for epsilon in args.epsilons]
     return lines, time.perf_counter() - start
+
+
+def line_of(rule: str, own: str, epsilon: float, measures: list, args) -> dict:
+    """The best setting of a rule at this epsilon, on keys that did not choose it."""
+    settings, tried = grid_of(rule, args), []
+    for measure, rounds in itertools.product(measures, args.rounds):
+        runs = [(*setting, key) for setting in settings for key in range(args.choosing_keys)]
+        values = measure(epsilon, rounds, runs)[0].reshape(len(settings), args.choosing_keys).mean(1)
+        score = np.where(np.isfinite(values), measure.direction * values, -np.inf)
+        place = int(np.argmax(score))
+        tried.append((score[place], measure, rounds, settings[place]))
+    _, measure, rounds, setting = max(tried, key=lambda one: one[0])
+    shown = measure(epsilon, rounds, [(*setting, 1000 + key) for key in range(args.keys)])[1]
+    noise = measure.plan(epsilon, rounds).noise
+    line = {"epsilon": epsilon, "rule": rule, "mean": shown.mean(), "std": shown.std(ddof=min(args.keys - 1, 1))}
+    line |= {"rounds": rounds, "steps": measure.settings.local.steps}
+    line |= dict(zip(("clip", "local.lr", "own"), (f"{number:.3g}" for number in setting), strict=True))
+    return line | {"z": f"{noise:.3g}", "kappa": f"{noise * measure.size**0.5 / measure.expected:.2g}"}
 
 
 class Measure:
@@ -162,9 +165,6 @@ class Measure:
         settings.rounds, settings.privacy.epsilon = rounds, epsilon
         return private_run.plan_of(self.view, settings)
 
-    def noise(self, epsilon: float, rounds: int) -> float:
-        return self.plan(epsilon, rounds).noise
-
     def __call__(self, epsilon: float, rounds: int, runs: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
         plan, found = self.plan(epsilon, rounds), []
         dtype = self.rates.channel.privacy.clip.dtype
@@ -182,7 +182,8 @@ class Measure:
         def one(clip, local_rate, number, key):
             return self.one(clip, local_rate, number, key, others, rounds, people, held)
 
-        return jax.vmap(one)(clips, local_rates, numbers, keys)
+        # One after another, its clients side by side: LAPACK's calls in a batch can wait for each other for ever.
+        return jax.lax.map(lambda run: one(*run), (clips, local_rates, numbers, keys))
 
     def one(self, clip, local_rate, number, key, others, rounds, people, held):
         """(figure to choose by, figure to show) of one run; everything is traced."""

@@ -37,7 +37,7 @@ def client(x64):
 
 
 def test_eigenpairs_give_inputs_and_labels_back_which_the_update_does_not(client):
-    params, own, others, pairs, update = client
+    params, own, _, pairs, update = client
     first, last = leak.dense_layers(params)
     truth = leak.layer_inputs(outputs, params, own, first)
     np.testing.assert_allclose(truth, own["x"], rtol=1e-9)
@@ -79,7 +79,7 @@ def test_members_are_told_by_the_share_that_is_captured(client):
 
 
 def test_a_layer_without_a_bias_gives_directions(client):
-    params, own, others, pairs, _ = client
+    params, own, _, pairs, _ = client
     first, _ = leak.dense_layers(params)
     bare = first._replace(bias=None)
     truth = leak.layer_inputs(outputs, params, own, bare)

@@ -16,7 +16,7 @@ from fipa_jax.privacy import accounting, mechanism, noisy_sum
 from fipa_jax.privacy.mechanism import Frame
 from fipa_jax.privacy.noisy_sum import PrivacyRates
 
-CLIENTS, SIZE = 6, 4
+CLIENTS, SIZE, EVERYBODY = 6, 4, Order()
 PARAMS = {"a": jnp.zeros([3]), "b": jnp.zeros([1])}
 
 
@@ -31,7 +31,7 @@ def uploads(rows, counts=None):
     return Uploads({"a": rows[:, :3], "b": rows[:, 3:]}, counts)
 
 
-def delivered(channel, sent, given, order=Order(), rounds=0):
+def delivered(channel, sent, given, order=EVERYBODY, rounds=0):
     state = channel.init(PARAMS)._replace(rounds=jnp.int32(rounds))
     arrived, info = channel.deliver(sent, PARAMS, state, order, given)
     return np.concatenate([np.asarray(leaf, float).ravel() for leaf in arrived.delta.values()]), arrived, info
