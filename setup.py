@@ -80,6 +80,7 @@ setup(
             "alembic>=1.10",
         ],  # with its database on the disk
         "flower": [*EXPERIMENTS, "flwr>=1.42,<1.43"],  # its interface changes from month to month; tested with 1.42.0
+        "dp": [*EXPERIMENTS, "dp-accounting>=0.6"],  # counts the privacy of sampled clients; it asks for attrs below 24
         # Models of other libraries that docs/recipes trains.
         "recipes": ["dm-haiku>=0.0.14", "equinox>=0.13", "flax>=0.12"],
         "docs": ["furo>=2025.12.19", "myst-nb>=1.4", "Sphinx>=9.0.4"],  # docs/requirements.txt pins what is tested

@@ -6,6 +6,7 @@ held-out tenth of the training images, over seeds 0 to 2: `configs/digits.py:tun
 cores, under a minute. Expected: after 40 rounds `fipa_memory` at 93.5 % (88 to 98 on five seeds), SCAFFOLD 75.5,
 FedAdam 75.2, FedAvg 70.9 %.
 Command: python scripts/train.py --config=configs/digits.py
+         python scripts/train.py --config=configs/digits.py:private     100 clients, each protected: epsilon 8
 """
 
 from fipa_jax.config import recipes
@@ -36,7 +37,7 @@ def get_config(variant: str = ""):
     config.warmup.rounds, config.fipa.rounds = 20, 40
     config.fipa.sketch.solver, config.fipa.sketch.rank = "auto", 50
     config.compare = CHOSEN
-    return recipes.variant(config, variant, tune=_tune, sums=_sums, sums_tune=_sums_tune)
+    return recipes.variant(config, variant, tune=_tune, sums=_sums, sums_tune=_sums_tune, private=_private)
 
 
 def _tune(config):
@@ -52,3 +53,19 @@ def _sums(config):
 def _sums_tune(config):
     """Every setting of the sums that was tried."""
     config.compare = recipes.every_setting(TRIED_SUMS)
+
+
+def _private(config):
+    """Softmax regression on 6 x 6 pixels, 370 parameters: as many as 100 clients can learn under noise."""
+    config.partition.num_clients, config.cohort, config.partition.name = 100, 0, "iid"
+    config.data.side, config.data.public = 6, "photographs"
+    config.model.name, config.model.widths = "mlp", ()
+    config.warmup.rounds, config.eval.clients_every = 0, 0
+    fipa = config.fipa
+    fipa.rounds, fipa.privacy.epsilon, fipa.privacy.delta, fipa.privacy.rank = 20, 8.0, 1e-3, 400
+    fipa.local.batch_size, fipa.local.steps, fipa.local.lr_decay = 0, 10, 1.0
+    fipa.local.weight_decay, fipa.local.clip_norm, fipa.local.micro_batch = 0.0, 0.0, 0
+    config.compare = (
+        "fedavg:privacy.whitening=public:privacy.damping=0.01:local.lr=10:privacy.clip=1",
+        "fedavg:local.lr=0.3:privacy.clip=0.3",
+    )

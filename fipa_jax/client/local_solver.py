@@ -29,7 +29,8 @@ class Hyper(NamedTuple):
     mu: jax.Array  # [], weight of the term
     steps: jax.Array | int = 0  # [] int32, local steps, where positive, instead of the solver's own number
     sketch: Sketch | None = None  # the client's own, where the solver asks for it
-    part: jax.Array | None = None  # [] in (0, 1], the share of the steps after which a first-order solver stops
+    part: jax.Array | None = None  # [] in [0, 1], the share of the steps after which a first-order solver stops
+    frame: Any = None  # a `privacy.mechanism.Frame`, the coordinates in which a private client trains
 
 
 class LocalResult(NamedTuple):

@@ -125,6 +125,13 @@ PHASE = {
     "faults.flip": PROBABILITY,
     "faults.scale": PROBABILITY,
     "faults.scale_by": NOT_NEGATIVE,
+    "privacy.epsilon": NOT_NEGATIVE,
+    "privacy.delta": Range(0, 1, "probability", "()"),
+    "privacy.clip": Range(0, brackets="(]"),
+    "privacy.noise_multiplier": NOT_NEGATIVE,
+    "privacy.damping": Range(0, brackets="(]"),
+    "privacy.rank": POSITIVE,
+    "privacy.release_share": Range(0, 1, "share", "()"),
 }
 # What a field asks for, set to anything but nothing, and who does not have it: field -> (the choice, its names).
 SMALL, RESNETS = ("mlp", "cnn_6k", "cnn_23k", "cnn_200k"), ("resnet20", "resnet18")

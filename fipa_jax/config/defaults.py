@@ -21,6 +21,7 @@ def default() -> ConfigDict:
     config.devices = 1  # devices over which the clients of a round are spread; 0 for all, of all processes
     config.compare = ("fipa", "fedavg")  # methods run side by side from the warm-up's end: NAME[:field=value...]
     config.init_from = ""  # a saved model (model.msgpack) to start from instead of a fresh initialisation
+    config.init_paths = ""  # regular expression over parameter paths: the others start fresh; "" takes all of init_from
     config.first_round = 0  # number of the first round: a schedule goes on where the saved model's run stopped
     config.writers = ()  # where rows go besides metrics.jsonl: csv, tensorboard, wandb, mlflow
     config.smaller = ""  # what to run where this would take days; said before the first round
@@ -83,6 +84,8 @@ def data() -> ConfigDict:
     group.augment = True  # train on random views: rotated, cropped with padding 4, mirrored
     group.rotation = 0.0  # bound on a view's rotation, in degrees; published: 10
     group.flip = True  # mirror half of the views; not for digits
+    group.public = ""  # another set, of no client's images, at which a private run may see the model's curvature
+    group.public_split = "train[:1000]"  # of it
     return group
 
 
@@ -158,6 +161,7 @@ def phase(rounds: int, aggregator_name: str) -> ConfigDict:
     group.server = server()
     group.late = late()
     group.faults = faults()
+    group.privacy = privacy()
     return group
 
 
@@ -302,4 +306,19 @@ def faults() -> ConfigDict:
     group.flip = 0.0  # its update comes with the opposite sign
     group.scale = 0.0  # its eigenvalues come multiplied by `scale_by`
     group.scale_by = 1e6
+    return group
+
+
+def privacy() -> ConfigDict:
+    """Differential privacy of a client's whole data: run.private_run, which hands on to privacy.noisy_sum.private."""
+    group = ConfigDict()
+    group.epsilon = 0.0  # that all rounds of the phase may spend together, at `delta`; 0 for no privacy
+    group.delta = 1e-3  # well below one over the number of clients
+    group.clip = 0.1  # C, bound on the norm of a client's update
+    group.noise_multiplier = 0.0  # z; 0 for the least with which all rounds stay within epsilon
+    group.sampling = "all"  # or poisson: each client takes part with the probability cohort / clients
+    group.whitening = "none"  # public (by the curvature at public examples), release (by private features, once)
+    group.damping = 0.1  # beta of the whitening (H / beta + I)^(-1/2)
+    group.rank = 50  # eigenpairs of the public examples' curvature, at most
+    group.release_share = 0.2  # of the budget, for the released features, as if all took part in all rounds
     return group

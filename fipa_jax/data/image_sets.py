@@ -89,4 +89,25 @@ def _digits() -> dict[str, dict]:
     return {split: {"image": image[chosen], "label": label[chosen]} for split, chosen in parts.items()}
 
 
-PACKAGED = {"digits": Packaged(_digits, tuple("0123456789"))}
+def _photographs() -> dict[str, dict]:
+    """Grey patches of scikit-learn's two photographs, in the shape of its digits: public images, for a private run."""
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise ImportError(
+            installed.missing("datasets", "config.data.public = 'photographs'", "scikit-learn")
+        ) from error
+    patches = []
+    for picture in load_sample_images().images:  # [H, W, 3]
+        grey = picture.mean(axis=2)
+        down, right = grey.shape[0] // 32, grey.shape[1] // 32
+        blocks = grey[: 32 * down, : 32 * right].reshape(8 * down, 4, 8 * right, 4).mean(axis=(1, 3))
+        patches.append(blocks.reshape(down, 8, right, 8).swapaxes(1, 2).reshape(-1, 8, 8))
+    image = np.pad(np.round(np.concatenate(patches)).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))[..., None]
+    return {"train": {"image": image, "label": np.zeros(len(image), np.int32)}}
+
+
+PACKAGED = {
+    "digits": Packaged(_digits, tuple("0123456789")),
+    "photographs": Packaged(_photographs, ("photograph",)),
+}

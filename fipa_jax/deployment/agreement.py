@@ -126,6 +126,11 @@ def only(config: ConfigDict, spec: str) -> ConfigDict:
 
 def check(settings: ConfigDict) -> None:
     """Refuses fields of a phase that only a simulation can follow, with a ValueError that names the field."""
+    if settings.privacy.epsilon:
+        raise ValueError(
+            "config.fipa.privacy.epsilon: the noisy sum is a simulation's channel, and a deployed server would see "
+            "each upload; set it to 0"
+        )
     if settings.late.share or has_faults(settings):
         field = "late.share" if settings.late.share else "faults"
         raise ValueError(f"{field}: draws delays or faults for a study; a real federation has its own, set it to 0")

@@ -22,7 +22,7 @@ class Order(NamedTuple):
     """What happens to the clients of a round; each [C], or None where it cannot happen."""
 
     age: jax.Array | None = None  # int32, rounds ago at which the client started
-    part: jax.Array | None = None  # in (0, 1], the share of its local steps that it does
+    part: jax.Array | None = None  # in [0, 1], the share of its local steps that it does
     faults: dict[str, jax.Array] | None = None  # {name in `FAULTS`: bool}, what is wrong with its upload
 
 
@@ -45,6 +45,7 @@ class ChannelRates(NamedTuple):
 
     late: jax.Array | None = None  # [], probability that a client is late
     faults: FaultRates | None = None
+    privacy: Any = None  # a `privacy.noisy_sum.PrivacyRates`
 
 
 State = Any  # what a channel keeps from round to round
@@ -71,6 +72,14 @@ def _unchanged(state: State, params: Params) -> State:
     return state
 
 
+def _tell_nothing(params: Params, state: State, rates: ChannelRates) -> dict:
+    return {}
+
+
+def _all_of_it(info: dict) -> dict:
+    return info
+
+
 class Channel(NamedTuple):
     """What lies between server and clients, as pure functions; as it stands nothing does."""
 
@@ -80,6 +89,9 @@ class Channel(NamedTuple):
     # (uploads, params, state, orders, rates) -> (uploads as they arrive, info)
     deliver: Callable[[Uploads, Params, State, Order, ChannelRates], tuple[Uploads, dict]] = _as_sent
     advance: Callable[[State, Params], State] = _unchanged  # (state, the parameters after the round) -> state
+    tell: Callable[[Params, State, ChannelRates], dict] = _tell_nothing  # -> fields of `Hyper` that all clients take
+    sample: Callable[[jax.Array, int, int, ChannelRates], jax.Array] | None = None  # (key, T, C, rates) -> ids [C]
+    show: Callable[[dict], dict] = _all_of_it  # of a round's info what a person may see
 
 
 def chain(*channels: Channel) -> Channel:
@@ -110,7 +122,19 @@ def chain(*channels: Channel) -> Channel:
     def advance(states, params):
         return tuple(channel.advance(state, params) for channel, state in zip(channels, states, strict=True))
 
-    return Channel(init, draw, start, deliver, advance)
+    def tell(params, states, rates):
+        told = {}
+        for channel, state in zip(channels, states, strict=True):
+            told |= channel.tell(params, state, rates)
+        return told
+
+    def show(info):
+        for channel in channels:
+            info = channel.show(info)
+        return info
+
+    sample = next((channel.sample for channel in channels if channel.sample), None)
+    return Channel(init, draw, start, deliver, advance, tell, sample, show)
 
 
 def late(most: int) -> Channel:

@@ -30,8 +30,12 @@ from fipa_jax.federation.state import State, fetch, keep
 
 def draw(parts: Parts, round: jax.Array, rates: Rates, root: jax.Array) -> tuple[jax.Array, Order]:
     """(ids [C] of the clients that take part, their orders [C, ...]), from the round's number and the root key."""
-    ids = sample_cohort(_keys_of(round, root)[0], parts.num_clients, parts.cohort)
-    return ids, parts.channel.draw(Order(), jax.random.fold_in(root, round), ids, rates.channel)
+    key, sample = jax.random.fold_in(root, round), parts.channel.sample
+    if sample is None:
+        ids = sample_cohort(_keys_of(round, root)[0], parts.num_clients, parts.cohort)
+    else:
+        ids = sample(key, parts.num_clients, parts.cohort, rates.channel)
+    return ids, parts.channel.draw(Order(), key, ids, rates.channel)
 
 
 def train(
@@ -46,7 +50,9 @@ def train(
     Returns:
       The clients' results, stacked [C, ...].
     """
-    hyper = rates.local._replace(lr=rates.local.lr * rates.lr_decay**state.round, **parts.announce(state.aggregator))
+    told = parts.channel.tell(trees.select(state.params, parts.trainable), state.history, rates.channel)
+    told |= parts.announce(state.aggregator)
+    hyper = rates.local._replace(lr=rates.local.lr * rates.lr_decay**state.round, **told)
 
     def one(state, data, hyper, client, key, store, sketch, order):
         chosen, outputs = model_of(parts, state.params)

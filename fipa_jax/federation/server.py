@@ -63,7 +63,7 @@ def serve(
     info |= delivered | {"ids": cohort.ids, "local_loss": jnp.mean(results.loss), "skipped": skipped}
     if isinstance(uploads.sketch, Sketch):
         info["sketch_pairs"] = jnp.sum(uploads.sketch.eigenvalues > 0)
-    return after._replace(history=history, round=state.round + 1), info
+    return after._replace(history=history, round=state.round + 1), parts.channel.show(info)
 
 
 def uploads_of(parts: Parts, cohort: Cohort, results: LocalResult, sketches: Message) -> Uploads:

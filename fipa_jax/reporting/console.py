@@ -193,7 +193,7 @@ def _warn_of(words: str, where: str, times: Counter) -> None:
 def figures(info: dict) -> dict:
     """The figures of a round's `info` for its metrics row: its numbers, and how many clients each mark is on."""
     groups = {"flags": "sketches", "reasons": "rejected", "faults": "faults"}
-    counts = {"clients_rejected": info["rejected"]}
+    counts = {"clients_rejected": info["rejected"]} if "rejected" in info else {}
     counts |= {f"clients_{field}": info[field] for field in NOTED if field in info}
     for group, prefix in groups.items():
         counts |= {f"{prefix}_{name}": clients for name, clients in info.get(group, {}).items()}

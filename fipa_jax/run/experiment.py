@@ -22,7 +22,7 @@ from fipa_jax.federation.population import OnHost, Resident
 from fipa_jax.federation.round import by_clients
 from fipa_jax.federation.state import fetch
 from fipa_jax.reporting import metrics, plots
-from fipa_jax.run import head_features, personal_stage, phase_checks, phase_parts, programs
+from fipa_jax.run import head_features, personal_stage, phase_checks, phase_parts, private_run, programs
 from fipa_jax.saving.model_files import load
 from fipa_jax.tasks import task as tasks
 from fipa_jax.tasks.task import Problem
@@ -95,13 +95,18 @@ def _population(config: ConfigDict, problem: tasks.Problem, on_device: Callable)
 
 
 def first_params(config: ConfigDict, task: tasks.Task, root: jax.Array) -> Any:
-    """The parameters that the run starts from: drawn, or those of `config.init_from`."""
+    """The parameters that the run starts from: drawn, or those of `config.init_from`, all or `config.init_paths`."""
     params = jax.jit(task.init)(jax.random.fold_in(root, 2**31))  # op by op it would compile each alone
     params = jax.tree.map(lambda leaf: leaf.astype(config.precision), params)
     if not config.init_from:
         return params
     try:
-        return load(files.local(config.init_from, "config.init_from"), params)
+        file = files.local(config.init_from, "config.init_from")
+        if not config.init_paths:
+            return load(file, params)
+        like = trees.select(params, config.init_paths, "config.init_paths")
+        found = {path: leaf for path, leaf in trees.paths(load(file)).items() if path in like}
+        return trees.replace(params, jax.tree.map(jnp.asarray, trees.fitted(found, like)))
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"config.init_from: {error}") from error
 
@@ -136,8 +141,9 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
         experiment = pooled(experiment)
     config, people, params, root = experiment.config, experiment.population, experiment.params, experiment.root
     personal_stage.check(experiment, settings)
-    rates = phase_parts.make_rates(settings, config.precision)
+    rates = phase_parts.make_rates(settings, config.precision, experiment.problem.public)
     parts = parts_of(experiment, settings)
+    private_run.check_people(experiment, settings, parts)
     phase_checks.check_needs(settings, parts, params, people.data, name)
     store_on_host(config, parts, params)
     check_room(parts, params)

@@ -67,9 +67,11 @@ def cached(experiment, params, num_views: int, by_shapes: bool = False):
         views = [of_people(view, numbered, (params, key)) for key in keys]
         stack = jnp.stack if by_shapes or isinstance(views[0], jax.Array) else np.stack  # they stay where they are
         train["views"] = run(lambda *views: stack(views, axis=1), *views)
-    head = tasks.head_only(task)
+    head, public = tasks.head_only(task), experiment.problem.public
+    if public is not None:
+        public = kept(public) | {"body": run(body, params, public)}
     return experiment._replace(
-        problem=experiment.problem._replace(task=head),
+        problem=experiment.problem._replace(task=head, public=public),
         population=people.over(train),
         held={prefix: kept(data) | {"body": run(body, params, data)} for prefix, data in experiment.held.items()},
         evaluate=jax.jit(metrics.make_evaluate(head, batch_size, make_mesh(experiment.config.devices))),

@@ -22,7 +22,7 @@ from fipa_jax.federation.population import Ahead, Cohort, OnHost, Resident
 from fipa_jax.federation.state import State
 from fipa_jax.reporting import console, metrics
 from fipa_jax.reporting.console import NOTED
-from fipa_jax.run import personal_stage, programs
+from fipa_jax.run import personal_stage, private_run, programs
 from fipa_jax.run.experiment import Experiment, parts_of, store_on_host
 from fipa_jax.run.phase_parts import make_rates
 from fipa_jax.run.programs import tuned_chunk
@@ -42,6 +42,7 @@ class Phase(NamedTuple):
     rates: Rates
     first: int  # number of its first round
     last: int
+    shown: Callable[[dict, dict], dict]  # (row, info) -> the row as it may be shown
 
 
 def run_phase(
@@ -64,12 +65,14 @@ def run_phase(
       at_checkpoint: called after every checkpoint but the phase's last one, to show what there is so far.
     """
     parts = parts_of(experiment, settings)
-    rates = replicate(make_rates(settings, experiment.config.precision), parts.mesh)
+    rates = make_rates(settings, experiment.config.precision, experiment.problem.public)
+    rates = replicate(rates, parts.mesh)
     state, note = journal.resumed(name, start(experiment, parts, params, first), parts.mesh)
+    rates, state, budget = private_run.begin(experiment, settings, rates, state, lambda: journal.secret(name))
     if experiment.config.chunk < 0:
         chunk = note["chunk"] if note else tuned_chunk(experiment, settings, parts, state, rates)
         parts = parts._replace(chunk=chunk)
-    phase = Phase(experiment, settings, parts, rates, first, first + settings.rounds - 1)
+    phase = Phase(experiment, settings, parts, rates, first, first + budget.rounds - 1, budget.of_row)
     in_one_call = experiment.config.rounds_per_call > 1
     advance = in_blocks(phase, state) if in_one_call else by_stage(phase, journal.asked)
     return rounds_of(phase, name, advance, state, journal, note.get("skipped", 0), at_checkpoint).params
@@ -94,6 +97,7 @@ def rounds_of(
         while k <= last:
             state, rows = advance(state, k, min(count_to(phase.experiment.config, k), last + 1 - k))
             for row, info in rows:
+                row = phase.shown(row, info)
                 row |= own_models(phase, state.params) if row["round"] == phase.last else {}
                 console.attempt("a warning", console.warn, name, row["round"], info, warned)
                 row = metrics.jsonable({"run": name} | row)

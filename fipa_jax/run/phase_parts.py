@@ -24,6 +24,7 @@ from fipa_jax.federation.channel import Channel, ChannelRates, FaultRates, chain
 from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.lookup import lookup
+from fipa_jax.run import private_run
 from fipa_jax.run.phase_checks import check_fit, has_faults, matched, naming
 from fipa_jax.tasks.task import Task, unaugmented
 
@@ -34,6 +35,7 @@ LOCAL_SOLVERS = first_order.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS | {"gradi
 TRACED = (
     *("local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr", "late.share"),
     *(f"faults.{name}" for name in FaultRates._fields),
+    *(f"privacy.{name}" for name in ("clip", "damping", "delta", "noise_multiplier", "release_share")),
 )
 
 
@@ -49,7 +51,8 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     Raises:
       ValueError: a name is not known, or choices do not fit together; names the config field.
     """
-    cohort = config.cohort or num_clients
+    private_run.check(config, settings)
+    cohort = private_run.cohort_of(config, settings, num_clients)
     term = lookup(terms.TERMS, settings.term.name, "config.term.name")()
     mesh = make_mesh(config.devices)
     aggregator = aggregator_of(settings, num_clients, mesh)
@@ -60,7 +63,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     by_sketch = aggregator.needs.curvature == "sketch" and (natural or settings.local.adaptive.scale > 0)
     return Parts(
         task=task,
-        local=local,
+        local=private_run.local_in_frame(local, settings),
         term=term,
         sketcher=sketcher_of(settings.sketch, aggregator, task),
         aggregator=aggregator,
@@ -69,7 +72,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
         cohort=cohort,
         trainable=settings.trainable,
         also_trained=settings.also_trained,
-        channel=channel_of(settings),
+        channel=channel_of(config, settings, task, num_clients),
         announce=aggregator.announce if matched(settings, aggregator) else announce_nothing,
         sketch_first=by_sketch,
         sketch_examples=settings.sketch.examples,
@@ -170,15 +173,23 @@ def eigenpairs_of(settings: ConfigDict, task: Task) -> sketch.Sketcher:
     return sketch.with_rank_by_gradient(plain, task.loss, settings.gradient_scale)
 
 
-def channel_of(settings: ConfigDict) -> Channel:
+def channel_of(config: ConfigDict, settings: ConfigDict, task: Task, num_clients: int) -> Channel:
     """What lies between server and clients."""
+    if private_run.is_private(settings):
+        return private_run.channel_of(config, settings, task, num_clients)
     channels = [late(settings.late.most)] if settings.late.share else []
     channels += [faulty()] if has_faults(settings) else []
     return chain(*channels) if channels else Channel()
 
 
-def make_rates(settings: ConfigDict, dtype: str) -> Rates:
-    """A phase's traced hyper-parameters, from its config."""
+def make_rates(settings: ConfigDict, dtype: str, public: dict | None = None) -> Rates:
+    """A phase's traced hyper-parameters, from its config.
+
+    Args:
+      settings: the phase's fields.
+      dtype: of the numbers.
+      public: `Problem.public`, for a private phase.
+    """
 
     def array(value):
         return jnp.asarray(value, dtype)
@@ -188,6 +199,7 @@ def make_rates(settings: ConfigDict, dtype: str) -> Rates:
     channel = ChannelRates(
         late=array(settings.late.share) if settings.late.share else None,
         faults=faults if has_faults(settings) else None,
+        privacy=private_run.rates_of(settings, dtype, public),
     )
     return Rates(local, array(settings.local.lr_decay), array(settings.server.lr), channel)
 

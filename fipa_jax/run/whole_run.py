@@ -23,7 +23,7 @@ from fipa_jax import files
 from fipa_jax.config.checks import validate
 from fipa_jax.config.methods import method
 from fipa_jax.reporting import console, curves, hooks, metrics, report, writers
-from fipa_jax.run import head_features, loop
+from fipa_jax.run import head_features, loop, private_run
 from fipa_jax.run.estimate import say_if_long
 from fipa_jax.run.experiment import Experiment, build, pooled
 from fipa_jax.saving import provenance
@@ -89,7 +89,8 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes", on_row: hooks.Ho
         }
         try:
             with open_at(workdir, config, origin, resume) as journal:
-                console.attempt("split.png", console.draw_split, experiment.problem, workdir)
+                if not any_private(config):
+                    console.attempt("split.png", console.draw_split, experiment.problem, workdir)
                 with hooks.told(workdir, config.writers, runs_of(config), on_row) as journal.on_row:
                     return run_phases(experiment, workdir, journal)
         except OSError as error:
@@ -107,8 +108,13 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
     passed over.
     """
     config = experiment.config
-    console.attempt("the description", console.describe, config, experiment.problem, experiment.params)
-    console.attempt("the first model", write_start, experiment, workdir)
+    shown = experiment
+    if any_private(config):
+        shown = experiment._replace(problem=private_run.as_shown(experiment.problem))
+        console.attempt("the parameters", print, console.parameter_table(shown.params, config.fipa.trainable))
+    else:
+        console.attempt("the description", console.describe, config, shown.problem, shown.params)
+    console.attempt("the first model", write_start, shown, workdir)
     phases, seen_by_head = configs_of(config), {}
     settings_of = {name: phases[name].warmup if name == WARMUP else phases[name].fipa for name in phases}
     if not journal.saved:
@@ -127,7 +133,7 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
         except (Stopped, loop.Stalled):
             refresh(phases, workdir)
             raise
-        finish(experiment, name, params, workdir)
+        finish(shown, name, params, workdir)
         summary, _ = write_summary(phases, workdir)
         if name == names[-1]:
             refresh(phases, workdir)
@@ -136,6 +142,11 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
         if warmup:
             start = journal.start = params
     return summary
+
+
+def any_private(config: ConfigDict) -> bool:
+    """Whether a phase is private: then nothing of the clients' data is shown, whichever phase it is of."""
+    return any(private_run.is_private(phase.fipa) for phase in configs_of(config).values())
 
 
 def configs_of(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -249,4 +260,5 @@ def summary_of(phases: dict[str, ConfigDict], rows: list[dict]) -> dict:
         of_phase = [row for row in rows if row["run"] == name]
         if of_phase and (name != WARMUP or len(phases) == 1):
             runs[name] = metrics.summarise(of_phase) | {"config": json.loads(config.to_json_best_effort())}
+            runs[name] |= {field: of_phase[-1][field] for field in ("epsilon", "delta") if field in of_phase[-1]}
     return {"runs": runs}

@@ -1,6 +1,7 @@
 """What a run leaves on the disk as it goes: a row for every round, and checkpoints to go on from."""
 
 import json
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from fipa_jax.files import write
 from fipa_jax.reporting import metrics
 from fipa_jax.saving.checkpoints import Checkpoints, Saved
 from fipa_jax.saving.signals import Signals, Stopped
+
+SECRETS, SECRET_BITS = "secrets.json", 64  # of private phases: {phase: number}
 
 
 class Journal:
@@ -90,6 +93,19 @@ class Journal:
         self._writer.write(row)
         self._rows += 1
         self.on_row(row)
+
+    def secret(self, phase: str) -> int:
+        """A phase's secret, of the operating system's entropy: on the disk before it is used, and the same ever after.
+
+        So a run that is killed and goes on draws the same noise again for the same sums, and spends nothing twice.
+        """
+        file = self._workdir / SECRETS
+        known = json.loads(file.read_text()) if file.exists() else {}
+        if phase not in known:
+            known[phase] = secrets.randbits(SECRET_BITS)
+            write(file, json.dumps(known).encode())
+            file.chmod(0o600)
+        return known[phase]
 
     def asked(self) -> bool:
         """Whether this process, alone, has been asked to stop."""
@@ -173,6 +189,10 @@ class Rows(list):
     def resumed(self, phase: str, state: State, mesh) -> tuple[State, dict]:
         """The state as it came: there is nothing to go on from."""
         return state, {}
+
+    def secret(self, phase: str) -> int:
+        """A fresh secret: nothing is kept."""
+        return secrets.randbits(SECRET_BITS)
 
     def asked(self) -> bool:
         """False: no signal is heard."""

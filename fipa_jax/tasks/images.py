@@ -36,7 +36,8 @@ def build(config) -> Problem:
     train = images.load(config.data.train_split)
     test = images.load(config.data.test_split or loading.test_split(config.data.name))
     train, test = (arrays | {"image": loading.shrink(arrays["image"], config.data.side)} for arrays in (train, test))
-    mean, std = loading.standardise(config.data.name, train["image"])
+    public = _public(config, train["image"].shape[1:]) if config.data.public else None
+    mean, std = loading.standardise(config.data.name, (public or train)["image"])
     train, holdout = partition.set_apart(train, config.data.holdout, config.partition.seed)
     clients = partition.partition(
         config.partition.name,
@@ -49,7 +50,19 @@ def build(config) -> Problem:
     module = networks.build(config.model, num_outputs=len(classes))
     augment, rotation, flip = config.data.augment, config.data.rotation, config.data.flip
     task = classifier(module, train["image"].shape[1:], mean, std, augment, rotation, flip)
-    return Problem(task=task, train=train, test=test, holdout=holdout, clients=clients, classes=classes)
+    return Problem(task, train, test, holdout, clients, classes=classes, public=public)
+
+
+def _public(config, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The images of `data.public`, in the shape of the others, with labels that mean nothing."""
+    found = image_sets.find(config.data.public, config.data.dir, config.data.cache_dir)
+    image = loading.shrink(found.load(config.data.public_split)["image"], shape[0])
+    if image.shape[1:] != shape:
+        raise ValueError(
+            f"config.data.public: the images of {config.data.public!r} are {image.shape[1:]}, those of "
+            f"{config.data.name!r} {shape}; take another set"
+        )
+    return {"image": image, "label": np.zeros(len(image), np.int32)}
 
 
 def _check_order(config, images: image_sets.ImageSet):

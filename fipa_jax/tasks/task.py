@@ -85,6 +85,7 @@ class Problem(NamedTuple):
     classes: Sequence[str] = ()  # the names of the classes, where there are some
     targets: Sequence[str] = ("y",)  # the names of the K numbers to learn, where it is numbers
     baseline: tuple[str, dict] | None = None  # (a constant answer, {figure: what it has on the test set})
+    public: dict | None = None  # examples that are no client's, in the fields of `train`; their labels mean nothing
 
 
 TASKS = {  # name in `config.task.name` -> the module whose `build(config)` makes its problem

@@ -51,6 +51,7 @@ CONSUMERS = {
     "fipa.server": ("aggregate.server_optimizers.make",),
     "fipa.late": ("federation.channel.late",),
     "fipa.faults": ("federation.channel.FaultRates",),
+    "fipa.privacy": ("run.private_run",),
 }
 # Fields that no consumer's parameter is named after -> what becomes of them.
 BY_THE_RUN = {

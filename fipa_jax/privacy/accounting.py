@@ -1,0 +1,153 @@
+"""How much privacy do rounds spend? (epsilon, delta) of sums under Gaussian noise, for all rounds together.
+
+Where all clients take part in every round the answer is a closed form: T rounds of multiplier z are one Gaussian
+mechanism of mu = sqrt(T) / z (Dong, Roth and Su 2022), and Balle and Wang (2018, theorem 8) give its delta exactly.
+Where clients are sampled the privacy loss is composed numerically by the package dp-accounting (extra `dp`), whose
+answer is an upper bound.
+"""
+
+import functools
+import math
+from statistics import NormalDist
+from typing import NamedTuple
+
+from fipa_jax import installed
+
+SEARCH = 60  # halvings of an interval
+COARSE = 12  # the same, of one whose function takes seconds: to a part in 4000 of the interval
+RESERVE = 0.01  # share of delta that is kept for rounds in which more clients would be drawn than find room
+
+
+class Plan(NamedTuple):
+    """What is released of the clients, and how often."""
+
+    noise: float  # z, of every round's sum
+    delta: float
+    rate: float = 1.0  # q, the probability with which a client takes part in a round; 1: all do
+    released: float = 0.0  # mu = 1 / z of one further sum over all clients, such as a covariance; 0 for none
+
+
+def gaussian_delta(mu: float, epsilon: float) -> float:
+    """The delta of a Gaussian mechanism of mu = sensitivity / deviation: exact.
+
+    Phi(mu / 2 - epsilon / mu) - e^epsilon Phi(-mu / 2 - epsilon / mu).
+    """
+    phi = NormalDist().cdf
+    return phi(mu / 2 - epsilon / mu) - math.exp(epsilon + math.log(max(phi(-mu / 2 - epsilon / mu), 1e-320)))
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """The epsilon of a Gaussian mechanism at this delta; infinite for mu that is."""
+    if not mu < math.inf:
+        return math.inf
+    if mu == 0 or gaussian_delta(mu, 0.0) <= delta:
+        return 0.0
+    most = mu * (mu / 2 - NormalDist().inv_cdf(delta))  # where the first term alone is delta
+    return _least(lambda epsilon: gaussian_delta(mu, epsilon) <= delta, 0.0, most, SEARCH)
+
+
+def epsilon_of(plan: Plan, rounds: int) -> float:
+    """The epsilon that so many rounds have spent at the plan's delta.
+
+    Example:
+      epsilon_of(Plan(noise=3.0, delta=1e-3), 10)  # 3.350
+
+    Raises:
+      ImportError: clients are sampled, and dp-accounting is not installed.
+    """
+    if plan.rate == 1:
+        of_rounds = math.sqrt(rounds) / plan.noise if rounds else 0.0
+        return gaussian_epsilon(math.hypot(of_rounds, plan.released), plan.delta)
+    return _composed(plan, rounds).get_epsilon(plan.delta)
+
+
+def noise_for(epsilon: float, rounds: int, plan: Plan) -> float:
+    """The least noise multiplier z with which so many rounds stay within epsilon.
+
+    Args:
+      plan: with all but its noise.
+
+    Raises:
+      ValueError: what is released besides is too much alone.
+      ImportError: see `epsilon_of`.
+    """
+    mu = mu_for(epsilon, plan.delta)
+    if plan.released >= mu:
+        raise ValueError(f"privacy.epsilon: what is released besides the rounds spends all of {epsilon} by itself")
+    everybody = math.sqrt(rounds) / math.sqrt(mu**2 - plan.released**2)  # sampling needs no more
+    if plan.rate == 1:
+        return everybody * (1 + 1e-9)
+
+    def enough(log_noise: float) -> bool:
+        return epsilon_of(plan._replace(noise=math.exp(log_noise)), rounds) <= epsilon
+
+    least = max(everybody * plan.rate, 0.3)  # of less noise there is no amplification to speak of
+    return math.exp(_least(enough, math.log(min(least, everybody)), math.log(everybody), COARSE))
+
+
+def mu_for(epsilon: float, delta: float) -> float:
+    """The mu of the Gaussian mechanism that has this epsilon at this delta."""
+    high = 1.0
+    while gaussian_epsilon(high, delta) < epsilon:
+        high *= 2
+    return -_least(lambda mu: gaussian_epsilon(-mu, delta) <= epsilon, -high, 0.0, SEARCH)
+
+
+def affordable(epsilon: float, most: int, plan: Plan) -> int:
+    """So many rounds, up to `most`, stay within epsilon."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if epsilon_of(plan, middle) <= epsilon * (1 + 1e-9) else (low, middle)
+    return low
+
+
+def most_drawn(clients: int, rate: float, chance: float) -> int:
+    """The least number of clients that Poisson sampling exceeds with no more than this probability in a round."""
+    tail = 0.0
+    for number in range(clients, 0, -1):
+        log_ways = math.lgamma(clients + 1) - math.lgamma(number + 1) - math.lgamma(clients - number + 1)
+        left_out = (clients - number) * math.log1p(-rate) if number < clients else 0.0
+        tail += math.exp(log_ways + number * math.log(rate) + left_out)
+        if tail > chance:
+            return number
+    return 1
+
+
+def room_for(clients: int, rate: float, rounds: int, epsilon: float, delta: float) -> int:
+    """How many clients a round has room for, so that leaving out further ones costs `RESERVE` of delta at most.
+
+    A run that leaves clients out differs from one that does not with a probability of at most p T in T rounds, on both
+    of two neighbouring data sets: it is (epsilon, delta + (1 + e^epsilon) p T)-private where the other is (epsilon,
+    delta)-private.
+    """
+    return most_drawn(clients, rate, RESERVE * delta / (rounds * (1 + math.exp(min(epsilon, 50.0)))))
+
+
+def _composed(plan: Plan, rounds: int):
+    """The accountant after so many rounds, and what is released besides."""
+    pld, events = _dp_accounting()
+    accountant = pld.PLDAccountant()
+    if plan.released:
+        accountant.compose(events.GaussianDpEvent(1 / plan.released))
+    if rounds:
+        one = events.PoissonSampledDpEvent(plan.rate, events.GaussianDpEvent(plan.noise))
+        accountant.compose(one, rounds)
+    return accountant
+
+
+@functools.cache
+def _dp_accounting():
+    try:
+        from dp_accounting import dp_event, pld
+    except ImportError as error:
+        raise ImportError(installed.missing("dp", "privacy.sampling = 'poisson'", "dp-accounting")) from error
+    return pld, dp_event
+
+
+def _least(holds, low: float, high: float, halvings: int) -> float:
+    """The least number between low and high from which on something holds; it does at `high`."""
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high

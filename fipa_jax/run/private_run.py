@@ -1,0 +1,328 @@
+"""How is a phase private? What it must not ask for, the channel, the noise that its budget affords, and what it spends.
+
+What may be shown of such a run is made of the noisy sums alone: the model, the figures of the test set, epsilon. What
+must stay with the server is what the run needs to go on: checkpoints, `origin.json`, and the secret of its noise.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from fipa_jax import trees
+from fipa_jax.client.local_solver import LocalSolver
+from fipa_jax.curvature.sketch import make_sketch
+from fipa_jax.federation.channel import Channel
+from fipa_jax.federation.parallel import make_mesh, replicate
+from fipa_jax.federation.parts import Parts, Rates
+from fipa_jax.federation.population import OnHost
+from fipa_jax.federation.state import State
+from fipa_jax.lookup import lookup
+from fipa_jax.privacy import accounting, mechanism, noisy_sum
+from fipa_jax.privacy.accounting import Plan
+from fipa_jax.privacy.mechanism import Frame, whitened
+from fipa_jax.privacy.noisy_sum import PrivacyRates, Spent
+from fipa_jax.reporting import console
+from fipa_jax.tasks.task import Problem, Task
+
+RELEASE = 0x4E1E  # a stream of the secret key
+WHITENINGS = {
+    "none": "clients train the parameters as they are",
+    "public": "by the curvature at public examples, anew in each round",
+    "release": "by the second moments of all clients' features, released once under noise",
+}
+SAMPLINGS = {"all": "every client, in every round", "poisson": "each client by chance, by itself"}
+
+
+def is_private(settings: ConfigDict) -> bool:
+    """Whether a phase has a budget."""
+    return settings.privacy.epsilon > 0
+
+
+def check(config: ConfigDict, settings: ConfigDict) -> None:
+    """Refuses what a noisy sum cannot serve, and what would say something of single clients, before data are loaded.
+
+    Raises:
+      ValueError: names the config field, and what to set it to.
+    """
+    if not is_private(settings):
+        return
+    lookup(SAMPLINGS, settings.privacy.sampling, "config.fipa.privacy.sampling")
+    lookup(WHITENINGS, settings.privacy.whitening, "config.fipa.privacy.whitening")
+    wrong = _by_single_clients(settings) | _shows_clients(config, settings) | _of_sampling(config, settings)
+    wrong |= _of_whitening(settings) if settings.privacy.whitening != "none" else {}
+    for field, (is_wrong, words) in wrong.items():
+        if is_wrong:
+            raise ValueError(f"config.{field}: {words} (config.fipa.privacy.epsilon asks for privacy)")
+
+
+def _by_single_clients(settings: ConfigDict) -> dict[str, tuple[bool, str]]:
+    """{field: (whether it is wrong, why)} of what would look at one client's message, or at what it keeps."""
+    faults = {name: rate for name, rate in settings.faults.items() if name != "scale_by"}
+    return {
+        "fipa.aggregator.name": (
+            settings.aggregator.name != "mean",
+            f"{settings.aggregator.name!r} looks at single messages, and behind a noisy sum there is one; set it to "
+            "'mean' (the method 'fedavg'), and privacy.whitening to 'public' for curvature",
+        ),
+        "fipa.late.share": (settings.late.share > 0, "a late client would be clipped about another model; set it to 0"),
+        "fipa.faults": (any(faults.values()), "nobody may see which upload is faulty; set all of them to 0"),
+        "fipa.term.name": (
+            settings.term.name not in ("none", "prox"),
+            f"{settings.term.name!r} keeps what single clients send, or looks into their examples; set it to 'none'",
+        ),
+        "fipa.pooled": (settings.pooled, "one client holds all examples, and its data are what is protected"),
+        "fipa.least_clients": (settings.least_clients > 1, "a skipped round would tell how many came; set it to 1"),
+    }
+
+
+def _shows_clients(config: ConfigDict, settings: ConfigDict) -> dict[str, tuple[bool, str]]:
+    """The same of what would publish figures of the clients' own data."""
+    return {
+        "eval.clients_every": (config.eval.clients_every > 0, "figures of the clients' own examples leak; set it to 0"),
+        "personal.compare": (bool(config.personal.compare), "models of single clients leak; set it to ()"),
+        "fipa.privacy.epsilon": (
+            config.warmup.rounds > 0,
+            "the warm-up trains on the same clients without privacy; set warmup.rounds to 0, and start from a model of "
+            "public data with init_from",
+        ),
+        "chunk": (config.chunk < 0, "the seconds of clients' work would steer the run; set it to 1 or more"),
+    }
+
+
+def _of_sampling(config: ConfigDict, settings: ConfigDict) -> dict[str, tuple[bool, str]]:
+    """The same of who takes part."""
+    poisson = settings.privacy.sampling == "poisson"
+    return {
+        "cohort": (
+            poisson != (config.cohort > 0),
+            "with privacy.sampling = 'poisson' it is the expected number of clients in a round and needs 1 or more; "
+            "with 'all' it needs 0",
+        ),
+        "examples_on": (poisson and config.examples_on == "host", "sampled rounds have their data on the device"),
+    }
+
+
+def _of_whitening(settings: ConfigDict) -> dict[str, tuple[bool, str]]:
+    """The same of clients that train in whitened coordinates."""
+    return {
+        "fipa.local.weight_decay": (
+            settings.local.weight_decay > 0,
+            "it would pull the whitened change to 0; set it to 0",
+        ),
+        "fipa.also_trained": (bool(settings.also_trained), "only what is sent has whitened coordinates; set it to ''"),
+        "fipa.privacy.whitening": (
+            settings.privacy.whitening == "release" and not settings.cache_body,
+            "'release' is of the features before one dense layer; set cache_body = True and trainable to that layer",
+        ),
+    }
+
+
+def cohort_of(config: ConfigDict, settings: ConfigDict, num_clients: int) -> int:
+    """C, the clients for which a phase's round has room."""
+    if not (is_private(settings) and settings.privacy.sampling == "poisson" and config.cohort < num_clients):
+        return config.cohort or num_clients
+    rounds, privacy = max(settings.rounds, 1), settings.privacy
+    rate = config.cohort / num_clients
+    return accounting.room_for(num_clients, rate, rounds, privacy.epsilon, privacy.delta)
+
+
+def channel_of(config: ConfigDict, settings: ConfigDict, task: Task, num_clients: int) -> Channel:
+    """The channel of a private phase."""
+    frame_of, released = noisy_sum.no_frame, None
+    if settings.privacy.whitening == "public":
+        frame_of = functools.partial(_public_frame, task, settings.privacy.rank)
+    if settings.privacy.whitening == "release":
+        frame_of, released = noisy_sum.released_frame, True
+    sampled = settings.privacy.sampling == "poisson"
+    return noisy_sum.private(float(config.cohort or num_clients), sampled, frame_of, released)
+
+
+def local_in_frame(local: LocalSolver, settings: ConfigDict) -> LocalSolver:
+    """The local solver in the phase's coordinates."""
+    whitens = is_private(settings) and settings.privacy.whitening != "none"
+    return noisy_sum.in_frame(local) if whitens else local
+
+
+def _public_frame(task: Task, rank: int, params: dict, spent: Spent, rates: PrivacyRates) -> Frame:
+    """The frame of the curvature at public examples, as the model has it now: it needs no labels."""
+    of_all = make_sketch(
+        lambda theta, batch: task.outputs(trees.nested(theta), batch)[0],
+        task.loss,
+        rank=min(rank, trees.ravel(params).size),
+        solver="auto",
+        probes=0,
+    )
+    sketch = of_all(jax.random.key(0), params, rates.public)
+    return whitened(sketch, rates.damping)
+
+
+def rates_of(settings: ConfigDict, dtype: str, public: dict | None) -> PrivacyRates | None:
+    """The traced numbers of a phase's channel, before its noise is known: as they are they afford no round."""
+    if not is_private(settings):
+        return None
+    if settings.privacy.whitening == "public" and public is None:
+        raise ValueError(
+            "privacy.whitening: 'public' needs examples that are no client's, and this task has none; for images name "
+            "a set in config.data.public, or set it to 'none'"
+        )
+    given = settings.privacy
+    clip, damping = (jnp.asarray(value, dtype) for value in (given.clip, given.damping))
+    seen = public if given.whitening == "public" else ()
+    return PrivacyRates(jax.random.key(0), clip, jnp.zeros([], dtype), jnp.ones([], dtype), damping, jnp.int32(0), seen)
+
+
+class Budget(NamedTuple):
+    """What a phase may spend, and what its rows say."""
+
+    rounds: int  # that it affords; as many as asked for where nothing is private
+    of_row: Callable[[dict, dict], dict]  # (row, info) -> the row as it may be shown
+
+
+def unlimited(settings: ConfigDict) -> Budget:
+    """The budget of a phase that is not private."""
+    return Budget(settings.rounds, lambda row, info: row)
+
+
+def check_people(experiment: Any, settings: ConfigDict, parts: Parts) -> None:
+    """Refuses clients and models that a private phase cannot serve, once they are known."""
+    if not is_private(settings):
+        return
+    given, clients = settings.privacy, parts.num_clients
+    if given.delta >= 1 / clients:
+        raise ValueError(
+            f"privacy.delta: {given.delta} would allow to publish one client as a whole; set it well below 1 / "
+            f"{clients}, one over the number of clients"
+        )
+    if jax.process_count() > 1:
+        raise ValueError("privacy.epsilon: the secret of the noise is one process's; run in a single process")
+    if given.sampling == "poisson" and isinstance(experiment.population, OnHost):
+        raise ValueError("privacy.sampling: 'poisson' needs config.examples_on = 'device'")
+    if given.whitening != "none":
+        _check_whole(experiment, settings)
+
+
+def _check_whole(experiment: Any, settings: ConfigDict) -> None:
+    """Refuses a phase whose trained parameters do not give the outputs by themselves."""
+    chosen = trees.select(experiment.params, settings.trainable)
+    if not settings.cache_body and len(chosen) < len(jax.tree.leaves(experiment.params)):
+        raise ValueError(
+            "privacy.whitening: needs trainable to name all parameters, or cache_body = True and the head alone"
+        )
+    if settings.privacy.whitening == "release" and len({path.rpartition("/")[0] for path in chosen}) > 1:
+        raise ValueError(f"privacy.whitening: 'release' is for one dense layer, and trainable names {list(chosen)}")
+
+
+def begin(experiment: Any, settings: ConfigDict, rates: Rates, state: State, entropy: Callable[[], int]):
+    """(rates, state, budget) with which a phase begins or goes on, its noise known.
+
+    Args:
+      entropy: the secret of the phase, the same whenever it goes on.
+
+    Raises:
+      ValueError: the phase was stopped with another noise than it would go on with.
+    """
+    if not is_private(settings):
+        return rates, state, unlimited(settings)
+    given, plan, mesh = settings.privacy, plan_of(experiment, settings), make_mesh(experiment.config.devices)
+    rounds = settings.rounds
+    if given.noise_multiplier:
+        rounds = accounting.affordable(given.epsilon, rounds, plan)
+    old = rates.channel.privacy
+    new = old._replace(
+        secret=_key_of(entropy(), experiment.config, settings),
+        noise=jnp.asarray(plan.noise, old.noise.dtype),
+        rate=jnp.asarray(plan.rate, old.rate.dtype),
+        rounds=jnp.int32(rounds),
+    )
+    state = _goes_on(state, plan) if int(state.history.rounds) else _begun(experiment, settings, plan, new, state)
+    console.attempt("the budget", print, _in_words(given, plan))
+    if rounds < settings.rounds:
+        logging.warning("the budget affords %d of %d rounds, and the phase stops then", rounds, settings.rounds)
+    rates = rates._replace(channel=rates.channel._replace(privacy=new))
+    budget = Budget(rounds, functools.partial(_private_row, functools.cache(_spent_by(plan)), given.delta))
+    return (
+        replicate(rates, mesh),
+        state._replace(history=replicate(jax.tree.map(jnp.copy, state.history), mesh)),
+        budget,
+    )
+
+
+def plan_of(experiment: Any, settings: ConfigDict) -> Plan:
+    """What a private phase releases, its noise the least that its budget allows unless the config says it."""
+    given, clients = settings.privacy, experiment.population.num_examples.size
+    rate = experiment.config.cohort / clients if given.sampling == "poisson" else 1.0
+    delta = given.delta * (1 - accounting.RESERVE) if rate < 1 else given.delta
+    share = given.release_share if given.whitening == "release" else 0.0
+    plan = Plan(given.noise_multiplier, delta, rate, math.sqrt(share) * accounting.mu_for(given.epsilon, delta))
+    if plan.noise:
+        return plan
+    return plan._replace(noise=accounting.noise_for(given.epsilon, settings.rounds, plan))
+
+
+def _in_words(given: ConfigDict, plan: Plan) -> str:
+    who = "all clients" if plan.rate == 1 else f"each client with probability {plan.rate:.3g}"
+    within = f"epsilon {given.epsilon:g} at delta {given.delta:g}"
+    return f"private: {who}, clip {given.clip:g}, noise multiplier {plan.noise:.4g}, within {within}"
+
+
+def _spent_by(plan: Plan) -> Callable[[int], float]:
+    return lambda rounds: accounting.epsilon_of(plan, rounds)
+
+
+def _private_row(spent: Callable[[int], float], delta: float, row: dict, info: dict) -> dict:
+    """A round's row with what has been spent so far, and without the seconds, which tell how many clients worked."""
+    kept = {name: value for name, value in row.items() if not name.startswith(("seconds_", "rounds_released"))}
+    return kept | {"epsilon": spent(int(info["rounds_released"])), "delta": delta}
+
+
+def _key_of(entropy: int, config: ConfigDict, settings: ConfigDict) -> jax.Array:
+    """The secret key: another for another config, so that two sums never have the same noise."""
+    said = f"{entropy:x} {config.to_json_best_effort(sort_keys=True)} {settings.to_json_best_effort(sort_keys=True)}"
+    words = np.frombuffer(hashlib.sha256(said.encode()).digest()[:8], np.uint32)
+    return jax.random.wrap_key_data(jnp.asarray(words))
+
+
+def _goes_on(state: State, plan: Plan) -> State:
+    """The state as it was, whose noise must be what the budget is counted by."""
+    noise = float(state.history.noise)
+    if not math.isclose(noise, plan.noise, rel_tol=1e-5):
+        raise ValueError(
+            f"--resume: the run's rounds so far had the noise multiplier {noise:.6g}, and would now have "
+            f"{plan.noise:.6g}; set the fields of fipa.privacy, fipa.rounds and config.cohort to what they were"
+        )
+    return state
+
+
+def _begun(experiment: Any, settings: ConfigDict, plan: Plan, numbers: PrivacyRates, state: State) -> State:
+    """The state before the first round, with what is released once."""
+    frame = ()
+    if plan.released:
+        moments = second_moments(experiment, settings)
+        key = jax.random.fold_in(numbers.secret, RELEASE)
+        frame = mechanism.released_frame(key, moments, 1 / plan.released, numbers.damping)
+    return state._replace(history=Spent(state.history.rounds, numbers.noise, frame))
+
+
+def second_moments(experiment: Any, settings: ConfigDict) -> jax.Array:
+    """[T, D, D], of each client (1/N_m) sum_n phi_n phi_n^T, phi what the trained dense layer multiplies.
+
+    That is the body's features, behind a 1 where the layer has a bias.
+    """
+    features = np.asarray(experiment.population.data["body"])
+    if len(trees.select(experiment.params, settings.trainable)) > 1:
+        features = np.concatenate([np.ones_like(features[:, :1]), features], axis=1)
+    clients = experiment.problem.clients
+    return jnp.stack([jnp.asarray(features[own].T @ features[own] / max(len(own), 1)) for own in clients])
+
+
+def as_shown(problem: Problem) -> Problem:
+    """The problem without what says something of the clients' data: for pictures and tables."""
+    return problem._replace(baseline=None, clients=())

@@ -1,0 +1,94 @@
+"""What rounds spend, against quadrature of the definition and against figures that were computed elsewhere."""
+
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+
+from fipa_jax.privacy import accounting
+from fipa_jax.privacy.accounting import Plan
+
+needs_dp = pytest.mark.skipif(
+    importlib.util.find_spec("dp_accounting") is None, reason="dp-accounting, the extra `dp`, is not installed"
+)
+
+
+def normal(x, mean, deviation):
+    return np.exp(-(((x - mean) / deviation) ** 2) / 2) / deviation / math.sqrt(2 * math.pi)
+
+
+def delta_by_quadrature(epsilon, noise, rate=1.0):
+    """max over the two directions of int max(0, p - e^epsilon q), the definition, for one round."""
+    x = np.linspace(-30 * noise, 30 * noise + 1, 400_001)
+    without = normal(x, 0, noise)
+    with_one = (1 - rate) * without + rate * normal(x, 1, noise)
+    gaps = [np.maximum(p - np.exp(epsilon) * q, 0) for p, q in ((with_one, without), (without, with_one))]
+    return max(np.trapezoid(gap, x) for gap in gaps)
+
+
+@pytest.mark.parametrize(("noise", "rounds"), [(3.0, 1), (3.0, 10), (0.7, 1), (20.0, 50)])
+def test_full_participation_is_the_definition(noise, rounds):
+    epsilon = accounting.epsilon_of(Plan(noise, 1e-3), rounds)
+    assert delta_by_quadrature(epsilon, noise / math.sqrt(rounds)) == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_figures_that_were_computed_elsewhere():
+    """By dp-accounting's accountant of privacy loss distributions."""
+    assert accounting.epsilon_of(Plan(3.0, 1e-3), 10) == pytest.approx(3.350, abs=1e-3)
+    assert accounting.epsilon_of(Plan(8.0, 1e-3), 40) == pytest.approx(2.352, abs=1e-3)
+
+
+def test_the_noise_spends_what_it_was_asked_to():
+    for released in (0.0, 0.5):
+        plan = Plan(0.0, 1e-3, released=released)
+        plan = plan._replace(noise=accounting.noise_for(8.0, 20, plan))
+        assert accounting.epsilon_of(plan, 20) == pytest.approx(8.0, rel=1e-6)
+        assert accounting.affordable(8.0, 100, plan) == 20
+        assert accounting.epsilon_of(plan, 19) < 8 < accounting.epsilon_of(plan, 21)
+    with pytest.raises(ValueError, match="spends all of"):
+        accounting.noise_for(1.0, 20, Plan(0.0, 1e-3, released=10.0))
+
+
+def test_nothing_released_costs_nothing_and_no_noise_everything():
+    assert accounting.epsilon_of(Plan(1.0, 1e-3), 0) == 0
+    assert accounting.gaussian_epsilon(math.inf, 1e-3) == math.inf
+    assert accounting.gaussian_epsilon(1e-6, 1e-3) == 0
+
+
+def test_room_for_the_clients_that_sampling_draws():
+    """Against the binomial distribution summed in full."""
+    clients, rate, chance = 40, 0.2, 1e-6
+    ways = np.array([math.comb(clients, k) * rate**k * (1 - rate) ** (clients - k) for k in range(clients + 1)])
+    most = accounting.most_drawn(clients, rate, chance)
+    assert ways[most + 1 :].sum() <= chance < ways[most:].sum()
+    assert accounting.most_drawn(5, 0.5, 0.0) == 5
+    few, more = (accounting.room_for(100, 0.2, rounds, 8.0, 1e-3) for rounds in (1, 1000))
+    assert 20 < few < more < 100
+
+
+@needs_dp
+def test_sampled_rounds_are_the_definition_and_compose():
+    one = Plan(1.5, 1e-3, rate=0.3)
+    epsilon = accounting.epsilon_of(one, 1)
+    assert delta_by_quadrature(epsilon, 1.5, 0.3) == pytest.approx(1e-3, rel=2e-2)
+    assert accounting.epsilon_of(Plan(1.7889, 1e-3, rate=0.2), 20) == pytest.approx(1.666, abs=1e-3)
+
+
+@needs_dp
+def test_the_accountant_of_sampled_rounds_is_above_the_closed_form_by_little():
+    """A rate just below one, and what is released besides."""
+    sampled = Plan(3.0, 1e-3, rate=1 - 1e-9, released=0.5)
+    assert accounting.epsilon_of(sampled, 4) == pytest.approx(
+        accounting.epsilon_of(sampled._replace(rate=1.0), 4), rel=1e-3
+    )
+
+
+@needs_dp
+@pytest.mark.slow
+def test_the_noise_of_sampled_rounds_is_less_and_within_budget():
+    plan = Plan(0.0, 1e-3, rate=0.2)
+    noise = accounting.noise_for(3.0, 10, plan)
+    assert noise < accounting.noise_for(3.0, 10, Plan(0.0, 1e-3))
+    spent = accounting.epsilon_of(plan._replace(noise=noise), 10)
+    assert 0.97 * 3 < spent <= 3

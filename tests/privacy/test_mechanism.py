@@ -1,0 +1,104 @@
+"""Clipping, noise and whitening, against dense float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.privacy import mechanism
+
+SIZE = 6
+NUMBERS = st.one_of(
+    st.floats(width=32), st.sampled_from([np.nan, np.inf, -np.inf, 1e30, -1e30, 3.4e38, 1e-45, 0.0, -0.0])
+)
+CLIP = jax.jit(mechanism.clipped)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(NUMBERS, min_size=SIZE, max_size=SIZE), st.sampled_from([1e-3, 0.3, 1.0, 50.0]))
+def test_no_vector_is_longer_than_the_bound_once_it_is_clipped(entries, bound):
+    vector = np.array(entries, np.float32)
+    clipped = np.asarray(CLIP(vector, bound), np.float64)
+    assert np.all(np.isfinite(clipped)) and np.linalg.norm(clipped) <= np.float32(bound)
+    if not np.all(np.isfinite(vector)):
+        assert not clipped.any()
+    elif np.linalg.norm(vector.astype(float)) < 0.999 * bound:
+        np.testing.assert_array_equal(clipped, vector)
+    elif vector.any():
+        cosine = clipped @ vector.astype(float) / np.linalg.norm(clipped) / np.linalg.norm(vector.astype(float))
+        assert cosine > 1 - 1e-5 and np.linalg.norm(clipped) > 0.998 * bound
+
+
+def test_one_client_more_or_less_moves_a_sum_by_the_bound_at_most():
+    draw = np.random.default_rng(0)
+    rows = draw.normal(size=(5, SIZE)).astype(np.float32) * np.array([[1e-3], [1], [1e30], [np.nan], [10]])
+    present = np.array([True, True, True, True, False])
+    total = jax.jit(lambda rows, present: mechanism.noisy_sum(jax.random.key(0), rows, present, 0.5, 2.0))
+    with_all = np.asarray(total(rows.astype(np.float32), present), np.float64)
+    for client in range(5):
+        others = present.copy()
+        others[client] ^= True
+        without = np.asarray(total(rows.astype(np.float32), others), np.float64)
+        assert np.linalg.norm(with_all - without) <= 0.5 * (1 + 1e-5)  # the same noise in both
+
+
+def test_the_noise_is_of_the_multiplier_times_the_bound():
+    blank = jnp.zeros([2, 40_000])
+    noise = np.asarray(mechanism.noisy_sum(jax.random.key(1), blank, jnp.zeros(2, bool), 0.5, 3.0))
+    assert noise.std() == pytest.approx(1.5, rel=0.02) and abs(noise.mean()) < 0.04
+    again = mechanism.noisy_sum(jax.random.key(1), blank, jnp.ones(2, bool), 0.5, 3.0)
+    np.testing.assert_array_equal(noise, again)  # whoever is there
+
+
+def test_a_symmetric_matrix_has_the_norm_of_its_vector(x64):
+    draw = np.random.default_rng(2)
+    one, other = (half + half.T for half in draw.normal(size=(2, 5, 5)))
+    vectors = [np.asarray(mechanism.svec(jnp.asarray(matrix))) for matrix in (one, other)]
+    assert vectors[0] @ vectors[1] == pytest.approx(np.sum(one * other))
+    np.testing.assert_allclose(mechanism.smat(jnp.asarray(vectors[0]), 5), one, atol=1e-14)
+
+
+def test_white_noise_on_the_vector_reaches_the_edge_that_eigenvalues_are_lifted_to(x64):
+    """The largest of a Gaussian orthogonal ensemble: about sigma sqrt(2 s), a little below for finite s."""
+    size, sigma = 120, 0.3
+    noise = sigma * np.random.default_rng(3).normal(size=size * (size + 1) // 2)
+    values, vectors = mechanism.above_noise(mechanism.smat(jnp.asarray(noise), size), sigma)
+    edge = sigma * np.sqrt(2 * size)
+    assert np.linalg.eigvalsh(np.asarray(mechanism.smat(jnp.asarray(noise), size))).max() == pytest.approx(
+        edge, rel=0.1
+    )
+    assert np.asarray(values).min() >= edge * (1 - 1e-12)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(size), atol=1e-12)
+
+
+def test_blocks_have_the_joint_multiplier_that_was_split():
+    parts = mechanism.split_multiplier(1.7, [0.2, 0.5, 0.3])
+    assert mechanism.joint_multiplier(parts) == pytest.approx(1.7)
+    assert mechanism.joint_multiplier([3.0]) == pytest.approx(3.0)
+
+
+def test_a_whitened_frame_is_the_inverse_root_of_the_curvature(x64):
+    draw = np.random.default_rng(4)
+    half = draw.normal(size=(SIZE, 3))
+    values, vectors = np.linalg.eigh(half @ half.T)
+    frame = mechanism.whitened(Sketch(jnp.asarray(values[::-1][:3]), jnp.asarray(vectors[:, ::-1][:, :3])), 0.1)
+    turned = vectors / np.sqrt(np.maximum(values, 0) / 0.1 + 1) @ vectors.T
+    change = draw.normal(size=SIZE)
+    np.testing.assert_allclose(mechanism.out_of(frame, jnp.asarray(change)), turned @ change, atol=1e-12)
+    plain = mechanism.plain_frame(SIZE, 2, jnp.float64)
+    np.testing.assert_array_equal(mechanism.out_of(plain, jnp.asarray(change)), change)
+
+
+def test_a_released_frame_without_noise_whitens_each_output_of_a_dense_layer_alike(x64):
+    draw = np.random.default_rng(5)
+    phi = draw.normal(size=(7, 4, 3))  # [T, N, D]
+    moments = np.einsum("tnd,tne->tde", phi, phi) / 4
+    frame = mechanism.released_frame(jax.random.key(0), jnp.asarray(moments), 1e-12, 0.2)
+    mean = np.mean([one / max(np.linalg.norm(one), 1) for one in moments], axis=0)
+    values, vectors = np.linalg.eigh(mean / 0.2 + np.eye(3))
+    change = draw.normal(size=(3, 5))
+    wanted = vectors / np.sqrt(values) @ vectors.T @ change
+    np.testing.assert_allclose(mechanism.out_of(frame, jnp.asarray(change.ravel())), wanted.ravel(), rtol=1e-4)

@@ -1,0 +1,128 @@
+"""A private run: what it says and hides, what it refuses, and that it neither overspends nor spends twice."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from helpers.runs import tiny
+
+from fipa_jax.privacy import accounting
+from fipa_jax.run import experiment, whole_run
+from fipa_jax.saving.journal import SECRETS
+
+WHITENED = "fedavg:privacy.whitening=public:privacy.rank=5:local.lr=1"
+OPTIONAL = pytest.mark.skipif(
+    importlib.util.find_spec("dp_accounting") is None, reason="dp-accounting, the extra `dp`, is not installed"
+)
+
+
+def private(**fields):
+    """Three private rounds with six clients."""
+    config = tiny(compare=("fedavg", WHITENED), cohort=0)
+    config.task.num_clients, config.eval.clients_every, config.fipa.rounds = 6, 0, 3
+    config.fipa.privacy.epsilon, config.fipa.privacy.delta = 8.0, 1e-2
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def rows_in(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("private")
+    return folder, whole_run.run(private(), folder)
+
+
+def test_rows_say_what_is_spent_and_nothing_of_single_clients(ended):
+    folder, summary = ended
+    rows = rows_in(folder)
+    plan = accounting.Plan(accounting.noise_for(8.0, 3, accounting.Plan(0.0, 1e-2)), 1e-2)
+    spent = [row["epsilon"] for row in rows if row["run"] == "fedavg"]
+    np.testing.assert_allclose(spent, [accounting.epsilon_of(plan, rounds) for rounds in (1, 2, 3)])
+    assert spent[-1] <= 8
+    allowed = ("run", "round", "test_", "bytes_", "skipped", "epsilon", "delta")
+    assert not [name for row in rows for name in row if not name.startswith(allowed)]
+    assert summary["runs"][WHITENED]["epsilon"] == spent[-1] and summary["runs"]["fedavg"]["delta"] == 1e-2
+    assert not (folder / "split.png").exists() and "constant" not in json.loads((folder / "start.json").read_text())
+    secrets = json.loads((folder / SECRETS).read_text())
+    assert len(set(secrets.values())) == 2 and (folder / SECRETS).stat().st_mode & 0o077 == 0
+
+
+def test_the_seed_does_not_tell_the_noise(ended, tmp_path):
+    whole_run.run(private(compare=("fedavg",)), tmp_path)
+    figures = [row["test_mse"] for row in rows_in(tmp_path)]
+    assert figures != [row["test_mse"] for row in rows_in(ended[0]) if row["run"] == "fedavg"]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e6])
+def test_a_run_that_goes_on_has_the_same_noise_and_no_other_budget(tmp_path, seconds):
+    """Killed after two rounds, with checkpoints of them or with none, it is the run that was not killed."""
+    config = private(compare=("fedavg",), **{"checkpoint.seconds": seconds})
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    for name in ("whole", "cut"):
+        (tmp_path / name / SECRETS).write_text(json.dumps({"fedavg": 12345}))
+    whole_run.run(config, tmp_path / "whole")
+
+    def stop(row):
+        if row["round"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        whole_run.run(config, tmp_path / "cut", on_row=stop)
+    whole_run.run(config, tmp_path / "cut")
+    figures = [[(row["test_mse"], row["epsilon"]) for row in rows_in(tmp_path / name)] for name in ("whole", "cut")]
+    assert figures[0] == figures[1]
+
+
+def test_the_phase_stops_when_the_budget_is_spent(tmp_path):
+    config = private(compare=("fedavg",), **{"fipa.privacy.noise_multiplier": 1.0, "fipa.privacy.epsilon": 4.0})
+    plan = accounting.Plan(1.0, 1e-2)
+    affords = accounting.affordable(4.0, 3, plan)
+    assert 0 < affords < 3
+    whole_run.run(config, tmp_path)
+    rows = rows_in(tmp_path)
+    assert len(rows) == affords and rows[-1]["epsilon"] <= 4 < accounting.epsilon_of(plan, affords + 1)
+
+
+@OPTIONAL
+def test_sampled_clients(tmp_path):
+    fields = {
+        "cohort": 2,
+        "fipa.privacy.sampling": "poisson",
+        "fipa.privacy.noise_multiplier": 2.0,
+        "rounds_per_call": 2,
+    }
+    whole_run.run(private(compare=("fedavg",), **fields), tmp_path)
+    rows = rows_in(tmp_path)
+    assert len(rows) == 3 and 0 < rows[0]["epsilon"] < rows[2]["epsilon"] <= 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"compare": ("fipa",)}, r"aggregator\.name: 'fipa' looks at single messages"),
+        ({"compare": ("fedavg:late.share=0.5",)}, r"late\.share: a late client"),
+        ({"compare": ("fedavg:faults.nan=0.5",)}, r"faults: nobody may see"),
+        ({"compare": ("fedavg:term.name=scaffold",)}, r"term\.name: 'scaffold' keeps what single clients send"),
+        ({"compare": ("centralised",)}, r"aggregator\.name|pooled"),
+        ({"fipa.least_clients": 2}, r"least_clients: a skipped round would tell"),
+        ({"eval.clients_every": 1}, r"eval\.clients_every: figures of the clients' own examples"),
+        ({"personal.compare": ("finetune",)}, r"personal\.compare: models of single clients"),
+        ({"warmup.rounds": 1}, r"privacy\.epsilon: the warm-up trains on the same clients"),
+        ({"chunk": -1}, r"chunk: the seconds"),
+        ({"cohort": 2}, r"cohort: with privacy\.sampling = 'poisson'"),
+        ({"fipa.privacy.sampling": "poisson"}, r"cohort: with privacy\.sampling = 'poisson'"),
+        ({"fipa.privacy.sampling": "some"}, r"privacy\.sampling"),
+        ({"compare": (f"{WHITENED}:local.weight_decay=0.1",)}, r"weight_decay: it would pull the whitened"),
+        ({"compare": (f"{WHITENED}:trainable=Dense_0",)}, r"privacy\.whitening: needs trainable to name all"),
+        ({"compare": ("fedavg:privacy.whitening=release",)}, r"privacy\.whitening: 'release' is of the features"),
+        ({"fipa.privacy.delta": 0.2}, r"privacy\.delta: 0\.2 would allow to publish one client"),
+    ],
+)
+def test_what_would_leak_is_refused_in_words(fields, words):
+    with pytest.raises(ValueError, match=words):
+        experiment.build(private(**fields))
