@@ -3,6 +3,7 @@
 from fipa_jax.aggregate.aggregator import Aggregator, Needs, compare, step_of, weights_of
 from fipa_jax.aggregate.fisher_informed import INFO, FipaState, fipa, fipa_step, from_solver
 from fipa_jax.aggregate.late_updates import LateUpdates
+from fipa_jax.aggregate.layerwise import INFO_OF_LAYERS, LayerOptions, kronecker
 from fipa_jax.aggregate.limits import Limits, capped, limited
 from fipa_jax.aggregate.past_rounds import Kind, PastRounds, latest, prior, remembering, targets
 from fipa_jax.aggregate.robust import geometric_median, krum, median, multi_krum, trimmed_mean
@@ -25,12 +26,14 @@ __all__ = [
     "AGGREGATORS",
     "FALLBACKS",
     "INFO",
+    "INFO_OF_LAYERS",
     "INFO_OF_SUMS",
     "REASONS",
     "Aggregator",
     "FipaState",
     "Kind",
     "LateUpdates",
+    "LayerOptions",
     "Limits",
     "Messages",
     "Needs",
@@ -54,6 +57,7 @@ __all__ = [
     "from_solver",
     "from_sums",
     "geometric_median",
+    "kronecker",
     "krum",
     "latest",
     "limited",

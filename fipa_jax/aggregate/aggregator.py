@@ -31,7 +31,7 @@ Place = Literal["broadcast", "local"]  # the parameters that clients receive, or
 class Needs(NamedTuple):
     """What the clients have to send beside their update and their number of examples."""
 
-    curvature: Literal["none", "sketch", "diagonal", "image"] = "none"
+    curvature: Literal["none", "sketch", "diagonal", "image", "layers", "layer_inputs"] = "none"
     at: Place = "broadcast"  # the parameters at which they see it
     loss: bool = False  # their loss at the broadcast parameters
     damping: bool = False  # the damping of their own steps

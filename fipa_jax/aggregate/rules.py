@@ -14,6 +14,7 @@ from fipa_jax.aggregate import robust
 from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Needs, Place, Weighting, compare, sound, weights_of
 from fipa_jax.aggregate.fisher_informed import fipa
 from fipa_jax.aggregate.late_updates import LateUpdates, freshness
+from fipa_jax.aggregate.layerwise import kronecker
 from fipa_jax.aggregate.screening import Received
 from fipa_jax.aggregate.sum_rule import from_sums
 from fipa_jax.curvature import contracts
@@ -106,6 +107,7 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "diagonal": diagonal,
     "fipa": fipa,
     "geometric_median": robust.geometric_median,
+    "kronecker": kronecker,
     "krum": robust.krum,
     "mean": mean,
     "median": robust.median,

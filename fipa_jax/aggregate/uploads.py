@@ -12,6 +12,7 @@ from fipa_jax import trees
 from fipa_jax.aggregate.row_blocks import padded, segments_of
 from fipa_jax.curvature import contracts
 from fipa_jax.curvature.common_basis import Image
+from fipa_jax.curvature.layer_factors import LayerFactors, layers_of
 from fipa_jax.curvature.sketch import FLAGS, STORES, Diagonal, Report, Sketch
 from fipa_jax.trees import HostArray
 
@@ -21,8 +22,9 @@ class Uploads(NamedTuple):
 
     delta: Any  # parameter pytree [C, ...]: the client's new minus the broadcast parameters
     num_examples: jax.Array  # [C]; a client with 0 takes no part
-    # Stacked, P in the order of jax.tree.leaves: eigenvalues [C, R] and basis [C, P, R], values [C, P], or [C, P, s].
-    sketch: Sketch | Diagonal | Image | None = None
+    # Stacked, P in the order of jax.tree.leaves: eigenvalues [C, R] and basis [C, P, R], values [C, P], or [C, P, s];
+    # of layers {path: [C, ...]}.
+    sketch: Sketch | Diagonal | Image | LayerFactors | None = None
     loss: jax.Array | None = None  # [C], the clients' mean losses at the broadcast parameters, if the rule wants them
     damping: jax.Array | None = None  # [C], beta_m: (H_m + beta_m I) delta_m = -gradient, nearly, if the rule wants it
     # What the server knows itself: who they are, if the rule remembers them, and of late clients; None where nobody is.
@@ -31,7 +33,7 @@ class Uploads(NamedTuple):
     moved: Any = None  # parameter pytree [C, ...]: the present parameters minus those that the client started from
 
 
-Message = Sketch | Diagonal | Image | None  # what a client says of its curvature
+Message = Sketch | Diagonal | Image | LayerFactors | None  # what a client says of its curvature
 NUMBERS = ("num_examples", "loss", "damping")  # one of each client
 
 
@@ -56,7 +58,10 @@ def fitting(uploads: Uploads, params: Any) -> Uploads:
             raise ValueError(f"uploads.{field}: needed {clients[0]} real numbers, got {contracts.kind(value)}")
     moved = None if uploads.moved is None else like_params(uploads.moved, params, clients, "uploads.moved")
     delta = like_params(uploads.delta, params, clients, "uploads.delta")
-    sketch = _checked(uploads.sketch, clients, sum(np.size(leaf) for leaf in jax.tree.leaves(params)))
+    if isinstance(uploads.sketch, LayerFactors):
+        sketch = _fitting_layers(uploads.sketch, clients, params)
+    else:
+        sketch = _checked(uploads.sketch, clients, sum(np.size(leaf) for leaf in jax.tree.leaves(params)))
     counts = jnp.asarray(uploads.num_examples)
     numbers["num_examples"] = counts.astype(jnp.promote_types(counts.dtype, jnp.float32))
     return Uploads(delta=delta, sketch=sketch, moved=moved, **trees.widened(numbers))
@@ -108,7 +113,8 @@ def _checked(sketch: Message, clients: tuple[int], size: int) -> Message:
     if sketch is None:
         return None
     if not isinstance(sketch, Sketch):
-        raise ValueError(f"uploads.sketch: needed Sketch, Diagonal, Image or None, got {type(sketch).__name__}")
+        known = "Sketch, Diagonal, Image, LayerFactors or None"
+        raise ValueError(f"uploads.sketch: needed {known}, got {type(sketch).__name__}")
     eigenvalues, basis = jnp.shape(sketch.eigenvalues), jnp.shape(sketch.basis)
     shapes = [(*clients, rows, *eigenvalues[1:]) for rows in (size, padded(size))]  # see `row_blocks`
     if eigenvalues[:1] != clients or len(eigenvalues) != 2 or basis not in shapes:
@@ -118,6 +124,23 @@ def _checked(sketch: Message, clients: tuple[int], size: int) -> Message:
         )
     contracts.floating((sketch.eigenvalues, sketch.basis), "uploads.sketch")
     return sketch._replace(eigenvalues=trees.widened(sketch.eigenvalues))
+
+
+def _fitting_layers(factors: LayerFactors, leading: tuple[int, ...], params: Any) -> LayerFactors:
+    """Layer factors of layers of the parameters, in float32 at least; A of all of them, G of all or of none."""
+    shapes, inputs, outputs = layers_of(params), factors.inputs, factors.outputs
+    for path in {*inputs, *outputs}:
+        if path not in shapes or path not in inputs or (outputs and path not in outputs):
+            raise ValueError(f"uploads.sketch: {path!r:.200} is no layer of these parameters, or a factor is missing")
+    for halves, axis in ((inputs, 0), (outputs, 1)):
+        for path, half in halves.items():
+            side = shapes[path].shape[axis]
+            needed = (*leading, side * (side + 1) // 2)
+            if jnp.shape(half) != needed:
+                raise ValueError(f"uploads.sketch: needed {needed} at {path!r:.200}, got {jnp.shape(half)}")
+    if not inputs:
+        raise ValueError("uploads.sketch: LayerFactors without a layer")
+    return trees.widened(contracts.floating(factors, "uploads.sketch"))
 
 
 def collect(sent: Sequence[Any], params: Any, like: Uploads | None = None) -> tuple[Uploads, dict[int, str]]:
@@ -181,7 +204,10 @@ def _read(one: Any, params: Any) -> Uploads:
     read: dict[str, HostArray] = {k: None if value is None else _number(value, k) for k, value in numbers.items()}
     if read["num_examples"] is None:
         raise _Misfit("it does not say of how many examples it is")
-    sketch = _read_curvature(one.sketch, sum(np.size(leaf) for leaf in jax.tree.leaves(params)))
+    if isinstance(one.sketch, LayerFactors):
+        sketch = _read_layers(one.sketch, params)
+    else:
+        sketch = _read_curvature(one.sketch, sum(np.size(leaf) for leaf in jax.tree.leaves(params)))
     return Uploads(delta=jax.tree.map(np.asarray, delta), sketch=sketch, **read)
 
 
@@ -195,12 +221,24 @@ def _read_curvature(sketch: Any, size: int) -> Message:
         columns = _array(sketch.values).shape[-1:]
         return Image(_shaped(sketch.values, (size, *columns), "its image"))
     if not isinstance(sketch, Sketch):
-        raise _Misfit(f"its sketch is a {type(sketch).__name__}, needed Sketch, Diagonal, Image or None")
+        raise _Misfit(f"its sketch is a {type(sketch).__name__}, needed Sketch, Diagonal, Image, LayerFactors or None")
     rank = np.size(_array(sketch.eigenvalues))
     eigenvalues = _shaped(sketch.eigenvalues, (rank,), "the eigenvalues of its sketch")
     rows = padded(size) if _array(sketch.basis).shape[:1] == (padded(size),) else size  # see `row_blocks`
     basis = _shaped(sketch.basis, (rows, rank), "the basis of its sketch")
     return Sketch(eigenvalues, basis, _read_report(sketch.report, rank))
+
+
+def _read_layers(factors: LayerFactors, params: Any) -> LayerFactors:
+    """One client's layer factors."""
+    if not all(isinstance(halves, dict) and all(isinstance(path, str) for path in halves) for halves in factors):
+        raise _Misfit("its layer factors are no tables of arrays")
+    read = LayerFactors(*({path: _array(half) for path, half in halves.items()} for halves in factors))
+    try:
+        _fitting_layers(read, (), params)
+    except ValueError as error:
+        raise _Misfit(str(error)) from error
+    return read
 
 
 def _read_report(report: Any, rank: int) -> Report | None:
@@ -264,6 +302,8 @@ def _kind(one: Uploads | None) -> str:
     loss += "" if one.damping is None else ", with its damping"
     if isinstance(one.sketch, Image):
         return f"an image of {one.sketch.values.shape[-1]} columns{loss}"
+    if isinstance(one.sketch, LayerFactors):
+        return f"{'both factors' if one.sketch.outputs else 'input factors'} of {sorted(one.sketch.inputs)}{loss}"
     if not isinstance(one.sketch, Sketch):
         return f"{'no sketch' if one.sketch is None else 'a diagonal'}{loss}"
     rows = " with rows to be spread" if segments_of(one.sketch.basis.shape[0]) > 1 else ""

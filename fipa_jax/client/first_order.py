@@ -47,6 +47,7 @@ def yogi() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, rule.update)
 
 
+Precondition = Callable[[Hyper], Callable[[Any], Any]]  # of the round -> (direction, a parameter pytree -> direction)
 Optimizer = Literal["momentum", "nesterov", "sgd", "adam", "yogi"]  # a name in `OPTIMIZERS`
 MakeTransform = Callable[..., optax.GradientTransformation]
 # Gradient -> direction, without the learning rate: that is traced, so that a schedule or a sweep does not recompile.
@@ -72,6 +73,7 @@ def first_order(
     epochs: int = 1,
     steps: int = 0,
     term: Term | None = None,
+    precondition: Precondition | None = None,
 ) -> LocalSolver:
     """Local epochs (or steps) of a first-order method on shuffled mini-batches.
 
@@ -90,6 +92,7 @@ def first_order(
       epochs: passes over the client's own examples.
       steps: number of steps instead of epochs, where positive.
       term: additive term of the objective.
+      precondition: what is done to each direction, by the round's hyper-parameters, see `layer_steps.layerwise`.
 
     Raises:
       ValueError: the optimiser is not known; micro-batches with a term that needs the whole batch.
@@ -99,7 +102,7 @@ def first_order(
     if micro_batch > 0 and term.whole_batch:
         raise ValueError("local.micro_batch: this term compares the batch's examples with each other; set it to 0")
     scaled = make(momentum) if optimizer in WITH_MOMENTUM else make()
-    linear = optimizer in LINEAR
+    linear = optimizer in LINEAR and precondition is None
     tally = _tally(scaled if linear else optax.identity(), clip_norm, weight_decay if term.needs.gradient else 0.0)
     direction = optax.chain(regularised(clip_norm, weight_decay), scaled)
 
@@ -111,6 +114,7 @@ def first_order(
         order_key, augment_key = jax.random.split(key)
         in_order, next_batch = _mini_batches(order_key, client, batch, per_epoch)
         gradient_of = mean_gradient(work, loss, term, batch, micro_batch)
+        shaped = precondition(hyper) if precondition else _unshaped
 
         def step(s, carry):
             theta, state, order, total, entries = carry
@@ -119,7 +123,7 @@ def first_order(
             gradient, mean_loss = gradient_of(theta, examples, mask)
             update, state = direction.update(gradient, state, theta)
             entries = tally.add(entries, gradient, theta)
-            theta = jax.tree.map(lambda p, u: (p - hyper.lr * u).astype(p.dtype), theta, update)
+            theta = jax.tree.map(lambda p, u: (p - hyper.lr * u).astype(p.dtype), theta, shaped(update))
             return theta, state, order, total + mean_loss, entries
 
         zero = jnp.zeros([], trees.ravel(trees.widened(work.params)).dtype)
@@ -132,6 +136,10 @@ def first_order(
         return found._replace(gradient=_at_broadcast(work, gradient_of, batch)) if term.needs.gradient else found
 
     return solver_of(improve, term)
+
+
+def _unshaped(update: Any) -> Any:
+    return update
 
 
 class Entries(NamedTuple):

@@ -15,6 +15,7 @@ from fipa_jax.client.examples import Client, gather, masked_mean, own_indices, p
 from fipa_jax.client.terms import Done, Local, Term
 from fipa_jax.curvature import contracts
 from fipa_jax.curvature.contracts import Loss
+from fipa_jax.curvature.layer_factors import LayerFactors
 from fipa_jax.curvature.sketch import Sketch, TaskOutputs, smallest
 from fipa_jax.derivatives import vary_with
 
@@ -28,7 +29,7 @@ class Hyper(NamedTuple):
     damping: jax.Array  # [], of the Gauss-Newton step or the natural gradient
     mu: jax.Array  # [], weight of the term
     steps: jax.Array | int = 0  # [] int32, local steps, where positive, instead of the solver's own number
-    sketch: Sketch | None = None  # the client's own, where the solver asks for it
+    sketch: Sketch | LayerFactors | None = None  # the client's own, where the solver asks for it
     part: jax.Array | None = None  # [] in [0, 1], the share of the steps after which a first-order solver stops
     frame: Any = None  # a `privacy.mechanism.Frame`, the coordinates in which a private client trains
 

@@ -170,8 +170,8 @@ def local() -> ConfigDict:
     return ConfigDict(
         {
             # client.first_order.first_order, client.second_order.gauss_newton, client.second_order.lbfgs,
-            # client.second_order.natural_gradient, client.first_order.gradient
-            # sgd, momentum, nesterov, adam, yogi, gauss_newton, lbfgs, natural_gradient, gradient
+            # client.second_order.natural_gradient, client.layer_steps.layerwise, client.first_order.gradient
+            # sgd, momentum, nesterov, adam, yogi, gauss_newton, lbfgs, natural_gradient, kronecker, gradient
             "optimizer": "sgd",
             "lr": 0.1,
             "lr_decay": 1.0,  # the learning rate of round k is lr * lr_decay^k, counted over both phases
@@ -183,8 +183,8 @@ def local() -> ConfigDict:
             "micro_batch": 0,  # examples whose gradients are computed at a time; 0 for all, -1 as suits the backend
             "epochs": 5,
             "steps": 0,  # instead of epochs, where positive
-            "damping": 1e-4,  # of the gauss_newton or natural_gradient step
-            "matched": False,  # of these two: under FIPA their damping is the server's, the step untested
+            "damping": 1e-4,  # of the gauss_newton, natural_gradient or kronecker step
+            "matched": False,  # of these: under FIPA their damping is the server's, the step untested
             "adaptive": {  # client.local_solver.adaptive_steps
                 "scale": 0.0,  # c of the published rule for the steps, by the sketch; 0 for none; published: 0.01
                 "max_steps": 200,  # that this rule may ask for
@@ -209,7 +209,7 @@ def term() -> ConfigDict:
 
 def sketch() -> ConfigDict:
     """A client's curvature: curvature.sketch.make_sketch or curvature.sketch.make_diagonal; from sums
-    curvature.common_basis.make_image."""
+    curvature.common_basis.make_image; layer by layer curvature.layer_factors.make_layer_factors."""
     group = ConfigDict()
     group.solver = "subspace"  # auto, subspace (the paper's), lanczos, rows (exact), head (the last layer)
     group.rank = 20
@@ -225,6 +225,8 @@ def sketch() -> ConfigDict:
     group.store = ""  # dtype of the basis as it is sent: bfloat16 halves it; "" for the parameters' own
     group.examples = 0  # of a client that enter its sketch; 0 for all
     group.views = False  # of random views of the examples, where config.data.augment is set
+    group.sharing = "expand"  # kronecker: how the positions count at which a layer's weights are used: expand, reduce
+    group.samples = 0  # kronecker: of the outputs' directions that enter a layer's second factor; 0 for all
     group.common_start = False  # iterative solvers begin from one basis for all clients of a round
     return group
 
@@ -234,8 +236,8 @@ def aggregator(name: str) -> ConfigDict:
     return ConfigDict(
         {
             # aggregate.rules.mean, aggregate.fisher_informed.fipa, aggregate.rules.diagonal, aggregate.robust.krum,
-            # aggregate.robust.trimmed_mean, aggregate.sum_rule.from_sums
-            # mean, fipa, diagonal, sums; median, trimmed_mean, krum, multi_krum, geometric_median
+            # aggregate.robust.trimmed_mean, aggregate.sum_rule.from_sums, aggregate.layerwise.kronecker
+            # mean, fipa, diagonal, kronecker, sums; median, trimmed_mean, krum, multi_krum, geometric_median
             "name": name,
             "weighting": "examples",  # or "uniform"
             "form": "damped",  # pinv, tikhonov, damped
@@ -245,13 +247,18 @@ def aggregator(name: str) -> ConfigDict:
             "trust": False,  # damping follows the clients' losses, and a step that raised them is undone
             "own_damping": False,  # updates count as the clients' own damped steps, 1 / (lr steps); see aggregate
             "merge": "auto",  # of the sketches: auto, qr, tsqr, gram
-            "at": "local",  # where the diagonal rule sees the curvature: local or broadcast parameters
+            "at": "local",  # where diagonal and kronecker see the curvature: local or broadcast parameters
             "faulty": 0.2,  # trimmed_mean, krum, multi_krum: the share of the clients that may be at fault
             "past": {  # aggregate.past_rounds.PastRounds
                 "kind": "none",  # of past rounds' curvature: none, prior, targets, latest; for few clients of many
                 "decay": 0.9,  # by which the weight of what is remembered falls with each round
                 "rank": 250,  # R' of a message: R' P numbers for each of 1, `length` or all clients
                 "length": 8,  # cohorts that `targets` remembers
+            },
+            "layers": {  # aggregate.layerwise.LayerOptions
+                "kind": "foof",  # of kronecker: foof (FedPM), kfac (FedFisher-KFAC, FedLPA), regmean
+                "iterations": 50,  # kfac: of conjugate gradients for a layer, at most
+                "shrink": 0.9,  # regmean: factor of what is off the diagonal
             },
             "sums": {  # aggregate.sums.SumOptions
                 "form": "galerkin",  # galerkin (any local training), gradient (clients send gradients)

@@ -3,6 +3,7 @@
 from fipa_jax.curvature.common_basis import Image, make_image
 from fipa_jax.curvature.contracts import Features, Loss, Outputs, check
 from fipa_jax.curvature.eigenpairs import Eigenpairs, exact, lanczos, subspace
+from fipa_jax.curvature.layer_factors import LayerFactors, make_layer_factors
 from fipa_jax.curvature.products import Curvature, make_ggn, make_ggn_diagonal, make_gradient
 from fipa_jax.curvature.sketch import (
     Diagonal,
@@ -27,6 +28,7 @@ __all__ = [
     "Eigenpairs",
     "Features",
     "Image",
+    "LayerFactors",
     "Loss",
     "Outputs",
     "Report",
@@ -44,6 +46,7 @@ __all__ = [
     "make_ggn_diagonal",
     "make_gradient",
     "make_image",
+    "make_layer_factors",
     "make_sketch",
     "on_views",
     "plain",

@@ -13,6 +13,7 @@ import optax
 
 from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.curvature.common_basis import Image
+from fipa_jax.curvature.layer_factors import LayerFactors
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 
 LATE, FAULTY = 0x1A7E, 0xFA17  # streams apart from the keys of cohort, training and sketches, split from the round's
@@ -215,6 +216,8 @@ def spoil(uploads: Uploads, faults: dict[str, jax.Array], scale_by: jax.Array) -
         sketch = Diagonal(scaled(sketch.values))
     elif isinstance(sketch, Image):
         sketch = Image(scaled(sketch.values))
+    elif isinstance(sketch, LayerFactors):
+        sketch = sketch._replace(inputs=jax.tree.map(scaled, sketch.inputs))
     num_examples = jnp.where(faults["drop"], 0, uploads.num_examples)
     return uploads._replace(delta=jax.tree.map(spoil_update, uploads.delta), sketch=sketch, num_examples=num_examples)
 

@@ -39,7 +39,7 @@ def draw(parts: Parts, round: jax.Array, rates: Rates, root: jax.Array) -> tuple
 
 
 def train(
-    parts: Parts, state: State, rates: Rates, cohort: Cohort, root: jax.Array, sketches: Sketch | None = None
+    parts: Parts, state: State, rates: Rates, cohort: Cohort, root: jax.Array, sketches: Message = None
 ) -> LocalResult:
     """Every client of the cohort improves the parameters that it has received.
 
@@ -57,7 +57,7 @@ def train(
     def one(state, data, hyper, client, key, store, sketch, order):
         chosen, outputs = model_of(parts, state.params)
         theta = parts.channel.start(chosen, state.history, order)
-        if sketch is not None:
+        if isinstance(sketch, Sketch):
             sketch = sketch._replace(basis=sketch.basis[: trees.ravel(theta).size])
         hyper = hyper._replace(sketch=sketch, part=order.part)
         whole = trained_of(parts, state.params) | theta

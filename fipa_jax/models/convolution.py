@@ -68,15 +68,14 @@ def _conv_by_matmul(lhs, rhs, strides, padding, precision):
     kernel, images = rhs.shape[:2], lhs.shape[0]
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], kernel, strides, padding)
-    sides = zip(lhs.shape[1:3], kernel, strides, padding, strict=True)
-    rows, columns = ((size + sum(pad) - k) // s + 1 for size, k, s, pad in sides)
+    rows, columns = _places(lhs.shape[1:3], kernel, strides, padding)
     depth = rhs[..., 0].size
 
     def convolve(lhs):
         """A block of the images."""
         # A plain matrix product: with the patches' four axes left apart, a training step takes 1.6 times as long.
-        patches = _patches(lhs, kernel, strides, padding, (rows, columns)).reshape(-1, depth)
-        products = jnp.matmul(patches, rhs.reshape(depth, -1), precision=precision)
+        columns_of = patches(lhs, kernel, strides, padding).reshape(-1, depth)
+        products = jnp.matmul(columns_of, rhs.reshape(depth, -1), precision=precision)
         return products.reshape(lhs.shape[0], rows, columns, -1)
 
     size = _block_size(images, rows * columns * depth * lhs.dtype.itemsize)
@@ -88,8 +87,22 @@ def _conv_by_matmul(lhs, rhs, strides, padding, precision):
     return products if whole == images else jnp.concatenate([products, convolve(lhs[whole:])])
 
 
-def _patches(lhs, kernel, strides, padding, places):
-    """[B, H', W', h w C], what the kernel of h x w pixels lies on at each of its H' x W' places."""
+def _places(size, kernel, strides, padding) -> list[int]:
+    """[H', W'], at how many places the kernel lies along each side."""
+    sides = zip(size, kernel, strides, padding, strict=True)
+    return [(size + sum(pad) - k) // s + 1 for size, k, s, pad in sides]
+
+
+def patches(lhs: jax.Array, kernel: Sequence[int], strides: Sequence[int], padding) -> jax.Array:
+    """[B, H', W', h w C], what the kernel of h x w pixels lies on at each of its H' x W' places.
+
+    Args:
+      lhs: images [B, H, W, C].
+      kernel: (h, w).
+      strides: the two strides.
+      padding: the two pairs (before, after).
+    """
+    places = _places(lhs.shape[1:3], kernel, strides, padding)
     if any(side for pair in padding for side in pair):
         lhs = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
     reach = (places[0] - 1) * strides[0] + 1, (places[1] - 1) * strides[1] + 1

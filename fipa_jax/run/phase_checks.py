@@ -18,6 +18,8 @@ from fipa_jax.client import first_order, terms
 from fipa_jax.federation.channel import FAULTS
 from fipa_jax.federation.parts import Parts, model_of, trained_of
 
+LAYERS = ("layers", "layer_inputs")  # of `Needs.curvature`: both factors of each layer, or the first alone
+
 
 @contextlib.contextmanager
 def naming(phase: str, where: str, settings: ConfigDict) -> Iterator[None]:
@@ -54,6 +56,8 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
         _check_trust(settings, term, everyone=cohort == num_clients)
     if settings.local.optimizer == "natural_gradient":
         _check_natural(settings, aggregator)
+    if settings.local.optimizer == "kronecker":
+        _check_layerwise(settings, aggregator)
     if aggregator.needs.curvature == "sketch":
         # Local work that follows the sketches is else left aside, so that rules without them can be compared.
         _check_own_damping(settings, aggregator)
@@ -181,6 +185,19 @@ def _check_natural(settings: ConfigDict, aggregator: Aggregator) -> None:
         raise ValueError(f"config.fipa.{group}.damping: 'natural_gradient' divides by it, it needs more than 0")
 
 
+def _check_layerwise(settings: ConfigDict, aggregator: Aggregator) -> None:
+    """Refuses steps by layer factors that clients do not have as they begin."""
+    if aggregator.needs.curvature not in LAYERS or aggregator.needs.at != "broadcast":
+        raise ValueError(
+            "config.fipa.local.optimizer: 'kronecker' steps by the client's layer factors at the broadcast parameters; "
+            "set aggregator.name = 'kronecker' and aggregator.at = 'broadcast', or another optimizer"
+        )
+    _checkmatched(settings, aggregator)
+    group = "aggregator" if matched(settings, aggregator) else "local"
+    if not settings[group].damping > 0:
+        raise ValueError(f"config.fipa.{group}.damping: 'kronecker' divides by it, it needs more than 0")
+
+
 def _check_sums(settings: ConfigDict, aggregator: Aggregator) -> None:
     """Refuses what a sum over the clients cannot serve."""
     optimizer = settings.local.optimizer
@@ -222,9 +239,10 @@ def _checkmatched(settings: ConfigDict, aggregator: Aggregator) -> None:
             f"config.fipa.local.matched: {rule!r} has no damping to match; set aggregator.form = 'damped' (fipa), or "
             "matched to False"
         )
-    if settings.local.optimizer not in ("gauss_newton", "natural_gradient"):
+    if settings.local.optimizer not in ("gauss_newton", "kronecker", "natural_gradient"):
         raise ValueError(
-            "config.fipa.local.matched: needs local.optimizer = 'gauss_newton' or 'natural_gradient'; set it to False"
+            "config.fipa.local.matched: needs local.optimizer = 'gauss_newton', 'natural_gradient' or 'kronecker'; set "
+            "it to False"
         )
     if settings.aggregator.relative:
         raise ValueError("config.fipa.local.matched: needs an absolute damping; set aggregator.relative to False")
@@ -279,7 +297,7 @@ def _check_faults(settings: ConfigDict, aggregator: Aggregator, cohort: int) -> 
 
 def matched(settings: ConfigDict, aggregator: Aggregator) -> bool:
     """Whether the clients' second-order steps take the rule's damping; they cannot where it is another's."""
-    return settings.local.matched and aggregator.needs.curvature in ("image", "sketch")
+    return settings.local.matched and aggregator.needs.curvature in ("image", "sketch", *LAYERS)
 
 
 def has_faults(settings: ConfigDict) -> bool:

@@ -10,26 +10,29 @@ from ml_collections import ConfigDict
 from fipa_jax.aggregate import server_optimizers
 from fipa_jax.aggregate.aggregator import Aggregator, announce_nothing
 from fipa_jax.aggregate.late_updates import LateUpdates
+from fipa_jax.aggregate.layerwise import LayerOptions
 from fipa_jax.aggregate.limits import Limits
 from fipa_jax.aggregate.past_rounds import PastRounds, rank_of
 from fipa_jax.aggregate.row_blocks import Spread
 from fipa_jax.aggregate.rules import AGGREGATORS
 from fipa_jax.aggregate.sums import SumOptions
-from fipa_jax.client import first_order, second_order, terms
+from fipa_jax.client import first_order, layer_steps, second_order, terms
 from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
 from fipa_jax.config.methods import method
-from fipa_jax.curvature import common_basis, sketch
+from fipa_jax.curvature import common_basis, layer_factors, sketch
 from fipa_jax.curvature.sketchers import from_one_start, on_views
 from fipa_jax.federation.channel import Channel, ChannelRates, FaultRates, chain, faulty, late
 from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.lookup import lookup
+from fipa_jax.models.layers import tapped
 from fipa_jax.run import private_run
 from fipa_jax.run.phase_checks import check_fit, has_faults, matched, naming
 from fipa_jax.tasks.task import Task, unaugmented
 
 MANY = 2**31 - 1  # clients, where it is not known yet how many there are
-LOCAL_SOLVERS = first_order.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS | {"gradient": first_order.gradient}
+LOCAL_SOLVERS = first_order.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS | layer_steps.LOCAL_SOLVERS
+LOCAL_SOLVERS |= {"gradient": first_order.gradient}
 # Fields of a phase that `make_rates` takes, so that they are traced. What a rule's state holds is traced too, see
 # `Aggregator.hyper`.
 TRACED = (
@@ -59,7 +62,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     server = server_optimizers.make(settings.server.optimizer, settings.server.momentum)
     local = local_of(settings, aggregator, term, task)
     check_fit(settings, aggregator, term, cohort, num_clients)
-    natural = settings.local.optimizer == "natural_gradient"
+    natural, layerwise = (settings.local.optimizer == name for name in ("natural_gradient", "kronecker"))
     by_sketch = aggregator.needs.curvature == "sketch" and (natural or settings.local.adaptive.scale > 0)
     return Parts(
         task=task,
@@ -74,7 +77,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
         also_trained=settings.also_trained,
         channel=channel_of(config, settings, task, num_clients),
         announce=aggregator.announce if matched(settings, aggregator) else announce_nothing,
-        sketch_first=by_sketch,
+        sketch_first=by_sketch or layerwise,
         sketch_examples=settings.sketch.examples,
         least_clients=settings.least_clients,
         chunk=1 if config.chunk < 0 else config.chunk,  # until it is measured
@@ -110,6 +113,7 @@ def aggregator_of(settings: ConfigDict, num_clients: int, mesh: Mesh | None = No
         "past": past._replace(rank=rank_of(past, settings.sketch.rank)),
         "limits": Limits(**fields.limits),
         "late": LateUpdates(**fields.late),
+        "layers": LayerOptions(**fields.layers),
         "sums": SumOptions(**fields.sums),
         "spread": Spread(mesh),
     }
@@ -152,6 +156,10 @@ def _sketcher_of_examples(settings: ConfigDict, aggregator: Aggregator, task: Ta
         return sketch.plain(lambda outputs, features: sketch.make_diagonal(outputs, task.loss, **fields))
     if aggregator.needs.curvature == "image":
         return common_basis.sketcher_of_images(task.loss, **fields_for(common_basis.make_image, settings))
+    if aggregator.needs.curvature in ("layers", "layer_inputs"):
+        fields = fields_for(layer_factors.make_layer_factors, settings)
+        alone = aggregator.needs.curvature == "layer_inputs"
+        return layer_factors.sketcher_of_layers(tapped, task.loss, inputs_alone=alone, **fields)
     return eigenpairs_of(settings, task)
 
 
