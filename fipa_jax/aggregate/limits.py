@@ -99,7 +99,7 @@ def capped(inner: Solver, *, trace_cap: float = 1000.0) -> Solver:
     def solve(messages, hyper, state, now):
         clients, *others = messages
         traces = traces_of(clients.sketch, clients.weights)
-        middle = median_trace(traces, clients.weights)
+        middle = median_trace(traces, jnp.where(traces > 0, clients.weights, 0))  # of those who have sent any
         most = trace_cap * middle if trace_cap else jnp.inf
         sketch, over = cap_traces(clients.sketch, traces, most)
         solution, hyper, state, info = inner.solve([clients._replace(sketch=sketch), *others], hyper, state, now)

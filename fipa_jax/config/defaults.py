@@ -220,6 +220,8 @@ def sketch() -> ConfigDict:
     group.gradient_scale = 0.0  # c of the published rank rule, by the gradients' norms; 0 for none
     group.store = ""  # dtype of the basis as it is sent: bfloat16 halves it; "" for the parameters' own
     group.examples = 0  # of a client that enter its sketch; 0 for all
+    group.share = 1.0  # of a cohort that sends one, in the mean over the rounds: curvature.sketchers.sent_seldom
+    group.full = 1  # first rounds of the phase in which all do even so
     group.views = False  # of random views of the examples, where config.data.augment is set
     group.common_start = False  # iterative solvers begin from one basis for all clients of a round
     return group
@@ -244,7 +246,9 @@ def aggregator(name: str) -> ConfigDict:
             "at": "local",  # where the diagonal rule sees the curvature: local or broadcast parameters
             "faulty": 0.2,  # trimmed_mean, krum, multi_krum: the share of the clients that may be at fault
             "past": {  # aggregate.past_rounds.PastRounds
-                "kind": "none",  # of past rounds' curvature: none, prior, targets, latest; for few clients of many
+                # of past rounds' curvature: none, prior, targets, latest; for few clients of many. curvature: where
+                # clients send gradients (local.optimizer gradient) and sketches seldom (sketch.share)
+                "kind": "none",
                 "decay": 0.9,  # by which the weight of what is remembered falls with each round
                 "rank": 250,  # R' of a message: R' P numbers for each of 1, `length` or all clients
                 "length": 8,  # cohorts that `targets` remembers

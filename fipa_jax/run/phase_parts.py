@@ -19,7 +19,7 @@ from fipa_jax.client import first_order, second_order, terms
 from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
 from fipa_jax.config.methods import method
 from fipa_jax.curvature import common_basis, sketch
-from fipa_jax.curvature.sketchers import from_one_start, on_views
+from fipa_jax.curvature.sketchers import from_one_start, on_views, sent_seldom
 from fipa_jax.federation.channel import Channel, ChannelRates, FaultRates, chain, faulty, late
 from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.federation.parts import Parts, Rates
@@ -62,7 +62,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
         task=task,
         local=local,
         term=term,
-        sketcher=sketcher_of(settings.sketch, aggregator, task),
+        sketcher=sketcher_of(settings.sketch, aggregator, task, first_round(config, settings)),
         aggregator=aggregator,
         server=server,
         num_clients=num_clients,
@@ -73,6 +73,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
         announce=aggregator.announce if matched(settings, aggregator) else announce_nothing,
         sketch_first=by_sketch,
         sketch_examples=settings.sketch.examples,
+        first=first_round(config, settings),
         least_clients=settings.least_clients,
         chunk=1 if config.chunk < 0 else config.chunk,  # until it is measured
         mesh=mesh,
@@ -131,13 +132,22 @@ def local_of(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, tas
     return with_initial_loss(local, task.loss, settings.local.weight_decay)
 
 
-def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task) -> sketch.Sketcher | None:
-    """What the clients say of their curvature, as the rule needs it; None if it needs nothing."""
+def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task, start: int = 0) -> sketch.Sketcher | None:
+    """What the clients say of their curvature, as the rule needs it, from round `start`; None if it needs nothing."""
     sketcher = _sketcher_of_examples(settings, aggregator, task)
     if sketcher is None:
         return None
     sketcher = on_views(sketcher, task.augment) if settings.views else sketcher
-    return from_one_start(sketcher) if settings.common_start else sketcher
+    sketcher = from_one_start(sketcher) if settings.common_start else sketcher
+    if settings.share == 1:
+        return sketcher
+    # A rule of gradients takes the mean over those who have sent a sketch.
+    return sent_seldom(sketcher, settings.share, full=settings.full, start=start, scaled=not aggregator.needs.gradient)
+
+
+def first_round(config: ConfigDict, settings: ConfigDict) -> int:
+    """The number of a phase's first round."""
+    return config.first_round + (0 if settings is config.warmup else config.warmup.rounds)
 
 
 def _sketcher_of_examples(settings: ConfigDict, aggregator: Aggregator, task: Task) -> sketch.Sketcher | None:
