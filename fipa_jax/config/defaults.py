@@ -219,6 +219,7 @@ def sketch() -> ConfigDict:
     group.energy = 0.0  # keep only the pairs that reach this share of the trace; 0 for all
     group.gradient_scale = 0.0  # c of the published rank rule, by the gradients' norms; 0 for none
     group.store = ""  # dtype of the basis as it is sent: bfloat16 halves it; "" for the parameters' own
+    group.bits = 0  # of an entry of the basis as it is sent, rounded at random: 2 to 16; 0 for `store`
     group.examples = 0  # of a client that enter its sketch; 0 for all
     group.share = 1.0  # of a cohort that sends one, in the mean over the rounds: curvature.sketchers.sent_seldom
     group.full = 1  # first rounds of the phase in which all do even so

@@ -1,5 +1,6 @@
 """How does a phase's config become the parts of its rounds? Names become functions, fields become their arguments."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 
@@ -18,7 +19,7 @@ from fipa_jax.aggregate.sums import SumOptions
 from fipa_jax.client import first_order, second_order, terms
 from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
 from fipa_jax.config.methods import method
-from fipa_jax.curvature import common_basis, sketch
+from fipa_jax.curvature import common_basis, few_bits, sketch
 from fipa_jax.curvature.sketchers import from_one_start, on_views, sent_seldom
 from fipa_jax.federation.channel import Channel, ChannelRates, FaultRates, chain, faulty, late
 from fipa_jax.federation.parallel import make_mesh
@@ -171,10 +172,13 @@ def eigenpairs_of(settings: ConfigDict, task: Task) -> sketch.Sketcher:
     def make(outputs, features):
         of_client = sketch.make_sketch(outputs, task.loss, features=features, **fields)
         of_client = sketch.stored_as(of_client, settings.store, settings.tolerance) if settings.store else of_client
+        of_client = few_bits.in_few_bits(of_client, settings.bits) if settings.bits else of_client
         return sketch.keeping_energy(of_client, settings.energy) if settings.energy else of_client
 
     make(None, None)  # so that what is wrong with its fields shows now
     plain = sketch.plain(make)
+    if settings.bits:
+        plain = plain._replace(pair_bytes=functools.partial(few_bits.pair_bytes, settings.bits))
     if not settings.gradient_scale:
         return plain
     return sketch.with_rank_by_gradient(plain, task.loss, settings.gradient_scale)
