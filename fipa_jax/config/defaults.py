@@ -181,6 +181,11 @@ def local() -> ConfigDict:
             "steps": 0,  # instead of epochs, where positive
             "damping": 1e-4,  # of the gauss_newton or natural_gradient step
             "matched": False,  # of these two: under FIPA their damping is the server's, the step untested
+            "compress": {  # client.compression.Compression
+                "name": "none",  # of the update: none, few_bits (QSGD; FedPAQ), top_k (with the term feedback)
+                "bits": 8,  # of an entry, 2 to 16, for few_bits
+                "share": 0.01,  # of the entries, for top_k
+            },
             "adaptive": {  # client.local_solver.adaptive_steps
                 "scale": 0.0,  # c of the published rule for the steps, by the sketch; 0 for none; published: 0.01
                 "max_steps": 200,  # that this rule may ask for
@@ -197,7 +202,8 @@ def local() -> ConfigDict:
 def term() -> ConfigDict:
     """What is added to a client's objective: client.terms.TERMS, and `mu` in client.local_solver.Hyper."""
     group = ConfigDict()
-    # none, prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1), mifa, varp
+    # none, feedback (what local.compress leaves out)
+    # prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1), mifa, varp
     group.name = "none"
     group.mu = 0.01  # the weight of those that have one
     return group
@@ -222,6 +228,7 @@ def sketch() -> ConfigDict:
     group.bits = 0  # of an entry of the basis as it is sent, rounded at random: 2 to 16; 0 for `store`
     group.examples = 0  # of a client that enter its sketch; 0 for all
     group.share = 1.0  # of a cohort that sends one, in the mean over the rounds: curvature.sketchers.sent_seldom
+    group.budget = 0.0  # bytes of curvature for a client and round, spent on the cohort's best pairs; 0: all are sent
     group.full = 1  # first rounds of the phase in which all do even so
     group.views = False  # of random views of the examples, where config.data.augment is set
     group.common_start = False  # iterative solvers begin from one basis for all clients of a round

@@ -58,8 +58,3 @@ def in_few_bits(sketch: SketchFunction, bits: int) -> SketchFunction:
         return whole._replace(basis=ratio(basis, jnp.linalg.norm(basis, axis=0, keepdims=True)))
 
     return sent
-
-
-def pair_bytes(bits: int, size: int) -> int:
-    """The bytes of an eigenpair, with its eigenvalue in float32."""
-    return 4 + bytes_of(size, bits)

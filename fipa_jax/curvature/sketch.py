@@ -337,7 +337,8 @@ class Sketcher(NamedTuple):
     sends_gradient: bool = False  # whether the clients send their gradients [P] too
     drawn_by: Callable[[jax.Array], jax.Array] = jnp.asarray  # ids [C] -> [C], those that their random keys are of
     due: Callable[..., jax.Array] | None = None  # (round [], key, ids [C]) -> [C] bool, who sends one; None for all
-    pair_bytes: Callable[[int], int] | None = None  # P -> bytes of a pair as it is sent; None for those of its arrays
+    vector_bytes: Callable[[int], int] | None = None  # P -> bytes of an eigenvector as it is sent; None for its array's
+    says_first: bool = False  # whether all eigenvalues are sent before the pairs that are then asked for
 
 
 def plain(make: SketchMaker) -> Sketcher:
@@ -383,10 +384,8 @@ def with_rank_by_gradient(sketcher: Sketcher, loss: Loss, scale: float) -> Sketc
         gradients = trees.zero_unless(trees.is_finite(gradients), gradients)
         lengths, total = jnp.linalg.norm(gradients, axis=1), jnp.linalg.norm(jnp.sum(gradients, axis=0))
 
-        def kept_by(sketch, length):
-            return above_gradient(sketch, length, total, round + 1, scale)
-
-        return jax.vmap(truncate)(sketches, jax.vmap(kept_by)(sketches, lengths))
+        kept = jax.vmap(above_gradient, (0, 0, None, None, None))(sketches, lengths, total, round + 1, scale)
+        return jax.vmap(truncate)(sketches, kept)
 
     return Sketcher(of_client, of_cohort, sends_gradient=True)
 

@@ -1,6 +1,7 @@
 """How else may a cohort be sketched? Wrappers of a `Sketcher`.
 
-On random views, from one start for all clients, or seldom: by few of the cohort, so that most send no curvature.
+On random views, from one start for all clients, seldom (by few of the cohort, so that most send no curvature), or
+within a budget of bytes.
 """
 
 import functools
@@ -10,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fipa_jax import trees
 from fipa_jax.curvature import contracts
-from fipa_jax.curvature.sketch import Sketch, Sketcher
+from fipa_jax.curvature.sketch import Sketch, Sketcher, truncate
 
 Augment = Callable[[jax.Array, Any], Any]  # (key, batch) -> a random view of the batch
 
@@ -87,3 +89,57 @@ def due(share: float, full: int, start: int, round: jax.Array, key: jax.Array, i
     number = jnp.where(after < 0, clients, until[1] - until[0])
     lots = jax.vmap(lambda id_: jax.random.uniform(jax.random.fold_in(key, id_)))(ids)
     return jnp.argsort(jnp.argsort(lots)) < number
+
+
+def within_budget(sketcher: Sketcher, budget: float, start: int = 0) -> Sketcher:
+    """The sketcher of whose pairs only those are sent that so many bytes a client and round pay for, the best first.
+
+    Every client that is asked says its eigenvalues, and how good they are; then the cohort's largest are asked for, as
+    many pairs as the bytes buy that are left. A pair's gain, log(1 + lam / beta) of the precision that it brings, and
+    its price are such that this is where the gain of another pair would be the same for all clients (water-filling).
+    What a round leaves over, less than a pair, the next one may spend. At most the sketcher's rank comes from one.
+
+    Args:
+      sketcher: gives sketches; of `sent_seldom`, if that is asked for too, it is inside: a client that is asked may
+        then send as much as if all were.
+      budget: bytes for curvature, a client and round; above 0.
+      start: the number of the phase's first round.
+
+    Raises:
+      ValueError: the budget is not above 0; in a round, it does not pay for the eigenvalues.
+    """
+    if not budget > 0:
+        raise ValueError(f"sketch.budget: needs more than 0 bytes, got {budget}")
+
+    def of_cohort(messages, round):
+        sketches = sketcher.of_cohort(messages, round)
+        if not isinstance(sketches, Sketch):
+            raise ValueError(f"sketch.budget: needs sketches, got {type(sketches).__name__}")
+        values = sketches.eigenvalues
+        keep = _largest(values, pairs_for(sketcher, sketches, budget, round - start))
+        return jax.vmap(truncate)(sketches, keep)
+
+    return sketcher._replace(of_cohort=of_cohort, says_first=True)
+
+
+def pairs_for(sketcher: Sketcher, sketches: Sketch, budget: float, round: jax.Array) -> jax.Array:
+    """[] int32: the pairs that a cohort's budget pays for in the phase's round, of stacked sketches [C, ...].
+
+    Raises:
+      ValueError: it does not pay for the eigenvalues.
+    """
+    clients = sketches.eigenvalues.shape[0]
+    asked = trees.nbytes((sketches.eigenvalues, sketches.report)) // clients
+    size = sketches.basis.shape[1]
+    price = sketcher.vector_bytes(size) if sketcher.vector_bytes else sketches.basis.dtype.itemsize * size
+    if budget <= asked:
+        raise ValueError(f"sketch.budget: eigenvalues and report take {asked} bytes already, got {budget}")
+    bought = clients * (budget - asked) / price  # a round
+    until = jnp.floor(bought * jnp.stack([round, round + 1]))
+    return (until[1] - until[0]).astype(jnp.int32)
+
+
+def _largest(values: jax.Array, number: jax.Array) -> jax.Array:
+    """[C, R] bool: the `number` largest of values [C, R]."""
+    places = jnp.argsort(jnp.argsort(-values.reshape(-1)))
+    return (places < number).reshape(values.shape)

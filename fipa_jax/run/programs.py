@@ -85,7 +85,7 @@ def key_of(settings: ConfigDict, parts: Parts) -> str:
         group.pop(last, None)
     # Whether a number is there at all is not traced.
     does = {"late": settings.late.share > 0, "faults": has_faults(settings)}
-    first = parts.first if settings.sketch.share < 1 else 0  # from which a schedule counts
+    first = parts.first if settings.sketch.share < 1 or settings.sketch.budget else 0  # from which a schedule counts
     return json.dumps(static | {"chunk": parts.chunk, "channel": does, "first": first}, sort_keys=True)
 
 
@@ -103,11 +103,13 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     model = trees.nbytes(trees.select(state.params, parts.trainable))
     told = state.shared if term.travels else (), parts.aggregator.asks(state.aggregator)
     down = parts.cohort * (model + trees.nbytes(told))
-    sent = [results.delta, results.before if needs.loss else (), results.damping if needs.damping else ()]
+    sent = [results.before if needs.loss else (), results.damping if needs.damping else ()]
     up, pair, report = trees.nbytes([*sent, results.store if term.travels else ()]), 0, 0
+    up += _bytes_of_updates(parts, results.delta)
     if isinstance(sketches, Sketch):
         pair = _bytes_of_pair(parts, sketches)
-        report = trees.nbytes(sketches.report) // parts.cohort
+        said = sketches.report, sketches.eigenvalues if parts.sketcher.says_first else ()
+        report = trees.nbytes(said) // parts.cohort
         up += parts.cohort * model if parts.sketcher.sends_gradient else 0
     else:
         up += trees.nbytes(sketches)
@@ -121,11 +123,20 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     return sent_in
 
 
+def _bytes_of_updates(parts: Parts, deltas: Any) -> int:
+    """The bytes of a cohort's updates as they are sent, stacked [C, ...]."""
+    if parts.update_bytes is None:
+        return trees.nbytes(deltas)
+    size = sum(leaf.size for leaf in jax.tree.leaves(deltas)) // parts.cohort
+    return parts.cohort * parts.update_bytes(size)
+
+
 def _bytes_of_pair(parts: Parts, sketches: Sketch) -> int:
-    """The bytes of one eigenpair as it is sent."""
-    if parts.sketcher.pair_bytes is not None:
-        return parts.sketcher.pair_bytes(sketches.basis.shape[1])
-    return trees.nbytes((sketches.eigenvalues, sketches.basis)) // sketches.eigenvalues.size
+    """The bytes of one eigenpair as it is sent; of its vector alone, where eigenvalues are said before."""
+    number = 0 if parts.sketcher.says_first else sketches.eigenvalues.dtype.itemsize
+    if parts.sketcher.vector_bytes is not None:
+        return number + parts.sketcher.vector_bytes(sketches.basis.shape[1])
+    return number + trees.nbytes(sketches.basis) // sketches.eigenvalues.size
 
 
 WORSE = 1.1  # so much slower than the best so far ends the search
