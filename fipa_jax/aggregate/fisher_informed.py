@@ -223,7 +223,8 @@ def fipa(
         options |= {"own_damping": True} if own_damping else {}
         solver = FORMS[form](damping, relative=relative, **options)
         alone = FORMS[form](damping, relative=False, **options)
-    solver = limited(solver, max_step=limits.max_step, max_divergence=limits.max_divergence)
+    seldom = past.kind == "curvature"  # much of it is not known
+    solver = limited(solver, max_step=limits.max_step, max_divergence=limits.max_divergence, with_damping=seldom)
     if trust:
         solver = trust_region(solver)
     if past.kind != "none":

@@ -21,7 +21,9 @@ class Limits(NamedTuple):
     trace_cap: float = 1000.0  # on a client's trace over the clients' median, see `capped`
 
 
-def limited(inner: Solver, *, max_step: Number = 5.0, max_divergence: Number = 0.0) -> Solver:
+def limited(
+    inner: Solver, *, max_step: Number = 5.0, max_divergence: Number = 0.0, with_damping: bool = False
+) -> Solver:
     """Shortens the step of a solver to two bounds; a step within both passes bit for bit.
 
     Args:
@@ -29,6 +31,8 @@ def limited(inner: Solver, *, max_step: Number = 5.0, max_divergence: Number = 0
         nearly collinear clients can otherwise amplify noise. 0 for no bound.
       max_divergence: on step^T H step / 2: to second order, for a likelihood, by how much the model's answers move in
         Kullback-Leibler divergence, the mean over the clients' examples. 0 for no bound.
+      with_damping: whether that is on step^T (H + beta I) step / 2: where little curvature has been sent, the damping
+        stands for the rest, and a bound by H alone would not see a step of length |g| / beta.
 
     Raises:
       ValueError: the inner solver is limited already, or takes steps back, which must not be shortened.
@@ -45,7 +49,9 @@ def limited(inner: Solver, *, max_step: Number = 5.0, max_divergence: Number = 0
         solution, hyper, state, info = inner.solve(messages, hyper, state, now)
         full = solution.full
         bound = jnp.where(hyper["limits.max_step"] > 0, hyper["limits.max_step"] * solution.longest, jnp.inf)
-        curve = jnp.minimum(merged_curvature.quadratic(solution.factor, full), jnp.finfo(full.dtype).max)
+        curve = merged_curvature.quadratic(solution.factor, full)
+        curve = curve + solution.beta * jnp.sum(full**2) if with_damping else curve
+        curve = jnp.minimum(curve, jnp.finfo(full.dtype).max)
         limit = jnp.where(hyper["limits.max_divergence"] > 0, 2 * hyper["limits.max_divergence"], jnp.inf)
         over = curve > limit  # asked twice, as a derivative of inf / curve would be NaN
         factor = trees.root(jnp.where(over, trees.ratio(jnp.where(over, limit, 1), curve), 1))
@@ -99,7 +105,7 @@ def capped(inner: Solver, *, trace_cap: float = 1000.0) -> Solver:
     def solve(messages, hyper, state, now):
         clients, *others = messages
         traces = traces_of(clients.sketch, clients.weights)
-        middle = median_trace(traces, clients.weights)
+        middle = median_trace(traces, jnp.where(traces > 0, clients.weights, 0))  # of those who have sent any
         most = trace_cap * middle if trace_cap else jnp.inf
         sketch, over = cap_traces(clients.sketch, traces, most)
         solution, hyper, state, info = inner.solve([clients._replace(sketch=sketch), *others], hyper, state, now)

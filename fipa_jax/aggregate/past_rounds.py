@@ -9,6 +9,8 @@ ones have pinned down. So what was said stays, as messages of fixed rank whose w
     prior     all cohorts as one. The parameters are where the messages' precision-weighted mean is, so that its
               update is zero: it only resists motion in the directions that were pinned down. In the first round the
               cohort's own curvature stands in for the past's
+    curvature the mean of the curvature sent alone, where few of the clients that send gradients send any: see
+              `kept_curvature`
     latest    each client's last message, its H_m at rank R' and its update: who is absent takes part as a late client
 
 On quadratic losses, if the rank leaves nothing out, no bound acts, the form is `damped` with an absolute beta, and the
@@ -30,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from fipa_jax import trees
-from fipa_jax.aggregate import merged_curvature
+from fipa_jax.aggregate import kept_curvature, merged_curvature
 from fipa_jax.aggregate.late_updates import drift
 from fipa_jax.aggregate.solvers import Messages, Now, Solution, Solver, check_order
 from fipa_jax.curvature import contracts
@@ -40,7 +42,7 @@ from fipa_jax.derivatives import vary_with
 from fipa_jax.lookup import lookup
 from fipa_jax.trees import ratio
 
-PastKind = Literal["none", "prior", "targets", "latest"]
+PastKind = Literal["none", "prior", "targets", "latest", "curvature"]
 
 
 class PastRounds(NamedTuple):
@@ -76,6 +78,7 @@ class Kind(NamedTuple):
     join: Join
     keep: Keep
     needs_ids: bool = False
+    needs_gradient: bool = False
     most_decay: float | None = None  # a decay beside those below 1
 
 
@@ -102,7 +105,9 @@ def remembering(inner: Solver, past: Kind, *, decay: Number = 0.9) -> Solver:
         },
     )
     if isinstance(decay, int | float) and not (0 <= decay < 1 or decay == past.most_decay):
-        raise ValueError(f"aggregator.past.decay: needs a number in [0, 1), for 'latest' up to 1, got {decay}")
+        raise ValueError(
+            f"aggregator.past.decay: needs a number in [0, 1), for 'latest' and 'curvature' up to 1, got {decay}"
+        )
 
     def init(theta):
         return past.init(theta), inner.init(theta)
@@ -113,12 +118,12 @@ def remembering(inner: Solver, past: Kind, *, decay: Number = 0.9) -> Solver:
         everyone = past.join(remembered, cohort, now, hyper)
         solution, hyper, rest, info = inner.solve(everyone, hyper, rest, now)
         remembered = past.keep(remembered, cohort, now, hyper, solution)
-        return solution, hyper, (remembered, rest), info | {"past_share": jnp.sum(everyone[1].weights)}
+        return solution, hyper, (remembered, rest), info | {"past_share": jnp.sum(everyone[-1].weights)}
 
     def withdraws(state):
         return inner.withdraws(state[1])
 
-    needs = inner.needs._replace(ids=inner.needs.ids or past.needs_ids)
+    needs = inner.needs._replace(ids=inner.needs.ids or past.needs_ids, gradient=past.needs_gradient)
     hyper, wrappers = inner.hyper | {"past.decay": decay}, (*inner.wrappers, "remembering")
     return Solver(hyper, init, solve, needs, withdraws, wrappers)
 
@@ -139,6 +144,7 @@ def kind_of(options: PastRounds, alone: Solver, transport: bool) -> Kind:
         "prior": lambda: prior(options.rank),
         "targets": lambda: targets(alone, options.rank, options.length),
         "latest": lambda: latest(options.rank, options.num_clients, transport),
+        "curvature": lambda: curvature(options.rank),
     }
     return lookup(kinds, options.kind, "aggregator.past.kind")()
 
@@ -250,6 +256,22 @@ def latest(rank: int, num_clients: int, transport: bool = True) -> Kind:
         return jax.tree.map(lambda old, new: old.at[ids].set(new, mode="drop"), faded, new)
 
     return Kind(init, join, keep, needs_ids=True, most_decay=1)
+
+
+def curvature(rank: int = 250) -> Kind:
+    """The mean of all curvature sent, its top `rank` pairs, for clients that send gradients: see `kept_curvature`."""
+    _check_positive("rank", rank)
+
+    def init(theta):
+        return Past(*_blank(theta, 1, rank))
+
+    def join(past: Past, cohort: Messages, now: Now, hyper: dict):
+        return kept_curvature.said_by_all(cohort, past.sketch, past.weights, now, hyper)
+
+    def keep(past: Past, cohort: Messages, now: Now, hyper: dict, solution: Solution):
+        return Past(*kept_curvature.kept(cohort, past.sketch, past.weights, now, hyper, solution))
+
+    return Kind(init, join, keep, needs_gradient=True, most_decay=1)
 
 
 def _check_positive(name: str, number: int) -> None:

@@ -278,9 +278,18 @@ def _itself(tree):
     return tree
 
 
+def feedback() -> Term:
+    """Error feedback (Stich et al. 2018): store is what the client's compressed updates have left out so far.
+
+    Nothing is added to the objective; `compression.compressed` writes the store, which stays with the client.
+    """
+    return Term(optax.tree.zeros_like)
+
+
 _NONE = Term()
 TERMS = {
     "dyn": dyn,
+    "feedback": feedback,
     "logit_adjustment": logit_adjustment,
     "mifa": mifa,
     "moon": moon,

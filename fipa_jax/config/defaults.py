@@ -185,6 +185,11 @@ def local() -> ConfigDict:
             "steps": 0,  # instead of epochs, where positive
             "damping": 1e-4,  # of the gauss_newton, natural_gradient or kronecker step
             "matched": False,  # of these: under FIPA their damping is the server's, the step untested
+            "compress": {  # client.compression.Compression
+                "name": "none",  # of the update: none, few_bits (QSGD; FedPAQ), top_k (with the term feedback)
+                "bits": 8,  # of an entry, 2 to 16, for few_bits
+                "share": 0.01,  # of the entries, for top_k
+            },
             "adaptive": {  # client.local_solver.adaptive_steps
                 "scale": 0.0,  # c of the published rule for the steps, by the sketch; 0 for none; published: 0.01
                 "max_steps": 200,  # that this rule may ask for
@@ -201,7 +206,8 @@ def local() -> ConfigDict:
 def term() -> ConfigDict:
     """What is added to a client's objective: client.terms.TERMS, and `mu` in client.local_solver.Hyper."""
     group = ConfigDict()
-    # none, prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1), mifa, varp
+    # none, feedback (what local.compress leaves out)
+    # prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1), mifa, varp
     group.name = "none"
     group.mu = 0.01  # the weight of those that have one
     return group
@@ -223,7 +229,11 @@ def sketch() -> ConfigDict:
     group.energy = 0.0  # keep only the pairs that reach this share of the trace; 0 for all
     group.gradient_scale = 0.0  # c of the published rank rule, by the gradients' norms; 0 for none
     group.store = ""  # dtype of the basis as it is sent: bfloat16 halves it; "" for the parameters' own
+    group.bits = 0  # of an entry of the basis as it is sent, rounded at random: 2 to 16; 0 for `store`
     group.examples = 0  # of a client that enter its sketch; 0 for all
+    group.share = 1.0  # of a cohort that sends one, in the mean over the rounds: curvature.sketchers.sent_seldom
+    group.budget = 0.0  # bytes of curvature for a client and round, spent on the cohort's best pairs; 0: all are sent
+    group.full = 1  # first rounds of the phase in which all do even so
     group.views = False  # of random views of the examples, where config.data.augment is set
     group.sharing = "expand"  # kronecker: how the positions count at which a layer's weights are used: expand, reduce
     group.samples = 0  # kronecker: of the outputs' directions that enter a layer's second factor; 0 for all
@@ -250,7 +260,9 @@ def aggregator(name: str) -> ConfigDict:
             "at": "local",  # where diagonal and kronecker see the curvature: local or broadcast parameters
             "faulty": 0.2,  # trimmed_mean, krum, multi_krum: the share of the clients that may be at fault
             "past": {  # aggregate.past_rounds.PastRounds
-                "kind": "none",  # of past rounds' curvature: none, prior, targets, latest; for few clients of many
+                # of past rounds' curvature: none, prior, targets, latest; for few clients of many. curvature: where
+                # clients send gradients (local.optimizer gradient) and sketches seldom (sketch.share)
+                "kind": "none",
                 "decay": 0.9,  # by which the weight of what is remembered falls with each round
                 "rank": 250,  # R' of a message: R' P numbers for each of 1, `length` or all clients
                 "length": 8,  # cohorts that `targets` remembers

@@ -35,8 +35,7 @@ FLAGS = {
 EXPECTED = ("rank_deficient", "loss_truncated")
 
 StoreName = Literal["bfloat16", "float16", "float32", "float64"]  # a name in `STORES`
-# The dtypes in which a basis may be sent.
-STORES = {name: jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float64")}
+STORES = {name: jnp.dtype(name) for name in ("bfloat16", "float16", "float32", "float64")}  # in which a basis is sent
 
 
 class Report(NamedTuple):
@@ -131,11 +130,10 @@ def make_sketch(
             pairs = solve(solve_key, matrix, start)
             left, error = trace_left(probe_key, matrix, pairs, probes)
             mixed = contracts.mixes_examples(outputs, loss, params, batch, mask)
-        products_for_trace = probes if matrix.trace is None else 0
         trace_is_sought = probes or (matrix.trace is not None and matrix.left_out is None)
         report = Report(
             residuals=pairs.residuals,
-            products=pairs.products + products_for_trace,
+            products=pairs.products + (probes if matrix.trace is None else 0),
             converged=pairs.converged & ~jnp.asarray(matrix.truncated),
             trace=jnp.sum(pairs.eigenvalues) + left,
             trace_error=error,
@@ -338,6 +336,9 @@ class Sketcher(NamedTuple):
     of_cohort: OfCohort = _as_they_are
     sends_gradient: bool = False  # whether the clients send their gradients [P] too
     drawn_by: Callable[[jax.Array], jax.Array] = jnp.asarray  # ids [C] -> [C], those that their random keys are of
+    due: Callable[..., jax.Array] | None = None  # (round [], key, ids [C]) -> [C] bool, who sends one; None for all
+    vector_bytes: Callable[[int], int] | None = None  # P -> bytes of an eigenvector as it is sent; None for its array's
+    says_first: bool = False  # whether all eigenvalues are sent before the pairs that are then asked for
 
 
 def plain(make: SketchMaker) -> Sketcher:
@@ -383,10 +384,8 @@ def with_rank_by_gradient(sketcher: Sketcher, loss: Loss, scale: float) -> Sketc
         gradients = trees.zero_unless(trees.is_finite(gradients), gradients)
         lengths, total = jnp.linalg.norm(gradients, axis=1), jnp.linalg.norm(jnp.sum(gradients, axis=0))
 
-        def kept_by(sketch, length):
-            return above_gradient(sketch, length, total, round + 1, scale)
-
-        return jax.vmap(truncate)(sketches, jax.vmap(kept_by)(sketches, lengths))
+        kept = jax.vmap(above_gradient, (0, 0, None, None, None))(sketches, lengths, total, round + 1, scale)
+        return jax.vmap(truncate)(sketches, kept)
 
     return Sketcher(of_client, of_cohort, sends_gradient=True)
 

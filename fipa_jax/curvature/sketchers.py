@@ -1,12 +1,19 @@
-"""How else may a cohort be sketched? Wrappers of a `Sketcher`: on random views, and from one start for all clients."""
+"""How else may a cohort be sketched? Wrappers of a `Sketcher`.
 
+On random views, from one start for all clients, seldom (by few of the cohort, so that most send no curvature), or
+within a budget of bytes.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fipa_jax.curvature.sketch import Sketcher
+from fipa_jax import trees
+from fipa_jax.curvature import contracts
+from fipa_jax.curvature.sketch import Sketch, Sketcher, truncate
 
 Augment = Callable[[jax.Array, Any], Any]  # (key, batch) -> a random view of the batch
 
@@ -38,3 +45,101 @@ def from_one_start(sketcher: Sketcher) -> Sketcher:
     or the examples that are sketched, is drawn alike too, of each client's own examples.
     """
     return sketcher._replace(drawn_by=jnp.zeros_like)
+
+
+def sent_seldom(sketcher: Sketcher, share: float, *, full: int = 1, start: int = 0, scaled: bool = True) -> Sketcher:
+    """The sketcher of which in a round only a part of the cohort is asked; all others send no pair and do no work.
+
+    In each of the first `full` rounds everybody sends a sketch. Then `share` of all do, their number in a round as even
+    as whole numbers can be (with 5 clients and a share of 0.1 one client in every second round); which of the cohort
+    they are is drawn anew. The message of whoever sends none is zero, its report too.
+
+    Example:
+      sent_seldom(plain(make), 0.1).due(jnp.int32(0), key, jnp.arange(5)) is five times True.
+
+    Args:
+      sketcher: gives sketches.
+      share: p, of the cohort that sends a sketch in the mean over the later rounds; above 0, at most 1.
+      full: rounds.
+      start: the number of the phase's first round.
+      scaled: whether eigenvalues come divided by p, so that the mean of what arrives, zeros included, is that of all
+        clients' curvature. A rule that takes the mean over those who have sent needs them as they are.
+
+    Raises:
+      ValueError: the share is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"sketch.share: needs a number above 0 and at most 1, got {share}")
+    contracts.at_least(0, full=full)
+
+    def of_cohort(messages, round):
+        sketches = sketcher.of_cohort(messages, round)
+        if not isinstance(sketches, Sketch):
+            raise ValueError(f"sketch.share: needs sketches, got {type(sketches).__name__}")
+        scale = jnp.where(round - start < full, 1, 1 / share) if scaled else jnp.ones([])
+        return sketches._replace(eigenvalues=sketches.eigenvalues * scale.astype(sketches.eigenvalues.dtype))
+
+    return sketcher._replace(of_cohort=of_cohort, due=functools.partial(due, share, full, start))
+
+
+def due(share: float, full: int, start: int, round: jax.Array, key: jax.Array, ids: jax.Array) -> jax.Array:
+    """[C] bool: which of the clients `ids` [C] send a sketch in a round, see `sent_seldom`; the key is the round's."""
+    clients, after = ids.shape[0], jnp.maximum(round - start - full, -1)
+    until = jnp.floor(clients * share * jnp.stack([after, after + 1]) + 0.5)
+    number = jnp.where(after < 0, clients, until[1] - until[0])
+    lots = jax.vmap(lambda id_: jax.random.uniform(jax.random.fold_in(key, id_)))(ids)
+    return jnp.argsort(jnp.argsort(lots)) < number
+
+
+def within_budget(sketcher: Sketcher, budget: float, start: int = 0) -> Sketcher:
+    """The sketcher of whose pairs only those are sent that so many bytes a client and round pay for, the best first.
+
+    Every client that is asked says its eigenvalues, and how good they are; then the cohort's largest are asked for, as
+    many pairs as the bytes buy that are left. A pair's gain, log(1 + lam / beta) of the precision that it brings, and
+    its price are such that this is where the gain of another pair would be the same for all clients (water-filling).
+    What a round leaves over, less than a pair, the next one may spend. At most the sketcher's rank comes from one.
+
+    Args:
+      sketcher: gives sketches; of `sent_seldom`, if that is asked for too, it is inside: a client that is asked may
+        then send as much as if all were.
+      budget: bytes for curvature, a client and round; above 0.
+      start: the number of the phase's first round.
+
+    Raises:
+      ValueError: the budget is not above 0; in a round, it does not pay for the eigenvalues.
+    """
+    if not budget > 0:
+        raise ValueError(f"sketch.budget: needs more than 0 bytes, got {budget}")
+
+    def of_cohort(messages, round):
+        sketches = sketcher.of_cohort(messages, round)
+        if not isinstance(sketches, Sketch):
+            raise ValueError(f"sketch.budget: needs sketches, got {type(sketches).__name__}")
+        values = sketches.eigenvalues
+        keep = _largest(values, pairs_for(sketcher, sketches, budget, round - start))
+        return jax.vmap(truncate)(sketches, keep)
+
+    return sketcher._replace(of_cohort=of_cohort, says_first=True)
+
+
+def pairs_for(sketcher: Sketcher, sketches: Sketch, budget: float, round: jax.Array) -> jax.Array:
+    """[] int32: the pairs that a cohort's budget pays for in the phase's round, of stacked sketches [C, ...].
+
+    Raises:
+      ValueError: it does not pay for the eigenvalues.
+    """
+    clients = sketches.eigenvalues.shape[0]
+    asked = trees.nbytes((sketches.eigenvalues, sketches.report)) // clients
+    size = sketches.basis.shape[1]
+    price = sketcher.vector_bytes(size) if sketcher.vector_bytes else sketches.basis.dtype.itemsize * size
+    if budget <= asked:
+        raise ValueError(f"sketch.budget: eigenvalues and report take {asked} bytes already, got {budget}")
+    bought = clients * (budget - asked) / price  # a round
+    until = jnp.floor(bought * jnp.stack([round, round + 1]))
+    return (until[1] - until[0]).astype(jnp.int32)
+
+
+def _largest(values: jax.Array, number: jax.Array) -> jax.Array:
+    """[C, R] bool: the `number` largest of values [C, R]."""
+    places = jnp.argsort(jnp.argsort(-values.reshape(-1)))
+    return (places < number).reshape(values.shape)

@@ -134,6 +134,12 @@ def check(settings: ConfigDict) -> None:
     if settings.late.share or has_faults(settings):
         field = "late.share" if settings.late.share else "faults"
         raise ValueError(f"{field}: draws delays or faults for a study; a real federation has its own, set it to 0")
+    sparing = settings.sketch.share != 1 or settings.sketch.bits or settings.sketch.budget
+    if sparing or settings.local.compress.name != "none":
+        raise ValueError(
+            "sketch.share, sketch.bits, sketch.budget, local.compress: what they save is counted in a simulation, and "
+            "not built into the wire's format yet; set them to 1, 0, 0 and 'none'"
+        )
     for field in ("pooled", "cache_body"):
         if settings[field]:
             raise ValueError(f"{field}: needs all clients' data in one place, which a real federation has not")

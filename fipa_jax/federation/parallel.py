@@ -46,6 +46,7 @@ def map_clients(
     common: tuple,
     *args,
     sizes: jax.Array | None = None,
+    wanted: jax.Array | None = None,
     chunk: int = 1,
     mesh: Mesh | None = None,
     by_rows: ByRows = by_none,
@@ -59,6 +60,7 @@ def map_clients(
       sizes: [C], what each client's work is about proportional to, such as `num_examples`. Clients side by side take as
         long as the largest of them, and devices as long as the one with most to do: by their sizes those that go
         together are nearly equal, and every device gets its share of large and small ones.
+      wanted: [C] bool, the clients that work; the others' results are zeros and cost nothing. None for all.
       chunk: clients side by side in one `vmap`; 1 runs one client's program after another, 0 all at once.
       mesh: devices with an axis `clients`, over which the clients are spread; C is padded to a multiple of it by
         repeating a client whose results are dropped. The result does not depend on it.
@@ -66,8 +68,12 @@ def map_clients(
         [C, P / devices, ...]; all others are gathered whole on every device.
     """
     clients = jax.tree.leaves(args)[0].shape[0]
+    if wanted is not None:  # first, so that chunks and devices share them evenly
+        sizes, args = jnp.where(wanted, 1 if sizes is None else sizes, -1), (*args, wanted)
 
     def local(common, args):
+        if wanted is not None:
+            return _of_wanted(lambda *one: fn(*common, *one), args[:-1], args[-1], chunk)
         count = jax.tree.leaves(args)[0].shape[0]
         if chunk == 0 or chunk >= count > 1:
             return jax.vmap(lambda *one: fn(*common, *one))(*args)
@@ -94,6 +100,28 @@ def map_clients(
         return jax.lax.with_sharding_constraint(ordered, placed)
 
     return jax.tree.map(collect, results, by_rows(results))
+
+
+def _of_wanted(fn: Callable, args: tuple, wanted: jax.Array, chunk: int):
+    """fn(*client) of the clients that are wanted, stacked [C, ...], in a loop that ends with the last of them."""
+    clients = wanted.shape[0]
+    at_once = clients if chunk == 0 else min(chunk, clients)
+    shapes = jax.eval_shape(lambda args: fn(*jax.tree.map(lambda leaf: leaf[0], args)), args)
+    blank = jax.tree.map(lambda leaf: jnp.zeros([clients, *leaf.shape], leaf.dtype), shapes)
+    order = jnp.argsort(~wanted)
+    # Places beyond the clients are read from the last one, and nothing is written there.
+    places = jnp.pad(jnp.where(wanted[order], order, clients), (0, -clients % at_once), constant_values=clients)
+
+    def turn(i, results):
+        here = jax.lax.dynamic_slice_in_dim(places, i * at_once, at_once)
+        own = jax.tree.map(lambda leaf: leaf[jnp.minimum(here, clients - 1)], args)
+        if at_once == 1:
+            found = jax.tree.map(lambda leaf: leaf[None], fn(*jax.tree.map(lambda leaf: leaf[0], own)))
+        else:
+            found = jax.vmap(fn)(*own)
+        return jax.tree.map(lambda all_, new: all_.at[here].set(new, mode="drop"), results, found)
+
+    return jax.lax.fori_loop(0, -(-jnp.sum(wanted) // at_once), turn, blank)
 
 
 def deal(count: int, hands: int) -> np.ndarray:

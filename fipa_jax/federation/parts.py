@@ -34,6 +34,8 @@ class Parts(NamedTuple):
     announce: Callable[[Any], dict] = announce_nothing  # the rule's state -> fields of `Hyper` that the clients take
     sketch_first: bool = False  # whether local work needs the client's sketch
     sketch_examples: int = 0  # examples of a client that enter its sketch; 0 for all
+    update_bytes: Callable[[int], int] | None = None  # P -> bytes of an update as it is sent; None for its arrays
+    first: int = 0  # number of the phase's first round
     least_clients: int = 1  # with fewer clients that take part a round is skipped
     chunk: int = 1  # clients side by side, see `parallel.map_clients`
     mesh: Mesh | None = None  # devices over which clients are spread

@@ -21,11 +21,13 @@ from fipa_jax.client.local_solver import LocalResult
 from fipa_jax.curvature import contracts
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.federation.channel import Order
-from fipa_jax.federation.parallel import ByRows, by_none, map_clients
+from fipa_jax.federation.parallel import ByRows, map_clients
 from fipa_jax.federation.parts import Parts, Rates, model_of, trained_of
 from fipa_jax.federation.population import Cohort, sample_cohort
 from fipa_jax.federation.server import serve
 from fipa_jax.federation.state import State, fetch, keep
+
+DUE = 0xD0E  # the stream of who sends a sketch, apart from the keys of the clients' sketches
 
 
 def draw(parts: Parts, round: jax.Array, rates: Rates, root: jax.Array) -> tuple[jax.Array, Order]:
@@ -93,12 +95,15 @@ def sketch(
         batch, mask = gather(data, client.indices), present(client)
         return _filled_up(parts, sketcher.of_client(outputs, theta, solve_key, batch, mask, *asked))
 
-    keys = _of_clients(_keys_of(state.round, root)[2], sketcher.drawn_by(cohort.ids))
+    key = _keys_of(state.round, root)[2]
+    keys = _of_clients(key, sketcher.drawn_by(cohort.ids))
+    due = sketcher.due and sketcher.due(state.round, jax.random.fold_in(key, DUE), cohort.ids)
     trained = None
     if parts.aggregator.needs.at == "local":
         trained = contracts.given(results, "results, as the rule wants curvature at the trained parameters").delta
     common = _seen_by_all(state), cohort.data, parts.aggregator.asks(state.aggregator)
-    sketches = _over(parts, one, common, cohort, cohort.clients, keys, trained, cohort.orders, by_rows=_bases_of(parts))
+    given, how = (cohort.clients, keys, trained, cohort.orders), {"by_rows": _bases_of(parts), "wanted": due}
+    sketches = _over(parts, one, common, cohort, *given, **how)
     return sketcher.of_cohort(sketches, state.round)
 
 
@@ -139,10 +144,10 @@ def whole_round(
     return keep(state, seen, ids), info
 
 
-def _over(parts: Parts, one: Callable, common: tuple, cohort: Cohort, *stacked: Any, by_rows: ByRows = by_none):
+def _over(parts: Parts, one: Callable, common: tuple, cohort: Cohort, *stacked: Any, **options: Any):
     """one(*common, *client) of every client of the cohort, stacked [C, ...]."""
     sizes = cohort.clients.num_examples
-    return map_clients(one, common, *stacked, sizes=sizes, chunk=parts.chunk, mesh=parts.mesh, by_rows=by_rows)
+    return map_clients(one, common, *stacked, sizes=sizes, chunk=parts.chunk, mesh=parts.mesh, **options)
 
 
 def _filled_up(parts: Parts, message: Any) -> Any:

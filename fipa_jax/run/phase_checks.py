@@ -63,11 +63,13 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
         _check_own_damping(settings, aggregator)
         _checkmatched(settings, aggregator)
         _check_adaptive(settings)
+        _check_gradients(settings, aggregator)
     if aggregator.needs.curvature == "image":
         _check_sums(settings, aggregator)
         _checkmatched(settings, aggregator)
     if settings.also_trained:
         _check_trains(settings, term)
+    _check_compression(settings)
     _check_local_work(settings, aggregator, term)
     _check_faults(settings, aggregator, cohort)
 
@@ -217,6 +219,39 @@ def _check_sums(settings: ConfigDict, aggregator: Aggregator) -> None:
             "config.fipa.sketch: energy, gradient_scale and store are of eigenpairs, which the rule 'sums' has none "
             "of; set them to nothing"
         )
+
+
+def _check_gradients(settings: ConfigDict, aggregator: Aggregator) -> None:
+    """Refuses updates that are no gradients where the rule takes them for such."""
+    if not aggregator.needs.gradient:
+        return
+    if settings.local.optimizer != "gradient":
+        raise ValueError(
+            "config.fipa.local.optimizer: aggregator.past.kind = 'curvature' needs clients that send gradients; set it "
+            f"to 'gradient', got {settings.local.optimizer!r}"
+        )
+    if settings.aggregator.form != "damped" or settings.aggregator.relative or not settings.aggregator.damping > 0:
+        raise ValueError(
+            "config.fipa.aggregator.damping: past.kind = 'curvature' divides gradients by it, it needs form = "
+            "'damped', relative = False and damping above 0"
+        )
+    if settings.late.share:
+        raise ValueError(
+            "config.fipa.late.share: past.kind = 'curvature' takes gradients for those at the present parameters; set "
+            "it to 0"
+        )
+
+
+def _check_compression(settings: ConfigDict) -> None:
+    """Refuses compressed updates of which something is lost, or read as what it is not."""
+    keeps_rest, term = settings.local.compress.name == "top_k", settings.term.name
+    if keeps_rest != (term == "feedback"):
+        raise ValueError(
+            "config.fipa.term.name: local.compress.name = 'top_k' and the term 'feedback', which keeps what it leaves "
+            f"out, go together; got {settings.local.compress.name!r} and {term!r}"
+        )
+    if settings.local.compress.name != "none" and settings.also_trained:
+        raise ValueError("config.fipa.also_trained: compressed updates are of all that is trained; set it to ''")
 
 
 def _check_own_damping(settings: ConfigDict, aggregator: Aggregator) -> None:

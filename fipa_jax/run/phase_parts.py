@@ -1,5 +1,6 @@
 """How does a phase's config become the parts of its rounds? Names become functions, fields become their arguments."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 
@@ -17,10 +18,11 @@ from fipa_jax.aggregate.row_blocks import Spread
 from fipa_jax.aggregate.rules import AGGREGATORS
 from fipa_jax.aggregate.sums import SumOptions
 from fipa_jax.client import first_order, layer_steps, second_order, terms
+from fipa_jax.client.compression import Compression, Compressor, compressed, compressor_of
 from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
 from fipa_jax.config.methods import method
-from fipa_jax.curvature import common_basis, layer_factors, sketch
-from fipa_jax.curvature.sketchers import from_one_start, on_views
+from fipa_jax.curvature import common_basis, few_bits, layer_factors, sketch
+from fipa_jax.curvature.sketchers import from_one_start, on_views, sent_seldom, within_budget
 from fipa_jax.federation.channel import Channel, ChannelRates, FaultRates, chain, faulty, late
 from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.federation.parts import Parts, Rates
@@ -60,7 +62,8 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     mesh = make_mesh(config.devices)
     aggregator = aggregator_of(settings, num_clients, mesh)
     server = server_optimizers.make(settings.server.optimizer, settings.server.momentum)
-    local = local_of(settings, aggregator, term, task)
+    compressor = compressor_of(Compression(**settings.local.compress))
+    local = local_of(settings, aggregator, term, task, compressor)
     check_fit(settings, aggregator, term, cohort, num_clients)
     natural, layerwise = (settings.local.optimizer == name for name in ("natural_gradient", "kronecker"))
     by_sketch = aggregator.needs.curvature == "sketch" and (natural or settings.local.adaptive.scale > 0)
@@ -68,7 +71,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
         task=task,
         local=private_run.local_in_frame(local, settings),
         term=term,
-        sketcher=sketcher_of(settings.sketch, aggregator, task),
+        sketcher=sketcher_of(settings.sketch, aggregator, task, first_round(config, settings)),
         aggregator=aggregator,
         server=server,
         num_clients=num_clients,
@@ -79,6 +82,8 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
         announce=aggregator.announce if matched(settings, aggregator) else announce_nothing,
         sketch_first=by_sketch or layerwise,
         sketch_examples=settings.sketch.examples,
+        update_bytes=compressor and compressor.bytes_of,
+        first=first_round(config, settings),
         least_clients=settings.least_clients,
         chunk=1 if config.chunk < 0 else config.chunk,  # until it is measured
         mesh=mesh,
@@ -121,7 +126,9 @@ def aggregator_of(settings: ConfigDict, num_clients: int, mesh: Mesh | None = No
     return make(**fields_for(make, {**fields, **groups}))
 
 
-def local_of(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, task: Task) -> LocalSolver:
+def local_of(
+    settings: ConfigDict, aggregator: Aggregator, term: terms.Term, task: Task, compressor: Compressor | None = None
+) -> LocalSolver:
     """The clients' local solver, wrapped by what the phase asks for."""
     make = lookup(LOCAL_SOLVERS, settings.local.optimizer, "config.local.optimizer")
     fields = fields_for(make, {**settings.local, **settings.local.gauss_newton})
@@ -133,18 +140,28 @@ def local_of(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, tas
         momentum = settings.local.momentum if settings.local.optimizer in first_order.WITH_MOMENTUM else 0.0
         adaptive = settings.local.adaptive
         local = adaptive_steps(local, adaptive.scale, adaptive.max_steps, reach=1 / (1 - momentum))
+    local = local if compressor is None else compressed(local, compressor)
     if not aggregator.needs.loss:
         return local
     return with_initial_loss(local, task.loss, settings.local.weight_decay)
 
 
-def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task) -> sketch.Sketcher | None:
-    """What the clients say of their curvature, as the rule needs it; None if it needs nothing."""
+def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task, start: int = 0) -> sketch.Sketcher | None:
+    """What the clients say of their curvature, as the rule needs it, from round `start`; None if it needs nothing."""
     sketcher = _sketcher_of_examples(settings, aggregator, task)
     if sketcher is None:
         return None
     sketcher = on_views(sketcher, task.augment) if settings.views else sketcher
-    return from_one_start(sketcher) if settings.common_start else sketcher
+    sketcher = from_one_start(sketcher) if settings.common_start else sketcher
+    if settings.share != 1:  # a rule of gradients takes the mean over those who have sent a sketch
+        scaled = not aggregator.needs.gradient
+        sketcher = sent_seldom(sketcher, settings.share, full=settings.full, start=start, scaled=scaled)
+    return within_budget(sketcher, settings.budget, start) if settings.budget else sketcher
+
+
+def first_round(config: ConfigDict, settings: ConfigDict) -> int:
+    """The number of a phase's first round."""
+    return config.first_round + (0 if settings is config.warmup else config.warmup.rounds)
 
 
 def _sketcher_of_examples(settings: ConfigDict, aggregator: Aggregator, task: Task) -> sketch.Sketcher | None:
@@ -172,10 +189,13 @@ def eigenpairs_of(settings: ConfigDict, task: Task) -> sketch.Sketcher:
     def make(outputs, features):
         of_client = sketch.make_sketch(outputs, task.loss, features=features, **fields)
         of_client = sketch.stored_as(of_client, settings.store, settings.tolerance) if settings.store else of_client
+        of_client = few_bits.in_few_bits(of_client, settings.bits) if settings.bits else of_client
         return sketch.keeping_energy(of_client, settings.energy) if settings.energy else of_client
 
     make(None, None)  # so that what is wrong with its fields shows now
     plain = sketch.plain(make)
+    if settings.bits:
+        plain = plain._replace(vector_bytes=functools.partial(few_bits.bytes_of, bits=settings.bits))
     if not settings.gradient_scale:
         return plain
     return sketch.with_rank_by_gradient(plain, task.loss, settings.gradient_scale)

@@ -85,14 +85,16 @@ def key_of(settings: ConfigDict, parts: Parts) -> str:
         group.pop(last, None)
     # Whether a number is there at all is not traced.
     does = {"late": settings.late.share > 0, "faults": has_faults(settings)}
-    return json.dumps(static | {"chunk": parts.chunk, "channel": does}, sort_keys=True)
+    first = parts.first if settings.sketch.share < 1 or settings.sketch.budget else 0  # from which a schedule counts
+    return json.dumps(static | {"chunk": parts.chunk, "channel": does, "first": first}, sort_keys=True)
 
 
 def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Callable[[dict], dict]:
     """Builds `sent(info)`: the bytes that the server sends and receives in the round, over all clients of the cohort,
     and `bytes_kept`, what its rule, its optimiser and its term keep from round to round.
 
-    Of a sketch only the pairs that are kept count, and its report; the gradient too where the rank adapts to it.
+    Of a sketch that is sent only the pairs that are kept count, and its report; the gradient too where the rank adapts
+    to it.
 
     Args:
       state, results, sketches: of a round, or their shapes.
@@ -101,21 +103,40 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     model = trees.nbytes(trees.select(state.params, parts.trainable))
     told = state.shared if term.travels else (), parts.aggregator.asks(state.aggregator)
     down = parts.cohort * (model + trees.nbytes(told))
-    sent = [results.delta, results.before if needs.loss else (), results.damping if needs.damping else ()]
-    up, pair = trees.nbytes([*sent, results.store if term.travels else ()]), 0
+    sent = [results.before if needs.loss else (), results.damping if needs.damping else ()]
+    up, pair, report = trees.nbytes([*sent, results.store if term.travels else ()]), 0, 0
+    up += _bytes_of_updates(parts, results.delta)
     if isinstance(sketches, Sketch):
-        pair = trees.nbytes((sketches.eigenvalues, sketches.basis)) // sketches.eigenvalues.size
-        up += trees.nbytes(sketches.report) + (parts.cohort * model if parts.sketcher.sends_gradient else 0)
+        pair = _bytes_of_pair(parts, sketches)
+        said = sketches.report, sketches.eigenvalues if parts.sketcher.says_first else ()
+        report = trees.nbytes(said) // parts.cohort
+        up += parts.cohort * model if parts.sketcher.sends_gradient else 0
     else:
         up += trees.nbytes(sketches)
     kept = trees.nbytes((state.aggregator, state.server))
     kept += parts.num_clients * trees.nbytes(state.shared) if term.remember else 0
 
     def sent_in(info: dict) -> dict:
-        pairs = int(info.get("sketch_pairs", 0))
-        return {"bytes_down": down, "bytes_up": up + pair * pairs, "bytes_kept": kept}
+        sketches = pair * int(info.get("sketch_pairs", 0)) + report * int(info.get("sketches_sent", 0))
+        return {"bytes_down": down, "bytes_up": up + sketches, "bytes_kept": kept}
 
     return sent_in
+
+
+def _bytes_of_updates(parts: Parts, deltas: Any) -> int:
+    """The bytes of a cohort's updates as they are sent, stacked [C, ...]."""
+    if parts.update_bytes is None:
+        return trees.nbytes(deltas)
+    size = sum(leaf.size for leaf in jax.tree.leaves(deltas)) // parts.cohort
+    return parts.cohort * parts.update_bytes(size)
+
+
+def _bytes_of_pair(parts: Parts, sketches: Sketch) -> int:
+    """The bytes of one eigenpair as it is sent; of its vector alone, where eigenvalues are said before."""
+    number = 0 if parts.sketcher.says_first else sketches.eigenvalues.dtype.itemsize
+    if parts.sketcher.vector_bytes is not None:
+        return number + parts.sketcher.vector_bytes(sketches.basis.shape[1])
+    return number + trees.nbytes(sketches.basis) // sketches.eigenvalues.size
 
 
 WORSE = 1.1  # so much slower than the best so far ends the search

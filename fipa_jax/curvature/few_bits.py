@@ -1,0 +1,60 @@
+"""How is a vector sent in few bits? Block by block, each with a scale of its own, rounded at random, without bias.
+
+    q = floor(x / s + u),  u uniform in [0, 1),  s = max |x| / (2^(bits - 1) - 1) over a block of 256 entries
+
+The mean of s q over u is x (stochastic rounding, as in QSGD, Alistarh et al. 2017, arXiv 1610.02132, which has one norm
+for a block), and |s q - x| < s. What is sent are the integers q and a float32 s of each block.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fipa_jax.curvature.sketch import Sketch, SketchFunction
+from fipa_jax.trees import ratio
+
+BLOCK = 256  # entries that share a scale
+
+
+def check(bits: int, field: str) -> None:
+    """Refuses a number of bits that has no integers of either sign, with a ValueError that names the field."""
+    if not 2 <= bits <= 16:
+        raise ValueError(f"{field}: needs 2 to 16 bits, or 0 for floating point, got {bits}")
+
+
+def rounded(key: jax.Array, vector: jax.Array, bits: int) -> jax.Array:
+    """A vector [P] as it arrives.
+
+    Example:
+      rounded(jax.random.key(0), vector, 8) is off by less than 1 / 127 of the largest entry of each block.
+    """
+    size = vector.shape[0]
+    blocks = jnp.pad(vector, (0, -size % BLOCK)).reshape(-1, BLOCK)
+    scale = jnp.max(jnp.abs(blocks), axis=1, keepdims=True) / (2 ** (bits - 1) - 1)
+    places = jnp.floor(ratio(blocks, scale) + jax.random.uniform(key, blocks.shape, blocks.dtype))
+    return (scale * places).reshape(-1)[:size]
+
+
+def bytes_of(size: int, bits: int) -> int:
+    """The bytes of a vector of P = `size` entries: its integers, packed, and its blocks' scales."""
+    return -(-size * bits // 8) + 4 * -(-size // BLOCK)
+
+
+def in_few_bits(sketch: SketchFunction, bits: int) -> SketchFunction:
+    """The sketch function with each vector of its basis rounded, then of length one again, as it arrives.
+
+    The rounding of different vectors is independent, so that they stay nearly orthogonal: by about the relative error
+    of one entry over the square root of P. The report is that of the basis before.
+
+    Raises:
+      ValueError: not 2 to 16 bits.
+    """
+    check(bits, "sketch.bits")
+
+    def sent(key, params, batch, mask=None, start=None) -> Sketch:
+        solve_key, round_key = jax.random.split(key)
+        whole = sketch(solve_key, params, batch, mask, start)
+        keys = jax.random.split(round_key, whole.basis.shape[1])
+        basis = jax.vmap(rounded, in_axes=(0, 1, None), out_axes=1)(keys, whole.basis, bits)
+        return whole._replace(basis=ratio(basis, jnp.linalg.norm(basis, axis=0, keepdims=True)))
+
+    return sent
