@@ -8,6 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
 from fipa_jax.aggregate import solvers
+from fipa_jax.aggregate.adaptive_damping import adaptive
 from fipa_jax.aggregate.aggregator import (
     WEIGHTINGS,
     Aggregator,
@@ -34,10 +35,11 @@ from fipa_jax.lookup import lookup
 
 # What FIPA's `info` says, beside that of the screening (`screening.receive`, `late_updates.without_drifted`).
 INFO = {
+    "agreement": "[], cosine of the step and of where a smaller damping would have led the last ones, where it adapts",
     "capped": "[C] bool, clients whose eigenvalues were scaled down to the cap",
     "captured": "[], share of the trace of the clients' curvature that their sketches hold, by their reports",
     "condition": "[], the largest over the least eigenvalue that the filter lets through, both with the damping",
-    "damping": "[], beta, where the trust region adapts it",
+    "damping": "[], beta, where it adapts",
     "divergence": "[], step^T H step / 2",
     "effective_rank": "[], sum of lam / (lam + beta): the directions in which curvature decides",
     "fallback": "[] int32, what was taken instead of a failing step, a place in `solvers.FALLBACKS`",
@@ -229,6 +231,8 @@ def fipa(
         solver = trust_region(solver)
     if past.kind != "none":
         solver = remembering(solver, kind_of(past, alone, late.transport), decay=past.decay)
+    if past.adaptive:
+        solver = adaptive(solver)
     solver = capped(solver, trace_cap=limits.trace_cap)
     return from_solver(solver, weighting=weighting, late=late, spread=spread is not None)
 

@@ -165,11 +165,11 @@ def solve(factor: Factor, inverse: Filter) -> jax.Array:
     """base + F V diag(inverse(lam)) V^T F^T targets [P]: a function of H applied to sum_m w_m H_m targets_m / lam."""
 
     def value(factor: Factor, inverse: Filter):
-        return _combine(factor, dot(factor.right.T, inverse.of(factor.eigenvalues) * factor.projected))
+        return combine(factor, dot(factor.right.T, inverse.of(factor.eigenvalues) * factor.projected))
 
     def smooth(factor: Factor, inverse: Filter):
         coefficients = _filtered(*_products(factor), inverse, factor.eigenvalues, factor.right)
-        return _combine(factor, coefficients, each_by_itself=True)
+        return combine(factor, coefficients, each_by_itself=True)
 
     return with_derivative_of(smooth, value, factor._scope)(factor, Filter(*map(jnp.asarray, inverse)))
 
@@ -178,24 +178,28 @@ def quadratic(factor: Factor, vector: jax.Array) -> jax.Array:
     """vector^T H vector [] of a vector [P]."""
 
     def value(factor: Factor, vector, each_by_itself=False):
-        wide, length = factor.right.dtype, factor.length
-
-        def read(scales, rows):
-            def visit(rows, start, total):
-                bases, vector = rows
-                begin, blocks = _blocks(bases, scales, length, start, wide)
-                part = jax.lax.dynamic_slice_in_dim(vector, begin, length).astype(wide)
-                along = [jax.lax.dot_general(block, part, (((1,), (0,)), ((), ()))) for block in blocks]
-                return _added(total, along)
-
-            blank = vary_with([jnp.zeros(scale.shape, wide) for scale in scales], scales, rows)
-            return over_row_blocks(rows, length, visit, blank, each_by_itself)
-
-        image = reduce_rows(factor.scales, (factor.bases, vector), read, _added, factor.mesh)  # F^T vector
-        return total(jnp.sum(part**2) for part in image).astype(factor.scales[0].dtype)
+        return total(jnp.sum(part**2) for part in image(factor, vector, each_by_itself)).astype(factor.scales[0].dtype)
 
     smooth = functools.partial(value, each_by_itself=True)
     return with_derivative_of(smooth, value, factor._scope)(factor, vector)
+
+
+def image(factor: Factor, vector: jax.Array, each_by_itself: bool = False) -> list:
+    """F^T vector, of each part [C, R], within `arithmetic`."""
+    wide, length = factor.right.dtype, factor.length
+
+    def read(scales, rows):
+        def visit(rows, start, total):
+            bases, vector = rows
+            begin, blocks = _blocks(bases, scales, length, start, wide)
+            part = jax.lax.dynamic_slice_in_dim(vector, begin, length).astype(wide)
+            along = [jax.lax.dot_general(block, part, (((1,), (0,)), ((), ()))) for block in blocks]
+            return _added(total, along)
+
+        blank = vary_with([jnp.zeros(scale.shape, wide) for scale in scales], scales, rows)
+        return over_row_blocks(rows, length, visit, blank, each_by_itself)
+
+    return reduce_rows(factor.scales, (factor.bases, vector), read, _added, factor.mesh)
 
 
 def top(factor: Factor, rank: int) -> Sketch:
@@ -336,7 +340,7 @@ def _filtered_jvp(given, tangents):
     return _filtered(*given), dot(right.T, moved)
 
 
-def _combine(factor: Factor, coefficients: jax.Array, each_by_itself: bool = False) -> jax.Array:
+def combine(factor: Factor, coefficients: jax.Array, each_by_itself: bool = False) -> jax.Array:
     """base + F coefficients [P], rounded once: where the base is large, they cancel."""
     edges = np.cumsum([0, *(scale.size for scale in factor.scales)])
     of_part = [

@@ -266,6 +266,7 @@ def aggregator(name: str) -> ConfigDict:
                 "decay": 0.9,  # by which the weight of what is remembered falls with each round
                 "rank": 250,  # R' of a message: R' P numbers for each of 1, `length` or all clients
                 "length": 8,  # cohorts that `targets` remembers
+                "adaptive": False,  # damping follows how the steps of successive cohorts agree; see adaptive_damping
             },
             "layers": {  # aggregate.layerwise.LayerOptions
                 "kind": "foof",  # of kronecker: foof (FedPM), kfac (FedFisher-KFAC, FedLPA), regmean
