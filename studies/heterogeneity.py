@@ -6,7 +6,7 @@ distances are those of `scripts/benchmark.py apart`, at the warm-up's last model
 """
 
 import numpy as np
-from evidence.records import Benchmark, Run, Spread, Study, Table, best, every, final, number, percent
+from evidence.records import Benchmark, Run, Spread, Study, Table, best, every, final, legend, number, percent
 
 ALPHAS = ("iid", "10", "1", "0.6", "0.3", "0.1", "0.05", "0.01")
 FIPA = "fipa_memory:aggregator.damping={}:aggregator.limits.max_divergence={}"
@@ -124,7 +124,7 @@ def draw(found, path):
                     axis.plot(distances[name], 100 * gains, ".", color=color, label=part)
             axis.set(xlabel=name, ylabel="gain, points")
             axis.grid(alpha=0.25)
-        axes[0, 0].legend()
+        legend(axes[0, 0])
 
 
 STUDY = Study(

@@ -6,7 +6,7 @@ FedAvg and FedVARP as tuned; and all as published (`configs/cifar10.py:published
 Tiny-ImageNet-50.
 """
 
-from evidence.records import Run, Size, Spread, Study, Table, error, final, number, percent, sent
+from evidence.records import Run, Size, Spread, Study, Table, error, final, legend, number, percent, sent
 
 SMALL = {  # config -> (figure, rounds)
     "sine": ("test_mse", 300),
@@ -99,7 +99,7 @@ def draw(found, path):
         right.set(xlabel="megabytes", ylabel="test accuracy, %", title="CIFAR-10, alpha 0.05")
         for axis in (left, right):
             axis.grid(alpha=0.25)
-            axis.legend(fontsize=6)
+            legend(axis, fontsize=6)
 
 
 STUDY = Study(

@@ -201,3 +201,9 @@ def draw_lines(panels: Mapping[str, Sequence[tuple]], figure: str, path: Path, f
         picture.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=curves.LABEL
         )
+
+
+def legend(axis, **options) -> None:
+    """Names an axis's lines, where there are any: of runs that are missing there are none."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(**options)
