@@ -11,6 +11,7 @@ costs, not what it gains. The hash is that of the model after the last round, or
 import argparse
 import ast
 import json
+import math
 import os
 import socket
 import statistics
@@ -113,7 +114,7 @@ def on_paper(args) -> list[dict]:
             more = n if growth else 1  # times as many clients
             away = 4 * args.size * args.rank * (1 - 1 / n) / (1e9 * args.link)  # s, of one client's basis to others
             parts = {"rows s": read * larger * more**2 / n, "reduced s": reduced * more**3}
-            parts["exchange s"] = away * args.merge_clients * more / n
+            parts["exchange s"] = away * math.ceil(args.merge_clients * more / n)
             whole = sum(parts.values())
             ahead = {"C": args.merge_clients * more, "devices": n}
             rows.append(ahead | parts | {"eigenpairs s": whole, "sums s": of_sums * larger + 2 * away})
