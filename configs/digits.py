@@ -23,9 +23,11 @@ TRIED = {  # method -> the values of its two numbers
     FEDAVG: (LOCAL, SERVER),
 }
 PAST = "aggregator.past.kind=prior:aggregator.relative=False:aggregator.sums.columns=50"
-OF_GRADIENTS = f"fipa_sums_of_gradients:{PAST}:aggregator.damping={{}}:aggregator.limits.max_divergence={{}}"
-OF_TRAINED = f"fipa_sums:{PAST}:aggregator.damping={{}}:aggregator.limits.max_divergence={{}}"
-TRIED_SUMS = {OF_GRADIENTS: ((0.1, 0.03, 0.01), (0.02, 0.005)), OF_TRAINED: ((0.1, 0.01, 0.001), (0.02, 0.005))}
+BOUND = "aggregator.limits.max_divergence=0.005"
+SUMS = (  # of which the held-out images choose
+    *(f"fipa_sums_of_gradients:{PAST}:{BOUND}:aggregator.damping={beta}" for beta in (0.1, 0.03, 0.01)),
+    *(f"fipa_sums:{PAST}:{BOUND}:aggregator.damping={beta}" for beta in (0.1, 0.01)),
+)
 CHOSEN = (FIPA.format(0.003, 0.005), SCAFFOLD.format(0.1, 1), FEDADAM.format(0.1, 0.01), FEDAVG.format(0.1, 1))
 
 
@@ -37,7 +39,7 @@ def get_config(variant: str = ""):
     config.warmup.rounds, config.fipa.rounds = 20, 40
     config.fipa.sketch.solver, config.fipa.sketch.rank = "auto", 50
     config.compare = CHOSEN
-    return recipes.variant(config, variant, tune=_tune, sums=_sums, sums_tune=_sums_tune, private=_private)
+    return recipes.variant(config, variant, tune=_tune, sums=_sums, private=_private)
 
 
 def _tune(config):
@@ -47,12 +49,7 @@ def _tune(config):
 
 def _sums(config):
     """From sums, with as many bytes as a client's eigenpairs, beside these and FedAvg."""
-    config.compare = (CHOSEN[0], OF_GRADIENTS.format(0.03, 0.005), OF_TRAINED.format(0.01, 0.005), CHOSEN[-1])
-
-
-def _sums_tune(config):
-    """Every setting of the sums that was tried."""
-    config.compare = recipes.every_setting(TRIED_SUMS)
+    config.compare = (CHOSEN[0], *SUMS, CHOSEN[-1])
 
 
 def _private(config):

@@ -23,13 +23,13 @@ FIPA = "fipa:{}:local.lr={}:aggregator.damping={}:server.lr={}"
 NATURAL = "fipa_memory:{}:aggregator.damping={}:aggregator.limits.max_divergence=0.02"
 TRIED = {  # part -> rule -> the values of each of its numbers, in all combinations: six settings a rule
     "whole": {
-        FEDAVG: ((0.25, 0.1, 0.04), (1, 0.7)),
+        FEDAVG: ((0.25, 0.1, 0.04), (1, 0.5)),
         FEDADAM: ((0.25, 0.1, 0.04), (0.01, 0.003)),
-        FIPA: ((0.25, 0.1, 0.04), (1,), (0.7,)),
+        FIPA: ((0.25, 0.1, 0.04), (1,), (0.5,)),
         NATURAL: ((1, 0.2, 0.1),),
     },
     "lora": {
-        FEDAVG: ((4, 2, 1), (1, 0.5)),
+        FEDAVG: ((2, 1, 0.5), (1, 0.5)),
         FEDADAM: ((1, 0.5, 0.2), (0.01, 0.003)),
         FIPA: ((4, 2, 1, 0.5, 0.2), (1,), (1,)),
         NATURAL: ((0.2,),),

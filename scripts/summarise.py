@@ -58,7 +58,7 @@ def main():
     for (run, name), found in values.items():
         worst = min(found) if metrics.direction(name) > 0 else max(found)
         figures = statistics.median(found), statistics.fmean(found), statistics.pstdev(found), worst
-        print(f"{run:{width}}  {name:{wide}}" + "".join(f"{figure:11.4g}" for figure in figures) + f"{len(found):6}")
+        print(f"{run:{width}}  {name:{wide}}" + "".join(f"{figure:11.5g}" for figure in figures) + f"{len(found):6}")
 
 
 def draw(seeds, args):

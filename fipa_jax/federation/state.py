@@ -66,8 +66,9 @@ def snapshot(state: State) -> State:
     """The state on the host, in copies that later rounds do not write to."""
     on_host = isinstance(state.store, HostStore)
     arrays = state._replace(store=()) if on_host else state
-    # Each process has all that it needs for this: not all of them need take the snapshot.
-    copies = jax.tree.map(np.array, arrays)
+    # Of its own part of what every process holds: not all of them need take the snapshot.
+    own = lambda leaf: leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
+    copies = jax.tree.map(lambda leaf: np.array(own(leaf)), arrays)
     return copies._replace(store=state.store.snapshot()) if on_host else copies
 
 

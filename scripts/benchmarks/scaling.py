@@ -9,7 +9,9 @@ costs, not what it gains. The hash is that of the model after the last round, or
 """
 
 import argparse
+import ast
 import json
+import math
 import os
 import socket
 import statistics
@@ -18,6 +20,8 @@ import sys
 from pathlib import Path
 
 from benchmarks import timing, whole_run
+from fipa_jax.config import fields
+from fipa_jax.config.defaults import default
 
 PARTS = ("rounds", "merge", "paper")
 PLACES = ("1x1", "1x2", "1x4", "2x2", "4x1")  # processes x devices of each
@@ -44,6 +48,7 @@ def run(options: list[str]) -> dict:
     parser.add_argument("--examples", type=int, default=200, help="of each client")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--set", nargs="*", default=[], help="rounds: fields of the config, PATH=VALUE")
     parser.add_argument("--places", nargs="+", default=list(PLACES), help="processes x devices of each")
     args = parser.parse_args(options)
     unknown = set(args.parts.split(",")) - set(PARTS)
@@ -109,7 +114,7 @@ def on_paper(args) -> list[dict]:
             more = n if growth else 1  # times as many clients
             away = 4 * args.size * args.rank * (1 - 1 / n) / (1e9 * args.link)  # s, of one client's basis to others
             parts = {"rows s": read * larger * more**2 / n, "reduced s": reduced * more**3}
-            parts["exchange s"] = away * args.merge_clients * more / n
+            parts["exchange s"] = away * math.ceil(args.merge_clients * more / n)
             whole = sum(parts.values())
             ahead = {"C": args.merge_clients * more, "devices": n}
             rows.append(ahead | parts | {"eigenpairs s": whole, "sums s": of_sums * larger + 2 * away})
@@ -120,6 +125,16 @@ def on_paper(args) -> list[dict]:
     )
     timing.table(rows)
     return rows
+
+
+def changes(given: list[str]) -> dict:
+    """{path of a field: value}, of PATH=VALUE."""
+    config, found = default(), {}
+    for change in given:
+        path, _, text = change.partition("=")
+        group, name = fields.find(config, path)
+        found[path] = ast.literal_eval(text) if isinstance(group[name], tuple) else fields.parse(text, group[name])
+    return found
 
 
 def measure(args, method: str, processes: int, devices: int) -> dict:
@@ -134,7 +149,7 @@ def measure(args, method: str, processes: int, devices: int) -> dict:
         "cohort": 0,
         "examples": args.examples,
     }
-    spec |= {"rounds": args.rounds, "batch": args.batch, "epochs": 1, "fields": {"devices": 0}}
+    spec |= {"rounds": args.rounds, "batch": args.batch, "epochs": 1, "fields": {"devices": 0} | changes(args.set)}
     spec |= {"processes": processes, "coordinator": coordinator}
     together = [whole_run.start(devices, process=process, **spec) for process in range(processes)]
     found = [whole_run.finish(process) for process in together]

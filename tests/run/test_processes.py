@@ -1,5 +1,6 @@
 """Several processes, as on several hosts: two with two devices each find to the bit the model that one device finds."""
 
+import json
 import os
 import runpy
 import signal
@@ -56,6 +57,20 @@ def wait(process, status=0):
     said = process.communicate(timeout=240)[0]
     assert process.returncode == status, said
     return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fipa", "fipa:aggregator.past.kind=prior:aggregator.relative=False"])
+def test_rounds_of_a_large_model_have_the_same_bits_wherever_its_rows_lie(method, tmp_path):
+    """66,561 parameters: bases are spread by rows, on 1, 2, 4 devices, 2 processes with two each, 4 with one."""
+    command = [sys.executable, ROOT / "scripts" / "benchmark.py", "scaling", "--model=sine", "--methods", method]
+    command += ["--clients=4", "--examples=8", "--rounds=3", "--set", "model.widths=(256,256)", "fipa.sketch.rank=3"]
+    done = subprocess.run([*command, f"--out={tmp_path / 'found.json'}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "found.json").read_text())["rounds"]
+    places = [(row["processes"], row["devices"]) for row in rows]
+    assert places == [(1, 1), (1, 2), (1, 4), (2, 4), (4, 4)]
+    assert len({row["hash"] for row in rows}) == 1, rows
 
 
 @pytest.mark.slow
