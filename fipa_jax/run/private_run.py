@@ -5,7 +5,6 @@ must stay with the server is what the run needs to go on: checkpoints, `origin.j
 """
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -237,7 +236,7 @@ def begin(experiment: Any, settings: ConfigDict, rates: Rates, state: State, ent
         rounds = accounting.affordable(given.epsilon, rounds, plan)
     old = rates.channel.privacy
     new = old._replace(
-        secret=_key_of(entropy(), experiment.config, settings),
+        secret=_key_of(entropy()),
         noise=jnp.asarray(plan.noise, old.noise.dtype),
         rate=jnp.asarray(plan.rate, old.rate.dtype),
         rounds=jnp.int32(rounds),
@@ -283,11 +282,9 @@ def _private_row(spent: Callable[[int], float], delta: float, row: dict, info: d
     return kept | {"epsilon": spent(int(info["rounds_released"])), "delta": delta}
 
 
-def _key_of(entropy: int, config: ConfigDict, settings: ConfigDict) -> jax.Array:
-    """The secret key: another for another config, so that two sums never have the same noise."""
-    said = f"{entropy:x} {config.to_json_best_effort(sort_keys=True)} {settings.to_json_best_effort(sort_keys=True)}"
-    words = np.frombuffer(hashlib.sha256(said.encode()).digest()[:8], np.uint32)
-    return jax.random.wrap_key_data(jnp.asarray(words))
+def _key_of(secret: int) -> jax.Array:
+    """The key of noise and sampling, of 64 secret bits."""
+    return jax.random.wrap_key_data(jnp.asarray([secret >> 32, secret & 0xFFFFFFFF], jnp.uint32))
 
 
 def _goes_on(state: State, plan: Plan) -> State:
