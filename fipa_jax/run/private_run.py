@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from fipa_jax import trees
 from fipa_jax.client.local_solver import LocalSolver
 from fipa_jax.curvature.sketch import make_sketch
+from fipa_jax.data import loading
 from fipa_jax.federation.channel import Channel
 from fipa_jax.federation.parallel import make_mesh, replicate
 from fipa_jax.federation.parts import Parts, Rates
@@ -91,6 +92,15 @@ def _shows_clients(config: ConfigDict, settings: ConfigDict) -> dict[str, tuple[
             config.warmup.rounds > 0,
             "the warm-up trains on the same clients without privacy; set warmup.rounds to 0, and start from a model of "
             "public data with init_from",
+        ),
+        "task.standardise": (
+            config.task.name == "own_data" and config.task.standardise == "pooled",
+            "'pooled' scales by all clients' inputs; scale them by what is public, and set it to 'none'",
+        ),
+        "data.public": (
+            config.task.name == "images" and not (config.data.public or loading.has_stats(config.data.name)),
+            f"the channels' means of {config.data.name!r} are not known, and would be taken of the clients' images; name "
+            "a set of public images",
         ),
         "chunk": (config.chunk < 0, "the seconds of clients' work would steer the run; set it to 1 or more"),
     }
