@@ -86,6 +86,11 @@ def in_original_order(name: str, data_dir: str = "") -> bool:
     return _builder(_prepared(name, data_dir)).info.disable_shuffling
 
 
+def has_stats(name: str) -> bool:
+    """Whether a set's channel means and deviations are known without a look at its images."""
+    return name.partition(":")[0] in CHANNEL_STATS
+
+
 def standardise(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Gives the constants of (image / 255 - mean) / std.
 

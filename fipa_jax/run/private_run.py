@@ -5,7 +5,6 @@ must stay with the server is what the run needs to go on: checkpoints, `origin.j
 """
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from ml_collections import ConfigDict
 from fipa_jax import trees
 from fipa_jax.client.local_solver import LocalSolver
 from fipa_jax.curvature.sketch import make_sketch
+from fipa_jax.data import loading
 from fipa_jax.federation.channel import Channel
 from fipa_jax.federation.parallel import make_mesh, replicate
 from fipa_jax.federation.parts import Parts, Rates
@@ -92,6 +92,15 @@ def _shows_clients(config: ConfigDict, settings: ConfigDict) -> dict[str, tuple[
             config.warmup.rounds > 0,
             "the warm-up trains on the same clients without privacy; set warmup.rounds to 0, and start from a model of "
             "public data with init_from",
+        ),
+        "task.standardise": (
+            config.task.name == "own_data" and config.task.standardise == "pooled",
+            "'pooled' scales by all clients' inputs; scale them by what is public, and set it to 'none'",
+        ),
+        "data.public": (
+            config.task.name == "images" and not (config.data.public or loading.has_stats(config.data.name)),
+            f"the channels' means of {config.data.name!r} are not known, and would be taken of the clients' images; name "
+            "a set of public images",
         ),
         "chunk": (config.chunk < 0, "the seconds of clients' work would steer the run; set it to 1 or more"),
     }
@@ -237,7 +246,7 @@ def begin(experiment: Any, settings: ConfigDict, rates: Rates, state: State, ent
         rounds = accounting.affordable(given.epsilon, rounds, plan)
     old = rates.channel.privacy
     new = old._replace(
-        secret=_key_of(entropy(), experiment.config, settings),
+        secret=_key_of(entropy()),
         noise=jnp.asarray(plan.noise, old.noise.dtype),
         rate=jnp.asarray(plan.rate, old.rate.dtype),
         rounds=jnp.int32(rounds),
@@ -283,11 +292,9 @@ def _private_row(spent: Callable[[int], float], delta: float, row: dict, info: d
     return kept | {"epsilon": spent(int(info["rounds_released"])), "delta": delta}
 
 
-def _key_of(entropy: int, config: ConfigDict, settings: ConfigDict) -> jax.Array:
-    """The secret key: another for another config, so that two sums never have the same noise."""
-    said = f"{entropy:x} {config.to_json_best_effort(sort_keys=True)} {settings.to_json_best_effort(sort_keys=True)}"
-    words = np.frombuffer(hashlib.sha256(said.encode()).digest()[:8], np.uint32)
-    return jax.random.wrap_key_data(jnp.asarray(words))
+def _key_of(secret: int) -> jax.Array:
+    """The key of noise and sampling, of 64 secret bits."""
+    return jax.random.wrap_key_data(jnp.asarray([secret >> 32, secret & 0xFFFFFFFF], jnp.uint32))
 
 
 def _goes_on(state: State, plan: Plan) -> State:

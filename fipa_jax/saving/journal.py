@@ -1,5 +1,6 @@
 """What a run leaves on the disk as it goes: a row for every round, and checkpoints to go on from."""
 
+import hashlib
 import json
 import secrets
 import time
@@ -97,7 +98,9 @@ class Journal:
     def secret(self, phase: str) -> int:
         """A phase's secret, of the operating system's entropy: on the disk before it is used, and the same ever after.
 
-        So a run that is killed and goes on draws the same noise again for the same sums, and spends nothing twice.
+        So a run that is killed and goes on draws the same noise again for the same sums, and spends nothing twice. It
+        stays where another run moves this one aside, and is another one for another config, other data or code: two
+        sums that differ never have the same noise, which their difference would take out.
         """
         file = self._workdir / SECRETS
         known = json.loads(file.read_text()) if file.exists() else {}
@@ -105,7 +108,8 @@ class Journal:
             known[phase] = secrets.randbits(SECRET_BITS)
             write(file, json.dumps(known).encode())
             file.chmod(0o600)
-        return known[phase]
+        said = f"{known[phase]:x} {json.dumps(self._origin, sort_keys=True)}"
+        return int.from_bytes(hashlib.sha256(said.encode()).digest()[: SECRET_BITS // 8], "big")
 
     def asked(self) -> bool:
         """Whether this process, alone, has been asked to stop."""

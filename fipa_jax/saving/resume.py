@@ -31,7 +31,7 @@ except ImportError:  # on Windows
 # What a run writes, and so what may be moved aside when the next one comes.
 WRITTEN = (
     "config.json", "origin.json", "metrics.jsonl", "start.json", "summary.json", "report.html", "checkpoints", "broken",
-    "secrets.json", "*.png", "*.svg", "*.msgpack", f"*{PARTIAL}", *(kind.leaves for kind in WRITERS.values()),
+    "*.png", "*.svg", "*.msgpack", f"*{PARTIAL}", *(kind.leaves for kind in WRITERS.values()),
 )  # fmt: skip
 MARKS = ("config.json", "origin.json", "metrics.jsonl", "checkpoints")  # of which a run leaves one at least
 PICTURES, ENDINGS = ("curves", "bytes", "split"), ("png", "svg")

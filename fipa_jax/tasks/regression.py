@@ -9,7 +9,7 @@ import numpy as np
 from fipa_jax.models import networks
 from fipa_jax.tasks.task import Figures, Loss, Metrics, Problem, Task, means
 
-PUBLIC = 200  # points of the domain, about, at which a private run may see the model's curvature
+PUBLIC = 64  # points of the domain, about, at which a private run may see the model's curvature
 
 
 def regression(module, example: np.ndarray) -> Task:

@@ -1,9 +1,9 @@
 """How good are private rules, each tuned on the same full grid? `benchmark.py private --config FILE`.
 
-Every rule has the same number of settings: local steps x rounds x clip x local rate x a number of its own (the server's rate of
-DP-FedAvg and DP-FedAdam, the damping of the whitened ones). A setting is chosen for each epsilon by the mean over keys
-that the table does not see; the table is of further keys, each with its own initialisation, sampling and noise. All
-settings run in one compiled program, as everything that they differ in is traced.
+Every rule has the same number of settings: local steps x rounds x clip x local rate x a number of its own (the server's
+rate of DP-FedAvg and DP-FedAdam, the damping of the whitened ones). A setting is chosen for each epsilon by the mean
+over keys that the table does not see, on the holdout set where there is one; the table is of further keys, each with
+its own initialisation, sampling and noise. All settings run in one program, as what they differ in is traced.
 """
 
 import argparse
@@ -115,7 +115,8 @@ def line_of(rule: str, own: str, epsilon: float, measures: list, args) -> dict:
     _, measure, rounds, setting = max(tried, key=lambda one: one[0])
     shown = measure(epsilon, rounds, [(*setting, 1000 + key) for key in range(args.keys)])[1]
     noise = measure.plan(epsilon, rounds).noise
-    line = {"epsilon": epsilon, "rule": rule, "mean": shown.mean(), "std": shown.std(ddof=min(args.keys - 1, 1))}
+    line = {"epsilon": epsilon, "rule": rule, "mean": float(shown.mean())}
+    line["std"] = float(shown.std(ddof=min(args.keys - 1, 1)))
     line |= {"rounds": rounds, "steps": measure.settings.local.steps}
     line |= dict(zip(("clip", "local.lr", "own"), (f"{number:.3g}" for number in setting), strict=True))
     return line | {"z": f"{noise:.3g}", "kappa": f"{noise * measure.size**0.5 / measure.expected:.2g}"}

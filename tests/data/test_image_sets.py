@@ -28,6 +28,30 @@ def test_the_digits_are_those_of_scikit_learn_each_in_one_split():
     assert not border.any()
 
 
+def test_public_photographs_have_the_digits_shape():
+    photographs, digits = (image_sets.find(name).load("train")["image"] for name in ("photographs", "digits"))
+    assert photographs.shape[1:] == digits.shape[1:] and photographs.dtype == digits.dtype
+    whole = np.mean([picture.mean() for picture in sklearn_datasets.load_sample_images().images])
+    assert abs(photographs[:, 2:-2, 2:-2].mean() - whole) < 3  # but for the edges, which make no whole patch
+
+
+def test_images_that_are_nobodys_come_in_the_shape_of_the_others():
+    config = recipes.images("digits", "cnn_6k")
+    config.data.augment, config.data.public, config.data.public_split, config.data.side = (
+        False,
+        "photographs",
+        "train[:9]",
+        6,
+    )
+    config.model.name, config.model.widths, config.partition.num_clients, config.cohort = "mlp", (), 4, 2
+    problem = images.build(config)
+    assert problem.public["image"].shape == (9, 6, 6, 1) and problem.public["label"].shape == (9,)
+    config.data.public = "digits"
+    config.data.public_split = "validation"
+    with pytest.raises(ValueError, match="has no split 'validation'"):
+        images.build(config)
+
+
 def _labels(parts):
     return np.concatenate([part["label"] for part in parts]).tolist()
 

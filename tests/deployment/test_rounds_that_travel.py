@@ -247,6 +247,7 @@ def server_rows(folder):
         ("fipa.sketch.gradient_scale", 1.0, "config.fipa.sketch.gradient_scale"),
         ("warmup.rounds", 1, "config.warmup.rounds"),
         ("personal.compare", ("global",), "config.personal.compare"),
+        ("fipa.privacy.epsilon", 1.0, "config.fipa.privacy.epsilon"),
     ],
 )
 def test_what_only_a_simulation_can_do_is_refused(federation, field, value, words):

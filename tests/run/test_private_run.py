@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ from helpers.runs import tiny
 from fipa_jax.privacy import accounting
 from fipa_jax.run import experiment, whole_run
 from fipa_jax.saving.journal import SECRETS
+from fipa_jax.saving.model_files import load
+
+ROOT = Path(__file__).resolve().parents[2]
 
 WHITENED = "fedavg:privacy.whitening=public:privacy.rank=5:local.lr=1"
 OPTIONAL = pytest.mark.skipif(
@@ -88,6 +93,27 @@ def test_the_phase_stops_when_the_budget_is_spent(tmp_path):
     assert len(rows) == affords and rows[-1]["epsilon"] <= 4 < accounting.epsilon_of(plan, affords + 1)
 
 
+def test_a_model_of_public_data_gives_a_part_of_the_first_model(tmp_path, ended):
+    config = private(init_from=str(ended[0] / "fedavg.msgpack"), init_paths="Dense_0")
+    fresh, started = (experiment.build(one).params for one in (private(), config))
+    theirs = load(ended[0] / "fedavg.msgpack", fresh)
+    np.testing.assert_array_equal(started["Dense_0"]["kernel"], theirs["Dense_0"]["kernel"])
+    np.testing.assert_array_equal(started["Dense_1"]["kernel"], fresh["Dense_1"]["kernel"])
+    with pytest.raises(ValueError, match="init_paths: no parameter path matches"):
+        experiment.build(private(init_from=str(ended[0] / "fedavg.msgpack"), init_paths="nonesuch"))
+
+
+def test_the_phase_of_a_head_whitens_by_released_features(tmp_path):
+    """The whole of `digits.py:private` by its released second moments, in two rounds."""
+    config = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("private")
+    config.fipa.rounds, config.fipa.cache_body, config.fipa.trainable = 2, True, "^Dense_0/"
+    config.data.train_split = "train[:300]"
+    config.compare = ("fedavg:privacy.whitening=release:local.lr=3:privacy.clip=1",)
+    whole_run.run(config, tmp_path)
+    rows = rows_in(tmp_path)
+    assert len(rows) == 2 and rows[1]["epsilon"] == pytest.approx(8, rel=1e-3) and not rows[1]["skipped"]
+
+
 @OPTIONAL
 def test_sampled_clients(tmp_path):
     fields = {
@@ -114,6 +140,8 @@ def test_sampled_clients(tmp_path):
         ({"personal.compare": ("finetune",)}, r"personal\.compare: models of single clients"),
         ({"warmup.rounds": 1}, r"privacy\.epsilon: the warm-up trains on the same clients"),
         ({"chunk": -1}, r"chunk: the seconds"),
+        ({"task.name": "own_data"}, r"task\.standardise: 'pooled' scales by all clients' inputs"),
+        ({"task.name": "images", "data.name": "digits"}, r"data\.public: the channels' means of 'digits'"),
         ({"cohort": 2}, r"cohort: with privacy\.sampling = 'poisson'"),
         ({"fipa.privacy.sampling": "poisson"}, r"cohort: with privacy\.sampling = 'poisson'"),
         ({"fipa.privacy.sampling": "some"}, r"privacy\.sampling"),
