@@ -104,9 +104,7 @@ def tables(found):
         }
         seconds = _seconds(found, "few", method)
         rows.append({"message": label} | cells | {"seconds of a round": "-" if seconds is None else f"{seconds:.2g}"})
-    words = (
-        "Digits, 4 of 20 clients: mean of the last three evaluations; median seconds of a round, machine loaded."
-    )
+    words = "Digits, 4 of 20 clients: mean of the last three evaluations; median seconds of a round, machine loaded."
     return [*made, Table(words, rows)]
 
 
