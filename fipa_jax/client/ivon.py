@@ -7,9 +7,9 @@ gradient g there, and reads the curvature off it:
     hhat = g noise / sigma^2,   h <- b2 h + (1 - b2) hhat + (1 - b2)^2 (h - hhat)^2 / (2 (h + d)),   sigma^2 = 1 / (N s)
     m <- m - lr (gbar + linear + d m) / (h + d),   s = (h + d) / rho
 
-with gbar the debiased mean of gradients. With d the weight decay, linear = 0 and rho = 1 that is IVON. In ADMM's form (arXiv 2506.13150), with the server's belief
-(mbar, sbar) and a client's duals (v, u), d = rho sbar - u and linear = v - rho sbar mbar: then it minimises
-E[loss] + <duals, moments> + rho KL(own belief, server's belief) / N.
+with gbar the debiased mean of gradients. With d the weight decay, linear = 0 and rho = 1 that is IVON. In ADMM's form
+(arXiv 2506.13150), with the server's belief (mbar, sbar) and a client's duals (v, u), d = rho sbar - u and
+linear = v - rho sbar mbar: it minimises E[loss] + <duals, moments> + rho KL(own belief, server's belief) / N.
 """
 
 from typing import Any, NamedTuple
