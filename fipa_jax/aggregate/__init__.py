@@ -6,6 +6,7 @@ from fipa_jax.aggregate.late_updates import LateUpdates
 from fipa_jax.aggregate.layerwise import INFO_OF_LAYERS, LayerOptions, kronecker
 from fipa_jax.aggregate.limits import Limits, capped, limited
 from fipa_jax.aggregate.past_rounds import Kind, PastRounds, latest, prior, remembering, targets
+from fipa_jax.aggregate.posteriors import PosteriorOptions, posterior
 from fipa_jax.aggregate.robust import geometric_median, krum, median, multi_krum, trimmed_mean
 from fipa_jax.aggregate.rules import AGGREGATORS, diagonal, mean
 from fipa_jax.aggregate.screening import REASONS, Received, receive
@@ -39,6 +40,7 @@ __all__ = [
     "Needs",
     "Now",
     "PastRounds",
+    "PosteriorOptions",
     "Received",
     "Row",
     "Solution",
@@ -65,6 +67,7 @@ __all__ = [
     "median",
     "multi_krum",
     "pinv",
+    "posterior",
     "prior",
     "receive",
     "remembering",

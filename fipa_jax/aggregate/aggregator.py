@@ -24,6 +24,7 @@ Admit = Callable[[Received, State], tuple[Received, Info]]  # leaves clients out
 Asks = Callable[[State], tuple]  # what the clients' sketches are asked along, further arguments of `Sketcher.of_client`
 Announce = Callable[[State], dict]  # {field of `Hyper`: value} that the clients are told
 Withdraws = Callable[[State], jax.Array | bool]  # of the new state: is the step the last one, taken back?
+Spread = Callable[[State], Any]  # the precision [P] of the server's belief in each parameter; () where it has none
 Weighting = Literal["examples", "uniform"]  # a name in `WEIGHTINGS`
 Place = Literal["broadcast", "local"]  # the parameters that clients receive, or those that they have trained
 
@@ -31,7 +32,7 @@ Place = Literal["broadcast", "local"]  # the parameters that clients receive, or
 class Needs(NamedTuple):
     """What the clients have to send beside their update and their number of examples."""
 
-    curvature: Literal["none", "sketch", "diagonal", "image", "layers", "layer_inputs"] = "none"
+    curvature: Literal["none", "sketch", "diagonal", "image", "layers", "layer_inputs", "posterior"] = "none"
     at: Place = "broadcast"  # the parameters at which they see it
     loss: bool = False  # their loss at the broadcast parameters
     damping: bool = False  # the damping of their own steps
@@ -84,6 +85,7 @@ class Aggregator(NamedTuple):
     announce: Announce = announce_nothing
     withdraws: Withdraws = never
     asks: Asks = ask_nothing
+    spread: Spread = ask_nothing
 
 
 def step_of(rule: Aggregator, received: Received, state: State, params: Params, info: Info):

@@ -15,6 +15,7 @@ from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Needs, Place, 
 from fipa_jax.aggregate.fisher_informed import fipa
 from fipa_jax.aggregate.late_updates import LateUpdates, freshness
 from fipa_jax.aggregate.layerwise import kronecker
+from fipa_jax.aggregate.posteriors import posterior
 from fipa_jax.aggregate.screening import Received
 from fipa_jax.aggregate.sum_rule import from_sums
 from fipa_jax.curvature import contracts
@@ -112,6 +113,7 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "mean": mean,
     "median": robust.median,
     "multi_krum": robust.multi_krum,
+    "posterior": posterior,
     "trimmed_mean": robust.trimmed_mean,
     "sums": from_sums,
 }

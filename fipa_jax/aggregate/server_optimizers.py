@@ -33,6 +33,42 @@ def fedexp(epsilon: float = 1e-3) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+class Kalman(NamedTuple):
+    """What FedEve's server keeps of past steps."""
+
+    momentum: Any  # M, of the parameters' shapes
+    variance: jax.Array  # [], sigma^2, of an entry of it
+
+
+def fedeve() -> optax.GradientTransformationExtraArgs:
+    """FedEve (arXiv 2508.14539): the step d is an observation, which a Kalman filter joins with the last momentum M.
+
+        v = sigma^2 + Q,   k = v / (v + R),   sigma^2 <- (1 - k) v,   M <- M + k (d - M),   parameters <- parameters + M
+        Q = mean_p d_p^2 / C,   R = mean_p sum_m (delta_m - mean delta)_p^2 / C^2
+
+    over the C clients that take part, `present`, and the parameters p. Clients train from where M alone would lead,
+    theta + M: these are the parameters that a run holds, as FedACG's lookahead, so that a step moves them by 2 M' - M.
+    """
+
+    def init(params):
+        return Kalman(optax.tree.zeros_like(params), jnp.zeros([], trees.ravel(params).dtype))
+
+    def update(updates, state, params=None, **sent):
+        present = sent["present"]
+        deltas, number = trees.ravel_stacked(trees.zero_unless(present, sent["deltas"])), jnp.sum(present)
+        even = present / jnp.maximum(number, 1)
+        apart = jnp.where(present[:, None], deltas - jnp.matmul(even.astype(deltas.dtype), deltas)[None], 0)
+        observed = jnp.mean(jnp.sum(apart**2, axis=0)) / jnp.maximum(number, 1) ** 2
+        step = optax.tree.scale(-1, updates)
+        before = state.variance + jnp.mean(trees.ravel(step) ** 2) / jnp.maximum(number, 1)
+        gain = trees.ratio(before, before + observed)
+        momentum = jax.tree.map(lambda m, d: m + gain * (d - m), state.momentum, step)
+        change = jax.tree.map(lambda old, new: old - 2 * new, state.momentum, momentum)
+        return change, Kalman(momentum, ((1 - gain) * before).astype(state.variance.dtype))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 class Moments(NamedTuple):
     """What an adaptive server keeps of past steps."""
 
@@ -73,7 +109,7 @@ def adaptive(
     return optax.GradientTransformation(init, update)
 
 
-ServerOptimizer = Literal["acg", "adagrad", "adam", "exp", "momentum", "sgd", "yogi"]  # a name in `OPTIMIZERS`
+ServerOptimizer = Literal["acg", "adagrad", "adam", "eve", "exp", "momentum", "sgd", "yogi"]  # a name in `OPTIMIZERS`
 # name -> (momentum -> transform). FedAvgM (Hsu et al. 2019) is `momentum`. `acg` is FedACG (Kim et al. 2024), whose
 # lookahead theta + lambda m, held as the parameters, moves by Nesterov's momentum; its clients add the term `prox`.
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
@@ -81,6 +117,7 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "adam": functools.partial(adaptive, "adam"),
     "yogi": functools.partial(adaptive, "yogi"),
     "acg": functools.partial(optax.trace, nesterov=True),
+    "eve": lambda momentum: fedeve(),
     "exp": lambda momentum: fedexp(),
     "momentum": optax.trace,
     "sgd": lambda momentum: optax.identity(),

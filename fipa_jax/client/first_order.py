@@ -110,9 +110,9 @@ def first_order(
         client, hyper, size = work.client, work.hyper, work.client.indices.shape[0]
         batch = min(batch_size or size, size)
         per_epoch = jnp.maximum((client.num_examples + batch - 1) // batch, 1)
-        num_steps = _number_of_steps(client, hyper, steps if steps else epochs * per_epoch)
+        num_steps = number_of_steps(client, hyper, steps if steps else epochs * per_epoch)
         order_key, augment_key = jax.random.split(key)
-        in_order, next_batch = _mini_batches(order_key, client, batch, per_epoch)
+        in_order, next_batch = mini_batches(order_key, client, batch, per_epoch)
         gradient_of = mean_gradient(work, loss, term, batch, micro_batch)
         shaped = precondition(hyper) if precondition else _unshaped
 
@@ -208,7 +208,7 @@ def _at_broadcast(work: Work, gradient_of: MeanGradient, batch: int) -> Any:
     return of_all(work.params, examples, position < work.client.num_examples)[0]
 
 
-def _number_of_steps(client: Client, hyper: Hyper, default):
+def number_of_steps(client: Client, hyper: Hyper, default):
     """[] int32: the steps that a client takes, the solver's own number by default, unless `hyper` says otherwise.
 
     An empty client takes no step at all; a client's trip count is its own, so small clients cost little.
@@ -219,7 +219,7 @@ def _number_of_steps(client: Client, hyper: Hyper, default):
     return jnp.where(client.num_examples > 0, wanted, 0)
 
 
-def _mini_batches(key, client: Client, batch: int, per_epoch):
+def mini_batches(key, client: Client, batch: int, per_epoch):
     """A client's examples in mini-batches, shuffled anew in every epoch.
 
     Args:

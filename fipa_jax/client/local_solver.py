@@ -30,6 +30,7 @@ class Hyper(NamedTuple):
     mu: jax.Array  # [], weight of the term
     steps: jax.Array | int = 0  # [] int32, local steps, where positive, instead of the solver's own number
     sketch: Sketch | LayerFactors | None = None  # the client's own, where the solver asks for it
+    posterior: Any = None  # the server's belief, `client.ivon.Posterior`, where the solver asks for it
     part: jax.Array | None = None  # [] in [0, 1], the share of the steps after which a first-order solver stops
     frame: Any = None  # a `privacy.mechanism.Frame`, the coordinates in which a private client trains
 
@@ -41,6 +42,7 @@ class LocalResult(NamedTuple):
     store: Any  # what the client keeps for the term until its next round
     loss: jax.Array  # [], mean training loss over its steps
     before: jax.Array | None = None  # [], mean loss over its examples at the broadcast parameters
+    message: Any = None  # what its work says of its curvature, where no sketcher does: a `Diagonal` of precisions
     damping: jax.Array | None = None  # [], beta_m of (H_m + beta_m I) delta = -gradient, nearly
 
 
@@ -75,6 +77,7 @@ class Improvement(NamedTuple):
     loss: jax.Array  # [], mean training loss over its steps
     gradient: Any = None  # of its objective, the mean over the local work, where the term needs it: see `terms.Done`
     damping: jax.Array | None = None  # [], see `LocalResult`
+    message: Any = None  # see `LocalResult`
 
 
 Improve = Callable[[Work, jax.Array], Improvement]  # (work, key) -> what a client has found
@@ -91,7 +94,7 @@ def solver_of(improve: Improve, term: Term) -> LocalSolver:
         if term.needs.gradient and found.gradient is None:
             raise ValueError("term: needs the mean gradient of the local work, and this solver's Improvement has none")
         store = term.update(Done(store, shared, params, found.delta, found.gradient, hyper.mu))
-        return LocalResult(found.delta, store, found.loss, damping=found.damping)
+        return LocalResult(found.delta, store, found.loss, damping=found.damping, message=found.message)
 
     return solve
 

@@ -81,6 +81,7 @@ def data() -> ConfigDict:
     group.test_split = ""  # "" for the data set's own: validation for tiny_imagenet, test for all others
     group.holdout = 0.0  # fraction of the training set apart from it, evaluated as `holdout_*`, for tuning
     group.side = 0  # of the images, averaged down to it: 32 for a 64 is a quarter of the work; 0 leaves them
+    group.loss = "cross_entropy"  # or squared: half the squared distance to the label's unit vector
     group.augment = True  # train on random views: rotated, cropped with padding 4, mirrored
     group.rotation = 0.0  # bound on a view's rotation, in degrees; published: 10
     group.flip = True  # mirror half of the views; not for digits
@@ -121,6 +122,7 @@ def evaluation() -> ConfigDict:
     group = ConfigDict()
     group.every = 1  # rounds between evaluations on the test set; the last round of a phase always is
     group.clients_every = 1  # rounds between evaluations on every client's own examples; 0 for never
+    group.samples = 8  # models drawn where the server has a belief (posterior): `test_belief_*`, of mean probabilities
     group.batch_size = 50  # small batches stay in a CPU's cache; raise it on an accelerator
     return group
 
@@ -170,8 +172,9 @@ def local() -> ConfigDict:
     return ConfigDict(
         {
             # client.first_order.first_order, client.second_order.gauss_newton, client.second_order.lbfgs,
-            # client.second_order.natural_gradient, client.layer_steps.layerwise, client.first_order.gradient
-            # sgd, momentum, nesterov, adam, yogi, gauss_newton, lbfgs, natural_gradient, kronecker, gradient
+            # client.second_order.natural_gradient, client.layer_steps.layerwise, client.first_order.gradient,
+            # client.ivon.ivon
+            # sgd, momentum, nesterov, adam, yogi, gauss_newton, lbfgs, natural_gradient, kronecker, gradient, ivon
             "optimizer": "sgd",
             "lr": 0.1,
             "lr_decay": 1.0,  # the learning rate of round k is lr * lr_decay^k, counted over both phases
@@ -206,7 +209,7 @@ def local() -> ConfigDict:
 def term() -> ConfigDict:
     """What is added to a client's objective: client.terms.TERMS, and `mu` in client.local_solver.Hyper."""
     group = ConfigDict()
-    # none, feedback (what local.compress leaves out)
+    # none, feedback (what local.compress leaves out), duals (IVON)
     # prox, scaffold, dyn, moon, rcl (FedRCL; published mu 1), logit_adjustment (mu 1), mifa, varp
     group.name = "none"
     group.mu = 0.01  # the weight of those that have one
@@ -247,7 +250,8 @@ def aggregator(name: str) -> ConfigDict:
         {
             # aggregate.rules.mean, aggregate.fisher_informed.fipa, aggregate.rules.diagonal, aggregate.robust.krum,
             # aggregate.robust.trimmed_mean, aggregate.sum_rule.from_sums, aggregate.layerwise.kronecker
-            # mean, fipa, diagonal, kronecker, sums; median, trimmed_mean, krum, multi_krum, geometric_median
+            # aggregate.posteriors.posterior
+            # mean, fipa, diagonal, kronecker, sums, posterior; median, trimmed_mean, krum, multi_krum, geometric_median
             "name": name,
             "weighting": "examples",  # or "uniform"
             "form": "damped",  # pinv, tikhonov, damped
@@ -272,6 +276,12 @@ def aggregator(name: str) -> ConfigDict:
                 "kind": "foof",  # of kronecker: foof (FedPM), kfac (FedFisher-KFAC, FedLPA), regmean
                 "iterations": 50,  # kfac: of conjugate gradients for a layer, at most
                 "shrink": 0.9,  # regmean: factor of what is off the diagonal
+            },
+            "posterior": {  # aggregate.posteriors.PosteriorOptions
+                "form": "sum",  # sum (FedIvon) or admm (IVON-ADMM, with the term duals)
+                "prior": 1e-3,  # precision of the prior about 0, per example
+                "start": 0.1,  # the server's curvature before the first round, per example
+                "rho": 1.0,  # of admm's duals
             },
             "sums": {  # aggregate.sums.SumOptions
                 "form": "galerkin",  # galerkin (any local training), gradient (clients send gradients)
@@ -302,7 +312,7 @@ def server() -> ConfigDict:
     """How the server goes along the step: aggregate.server_optimizers.make, and `lr` in federation.parts.Rates."""
     group = ConfigDict()
     # sgd, momentum (FedAvgM), adam (FedAdam), yogi (FedYogi), adagrad (FedAdagrad), acg (FedACG, with the term prox),
-    # exp (FedExP)
+    # exp (FedExP), eve (FedEve)
     group.optimizer = "sgd"
     group.momentum = 0.9
     group.lr = 1.0

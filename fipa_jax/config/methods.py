@@ -70,6 +70,13 @@ METHODS = {
         "aggregator.layers.kind": "kfac",
         "aggregator.limits.max_step": 0.0,
     },
+    "fedivon": {"aggregator.name": "posterior", "local.optimizer": "ivon"},
+    "ivon_admm": {
+        "aggregator.name": "posterior",
+        "aggregator.posterior.form": "admm",
+        "local.optimizer": "ivon",
+        "term.name": "duals",
+    },
     "regmean": {
         "aggregator.name": "kronecker",
         "aggregator.layers.kind": "regmean",

@@ -23,6 +23,7 @@ from fipa_jax.aggregate.uploads import Message, Uploads, collect
 from fipa_jax.client.examples import Client
 from fipa_jax.client.local_solver import LocalResult
 from fipa_jax.curvature.common_basis import Image
+from fipa_jax.curvature.layer_factors import LayerFactors
 from fipa_jax.curvature.sketch import Diagonal, Report, Sketch
 from fipa_jax.deployment import wire
 from fipa_jax.deployment.agreement import Agreement, broadcast_of, only
@@ -287,6 +288,8 @@ def _forms_of_curvature(asked: Message, kept: tuple) -> dict[str, tuple]:
         return {}
     if isinstance(asked, Diagonal | Image):
         return {name_of(asked): (asked.values.shape, asked.values.dtype)}
+    if isinstance(asked, LayerFactors):
+        return {f"layers/{path}": (half.shape, half.dtype) for path, half in trees.paths(asked).items()}
     if len(kept) != 1 or kept > asked.eigenvalues.shape:
         raise wire.Malformed(
             f"sketch/eigenvalues: it has sent {[*kept]}, asked for {[*asked.eigenvalues.shape]} at most"
@@ -306,6 +309,8 @@ def _curvature_of(arrays: Mapping[str, np.ndarray], asked: Message) -> Message:
         return None
     if isinstance(asked, Diagonal | Image):
         return type(asked)(arrays[name_of(asked)])
+    if isinstance(asked, LayerFactors):
+        return trees.replace(asked, {path: arrays[f"layers/{path}"] for path in trees.paths(asked)})
     rank, sent = asked.eigenvalues.shape[0], int(arrays["sketch/rank"])
     if sent != rank:
         raise wire.Malformed(f"sketch/rank: its sketch is of rank {sent}, asked for {rank}")

@@ -11,6 +11,7 @@ from fipa_jax import trees
 from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.client.examples import Client
 from fipa_jax.curvature.common_basis import Image
+from fipa_jax.curvature.layer_factors import LayerFactors
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.deployment import wire
 from fipa_jax.deployment.agreement import Agreement, broadcast_of, client_state, first_rule, work_of
@@ -92,6 +93,8 @@ def arrays_of(one: Uploads, loss: Any) -> dict[str, np.ndarray]:
     arrays |= {f"delta/{path}": np.asarray(leaf) for path, leaf in trees.paths(one.delta).items()}
     if isinstance(one.sketch, Diagonal | Image):
         arrays[name_of(one.sketch)] = np.asarray(one.sketch.values)
+    elif isinstance(one.sketch, LayerFactors):
+        arrays |= {f"layers/{path}": np.asarray(half) for path, half in trees.paths(one.sketch).items()}
     elif one.sketch is not None:
         arrays |= _of_sketch(one.sketch)
     return arrays

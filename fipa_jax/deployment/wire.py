@@ -19,6 +19,7 @@ The arrays of a `Message`, by name:
                 sketch/report/...               of the sketch; its residuals are those of the K pairs
                 diagonal/values                 [P]
                 image/values                    [P, s], of the common basis
+                layers/inputs/PATH, outputs/PATH  halves of a layer's symmetric factors, see `curvature.LayerFactors`
 """
 
 import hashlib

@@ -74,7 +74,7 @@ def train(
 def sketch(
     parts: Parts, state: State, rates: Rates, cohort: Cohort, results: LocalResult | None, root: jax.Array
 ) -> Message:
-    """Every client of the cohort sketches its curvature where the rule wants it; None if the rule wants none.
+    """Every client of the cohort sketches its curvature where the rule wants it; else what its work has said of it.
 
     Args:
       results: of the clients' training, or None before it.
@@ -84,7 +84,7 @@ def sketch(
     """
     sketcher = parts.sketcher
     if sketcher is None:
-        return None
+        return None if results is None else results.message
 
     def one(state, data, asked, client, key, delta, order):
         chosen, outputs = model_of(parts, state.params)

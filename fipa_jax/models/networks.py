@@ -167,8 +167,7 @@ def apply_head(layers: Sequence[str], params, body):
 
 def _dense(layer: dict, x: jax.Array) -> jax.Array:
     """[B, ..., F'], a dense layer's values for inputs [B, ..., F], by its parameters."""
-    bias = layer["bias"].reshape([1] * (x.ndim - 1) + [-1]) if "bias" in layer else 0
-    return x @ layer["kernel"] + bias
+    return nn.Dense(layer["kernel"].shape[1], use_bias="bias" in layer).apply({"params": layer}, x)
 
 
 class _TransformerBlock(nn.Module):

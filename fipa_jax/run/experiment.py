@@ -25,6 +25,7 @@ from fipa_jax.reporting import metrics, plots
 from fipa_jax.run import head_features, personal_stage, phase_checks, phase_parts, private_run, programs
 from fipa_jax.saving.model_files import load
 from fipa_jax.tasks import task as tasks
+from fipa_jax.tasks.classification import averaged
 from fipa_jax.tasks.task import Problem
 
 
@@ -38,6 +39,7 @@ class Experiment(NamedTuple):
     held: dict  # {"test" | "holdout": {field: [N, ...]}} on the device
     params: Any  # that the run starts from
     evaluate: Callable[[Any, dict], dict]  # (params, data) -> {name: [N]}, compiled
+    evaluate_drawn: Callable[[Any, dict], dict]  # the same of models [S, ...], their probabilities averaged
     compiled: dict  # static part of a phase, or of the clients' own models -> compiled programs
     root: jax.Array  # the key from which all others derive
 
@@ -77,6 +79,7 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
         held={prefix: on_device(data) for prefix, data in held.items()},
         params=first_params(config, problem.task, root),
         evaluate=jax.jit(metrics.make_evaluate(problem.task, config.eval.batch_size, mesh)),
+        evaluate_drawn=jax.jit(metrics.make_evaluate(averaged(problem.task), config.eval.batch_size, mesh)),
         compiled={},
         root=replicate(root, mesh),
     )

@@ -11,6 +11,7 @@ from fipa_jax import trees
 from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.reporting import metrics
 from fipa_jax.tasks import task as tasks
+from fipa_jax.tasks.classification import averaged
 
 
 def check(experiment, settings: ConfigDict, phase: str) -> None:
@@ -75,5 +76,6 @@ def cached(experiment, params, num_views: int, by_shapes: bool = False):
         population=people.over(train),
         held={prefix: kept(data) | {"body": run(body, params, data)} for prefix, data in experiment.held.items()},
         evaluate=jax.jit(metrics.make_evaluate(head, batch_size, make_mesh(experiment.config.devices))),
+        evaluate_drawn=jax.jit(metrics.make_evaluate(averaged(head), batch_size, make_mesh(experiment.config.devices))),
         compiled={},
     )

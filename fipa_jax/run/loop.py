@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
 
+from fipa_jax import trees
 from fipa_jax.aggregate.screening import REASONS
 from fipa_jax.client.examples import Client
 from fipa_jax.data import partition
@@ -153,7 +155,7 @@ def by_stage(phase: Phase, asked: Callable[[], bool] = lambda: False) -> Advance
         sent = programs.traffic_of(state, results, sketches, phase.parts)
         seen, info = clock("aggregate", stages.serve(seen, phase.rates, cohort, results, sketches))
         state = state_lib.keep(state, seen, cohort.ids)
-        return state, (info, clock("evaluate", figures_of(phase, state.params, k)), sent)
+        return state, (info, clock("evaluate", figures_of(phase, state, k)), sent)
 
     def advance(state: State, k: int, count: int):
         rounds, clocks, whole = [], [], Clock()
@@ -175,11 +177,12 @@ def row_of(k: int, figures: dict, info: dict, sent: Callable[[dict], dict], seco
     return {"round": k} | figures | console.figures(info) | sent(info) | seconds
 
 
-def figures_of(phase: Phase, params: Any, k: int) -> dict:
+def figures_of(phase: Phase, state: State, k: int) -> dict:
     """The figures that are due after round k."""
-    experiment = phase.experiment
+    experiment, params = phase.experiment, state.params
     test, clients = due(experiment.config.eval, k, phase.last)
     figures = on_test(experiment, experiment.held, params) if test else {}
+    figures |= on_belief(experiment, phase.parts, experiment.held, state) if test else {}
     return figures | (on_clients(experiment, experiment.population, experiment.held, params) if clients else {})
 
 
@@ -230,6 +233,7 @@ def _block(experiment: Experiment, parts: Parts) -> Callable:
         test, clients = due(config.eval, state.round, last)
         state, info = round_lib.whole_round(parts, state, rates, *people, root)
         figures = _if(test, lambda params: on_test(experiment, held, params), state.params)
+        figures |= _if(test, lambda state: on_belief(experiment, parts, held, state), state)
         return state, (info, figures | _if(clients, lambda p: on_clients(experiment, people, held, p), state.params))
 
     def block(state, rates, people, held, root, count, last):
@@ -281,6 +285,22 @@ def on_test(experiment: Experiment, held: dict, params: Any) -> dict:
     result, figures = {}, experiment.problem.task.figures
     for prefix, data in held.items():
         result |= metrics.overall(experiment.evaluate(params, data), prefix, figures)
+    return result
+
+
+def on_belief(experiment: Experiment, parts: Parts, held: dict, state: State) -> dict:
+    """The same of `eval.samples` models drawn from the server's belief, their probabilities averaged; {} without."""
+    precision = parts.aggregator.spread(state.aggregator)
+    if isinstance(precision, tuple) or not experiment.problem.classes:
+        return {}
+    theta, unravel = ravel_pytree(trees.select(state.params, parts.trainable))
+    shape = experiment.config.eval.samples, theta.size
+    noise = jax.random.normal(jax.random.fold_in(experiment.root, state.round), shape, theta.dtype)
+    drawn = theta[None] + noise / jnp.sqrt(precision)[None]
+    models = jax.vmap(lambda one: trees.replace(state.params, unravel(one)))(drawn)
+    result, figures = {}, experiment.problem.task.figures
+    for prefix, data in held.items():
+        result |= metrics.overall(experiment.evaluate_drawn(models, data), f"{prefix}_belief", figures)
     return result
 
 

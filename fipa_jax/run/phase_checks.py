@@ -67,6 +67,7 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
     if aggregator.needs.curvature == "image":
         _check_sums(settings, aggregator)
         _checkmatched(settings, aggregator)
+    _check_beliefs(settings, aggregator, everyone=cohort == num_clients)
     if settings.also_trained:
         _check_trains(settings, term)
     _check_compression(settings)
@@ -200,6 +201,29 @@ def _check_layerwise(settings: ConfigDict, aggregator: Aggregator) -> None:
         raise ValueError(f"config.fipa.{group}.damping: 'kronecker' divides by it, it needs more than 0")
 
 
+def _check_beliefs(settings: ConfigDict, aggregator: Aggregator, everyone: bool) -> None:
+    """Refuses beliefs that only one side of the federation has."""
+    served, has_duals = aggregator.needs.curvature == "posterior", settings.term.name == "duals"
+    if served != (settings.local.optimizer == "ivon"):
+        raise ValueError(
+            "config.fipa.local.optimizer: 'ivon' and aggregator.name = 'posterior' need each other: clients send the "
+            "precisions that the rule merges; compare the method 'fedivon'"
+        )
+    admm = served and settings.aggregator.posterior.form == "admm"
+    if has_duals != admm:
+        raise ValueError(
+            "config.fipa.term.name: 'duals' and aggregator.posterior.form = 'admm' need each other; compare the method "
+            "'ivon_admm'"
+        )
+    if served and settings.term.name not in ("none", "duals"):
+        raise ValueError("config.fipa.term.name: 'ivon' takes the term 'duals' or 'none'")
+    if admm and (settings.late.share or not everyone):
+        raise ValueError(
+            "config.fipa.aggregator.posterior.form: 'admm' needs all clients in every round, none of them late; set "
+            "config.cohort = 0 and late.share = 0, or take 'sum'"
+        )
+
+
 def _check_sums(settings: ConfigDict, aggregator: Aggregator) -> None:
     """Refuses what a sum over the clients cannot serve."""
     optimizer = settings.local.optimizer
@@ -331,7 +355,9 @@ def _check_faults(settings: ConfigDict, aggregator: Aggregator, cohort: int) -> 
 
 
 def matched(settings: ConfigDict, aggregator: Aggregator) -> bool:
-    """Whether the clients' second-order steps take the rule's damping; they cannot where it is another's."""
+    """Whether the clients' steps take the rule's damping, or its belief; they cannot where it is another's."""
+    if aggregator.needs.curvature == "posterior":
+        return True
     return settings.local.matched and aggregator.needs.curvature in ("image", "sketch", *LAYERS)
 
 

@@ -14,10 +14,11 @@ from fipa_jax.aggregate.late_updates import LateUpdates
 from fipa_jax.aggregate.layerwise import LayerOptions
 from fipa_jax.aggregate.limits import Limits
 from fipa_jax.aggregate.past_rounds import PastRounds, rank_of
+from fipa_jax.aggregate.posteriors import PosteriorOptions
 from fipa_jax.aggregate.row_blocks import Spread
 from fipa_jax.aggregate.rules import AGGREGATORS
 from fipa_jax.aggregate.sums import SumOptions
-from fipa_jax.client import first_order, layer_steps, second_order, terms
+from fipa_jax.client import first_order, ivon, layer_steps, second_order, terms
 from fipa_jax.client.compression import Compression, Compressor, compressed, compressor_of
 from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
 from fipa_jax.config.methods import method
@@ -34,7 +35,7 @@ from fipa_jax.tasks.task import Task, unaugmented
 
 MANY = 2**31 - 1  # clients, where it is not known yet how many there are
 LOCAL_SOLVERS = first_order.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS | layer_steps.LOCAL_SOLVERS
-LOCAL_SOLVERS |= {"gradient": first_order.gradient}
+LOCAL_SOLVERS |= ivon.LOCAL_SOLVERS | {"gradient": first_order.gradient}
 # Fields of a phase that `make_rates` takes, so that they are traced. What a rule's state holds is traced too, see
 # `Aggregator.hyper`.
 TRACED = (
@@ -58,7 +59,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     """
     private_run.check(config, settings)
     cohort = private_run.cohort_of(config, settings, num_clients)
-    term = lookup(terms.TERMS, settings.term.name, "config.term.name")()
+    term = lookup(terms.TERMS | {"duals": ivon.duals}, settings.term.name, "config.term.name")()
     mesh = make_mesh(config.devices)
     aggregator = aggregator_of(settings, num_clients, mesh)
     server = server_optimizers.make(settings.server.optimizer, settings.server.momentum)
@@ -119,6 +120,7 @@ def aggregator_of(settings: ConfigDict, num_clients: int, mesh: Mesh | None = No
         "limits": Limits(**fields.limits),
         "late": LateUpdates(**fields.late),
         "layers": LayerOptions(**fields.layers),
+        "posterior": PosteriorOptions(**fields.posterior),
         "sums": SumOptions(**fields.sums),
         "spread": Spread(mesh),
     }
@@ -166,7 +168,7 @@ def first_round(config: ConfigDict, settings: ConfigDict) -> int:
 
 def _sketcher_of_examples(settings: ConfigDict, aggregator: Aggregator, task: Task) -> sketch.Sketcher | None:
     """The same, of the examples as they are, each client by random numbers of its own."""
-    if aggregator.needs.curvature == "none":
+    if aggregator.needs.curvature in ("none", "posterior"):
         return None
     if aggregator.needs.curvature == "diagonal":
         fields = fields_for(sketch.make_diagonal, settings)

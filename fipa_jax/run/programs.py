@@ -102,6 +102,7 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     needs, term = parts.aggregator.needs, parts.term
     model = trees.nbytes(trees.select(state.params, parts.trainable))
     told = state.shared if term.travels else (), parts.aggregator.asks(state.aggregator)
+    told += tuple(leaf for leaf in jax.tree.leaves(parts.announce(state.aggregator)) if leaf.ndim)  # no lone numbers
     down = parts.cohort * (model + trees.nbytes(told))
     sent = [results.before if needs.loss else (), results.damping if needs.damping else ()]
     up, pair, report = trees.nbytes([*sent, results.store if term.travels else ()]), 0, 0

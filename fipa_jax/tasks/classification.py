@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fipa_jax.tasks.task import means
+from fipa_jax.tasks.task import Task, means
 
 
 def loss(outputs: jax.Array, batch: dict) -> jax.Array:
@@ -16,6 +16,27 @@ def loss(outputs: jax.Array, batch: dict) -> jax.Array:
     if outputs.shape[1] == 1:
         return optax.sigmoid_binary_cross_entropy(outputs[:, 0], batch["label"].astype(outputs.dtype))
     return optax.softmax_cross_entropy_with_integer_labels(outputs, batch["label"])
+
+
+def squared(outputs: jax.Array, batch: dict) -> jax.Array:
+    """[B], half the squared distance of outputs [B, K] to the label's unit vector: a linear head has a closed form."""
+    return jnp.sum((outputs - jax.nn.one_hot(batch["label"], outputs.shape[1], dtype=outputs.dtype)) ** 2, axis=1) / 2
+
+
+LOSSES = {"cross_entropy": loss, "squared": squared}
+
+
+def averaged(task: Task) -> Task:
+    """The task of a classifier of several models, params [S, ...]: its logits [B, K] are log mean_s p_s.
+
+    So the loss of each example is minus the logarithm of the mean likelihood, and calibration that of the mean.
+    """
+
+    def outputs(stacked, batch):
+        each = jax.lax.map(lambda params: jnp.log(probabilities(task.outputs(params, batch)[0])), stacked)
+        return jax.nn.logsumexp(each, axis=0) - jnp.log(len(each)), ()
+
+    return task._replace(outputs=outputs)
 
 
 def probabilities(outputs: jax.Array) -> jax.Array:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fipa_jax.data import image_sets, loading, partition
+from fipa_jax.lookup import lookup
 from fipa_jax.models import networks
 from fipa_jax.tasks import classification
-from fipa_jax.tasks.task import Problem, Task, means
+from fipa_jax.tasks.task import Loss, Problem, Task, means
 
 PADDING = 4  # pixels on each side that a random crop may reach over
 
@@ -49,7 +50,8 @@ def build(config) -> Problem:
     classes = images.classes()
     module = networks.build(config.model, num_outputs=len(classes))
     augment, rotation, flip = config.data.augment, config.data.rotation, config.data.flip
-    task = classifier(module, train["image"].shape[1:], mean, std, augment, rotation, flip)
+    loss = lookup(classification.LOSSES, config.data.loss, "config.data.loss")
+    task = classifier(module, train["image"].shape[1:], mean, std, augment, rotation, flip, loss)
     return Problem(task, train, test, holdout, clients, classes=classes, public=public)
 
 
@@ -88,8 +90,9 @@ def classifier(
     augmented: bool,
     rotation: float = 0.0,
     flip: bool = True,
+    loss: Loss = classification.loss,
 ) -> Task:
-    """Makes the task of classifying uint8 images by softmax cross-entropy.
+    """Makes the task of classifying uint8 images, by softmax cross-entropy if nothing else is said.
 
     Args:
       module: flax module from float images [B, H, W, C] to (logits [B, K], features).
@@ -99,6 +102,7 @@ def classifier(
       augmented: whether training batches are shown in random views.
       rotation: bound on a view's rotation, in degrees.
       flip: whether half of the views are mirrored.
+      loss: of each example, an entry of `classification.LOSSES`.
 
     Returns:
       The task, on batches {image: [B, H, W, C] uint8, label: [B] int}.
@@ -119,17 +123,18 @@ def classifier(
     fill = np.round(255 * mean).astype(np.uint8)
     head = functools.partial(networks.apply_head, module.head_layers)
     pattern = f"^({'|'.join(module.head_layers)})/"
-    task = Task(init, outputs, classification.loss, metrics, figures=figures, head=head, head_pattern=pattern)
+    told = functools.partial(metrics, loss=loss)
+    task = Task(init, outputs, loss, told, figures=figures, head=head, head_pattern=pattern)
     return task._replace(augment=augment) if augmented else task
 
 
-def metrics(outputs: jax.Array, batch: dict) -> dict[str, jax.Array]:
+def metrics(outputs: jax.Array, batch: dict, loss: Loss = classification.loss) -> dict[str, jax.Array]:
     """Returns the accuracy (0 or 1), the loss and the predicted class's probability of each example, all [B]."""
     correct = jnp.argmax(outputs, axis=-1) == batch["label"]
     confidence = jnp.max(jax.nn.softmax(outputs, axis=-1), axis=-1)
     return {
         "accuracy": correct.astype(outputs.dtype),
-        "loss": classification.loss(outputs, batch),
+        "loss": loss(outputs, batch),
         "confidence": confidence,
     }
 

@@ -150,7 +150,9 @@ def test_a_round_without_clients_leaves_it_as_it_is(x64):
     rule, compiled = _rule()
     _, _, state = _run(losses, cohorts)
     upload = _upload(losses, cohorts[0], np.zeros(SIZE), FIRST)
-    _, after, info = compiled(upload._replace(num_examples=jnp.zeros(CLIENTS, jnp.int64)), state, as_tree(np.zeros(SIZE)))
+    _, after, info = compiled(
+        upload._replace(num_examples=jnp.zeros(CLIENTS, jnp.int64)), state, as_tree(np.zeros(SIZE))
+    )
     np.testing.assert_array_equal(rule.announce(after)["damping"], rule.announce(state)["damping"])
     np.testing.assert_array_equal(after.solver[0].way, state.solver[0].way)
     assert np.isfinite(info["agreement"])
