@@ -7,14 +7,13 @@ from helpers.rules import SIZE, Dense, assert_close
 from fipa_jax.aggregate import Limits
 
 KEPT = NOTHING._replace(kind="curvature", rank=SIZE, decay=DECAY)
-SENDERS = [[True, False], [False, False], [False, True], [True, True], [False, False]]
+SENDERS = np.array([[1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])  # in each round
 
 
 def with_senders(cohort, senders):
     """The cohort, of which some send no pair: all of it is zero."""
     deltas, counts, values, bases = cohort
-    keep = np.asarray(senders, float)
-    return deltas, counts, values * keep[:, None], bases * keep[:, None, None]
+    return deltas, counts, values * senders[:, None], bases * senders[:, None, None]
 
 
 def rounds():
@@ -37,14 +36,14 @@ def test_the_step_is_the_mean_gradient_by_the_mean_of_what_was_sent(x64):
 
 
 def test_before_the_first_sketch_there_is_no_step(x64):
-    found, _, _ = run([with_senders(COHORTS[0], [False, False]), COHORTS[1]], KEPT)
+    found, _, _ = run([with_senders(COHORTS[0], SENDERS[1]), COHORTS[1]], KEPT)
     assert not np.any(found[1]) and np.any(found[2])
 
 
 def test_the_bound_counts_what_no_sketch_says(x64):
     """step^T (H + beta I) step / 2 of the dense H."""
     most = 1e-3
-    cohort = with_senders(COHORTS[0], [True, False])
+    cohort = with_senders(COHORTS[0], SENDERS[0])
     found, _, _ = run([cohort], KEPT, limits=Limits(0.0, most, 0.0, 0.0))
     matrix = Dense(*COHORTS[0]).each[0] + BETA * np.eye(SIZE)
     np.testing.assert_allclose(found[1] @ matrix @ found[1] / 2, most, rtol=1e-8)
