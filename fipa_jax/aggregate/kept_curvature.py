@@ -6,7 +6,7 @@ keeps the mean of the sketches, which is all it needs of them, and steps by
     step = -(Hk + beta I)^{-1} sum_m w_m g_m,     Hk = sum_s n_s decay^{k - s} H_s / sum_s n_s decay^{k - s}
 
 over the sketches s that were ever sent, of n_s examples each. However old, rounded or few they are, they only
-precondition: where the gradient is zero the step is, and it always descends, see `docs/maths/seldom.md`.
+precondition: where the gradient is zero the step is, and it always descends, see `docs/maths/bytes.md`.
 
 A mean over the sketches sent is one of fewer terms where fewer are sent, but its size stays: no client's curvature has
 to stand for others by a factor 1 / p. Before the first sketch there is no step.

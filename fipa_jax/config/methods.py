@@ -21,7 +21,7 @@ METHODS = {
         "server.optimizer": "sgd",
         "server.lr": 1.0,
     },
-    "fipa_seldom": {
+    "fipa_few_bytes": {
         "local.optimizer": "gradient",
         "local.matched": False,
         "aggregator.form": "damped",
@@ -33,7 +33,8 @@ METHODS = {
         "aggregator.limits.max_divergence": 0.5,
         "server.optimizer": "sgd",
         "server.lr": 0.1,
-        "sketch.share": 0.1,
+        "sketch.rank": 5,
+        "sketch.bits": 8,
     },
     "fipa_sums": {
         "aggregator.name": "sums",

@@ -20,7 +20,7 @@ from fipa_jax.curvature.sketch import (
     truncate,
     with_rank_by_gradient,
 )
-from fipa_jax.curvature.sketchers import from_one_start, on_views
+from fipa_jax.curvature.sketchers import from_one_start, on_views, sent_seldom, within_budget
 
 __all__ = [
     "Curvature",
@@ -50,8 +50,10 @@ __all__ = [
     "make_sketch",
     "on_views",
     "plain",
+    "sent_seldom",
     "stored_as",
     "subspace",
     "truncate",
     "with_rank_by_gradient",
+    "within_budget",
 ]

@@ -109,12 +109,12 @@ def _of_wanted(fn: Callable, args: tuple, wanted: jax.Array, chunk: int):
     shapes = jax.eval_shape(lambda args: fn(*jax.tree.map(lambda leaf: leaf[0], args)), args)
     blank = jax.tree.map(lambda leaf: jnp.zeros([clients, *leaf.shape], leaf.dtype), shapes)
     order = jnp.argsort(~wanted)
-    # Places beyond the clients are read from the last one, and nothing is written there.
+    # Beside the last of them the first one runs once more, and nothing is written of that.
     places = jnp.pad(jnp.where(wanted[order], order, clients), (0, -clients % at_once), constant_values=clients)
 
     def turn(i, results):
         here = jax.lax.dynamic_slice_in_dim(places, i * at_once, at_once)
-        own = jax.tree.map(lambda leaf: leaf[jnp.minimum(here, clients - 1)], args)
+        own = jax.tree.map(lambda leaf: leaf[jnp.where(here < clients, here, order[0])], args)
         if at_once == 1:
             found = jax.tree.map(lambda leaf: leaf[None], fn(*jax.tree.map(lambda leaf: leaf[0], own)))
         else:

@@ -5,6 +5,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fipa_jax import curvature
 
@@ -56,3 +57,75 @@ def test_all_clients_share_their_random_numbers():
     ids = jnp.asarray([4, 0, 2])
     assert plain.drawn_by(ids).tolist() == ids.tolist()
     assert curvature.from_one_start(plain).drawn_by(ids).tolist() == [0, 0, 0]
+
+
+CLIENTS, SHARE, FULL, START = 5, 0.1, 2, 30
+IDS = jnp.asarray([7, 3, 11, 0, 5])
+
+
+def due(round, ids=IDS, seed=0):
+    found = SELDOM.due(jnp.int32(round), jax.random.fold_in(jax.random.key(seed), round), ids)
+    return np.asarray(found)
+
+
+SELDOM = curvature.sent_seldom(curvature.plain(None), SHARE, full=FULL, start=START)
+
+
+def test_few_are_asked_and_as_evenly_as_whole_numbers_can():
+    counts = np.array([due(START + k).sum() for k in range(42)])
+    assert np.all(counts[:FULL] == CLIENTS)
+    later = np.cumsum(counts[FULL:])
+    assert np.all(np.abs(later - CLIENTS * SHARE * np.arange(1, 41)) <= 0.5)
+
+
+def test_who_is_asked_does_not_depend_on_the_order_and_falls_on_all():
+    turned = np.asarray([2, 0, 1, 4, 3])
+    asked = [due(START + FULL, seed=seed) for seed in range(60)]
+    assert np.array_equal(due(START + FULL, IDS[turned], 5), asked[5][turned])
+    shares = np.mean(asked, axis=0)
+    assert np.all(np.abs(shares - 0.2) < 0.2), shares
+    assert len(np.unique(np.argmax(asked, axis=1))) == CLIENTS
+
+
+def sketches_of(values):
+    basis = jnp.zeros([len(values), 8, len(values[0])])
+    return curvature.Sketch(jnp.asarray(values), basis)
+
+
+def test_what_seldom_comes_stands_for_the_rest():
+    """Only where a rule asks for it: the mean over all messages, zeros included, is that of all clients."""
+    values = [[2.0, 1.0]]
+    scale = [float(SELDOM.of_cohort(sketches_of(values), jnp.int32(START + k)).eigenvalues[0, 0]) / 2 for k in (0, 2)]
+    np.testing.assert_allclose(scale, [1, 1 / SHARE], rtol=1e-6)
+    own = curvature.sent_seldom(curvature.plain(None), SHARE, scaled=False)
+    assert own.of_cohort(sketches_of(values), jnp.int32(9)).eigenvalues.tolist() == values
+
+
+def test_a_budget_buys_the_largest_pairs_and_is_kept_to():
+    values = [[9.0, 4.0, 1.0], [8.0, 2.0, 0.5]]
+    price, numbers = 4 * 8, 4 * 3  # float32: a vector; the eigenvalues
+    bought = 1.75  # pairs a round, of both clients
+    spare = curvature.within_budget(curvature.plain(None), numbers + bought * price / 2)
+    sent = 0
+    for k in range(8):
+        kept = np.asarray(spare.of_cohort(sketches_of(values), jnp.int32(k)).eigenvalues)
+        sent += np.count_nonzero(kept)
+        assert sent == np.floor(bought * (k + 1)), "no byte more than was bought, and less than a pair left over"
+        largest = np.sort(np.ravel(values))[::-1][: np.count_nonzero(kept)]
+        np.testing.assert_array_equal(np.sort(kept[kept > 0])[::-1], largest)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: curvature.sent_seldom(curvature.plain(None), 0.0), r"sketch\.share: needs a number above 0"),
+        (lambda: curvature.within_budget(curvature.plain(None), 0.0), r"sketch\.budget: needs more than 0"),
+        (
+            lambda: curvature.within_budget(curvature.plain(None), 5.0).of_cohort(sketches_of([[1.0, 1.0]]), 0),
+            r"sketch\.budget: eigenvalues and report take 8 bytes",
+        ),
+    ],
+)
+def test_mistakes_are_named(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

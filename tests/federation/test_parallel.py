@@ -124,3 +124,19 @@ def test_present_and_gather():
     found = gather(data, client.indices)
     np.testing.assert_array_equal(found["x"], np.arange(10.0).reshape(5, 2)[[4, 2, 2, 0]])
     np.testing.assert_array_equal(found["y"], [4, 2, 2, 0])
+
+
+@pytest.mark.parametrize(("chunk", "devices"), [(1, 0), (2, 0), (0, 2)])
+def test_who_is_not_wanted_does_no_work(chunk, devices):
+    """The others' results are their own; one that is not wanted would never come to an end."""
+    wanted = jnp.array([False, True, False, True, False])
+    clients, keys = _clients()
+    endless = clients | {"trips": jnp.where(wanted, clients["trips"], 2**31 - 1)}
+    mesh = _mesh(devices) if devices else None
+    run = jax.jit(
+        lambda *args: simulate.map_clients(_program, (), *args, sizes=SIZES, wanted=wanted, chunk=chunk, mesh=mesh)
+    )
+    found, whole = jax.tree.map(np.asarray, run(endless, keys)), _mapped(1, 0)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(got[np.asarray(wanted)], want[np.asarray(wanted)], rtol=1e-4, atol=1e-5)
+        assert not np.any(got[~np.asarray(wanted)])

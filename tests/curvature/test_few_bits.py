@@ -1,0 +1,53 @@
+"""Vectors in few bits: without bias, within the bound, in the bytes that are counted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fipa_jax.curvature import few_bits
+from fipa_jax.curvature.sketch import Sketch
+
+SIZE, BITS = 300, 4  # a block and a part of one
+VECTOR = np.random.default_rng(0).normal(size=SIZE).astype(np.float32)
+
+
+def scales_of(vector, bits):
+    """[P], the scale of each entry's block."""
+    blocks = [vector[start : start + few_bits.BLOCK] for start in range(0, vector.size, few_bits.BLOCK)]
+    return np.concatenate([np.full(block.size, np.abs(block).max() / (2 ** (bits - 1) - 1)) for block in blocks])
+
+
+def test_rounding_has_no_bias_and_is_off_by_less_than_a_scale():
+    keys, scales = jax.random.split(jax.random.key(1), 4000), scales_of(VECTOR, BITS)
+    found = np.asarray(jax.jit(jax.vmap(lambda key: few_bits.rounded(key, VECTOR, BITS)))(keys), float)
+    assert np.all(np.abs(found - VECTOR) < 1.0001 * scales)
+    np.testing.assert_allclose(found.mean(0), VECTOR, atol=4 * scales.max() / np.sqrt(len(keys)))
+    whole = np.unique(np.round(found / scales, 3))
+    assert len(whole) <= 2**BITS - 1, "so many integers are sent"
+
+
+def test_the_bytes_are_those_of_packed_integers_and_scales():
+    assert few_bits.bytes_of(SIZE, BITS) == SIZE * BITS / 8 + 2 * 4
+    assert few_bits.bytes_of(3, 3) == 2 + 4
+
+
+def test_a_zero_vector_stays_zero():
+    assert not np.any(few_bits.rounded(jax.random.key(0), jnp.zeros(SIZE), BITS))
+
+
+def test_the_vectors_of_a_sketch_stay_of_length_one_and_nearly_orthogonal():
+    basis = np.linalg.qr(np.random.default_rng(2).normal(size=(SIZE, 3)))[0].astype(np.float32)
+    basis[:, 2] = 0  # a pair that is not there
+    whole = Sketch(jnp.array([3.0, 1.0, 0.0]), jnp.asarray(basis))
+    sent = few_bits.in_few_bits(lambda *_: whole, 8)(jax.random.key(0), None, None)
+    gram = np.asarray(sent.basis).T @ np.asarray(sent.basis)
+    np.testing.assert_allclose(np.diag(gram), [1, 1, 0], atol=1e-5)
+    assert np.abs(gram - np.diag(np.diag(gram))).max() < 0.01
+    assert not np.array_equal(sent.basis, basis)
+
+
+@pytest.mark.parametrize("bits", [1, 17])
+def test_other_numbers_of_bits_are_refused(bits):
+    with pytest.raises(ValueError, match=r"sketch\.bits: needs 2 to 16 bits"):
+        few_bits.in_few_bits(None, bits)
