@@ -92,7 +92,8 @@ def test_it_descends_along_the_next_cohorts_loss(x64, bound):
     """Damping round by round, its derivatives those of finite differences; and the next cohort's loss itself."""
     losses, cohorts = _losses(), _cohorts(7)
     visited, infos, _ = _run(losses, cohorts, bound=bound)
-    curvature, weight, beta, way, last, shortened = 0, 0, FIRST, np.zeros(SIZE), None, 0
+    curvature, weight, beta, way, shortened = 0, 0, FIRST, np.zeros(SIZE), 0
+    last, pace = np.zeros(SIZE), 1.0
     for k, (ids, info) in enumerate(zip(cohorts, infos, strict=True)):
         dense = Round(losses, ids, visited[k], curvature, weight, bound)
         np.testing.assert_allclose(info["damping"], beta, rtol=1e-5)
@@ -103,8 +104,8 @@ def test_it_descends_along_the_next_cohorts_loss(x64, bound):
         np.testing.assert_allclose(info["agreement"], agreement, atol=1e-5)
         if k == 1:  # the derivative of the next cohort's loss, by the damping of the step before
             assert_close(dense.gradient @ last, full @ metric @ way * pace / dense.share, 1e-5)
-        last, old_metric = dense.slope(np.log(beta)), metric
-        pace = np.sqrt(last @ old_metric @ last)
+        last = dense.slope(np.log(beta))
+        pace = np.sqrt(last @ metric @ last)
         way = RECALL * way - last / pace
         shortened += not np.allclose(dense.step(np.log(beta)), full)
         left_out = np.sum((COUNTS / COUNTS.sum()) ** 2 * losses[1][ids][:, -1])
@@ -151,6 +152,7 @@ def _many_rounds(adaptive, rounds=500, known=4):
     return lambda damping: [float(value) for value in run(jnp.asarray(damping))]
 
 
+@pytest.mark.slow
 def test_it_finds_the_same_damping_wherever_it_starts(x64):
     """Five hundred rounds of clients that differ, whose sketches know a third of the directions."""
     low, high = (_many_rounds(True)(damping) for damping in (1e-5, 1e4))
@@ -184,3 +186,8 @@ def test_a_round_without_clients_leaves_it_as_it_is(x64):
 def test_orders_that_would_not_do_what_they_say_are_refused(inner, words):
     with pytest.raises(ValueError, match=words):
         adaptive(inner())
+
+
+def test_a_relative_damping_is_refused():
+    with pytest.raises(ValueError, match=r"past\.adaptive: finds an absolute damping"):
+        aggregate.fipa(past=PAST)
