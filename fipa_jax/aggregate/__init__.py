@@ -1,5 +1,6 @@
 """How do uploads become one step of the global model? Screening, averages, FIPA, past rounds, trust region."""
 
+from fipa_jax.aggregate.adaptive_damping import adaptive
 from fipa_jax.aggregate.aggregator import Aggregator, Needs, compare, step_of, weights_of
 from fipa_jax.aggregate.fisher_informed import INFO, FipaState, fipa, fipa_step, from_solver
 from fipa_jax.aggregate.late_updates import LateUpdates
@@ -48,6 +49,7 @@ __all__ = [
     "SumOptions",
     "SumSolver",
     "Uploads",
+    "adaptive",
     "capped",
     "check_order",
     "collect",

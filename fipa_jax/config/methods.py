@@ -5,22 +5,24 @@ from ml_collections import ConfigDict
 from fipa_jax.config import fields
 from fipa_jax.lookup import lookup
 
-# Cohort and rounds stay the same for all, and so does local work, but for that of `fipa_memory`.
+MEMORY = {
+    "local.optimizer": "natural_gradient",
+    "local.matched": True,
+    "local.lr": 1.0,
+    "local.lr_decay": 1.0,
+    "aggregator.form": "damped",
+    "aggregator.relative": False,
+    "aggregator.damping": 0.1,
+    "aggregator.past.kind": "prior",
+    "aggregator.limits.max_divergence": 0.005,
+    "server.optimizer": "sgd",
+    "server.lr": 1.0,
+}
+# Cohort and rounds stay the same for all, and so does local work, but for that of `fipa_memory` and the like.
 METHODS = {
     "fipa": {},
-    "fipa_memory": {
-        "local.optimizer": "natural_gradient",
-        "local.matched": True,
-        "local.lr": 1.0,
-        "local.lr_decay": 1.0,
-        "aggregator.form": "damped",
-        "aggregator.relative": False,
-        "aggregator.damping": 0.1,
-        "aggregator.past.kind": "prior",
-        "aggregator.limits.max_divergence": 0.005,
-        "server.optimizer": "sgd",
-        "server.lr": 1.0,
-    },
+    "fipa_memory": MEMORY,
+    "fipa_auto": MEMORY | {"aggregator.past.adaptive": True},
     "fipa_few_bytes": {
         "local.optimizer": "gradient",
         "local.matched": False,

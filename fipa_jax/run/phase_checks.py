@@ -64,6 +64,7 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
         _checkmatched(settings, aggregator)
         _check_adaptive(settings)
         _check_gradients(settings, aggregator)
+        _check_adaptive_damping(settings)
     if aggregator.needs.curvature == "image":
         _check_sums(settings, aggregator)
         _checkmatched(settings, aggregator)
@@ -311,6 +312,18 @@ def _check_adaptive(settings: ConfigDict) -> None:
     optimizer = settings.local.optimizer
     if settings.local.adaptive.scale and optimizer not in first_order.LOCAL_SOLVERS:
         raise ValueError(f"config.fipa.local.adaptive.scale: {optimizer!r} takes its own number of steps; set it to 0")
+
+
+def _check_adaptive_damping(settings: ConfigDict) -> None:
+    """Refuses a damping that follows successive steps where these are not by the clients' gradients."""
+    rule = settings.aggregator
+    if not rule.past.adaptive or rule.past.kind == "none":
+        return
+    if rule.form != "damped" or not (settings.local.matched or rule.own_damping):
+        raise ValueError(
+            "config.fipa.aggregator.past.adaptive: needs updates that the rule undoes, local.matched = True or "
+            "aggregator.own_damping = True, and aggregator.form = 'damped'; set it to False"
+        )
 
 
 def _check_local_work(settings: ConfigDict, aggregator: Aggregator, term: terms.Term) -> None:

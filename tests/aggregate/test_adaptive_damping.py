@@ -11,6 +11,7 @@ from helpers.rules import CLIENTS, SIZE, apply, as_tree, as_vector, assert_close
 from fipa_jax import aggregate
 from fipa_jax.aggregate import Limits, PastRounds
 from fipa_jax.aggregate.adaptive_damping import RECALL, adaptive
+from fipa_jax.curvature.sketch import Sketch
 
 DECAY, FIRST, EVERYONE = 0.7, 0.3, 12
 PAST = PastRounds("prior", rank=SIZE, decay=DECAY, adaptive=True)
@@ -91,7 +92,8 @@ def test_it_descends_along_the_next_cohorts_loss(x64, bound):
     """Damping round by round, its derivatives those of finite differences; and the next cohort's loss itself."""
     losses, cohorts = _losses(), _cohorts(7)
     visited, infos, _ = _run(losses, cohorts, bound=bound)
-    curvature, weight, beta, way, last, shortened = 0, 0, FIRST, np.zeros(SIZE), None, 0
+    curvature, weight, beta, way, shortened = 0, 0, FIRST, np.zeros(SIZE), 0
+    last, pace = np.zeros(SIZE), 1.0
     for k, (ids, info) in enumerate(zip(cohorts, infos, strict=True)):
         dense = Round(losses, ids, visited[k], curvature, weight, bound)
         np.testing.assert_allclose(info["damping"], beta, rtol=1e-5)
@@ -99,11 +101,11 @@ def test_it_descends_along_the_next_cohorts_loss(x64, bound):
         metric, full = dense.curvature + beta * np.eye(SIZE), dense.full(np.log(beta))
         length = np.sqrt(way @ metric @ way)
         agreement = full @ metric @ way / (np.sqrt(full @ metric @ full) * length) if k else 0
-        np.testing.assert_allclose(info["agreement"], agreement, atol=1e-6)
+        np.testing.assert_allclose(info["agreement"], agreement, atol=1e-5)
         if k == 1:  # the derivative of the next cohort's loss, by the damping of the step before
             assert_close(dense.gradient @ last, full @ metric @ way * pace / dense.share, 1e-5)
-        last, old_metric = dense.slope(np.log(beta)), metric
-        pace = np.sqrt(last @ old_metric @ last)
+        last = dense.slope(np.log(beta))
+        pace = np.sqrt(last @ metric @ last)
         way = RECALL * way - last / pace
         shortened += not np.allclose(dense.step(np.log(beta)), full)
         left_out = np.sum((COUNTS / COUNTS.sum()) ** 2 * losses[1][ids][:, -1])
@@ -120,29 +122,43 @@ def test_no_unit_of_the_loss_matters(x64):
     assert infos[-1]["damping"] != infos[0]["damping"]
 
 
+@functools.cache
+def _many_rounds(adaptive, rounds=500, known=4):
+    """first damping -> (mean excess loss of the last hundred rounds, their median damping); sketches know little."""
+    each, values, bases, best = map(jnp.asarray, _losses())
+    values, best = values[:, :known], best[:1] + 0.3 * best
+    cohorts, counts = jnp.asarray(np.stack(_cohorts(rounds))), jnp.asarray(COUNTS)
+    target = jnp.linalg.solve(each.mean(axis=0), jnp.einsum("mpq,mq->p", each, best) / EVERYONE)
+    rule, _ = _rule(bound=0.02, past=PAST._replace(adaptive=adaptive))
+
+    def one(carry, ids):
+        theta, state = carry
+        gradients = jnp.einsum("mpq,mq->mp", each[ids], theta[None] - best[ids])
+        beta, basis = rule.announce(state)["damping"], bases[ids][..., :known]
+        inverse = basis * (values[ids] / (values[ids] + beta))[:, None] @ basis.mT
+        steps = -(gradients - (inverse @ gradients[..., None])[..., 0]) / beta
+        upload = aggregate.Uploads(as_tree(steps), counts, Sketch(values[ids], basis))
+        step, state, _ = apply(rule, upload, state, as_tree(theta))
+        theta = theta + jnp.concatenate([step["a"].reshape(-1), step["b"]])
+        return (theta, state), ((theta - target) @ each.mean(axis=0) @ (theta - target) / 2, beta)
+
+    @jax.jit
+    def run(damping):
+        start = rule.init(as_tree(np.zeros(SIZE)))
+        start = start._replace(hyper=start.hyper | {"damping": damping})
+        _, (losses, dampings) = jax.lax.scan(one, (jnp.zeros(SIZE), start), cohorts)
+        return jnp.mean(losses[-100:]), jnp.median(dampings[-100:])
+
+    return lambda damping: [float(value) for value in run(jnp.asarray(damping))]
+
+
 @pytest.mark.slow
-def test_it_finds_the_same_damping_wherever_it_starts_and_stays(x64):
-    """Five hundred rounds of a heterogeneous population, where what the sketches leave out is no help.
-
-    From dampings ten million apart it comes to the same, and the last losses are those of the best fixed one.
-    """
-    each, values, bases, best = _losses()
-    cut = values * (np.arange(SIZE) < SIZE // 3)  # so nothing is known of most directions
-    losses, cohorts = (each, cut, bases, best), _cohorts(500)
-    target = np.linalg.solve(each.mean(axis=0), np.einsum("mpq,mq->p", each, best) / EVERYONE)
-
-    def final(past=PAST, **options):
-        visited, infos, _ = _run(losses, cohorts, bound=0.02, past=past, **options)
-        away = np.stack(visited[-100:]) - target
-        return np.mean(np.einsum("kp,pq,kq->k", away, each.mean(axis=0), away)), np.median(
-            [info.get("damping", 0) for info in infos[-200:]]
-        )
-
-    low, high = final(damping=1e-4), final(damping=1e3)
-    fixed = [final(damping=beta, past=PAST._replace(adaptive=False))[0] for beta in (1e-3, 1e-2, 0.1, 1.0, 10.0)]
-    print(low, high, fixed)
+def test_it_finds_the_same_damping_wherever_it_starts(x64):
+    """Five hundred rounds of clients that differ, whose sketches know a third of the directions."""
+    low, high = (_many_rounds(True)(damping) for damping in (1e-5, 1e4))
+    fixed = {damping: _many_rounds(False)(damping)[0] for damping in (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)}
     assert 1 / 3 < low[1] / high[1] < 3
-    assert max(low[0], high[0]) < 1.5 * min(fixed) < max(fixed)
+    assert max(low[0], high[0]) < 2 * min(fixed.values())
 
 
 def test_a_round_without_clients_leaves_it_as_it_is(x64):
@@ -170,3 +186,8 @@ def test_a_round_without_clients_leaves_it_as_it_is(x64):
 def test_orders_that_would_not_do_what_they_say_are_refused(inner, words):
     with pytest.raises(ValueError, match=words):
         adaptive(inner())
+
+
+def test_a_relative_damping_is_refused():
+    with pytest.raises(ValueError, match=r"past\.adaptive: finds an absolute damping"):
+        aggregate.fipa(past=PAST)

@@ -239,6 +239,10 @@ def test_an_unknown_split_lists_the_known_ones():
             r"local\.damping: 'natural_gradient'",
         ),
         ({"compare": ("fipa_memory:aggregator.trust=True",)}, r"aggregator\.trust: needs all clients in every round"),
+        (
+            {"compare": ("fipa:aggregator.relative=False:aggregator.past.kind=prior:aggregator.past.adaptive=True",)},
+            r"aggregator\.past\.adaptive: needs updates that the rule undoes",
+        ),
         ({"compare": ("fipa:aggregator.own_damping=True",)}, r"aggregator\.own_damping: needs form = 'damped', rel"),
         (
             {"compare": ("fipa:local.optimizer=adam:aggregator.own_damping=True:aggregator.relative=False",)},
