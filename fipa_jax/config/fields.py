@@ -142,8 +142,8 @@ def _check_known(group, name, path):
         return
     if words := renamed(path):
         raise KeyError(words)
-    near = difflib.get_close_matches(name, list(group), 1) or _below(group, name)[:1]
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(group)}"
+    near = difflib.get_close_matches(name, list(group), 1) or _below(group, name)[:3]
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(group)}"
     raise KeyError(f"there is no field {name!r}; {hint}")
 
 

@@ -76,6 +76,7 @@ def tried(term, name, folder):
     problem = problem_of(name, folder)
     config = fields_of(fipa__term__name=term, fipa__trainable=TASKS[name][1], fipa__aggregator__name="mean")
     config.fipa.local.update({"batch_size": 3, "steps": 2})
+    config.fipa.local.compress.name = "top_k" if term == "feedback" else "none"
     parts = phase_parts.make_parts(config, config.fipa, problem.task, 2)
     params, error = problem.task.init(jax.random.key(0)), ""
     try:
