@@ -97,7 +97,10 @@ def test_every_method_applies_to_the_defaults(name):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("fedavgg", "unknown 'fedavgg'; known: centralised, fedasync, fedavg, fedbuff, fipa"),
+        (
+            "fedavgg",
+            "unknown 'fedavgg'; known: centralised, fedasync, fedavg, fedbuff, fedfisher_kfac, fedivon, fedpm, fipa",
+        ),
         ("fipa:server.lr", "needs NAME:field=value"),
         ("fipa:server.lrr=1", "no field 'lrr'.*did you mean 'lr'"),
         ("fipa:serverr.lr=1", "no field 'serverr'.*did you mean 'server'"),
@@ -187,7 +190,7 @@ def test_a_mistake_in_a_compared_method_names_field_and_method():
         ("task.name", "images, own_data"),
         ("model.name", "cnn_23k"),
         ("model.activation", "tanh"),
-        ("fipa.local.optimizer", "gauss_newton, gradient, lbfgs"),
+        ("fipa.local.optimizer", "gauss_newton, gradient, ivon, kronecker, lbfgs"),
         ("fipa.term.name", "prox"),
         ("fipa.aggregator.name", "mean"),
         ("fipa.aggregator.form", "damped, pinv, tikhonov"),
