@@ -18,6 +18,7 @@ checkpoint rounds that are kept, one by one, beside the same rounds that are not
 apart      how far apart the clients' curvatures and data are, at the model of a run's warm-up
 deployment bytes of an upload, packed and unpacked; a round as bytes of server and clients beside a simulation's
 private    rules with client-level differential privacy, each tuned on the same full grid, on fresh keys
+messages   what a client says of its curvature: seconds and bytes, eigenpairs beside Kronecker factors, three models
 robust     what one faulty client of five does to the step, by fault and rule, and by the caps
 lowering   every stage of a round, lowered for a GPU and a TPU on this machine: float64 in it, and calls out of it
 device     numerics and speed on an accelerator, see scripts/device_check.sh

@@ -1,8 +1,8 @@
 """What is a client's curvature worth by eigenpairs, by layers' input factors, and by both Kronecker factors?
 
 `configs/digits.py`, 4 of 20 clients a round, Dirichlet 0.1. In each method a client takes one step from the broadcast
-parameters, divided by what it sends, and the server remembers past rounds as a decaying sum. Three dampings each, chosen
-by seed 9's held-out tenth. Five eigenpairs have as many bytes as a layer's factors, nearly.
+parameters, divided by what it sends, and the server remembers past rounds as a decaying sum. Three dampings each,
+chosen by seed 9's held-out tenth. Five eigenpairs have as many bytes as a layer's factors, nearly.
 """
 
 from evidence.records import Run, Spread, Study, Table, chosen, every, final, number, percent, sent

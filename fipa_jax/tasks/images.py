@@ -29,6 +29,7 @@ def build(config) -> Problem:
       ValueError: a field of the config does not fit the data.
     """
     networks.build(config.model, num_outputs=1)  # what is wrong with the config shows before the data are loaded
+    loss = lookup(classification.LOSSES, config.data.loss, "config.data.loss")
     fields = {field: config.partition[field] for field in ("alpha", "shards_per_client", "file")}
     partition.check(config.partition.name, **fields)
     images = image_sets.find(config.data.name, config.data.dir, config.data.cache_dir)
@@ -50,7 +51,6 @@ def build(config) -> Problem:
     classes = images.classes()
     module = networks.build(config.model, num_outputs=len(classes))
     augment, rotation, flip = config.data.augment, config.data.rotation, config.data.flip
-    loss = lookup(classification.LOSSES, config.data.loss, "config.data.loss")
     task = classifier(module, train["image"].shape[1:], mean, std, augment, rotation, flip, loss)
     return Problem(task, train, test, holdout, clients, classes=classes, public=public)
 

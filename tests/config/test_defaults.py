@@ -187,7 +187,7 @@ def test_a_mistake_in_a_compared_method_names_field_and_method():
         ("task.name", "images, own_data"),
         ("model.name", "cnn_23k"),
         ("model.activation", "tanh"),
-        ("fipa.local.optimizer", "gauss_newton, gradient, lbfgs"),
+        ("fipa.local.optimizer", "gauss_newton, gradient, ivon, kronecker, lbfgs"),
         ("fipa.term.name", "prox"),
         ("fipa.aggregator.name", "mean"),
         ("fipa.aggregator.form", "damped, pinv, tikhonov"),
