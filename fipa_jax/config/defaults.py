@@ -264,9 +264,7 @@ def aggregator(name: str) -> ConfigDict:
             "at": "local",  # where diagonal and kronecker see the curvature: local or broadcast parameters
             "faulty": 0.2,  # trimmed_mean, krum, multi_krum: the share of the clients that may be at fault
             "past": {  # aggregate.past_rounds.PastRounds
-                # of past rounds' curvature: none, prior, targets, latest; for few clients of many. curvature: where
-                # clients send gradients (local.optimizer gradient) and sketches seldom (sketch.share)
-                "kind": "none",
+                "kind": "none",  # of past rounds': none, prior, targets, latest; curvature: of clients' gradients
                 "decay": 0.9,  # by which the weight of what is remembered falls with each round
                 "rank": 250,  # R' of a message: R' P numbers for each of 1, `length` or all clients
                 "length": 8,  # cohorts that `targets` remembers
