@@ -249,7 +249,7 @@ def aggregator(name: str) -> ConfigDict:
     return ConfigDict(
         {
             # aggregate.rules.mean, aggregate.fisher_informed.fipa, aggregate.rules.diagonal, aggregate.robust.krum,
-            # aggregate.robust.trimmed_mean, aggregate.sum_rule.from_sums, aggregate.layerwise.kronecker
+            # aggregate.robust.trimmed_mean, aggregate.sum_rule.from_sums, aggregate.layerwise.kronecker,
             # aggregate.posteriors.posterior
             # mean, fipa, diagonal, kronecker, sums, posterior; median, trimmed_mean, krum, multi_krum, geometric_median
             "name": name,

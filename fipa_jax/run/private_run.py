@@ -99,8 +99,8 @@ def _shows_clients(config: ConfigDict, settings: ConfigDict) -> dict[str, tuple[
         ),
         "data.public": (
             config.task.name == "images" and not (config.data.public or loading.has_stats(config.data.name)),
-            f"the channels' means of {config.data.name!r} are not known, and would be taken of the clients' images; name "
-            "a set of public images",
+            f"the channels' means of {config.data.name!r} are not known, and would be taken of the clients' images; "
+            "name a set of public images",
         ),
         "chunk": (config.chunk < 0, "the seconds of clients' work would steer the run; set it to 1 or more"),
     }
