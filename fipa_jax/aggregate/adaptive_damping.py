@@ -41,10 +41,12 @@ def adaptive(inner: Solver) -> Solver:
         beta <- beta exp(-agreement),   agreement = <s', way> / (|s'| |way|) in the metric of H' + beta I
 
     The damping that the inner solver comes with is the first round's alone. After it comes what the first cohort's
-    sketches leave out, `left_out`, so that no unit of the loss or the parameters matters.
+    sketches leave out, `left_out`, so that no unit of the loss or the parameters matters; where that is nothing, the
+    first round's goes on.
 
-    For updates that are damped natural gradients, which the form undoes: then the clients' gradients do not depend on
-    beta, and the step does as said. The server adds the step as it is, or in proportion.
+    For updates that are damped natural gradients, which the form undoes, alone or beside a past that stays where it is,
+    `prior`: then what (H + beta I)^{-1} is applied to does not depend on beta, and the step does as said. The server
+    adds the step as it is, or in proportion.
 
     Raises:
       ValueError: the inner solver has no damping, finds it by another rule, or is capped: the cap has to be outside, as

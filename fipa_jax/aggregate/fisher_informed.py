@@ -178,8 +178,8 @@ def fipa(
 
     Raises:
       ValueError: an unknown form, weighting, merge or kind of past; trust in a rule without damping or with a past;
-        own_damping in another form than the damped one; past.adaptive with a relative damping; in `apply`, uploads
-        without what the rule needs.
+        own_damping in another form than the damped one; past.adaptive with a relative damping or without the
+        prior; in `apply`, uploads without what the rule needs.
 
     **The forms.** With the merged factor F = [sqrt(w_m) U_m diag(lam_m)^{1/2}]_m [P, D], so that H = F F^T and D = C R,
     and z = [sqrt(w_m) diag(lam_m)^{1/2} U_m^T delta_m]_m [D], so that F z = sum_m w_m H_m delta_m:
@@ -232,7 +232,7 @@ def fipa(
         solver = trust_region(solver)
     if past.kind != "none":
         solver = remembering(solver, kind_of(past, alone, late.transport), decay=past.decay)
-        solver = _adaptive(solver, relative) if past.adaptive else solver
+        solver = _adaptive(solver, relative, past) if past.adaptive else solver
     solver = capped(solver, trace_cap=limits.trace_cap)
     return from_solver(solver, weighting=weighting, late=late, spread=spread is not None)
 
@@ -279,7 +279,9 @@ def fipa_step(
 FORMS = {"damped": solvers.damped, "pinv": solvers.pinv, "tikhonov": solvers.tikhonov}
 
 
-def _adaptive(solver: Solver, relative: bool) -> Solver:
+def _adaptive(solver: Solver, relative: bool, past: PastRounds) -> Solver:
+    if past.kind != "prior":
+        raise ValueError(f"aggregator.past.adaptive: needs past.kind = 'prior', got {past.kind!r}; set it to False")
     if relative:
         raise ValueError("aggregator.past.adaptive: finds an absolute damping; set aggregator.relative to False")
     return adaptive(solver)

@@ -188,6 +188,8 @@ def test_orders_that_would_not_do_what_they_say_are_refused(inner, words):
         adaptive(inner())
 
 
-def test_a_relative_damping_is_refused():
+def test_what_it_cannot_follow_is_refused():
     with pytest.raises(ValueError, match=r"past\.adaptive: finds an absolute damping"):
         aggregate.fipa(past=PAST)
+    with pytest.raises(ValueError, match=r"past\.adaptive: needs past\.kind = 'prior', got 'targets'"):
+        aggregate.fipa(relative=False, past=PAST._replace(kind="targets"))
