@@ -28,7 +28,17 @@ from helpers.rules import (
 
 from fipa_jax import aggregate
 from fipa_jax import config as config_lib
-from fipa_jax.aggregate import INFO, LateUpdates, Limits, PastRounds, capped, limited, remembering, trust_region
+from fipa_jax.aggregate import (
+    INFO,
+    LateUpdates,
+    Limits,
+    PastRounds,
+    adaptive,
+    capped,
+    limited,
+    remembering,
+    trust_region,
+)
 from fipa_jax.aggregate.solvers import damped, pinv, tikhonov
 from fipa_jax.curvature.sketch import FLAGS, Report
 
@@ -208,6 +218,10 @@ COMPOSED = {
     "prior": (
         lambda: aggregate.fipa(**ABSOLUTE, past=PastRounds("prior", 5, **DECAY)),
         lambda: capped(remembering(limited(damped(**ABSOLUTE)), aggregate.prior(5), **DECAY)),
+    ),
+    "adaptive": (
+        lambda: aggregate.fipa(**ABSOLUTE, past=PastRounds("prior", 5, **DECAY, adaptive=True)),
+        lambda: capped(adaptive(remembering(limited(damped(**ABSOLUTE)), aggregate.prior(5), **DECAY))),
     ),
     "targets": (
         lambda: aggregate.fipa(past=PastRounds("targets", 5, length=2, **DECAY)),
