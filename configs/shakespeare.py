@@ -29,7 +29,7 @@ TRIED = {  # part -> rule -> the numbers of each setting: six settings for FedAv
     },
     "head": {
         FEDAVG: ((0.5, 1), (0.5, 0.5), (0.2, 1), (0.2, 0.5), (0.1, 1), (0.1, 0.5)),
-        FEDADAM: ((0.5, 0.01), (0.5, 0.003), (0.2, 0.01), (0.2, 0.003), (0.1, 0.01), (0.1, 0.003)),
+        FEDADAM: ((1, 0.01), (0.5, 0.01), (0.5, 0.003), (0.2, 0.01), (0.2, 0.003), (0.1, 0.003)),
         FIPA: ((0.5, 0.1, 0.5), (0.2, 0.1, 0.5), (0.1, 0.1, 0.5)),
         NATURAL: ((0.1,), (0.03,), (0.01,)),
     },
@@ -43,7 +43,7 @@ TRIED = {  # part -> rule -> the numbers of each setting: six settings for FedAv
 CHOSEN = {  # part -> the best setting of each rule on the held-out windows
     "whole": (FEDAVG, (0.1, 0.5), FEDADAM, (0.1, 0.003), FIPA, (0.1, 1, 0.5)),
     "lora": (FEDAVG, (1, 1), FEDADAM, (0.5, 0.01), FIPA, (1, 1, 1)),
-    "head": (FEDAVG, (0.2, 0.5), FEDADAM, (0.2, 0.003), FIPA, (0.2, 0.1, 0.5)),
+    "head": (FEDAVG, (0.2, 0.5), FEDADAM, (0.5, 0.01), FIPA, (0.2, 0.1, 0.5)),
 }
 
 
