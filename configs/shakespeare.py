@@ -9,7 +9,6 @@ Command: python scripts/train.py --config=configs/shakespeare.py --config.task.f
 """
 
 from fipa_jax import config as config_lib
-from fipa_jax.config import recipes
 from fipa_jax.lookup import lookup
 
 PARTS = {  # of the model -> what a method says to train it alone
@@ -21,30 +20,30 @@ FEDAVG = "fedavg:{}:local.lr={}:server.lr={}"
 FEDADAM = "fedavg:{}:server.optimizer=adam:local.lr={}:server.lr={}"
 FIPA = "fipa:{}:local.lr={}:aggregator.damping={}:server.lr={}"
 NATURAL = "fipa_memory:{}:aggregator.damping={}:aggregator.limits.max_divergence=0.02"
-TRIED = {  # part -> rule -> the values of each of its numbers, in all combinations: six settings a rule
+TRIED = {  # part -> rule -> the numbers of each setting: six settings for FedAvg, FedAdam, and FIPA's two ways together
     "whole": {
-        FEDAVG: ((0.25, 0.1, 0.04), (1, 0.5)),
-        FEDADAM: ((0.25, 0.1, 0.04), (0.01, 0.003)),
-        FIPA: ((0.25, 0.1, 0.04), (1,), (0.5,)),
-        NATURAL: ((1, 0.2, 0.1),),
-    },
-    "lora": {
-        FEDAVG: ((2, 1, 0.5), (1, 0.5)),
-        FEDADAM: ((1, 0.5, 0.2), (0.01, 0.003)),
-        FIPA: ((4, 2, 1, 0.5, 0.2), (1,), (1,)),
-        NATURAL: ((0.2,),),
+        FEDAVG: ((0.25, 1), (0.25, 0.5), (0.1, 1), (0.1, 0.5), (0.04, 1), (0.04, 0.7)),
+        FEDADAM: ((0.25, 0.01), (0.25, 0.003), (0.1, 0.01), (0.1, 0.003), (0.04, 0.01), (0.04, 0.003)),
+        FIPA: ((0.5, 0.5, 1), (0.25, 1, 0.7), (0.1, 1, 0.5)),
+        NATURAL: ((1,), (0.2,), (0.1,)),
     },
     "head": {
-        FEDAVG: ((0.5, 0.2, 0.1), (1, 0.5)),
-        FEDADAM: ((0.5, 0.2, 0.1), (0.01, 0.003)),
-        FIPA: ((0.5, 0.2, 0.1), (0.1,), (0.5,)),
-        NATURAL: ((0.1, 0.03, 0.01),),
+        FEDAVG: ((0.5, 1), (0.5, 0.5), (0.2, 1), (0.2, 0.5), (0.1, 1), (0.1, 0.5)),
+        FEDADAM: ((1, 0.01), (0.5, 0.01), (0.5, 0.003), (0.2, 0.01), (0.2, 0.003), (0.1, 0.003)),
+        FIPA: ((0.5, 0.1, 0.5), (0.2, 0.1, 0.5), (0.1, 0.1, 0.5)),
+        NATURAL: ((0.1,), (0.03,), (0.01,)),
+    },
+    "lora": {
+        FEDAVG: ((2, 1), (2, 0.5), (1, 1), (1, 0.5), (0.5, 1), (0.5, 0.5)),
+        FEDADAM: ((1, 0.01), (0.5, 0.03), (0.5, 0.01), (0.5, 0.003), (0.2, 0.003), (0.2, 0.001)),
+        FIPA: ((2, 1, 1), (2, 1, 0.5), (1, 1, 1), (0.5, 1, 1), (0.2, 1, 1)),
+        NATURAL: ((0.2,),),
     },
 }
 CHOSEN = {  # part -> the best setting of each rule on the held-out windows
     "whole": (FEDAVG, (0.1, 0.5), FEDADAM, (0.1, 0.003), FIPA, (0.1, 1, 0.5)),
     "lora": (FEDAVG, (1, 1), FEDADAM, (0.5, 0.01), FIPA, (1, 1, 1)),
-    "head": (FEDAVG, (0.2, 0.5), FEDADAM, (0.2, 0.003), FIPA, (0.2, 0.1, 0.5)),
+    "head": (FEDAVG, (0.2, 0.5), FEDADAM, (0.5, 0.01), FIPA, (0.2, 0.1, 0.5)),
 }
 
 
@@ -71,8 +70,10 @@ def _compared() -> dict:
         part: tuple(method.format(PARTS[part], *numbers) for method, numbers in zip(best[::2], best[1::2], strict=True))
         for part, best in CHOSEN.items()
     }
-    tried = {
-        part: recipes.every_setting({method: ((PARTS[part],), *values) for method, values in methods.items()})
+    tried = tuple(
+        method.format(PARTS[part], *numbers)
         for part, methods in TRIED.items()
-    }
-    return {"": sum(chosen.values(), ()), **chosen, "tune": sum(tried.values(), ())}
+        for method, values in methods.items()
+        for numbers in values
+    )
+    return {"": sum(chosen.values(), ()), **chosen, "tune": tried}

@@ -60,7 +60,7 @@ def wait(process, status=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fipa", "fipa:aggregator.past.kind=prior:aggregator.relative=False"])
+@pytest.mark.parametrize("method", ["fipa", "fipa:aggregator.trust=False:aggregator.past.kind=prior"])
 def test_rounds_of_a_large_model_have_the_same_bits_wherever_its_rows_lie(method, tmp_path):
     """66,561 parameters: bases are spread by rows, on 1, 2, 4 devices, 2 processes with two each, 4 with one."""
     command = [sys.executable, ROOT / "scripts" / "benchmark.py", "scaling", "--model=sine", "--methods", method]
