@@ -16,7 +16,7 @@ from fipa_jax.saving.model_files import load
 
 ROOT = Path(__file__).resolve().parents[2]
 
-WHITENED = "fedavg:privacy.whitening=public:privacy.rank=5:local.lr=1"
+WHITENED = "fedavg:privacy.whitening=public:privacy.eigenpairs=5:local.lr=1"
 OPTIONAL = pytest.mark.skipif(
     importlib.util.find_spec("dp_accounting") is None, reason="dp-accounting, the extra `dp`, is not installed"
 )
