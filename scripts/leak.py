@@ -133,8 +133,8 @@ class Attack:
         truth = leak.layer_inputs(self.outputs, self.params, batch, self.layer)
         self.seen = batch, outside, truth
         update = -np.asarray(self.slope(self.params, batch))
-        found = {"update alone": self.by_update(update)}
-        found["update with noise"] = self.by_update(update + self.noise(update, random))
+        hidden = update + self.noise(update, random)
+        found = {"update alone": self.by_update(update), "update with noise": self.by_update(hidden)}
         for rank in args.ranks:
             pairs = self.pairs(rank, batch)
             values, vectors = np.asarray(pairs.eigenvalues), np.asarray(pairs.basis)
@@ -147,7 +147,7 @@ class Attack:
         one = np.asarray(self.image(self.params, batch, None, jnp.asarray(basis)).values)
         found[f"its own products, s = {args.columns}"] = self.by_sum(one, basis, update, self.size)
         noisy = one + self.noise(one, random)
-        found["the same with noise"] = self.by_sum(noisy, basis, update, self.size)
+        found["the same with noise"] = self.by_sum(noisy, basis, hidden, self.size)
         if len(cohort):
             many = {k: jnp.asarray(v[np.concatenate([own, cohort])]) for k, v in self.train.items()}
             everyone = np.asarray(self.image(self.params, many, None, jnp.asarray(basis)).values)
