@@ -46,7 +46,7 @@ def get_config(local_solver: str = ""):
 def _private(config):
     """Differential privacy of each of 100 clients, with and without curvature at points that are nobody's, tuned.
 
-    Expected: a test_mse of about 0.002 with curvature, 0.14 for DP-FedAvg, 0.08 for DP-FedAdam: docs/results/private.md.
+    Expected: a test_mse of about 0.002 with curvature, 0.14 by DP-FedAvg, 0.08 by DP-FedAdam.
     """
     config.task.num_clients, config.task.examples_per_client, config.eval.clients_every = 100, 10, 0
     config.precision = "float32"
