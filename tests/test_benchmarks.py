@@ -36,6 +36,10 @@ COMMANDS = {
     "ragged": "ragged --model=cnn_6k --examples=16 --clients=2 --rank=2 --solver=rows --epochs=1 --chunk=2 --repeats=1",
     "deployment": "deployment --config=FILE --set task.examples_per_client=8 --rounds=2 --megabytes=1",
     "messages": "messages --models cnn_6k --examples=4 --ranks 2 --samples=1 --micro-batch=2 --repeats=1",
+    "private": (
+        "private --config=FILE:private --epsilons 8 --rounds 1 --clips 1 --rates 0.1 --server-rates 1 --adam-rates 0.1 "
+        "--dampings 0.1 --whitened-rates 0.1 --keys 1 --choosing-keys 1 --batch 1"
+    ),
     "robust": "robust --size=20 --rank=4",
     "round": f"round --model=cnn_6k --examples=8 --clients=2 --batch=4 --repeats=1 --torch-python={sys.executable}",
     "lowering": "lowering --configs=sine",

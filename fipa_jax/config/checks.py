@@ -137,7 +137,7 @@ PHASE = {
     "privacy.clip": Range(0, brackets="(]"),
     "privacy.noise_multiplier": NOT_NEGATIVE,
     "privacy.damping": Range(0, brackets="(]"),
-    "privacy.rank": POSITIVE,
+    "privacy.eigenpairs": POSITIVE,
     "privacy.release_share": Range(0, 1, "share", "()"),
 }
 # What a field asks for, set to anything but nothing, and who does not have it: field -> (the choice, its names).

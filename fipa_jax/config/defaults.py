@@ -347,6 +347,6 @@ def privacy() -> ConfigDict:
     group.sampling = "all"  # or poisson: each client takes part with the probability cohort / clients
     group.whitening = "none"  # public (by the curvature at public examples), release (by private features, once)
     group.damping = 0.1  # beta of the whitening (H / beta + I)^(-1/2)
-    group.rank = 50  # eigenpairs of the public examples' curvature, at most
+    group.eigenpairs = 50  # of the public examples' curvature, at most
     group.release_share = 0.2  # of the budget, for the released features, as if all took part in all rounds
     return group

@@ -212,6 +212,12 @@ def labels_by_both(features: np.ndarray, part: np.ndarray) -> np.ndarray:
     return (found[:, 0] > 0).astype(int) if found.shape[1] == 1 else found.argmax(axis=1)
 
 
+def label_by_update(part: np.ndarray) -> int:
+    """The class that an update raises most, by its block [F, K] of the last layer: one answer for all examples."""
+    raised = part.sum(axis=0)
+    return int(raised[0] > 0) if raised.size == 1 else int(raised.argmax())
+
+
 def exposure(examples: int, columns: int, inputs: int) -> float:
     """Examples of a cohort over min(s, d + 1): below 1 a sum of s products gives a layer's d inputs back in full."""
     return examples / min(columns, inputs + 1)

@@ -147,7 +147,7 @@ def channel_of(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     """The channel of a private phase."""
     frame_of, released = noisy_sum.no_frame, None
     if settings.privacy.whitening == "public":
-        frame_of = functools.partial(_public_frame, task, settings.privacy.rank)
+        frame_of = functools.partial(_public_frame, task, settings.privacy.eigenpairs)
     if settings.privacy.whitening == "release":
         frame_of, released = noisy_sum.released_frame, True
     sampled = settings.privacy.sampling == "poisson"

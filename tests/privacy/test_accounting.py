@@ -76,6 +76,7 @@ def test_sampled_rounds_are_the_definition_and_compose():
 
 
 @needs_dp
+@pytest.mark.slow
 def test_the_accountant_of_sampled_rounds_is_above_the_closed_form_by_little():
     """A rate just below one, and what is released besides."""
     sampled = Plan(3.0, 1e-3, rate=1 - 1e-9, released=0.5)

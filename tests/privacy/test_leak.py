@@ -61,6 +61,8 @@ def test_one_example_is_in_the_update_already(client):
     update = -np.asarray(make_gradient(outputs, loss)(params, one))
     rebuilt = leak.rebuilt_by_update(leak.blocks(first, params, update[None])[0], bias=True)
     np.testing.assert_allclose(rebuilt, np.repeat(one["x"], WIDTH, axis=0), rtol=1e-9)
+    bias = leak.blocks(leak.dense_layers(params)[1], params, update[None])[0][-1:]
+    assert leak.label_by_update(bias) == one["label"][0] and leak.label_by_update(bias[:, :1]) == (bias[0, 0] > 0)
 
 
 def test_members_are_told_by_the_share_that_is_captured(client):

@@ -96,7 +96,7 @@ def test_a_released_frame_without_noise_whitens_each_output_of_a_dense_layer_ali
     draw = np.random.default_rng(5)
     phi = draw.normal(size=(7, 4, 3))  # [T, N, D]
     moments = np.einsum("tnd,tne->tde", phi, phi) / 4
-    frame = mechanism.released_frame(jax.random.key(0), jnp.asarray(moments), 1e-12, 0.2)
+    frame = jax.jit(mechanism.released_frame)(jax.random.key(0), jnp.asarray(moments), 1e-12, 0.2)
     mean = np.mean([one / max(np.linalg.norm(one), 1) for one in moments], axis=0)
     values, vectors = np.linalg.eigh(mean / 0.2 + np.eye(3))
     change = draw.normal(size=(3, 5))

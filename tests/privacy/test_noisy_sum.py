@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from helpers.clients import KEEP, NUM_EXAMPLES, make_client, make_data, make_hyper, make_params, network, squared
 
-from fipa_jax.aggregate import mean
 from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.client import first_order
 from fipa_jax.federation.channel import ChannelRates, Order, chain, late
@@ -120,16 +119,6 @@ def test_nothing_of_single_clients_is_shown():
     assert noisy_sum.show(info) == {"skipped": 0, "rounds_released": 3}
     both = chain(late(2), noisy_sum.private(1.0, sampled=True))
     assert both.show(info) == noisy_sum.show(info) and both.sample is noisy_sum.sample
-
-
-def test_the_mean_behind_the_channel_is_the_message():
-    step, arrived, _ = delivered(noisy_sum.private(2.0), uploads(np.ones([2, SIZE])), rates())
-    from fipa_jax.aggregate import receive, step_of
-
-    rule = mean()
-    received, info = receive(arrived, PARAMS)
-    taken = step_of(rule, received, rule.init(PARAMS), PARAMS, info)[0]
-    np.testing.assert_allclose(np.concatenate([taken["a"], taken["b"]]), step, rtol=1e-6)
 
 
 def audited(trials=4000, noise=1.0):
