@@ -84,8 +84,12 @@ def _step(rule, clients, state=None):
     return jax.jit(functools.partial(apply, rule))(clients.uploads, state or rule.init(params), params)
 
 
+FORMS = [("kfac", "damped"), ("regmean", "damped")]
+MORE_FORMS = [("foof", "damped"), ("foof", "pinv"), ("kfac", "tikhonov")]
+
+
 @pytest.mark.parametrize(
-    ("kind", "form"), [(kind, "damped") for kind in KINDS] + [("foof", "pinv"), ("kfac", "tikhonov")]
+    ("kind", "form"), [*FORMS, *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE_FORMS)]
 )
 def test_a_step_solves_the_layers_systems(x64, kind, form):
     clients, beta = Clients(kind), 0 if form == "pinv" else BETA
