@@ -218,7 +218,7 @@ def _capped(received: Received, weights, kind: _Kind, shrink: float, cap: float)
         return LayerFactors(inputs, outputs), {}
 
     def trace(halves, path):
-        return jnp.sum(diagonal_of(halves[path]), axis=-1) if path in halves else 1
+        return jnp.sum(diagonal_of(halves[path]), axis=-1) if path in halves else jnp.ones([])
 
     traces = trees.total(trace(inputs, path) * trace(outputs, path) for path in inputs)
     most = cap * median_trace(traces, weights)
@@ -250,9 +250,7 @@ def _systems(factors: LayerFactors, past, weights, deltas, params) -> dict[Layer
     """Each layer's system, of those that the clients have sent."""
     leaves, layers = trees.paths(deltas), layers_of(params)
 
-    def of_all(halves: dict, remembered: dict, path: str):
-        if path not in halves:
-            return None
+    def of_all(halves: dict, remembered: dict, path: str) -> jax.Array:
         rows = halves[path] if past == () else jnp.concatenate([halves[path], remembered[path][None]])
         return jax.vmap(unpacked)(rows)
 
@@ -262,7 +260,7 @@ def _systems(factors: LayerFactors, past, weights, deltas, params) -> dict[Layer
         matrices = jax.vmap(lambda one, layer=layer: matrix_of(layer, one))(leaves)
         matrices = matrices if past == () else jnp.pad(matrices, ((0, 1), (0, 0), (0, 0)))
         old = ({}, {}) if past == () else (past.inputs, past.outputs)
-        outputs = of_all(factors.outputs, old[1], path)
+        outputs = of_all(factors.outputs, old[1], path) if path in factors.outputs else None
         found[layer] = _system(Block(weights, of_all(factors.inputs, old[0], path), outputs, matrices))
     return found
 

@@ -85,8 +85,12 @@ def posterior(*, posterior: PosteriorOptions = PosteriorOptions(), weighting: We
         if admm:
             dual_mean = state.dual_mean + options.rho * (weighted - state.precision * theta)
             dual_precision = state.dual_precision + options.rho * (precision - state.precision)
+            of_sum = trees.ratio(weighted, precision)
             precision = (options.prior + dual_precision + options.rho * precision) / (1 + options.rho)
             weighted = (dual_mean + options.rho * weighted) / (1 + options.rho)
+            # Noise, or a loss that is not convex, may leave less than the prior; a published guard is not known to us.
+            sure, precision = precision > options.prior, jnp.maximum(precision, options.prior)
+            weighted = jnp.where(sure, weighted, precision * of_sum)
             after = Belief(precision, dual_mean, dual_precision, size)
         step = jnp.where(size > 0, trees.ratio(weighted, precision) - theta, 0)
         after = jax.tree.map(lambda new, old: jnp.where(size > 0, new, old), after, state)

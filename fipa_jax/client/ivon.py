@@ -12,7 +12,7 @@ with gbar the debiased mean of gradients. With d the weight decay, linear = 0 an
 linear = v - rho sbar mbar: it minimises E[loss] + <duals, moments> + rho KL(own belief, server's belief) / N.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def scale_by_ivon(
         numbers = jnp.asarray(size, dtype), jnp.ones([], dtype)
         return IvonState(jnp.int32(0), blank, h, noise, offset, linear, *numbers)
 
-    def update(updates, state: IvonState, params=None):
+    def update(updates, state, params=None):
         count = state.count + 1
         variance = variance_of(state)
 
@@ -150,7 +150,7 @@ def ivon(
         in_order, next_batch = mini_batches(order_key, client, batch, per_epoch)
         gradient_of = mean_gradient(work, loss, term, batch, micro_batch)
         rule = scale_by_ivon(1.0)
-        start = begun(rule.init(work.params), work.hyper, work.params, work.store, client.num_examples)
+        start = begun(cast(IvonState, rule.init(work.params)), work.hyper, work.params, work.store, client.num_examples)
 
         def step(s, carry):
             mean, state, order, total = carry

@@ -311,6 +311,8 @@ def natural_gradient(
     def improve(work: Work, key) -> Improvement:
         params, hyper, mask = work.params, work.hyper, present(work.client)
         sketch = contracts.given(hyper.sketch, "hyper.sketch of a natural gradient")
+        if not isinstance(sketch, Sketch):
+            raise ValueError("hyper.sketch of a natural gradient: needed a Sketch, of a rule that asks for eigenpairs")
         gradient_of = mean_gradient(work, loss, term, mask.size, micro_batch)
         objective, mean_loss = gradient_of(params, work.examples, mask)
         gradient, unravel = ravel_pytree(direction.update(objective, direction.init(params), params)[0])

@@ -84,8 +84,12 @@ def _step(rule, clients, state=None):
     return jax.jit(functools.partial(apply, rule))(clients.uploads, state or rule.init(params), params)
 
 
+FORMS = [("kfac", "damped"), ("regmean", "damped")]
+MORE_FORMS = [("foof", "damped"), ("foof", "pinv"), ("kfac", "tikhonov")]
+
+
 @pytest.mark.parametrize(
-    ("kind", "form"), [(kind, "damped") for kind in KINDS] + [("foof", "pinv"), ("kfac", "tikhonov")]
+    ("kind", "form"), [*FORMS, *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE_FORMS)]
 )
 def test_a_step_solves_the_layers_systems(x64, kind, form):
     clients, beta = Clients(kind), 0 if form == "pinv" else BETA
@@ -97,7 +101,7 @@ def test_a_step_solves_the_layers_systems(x64, kind, form):
     assert info["solve_residual"] < 1e-9
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["foof", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_identical_updates_pass_and_a_large_damping_is_the_mean(x64, kind):
     """The weights sum to the identity."""
     clients = Clients(kind)
@@ -142,6 +146,7 @@ def test_a_client_whose_factors_are_broken_is_left_out(x64):
         jax.tree.map(np.testing.assert_array_equal, step, alone)
 
 
+@pytest.mark.slow
 def test_bounds_shorten_the_step_and_cap_a_client(x64):
     clients = Clients("kfac")
     free = _step(_rule("kfac", "damped"), clients)

@@ -88,7 +88,7 @@ def _hyper(told, lr=0.1):
     return Hyper(array, array, array, posterior=lib.Posterior(*told))
 
 
-@pytest.mark.parametrize("form", ["sum", "admm"])
+@pytest.mark.parametrize("form", ["admm", pytest.param("sum", marks=pytest.mark.slow)])
 def test_a_client_lowers_its_loss_and_says_how_sure_it_is(x64, form):
     data, clients = problem()
     outputs = lambda params, batch: (batch["x"] @ params["w"], ())
