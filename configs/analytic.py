@@ -4,7 +4,8 @@ Reproduces: the statement of AFL (He et al. 2025), that the ridge head of all da
 split; here on 32 random features, by 5 clients, Dirichlet 0.1, in float64: what is divided by a damping of 1e-3 must be
 exact. `fedpm` sends the head's input factor alone (561 numbers), `fipa` all 330 eigenpairs of its curvature; both end
 where one client with all data does. FedAvg trains on. `:wide` is `fedpm` and FedAvg on 512 features, in float32.
-Hardware: two CPU cores, half a minute. Expected: docs/results/kronecker.md.
+Hardware: two CPU cores, a minute or two. Expected: 84.96 %, loss 0.208869047896 by all three from the first round on,
+for 36 kB a round by `fedpm` and 4.4 MB by `fipa`; FedAvg, at a rate of 0.1, 55.7 % after three rounds.
 Command: python scripts/train.py --config=configs/analytic.py
 """
 
