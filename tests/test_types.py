@@ -23,7 +23,7 @@ from fipa_jax.curvature import products, sketch, solver_choice
 
 LITERALS = {
     "form": (solvers.Form, fisher_informed.FORMS),
-    "kind of past": (past_rounds.PastKind, ["none", "prior", "targets", "latest"]),
+    "kind of past": (past_rounds.PastKind, ["none", "prior", "targets", "latest", "curvature"]),
     "weighting": (aggregator.Weighting, aggregator.WEIGHTINGS),
     "place": (aggregator.Place, rules.PLACES),
     "merge": (merged_curvature.Merge, {"auto", *merged_curvature.METHODS}),

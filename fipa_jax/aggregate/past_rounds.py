@@ -52,8 +52,8 @@ class PastRounds(NamedTuple):
     rank: int = 250  # R' of a message: R' P numbers for each of 1, length or all clients
     decay: float = 0.9  # by which a message's weight falls with each round; below 1, for `latest` up to 1
     length: int = 8  # L, the cohorts that `targets` remembers
-    adaptive: bool = False  # the damping follows how successive steps agree, see `adaptive_damping`
     num_clients: int = 0  # T, all clients, of which `latest` remembers one message each
+    adaptive: bool = False  # the damping follows how successive steps agree, see `adaptive_damping`
 
 
 class Past(NamedTuple):

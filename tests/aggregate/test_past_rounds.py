@@ -187,7 +187,10 @@ def test_a_low_rank_keeps_the_largest_part(x64):
 @pytest.mark.parametrize(
     ("past", "message"),
     [
-        (PastRounds("targts"), "aggregator.past.kind: unknown 'targts'; known: latest, none, prior, targets"),
+        (
+            PastRounds("targts"),
+            "aggregator.past.kind: unknown 'targts'; known: curvature, .*, prior, targets",
+        ),
         (PRIOR._replace(rank=0), "aggregator.past.rank: needs at least 1, got 0"),
         (TARGETS._replace(length=0), "aggregator.past.length: needs at least 1, got 0"),
         (PRIOR._replace(decay=1.0), "aggregator.past.decay: needs"),

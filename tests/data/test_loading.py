@@ -321,6 +321,8 @@ def toy_config(prepared, cache_dir, **changes):
                 "side": 0,
                 "rotation": 0.0,
                 "flip": True,
+                "loss": "cross_entropy",
+                "public": "",
             },
             "partition": {"name": "iid", "num_clients": 4, "alpha": 0.5, "shards_per_client": 1, "file": "", "seed": 0},
             "model": {"name": "mlp", "widths": (4,), "activation": "tanh"},

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import types
 from collections import Counter
 
 import chex
@@ -19,6 +18,7 @@ from fipa_jax.client import terms
 from fipa_jax.client.local_solver import LocalResult
 from fipa_jax.curvature import sketch
 from fipa_jax.curvature.sketch import Sketcher
+from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation.state import State
 from fipa_jax.reporting import console as report
 from fipa_jax.reporting import metrics
@@ -142,12 +142,13 @@ def test_bytes_count_the_pairs_that_are_kept_and_what_their_choice_takes():
     results = LocalResult(delta, (), jnp.zeros(clients))
     state = State(params, (), (), (), (), jnp.int32(0))
     rule, plain = aggregate.mean(), Sketcher(of_client=None)
-    parts = types.SimpleNamespace(trainable=".*", cohort=clients, term=terms.none(), aggregator=rule, sketcher=plain)
+    parts = parts_lib.Parts(None, None, terms.none(), plain, rule, None, num_clients=clients, cohort=clients)
     model = clients * size * 4
 
     def up(sketches, **changes):
-        kept = {"sketch_pairs": jnp.sum(sketches.eigenvalues > 0)} if isinstance(sketches, sketch.Sketch) else {}
-        traffic = programs.traffic_of(state, results, sketches, types.SimpleNamespace(**vars(parts) | changes))(kept)
+        has_pairs = isinstance(sketches, sketch.Sketch)
+        kept = {"sketch_pairs": jnp.sum(sketches.eigenvalues > 0), "sketches_sent": clients} if has_pairs else {}
+        traffic = programs.traffic_of(state, results, sketches, parts._replace(**changes))(kept)
         assert traffic["bytes_down"] == model
         return traffic["bytes_up"]
 
@@ -171,8 +172,8 @@ def test_bytes_kept_are_those_of_rule_optimiser_and_what_the_server_remembers_of
 
     def kept(term, aggregator=(), server=()):
         state = State(params, aggregator, server, (), term.init(params), jnp.int32(0))
-        fields = {"trainable": ".*", "cohort": 1, "num_clients": 7, "term": term, "aggregator": aggregate.mean()}
-        return programs.traffic_of(state, results, None, types.SimpleNamespace(**fields))({})["bytes_kept"]
+        parts = parts_lib.Parts(None, None, term, None, aggregate.mean(), None, num_clients=7, cohort=1)
+        return programs.traffic_of(state, results, None, parts)({})["bytes_kept"]
 
     assert kept(terms.none()) == kept(terms.scaffold()) == 0
     assert kept(terms.none(), jnp.zeros(5), jnp.zeros(3)) == 4 * (5 + 3)

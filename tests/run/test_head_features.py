@@ -25,11 +25,13 @@ class Stub(NamedTuple):
     held: dict
     root: jax.Array
     evaluate: object = None
+    evaluate_drawn: object = None
     compiled: object = None
 
 
 class Problem(NamedTuple):
     task: tasks.Task
+    public: dict | None = None
 
 
 def _stub():

@@ -127,6 +127,8 @@ def test_numbers_that_share_a_key_leave_the_program_as_it_is(spec, problem, argu
 def _traced_paths(settings, problem):
     parts, _ = _phase(tiny(), settings, problem)
     paths = [f"aggregator.{name}" for name in parts.aggregator.hyper] + list(TRACED)
+    if not settings.privacy.epsilon:
+        paths = [path for path in paths if not path.startswith("privacy.")]
     if not settings.late.share:  # whether there is a channel at all is not traced
         paths = [path for path in paths if path.split(".")[0] not in ("late", "faults")]
     return [path for path in paths if not (settings.aggregator.trust and path == "server.lr")]  # which trust needs as 1
