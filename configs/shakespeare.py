@@ -42,7 +42,7 @@ TRIED = {  # part -> rule -> the numbers of each setting: six settings for FedAv
 }
 CHOSEN = {  # part -> the best setting of each rule on the held-out windows
     "whole": (FEDAVG, (0.1, 0.5), FEDADAM, (0.1, 0.003), FIPA, (0.1, 1, 0.5)),
-    "lora": (FEDAVG, (1, 1), FEDADAM, (0.5, 0.01), FIPA, (1, 1, 1)),
+    "lora": (FEDAVG, (2, 0.5), FEDADAM, (1, 0.01), FIPA, (2, 1, 0.5)),
     "head": (FEDAVG, (0.2, 0.5), FEDADAM, (0.5, 0.01), FIPA, (0.2, 0.1, 0.5)),
 }
 
