@@ -19,6 +19,7 @@ import argparse
 import ast
 import contextlib
 import runpy
+import sys
 
 from fipa_jax import config as config_lib
 
@@ -49,10 +50,13 @@ def main():
     parser.add_argument("--noise", type=float, default=1.0, help="noise multiplier of the noisy messages")
     parser.add_argument("--draws", type=int, default=3, help="of the clients")
     parser.add_argument("--layer", type=int, default=0, help="which dense layer, the first is 0")
-    parser.add_argument("--picture", default="", help="PNG of true and rebuilt images, where inputs are images")
+    parser.add_argument("--picture", default="", help="file for true and rebuilt images, such as leak.png")
     args = parser.parse_args()
-    with jax.enable_x64(True):
-        report(args)
+    try:
+        with jax.enable_x64(True):
+            report(args)
+    except (ValueError, KeyError) as error:
+        sys.exit(f"error: {error.args[0]}")
 
 
 def report(args) -> None:
