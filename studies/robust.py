@@ -46,7 +46,7 @@ def tables(found):
 def draw(found, path):
     """The accuracies by round."""
     panels = {
-        f"{flip:.0%} of the updates flipped": [("flips", _with(method, flip)) for method in RULES.values()]
+        f"{flip:.0%} of the updates flipped": [("flips", _with(method, flip), label) for label, method in RULES.items()]
         for flip in FLIPS
     }
     draw_lines(panels, "test_accuracy", path, found)

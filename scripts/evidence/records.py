@@ -171,28 +171,33 @@ def draw_lines(panels: Mapping[str, Sequence[tuple]], figure: str, path: Path, f
     """Draws a figure by rounds, one panel for each group of lines, with a band of one standard deviation over seeds.
 
     Args:
-      panels: {title: [(run, method), ...]}.
+      panels: {title: [(run, method), ...]}, or (run, method, label): lines of one label look alike in all panels.
       figure: name of a column.
       path: of the picture, which is written as PNG and SVG.
       found: what there is.
     """
+    from matplotlib import ticker
+
     from fipa_jax.reporting import plots
 
     panels = {
-        title: [(run, method) for run, method in lines if final(found, run, method, figure).size]
+        title: [line for line in lines if final(found, line[0], line[1], figure).size]
         for title, lines in panels.items()
     }
-    names = list(dict.fromkeys(method for lines in panels.values() for _, method in lines))
-    looks = curves.looks(names)
+    looks = _looks([line for lines in panels.values() for line in lines])
     with plots.picture(path, 3.4 * len(panels), 3.2, 1, len(panels)) as (picture, axes):
         for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
-            for run, method in lines:
-                line = curves.line(list(found.runs.get(run, {}).values()), method, figure)
-                style = {"color": looks[method].color, "linestyle": looks[method].dash}
-                axis.plot(line.x, line.mean, label=looks[method].label, linewidth=1.7, **style)
-                axis.fill_between(line.x, line.low, line.high, color=looks[method].color, alpha=0.18, linewidth=0)
+            for run, method, *label in lines:
+                line, look = (
+                    curves.line(list(found.runs.get(run, {}).values()), method, figure),
+                    looks[(method, *label)],
+                )
+                axis.plot(line.x, line.mean, label=look.label, linewidth=1.7, color=look.color, linestyle=look.dash)
+                axis.fill_between(line.x, line.low, line.high, color=look.color, alpha=0.18, linewidth=0)
             axis.set(title=title, xlabel="rounds", ylabel=curves.words_of(figure))
             axis.set_yscale("linear" if metrics.direction(figure) > 0 else "log")
+            if "accuracy" in figure:
+                axis.yaxis.set_major_formatter(ticker.PercentFormatter(xmax=1, symbol=""))
             axis.grid(alpha=0.25, linewidth=0.6)
         pairs = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes[0]]
         handles = {label: line for line, label in itertools.chain.from_iterable(pairs)}
@@ -201,6 +206,17 @@ def draw_lines(panels: Mapping[str, Sequence[tuple]], figure: str, path: Path, f
         picture.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=curves.LABEL
         )
+
+
+def _looks(lines: Sequence[tuple]) -> dict[tuple, curves.Look]:
+    """{(method,) or (method, label): its look}: by its label where it has one, else by its name."""
+    from fipa_jax.reporting import plots
+
+    labels = list(dict.fromkeys(line[2] for line in lines if len(line) > 2))
+    colors = itertools.cycle(plots.CLIENTS)
+    own = {label: curves.Look(label, color, "-") for label, color in zip(labels, colors, strict=False)}
+    by_name = curves.looks(list(dict.fromkeys(line[1] for line in lines if len(line) == 2)))
+    return {tuple(line[1:]): own[line[2]] if len(line) > 2 else by_name[line[1]] for line in lines}
 
 
 def legend(axis, **options) -> None:
