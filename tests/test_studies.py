@@ -167,3 +167,13 @@ def test_a_study_runs_when_it_is_tiny(name, tmp_path):
     page = Path(done.stdout.strip().splitlines()[-1])
     assert page.is_relative_to(tmp_path) and "Not run yet" not in page.read_text()
     assert (page.parent.parent / "pictures" / f"study_{name}.svg").is_file()
+
+
+def test_a_command_is_written_without_this_machines_folders(evidence):
+    given = (
+        "train.py --config.data.dir=/a/b --workdir=/a/b/x-1 --config.init_from=/a/b/y-2/warmup.msgpack --config.seed=1"
+    )
+    wanted = "train.py --config.data.dir=DIR --workdir=runs/studies/x-1 "
+    wanted += "--config.init_from=runs/studies/y-2/warmup.msgpack --config.seed=1"
+    assert evidence.page._anywhere(given) == wanted
+    assert evidence.page._anywhere(wanted) == wanted
