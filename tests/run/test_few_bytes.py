@@ -39,7 +39,7 @@ def test_the_bytes_are_those_of_gradients_and_of_the_sketches_that_are_due(tmp_p
         ("fipa_few_bytes:late.share=0.5", r"late\.share: past\.kind = 'curvature' takes gradients for those"),
         ("fedavg:local.compress.name=top_k", r"term\.name: local\.compress\.name = 'top_k' and the term 'feedback'"),
         ("fedavg:term.name=feedback", r"term\.name: local\.compress\.name = 'top_k' and the term 'feedback'"),
-        ("fipa:sketch.share=1.5", r"sketch\.share: needs a number above 0 and at most 1"),
+        ("fipa:sketch.share=1.5", r"sketch\.share: needs a share in \(0, 1\]"),
     ],
 )
 def test_what_does_not_fit_names_its_field(spec, words):
