@@ -73,12 +73,8 @@ def _private(config):
     """The head of 320 parameters, on a body that --config.init_from gives: trained on Tiny-ImageNet, say."""
     config.partition.name, config.cohort, config.init_paths = "iid", 0, "^(Conv|Dense_0)"
     config.data.augment, config.data.public = False, "tiny_imagenet"
-    config.warmup.rounds, config.eval.clients_every = 0, 0
-    fipa = config.fipa
-    fipa.trainable, fipa.cache_body = "^Dense_1/", True
-    fipa.rounds, fipa.privacy.epsilon, fipa.privacy.delta, fipa.privacy.eigenpairs = 30, 8.0, 1e-3, 320
-    fipa.local.batch_size, fipa.local.steps, fipa.local.lr_decay = 0, 1, 1.0
-    fipa.local.weight_decay, fipa.local.clip_norm, fipa.local.micro_batch = 0.0, 0.0, 0
+    recipes.private(config, rounds=30, steps=1, eigenpairs=320)
+    config.fipa.trainable, config.fipa.cache_body = "^Dense_1/", True
     config.compare = (
         "fedavg:privacy.whitening=release:privacy.damping=0.03:local.lr=33:privacy.clip=10",
         "fedavg:privacy.whitening=public:privacy.damping=0.1:local.lr=10:privacy.clip=10",

@@ -57,11 +57,7 @@ def _private(config):
     config.partition.num_clients, config.cohort, config.partition.name = 100, 0, "iid"
     config.data.side, config.data.public = 6, "photographs"
     config.model.name, config.model.widths = "mlp", ()
-    config.warmup.rounds, config.eval.clients_every = 0, 0
-    fipa = config.fipa
-    fipa.rounds, fipa.privacy.epsilon, fipa.privacy.delta, fipa.privacy.eigenpairs = 20, 8.0, 1e-3, 400
-    fipa.local.batch_size, fipa.local.steps, fipa.local.lr_decay = 0, 10, 1.0
-    fipa.local.weight_decay, fipa.local.clip_norm, fipa.local.micro_batch = 0.0, 0.0, 0
+    recipes.private(config, rounds=20, steps=10, eigenpairs=400)
     config.compare = (
         "fedavg:privacy.whitening=public:privacy.damping=0.01:local.lr=10:privacy.clip=1",
         "fedavg:local.lr=0.3:privacy.clip=0.3",

@@ -107,18 +107,15 @@ def first_order(
     direction = optax.chain(regularised(clip_norm, weight_decay), scaled)
 
     def improve(work: Work, key) -> Improvement:
-        client, hyper, size = work.client, work.hyper, work.client.indices.shape[0]
-        batch = min(batch_size or size, size)
-        per_epoch = jnp.maximum((client.num_examples + batch - 1) // batch, 1)
-        num_steps = number_of_steps(client, hyper, steps if steps else epochs * per_epoch)
+        hyper = work.hyper
         order_key, augment_key = jax.random.split(key)
-        in_order, next_batch = mini_batches(order_key, client, batch, per_epoch)
-        gradient_of = mean_gradient(work, loss, term, batch, micro_batch)
+        batches = mini_batches(order_key, work.client, hyper, batch_size, epochs, steps)
+        gradient_of = mean_gradient(work, loss, term, batches.size, micro_batch)
         shaped = precondition(hyper) if precondition else _unshaped
 
         def step(s, carry):
             theta, state, order, total, entries = carry
-            order, chosen, mask = next_batch(s, order)
+            order, chosen, mask = batches.following(s, order)
             examples = augment(jax.random.fold_in(augment_key, s), gather(work.data, chosen))
             gradient, mean_loss = gradient_of(theta, examples, mask)
             update, state = direction.update(gradient, state, theta)
@@ -127,13 +124,13 @@ def first_order(
             return theta, state, order, total + mean_loss, entries
 
         zero = jnp.zeros([], trees.ravel(trees.widened(work.params)).dtype)
-        start = (work.params, direction.init(work.params), in_order, zero, tally.init(work.params))
-        theta, _, _, total, entries = jax.lax.fori_loop(0, num_steps, step, vary_with(start, work.params))
-        found = Improvement(optax.tree.sub(theta, work.params), total / jnp.maximum(num_steps, 1))
+        start = (work.params, direction.init(work.params), batches.in_order, zero, tally.init(work.params))
+        theta, _, _, total, entries = jax.lax.fori_loop(0, batches.steps, step, vary_with(start, work.params))
+        found = Improvement(optax.tree.sub(theta, work.params), total / jnp.maximum(batches.steps, 1))
         if linear:
             pull = weight_decay + (hyper.mu if term.pulls else 0.0)
             return _told_by(entries, found, hyper.lr, pull, term.needs.gradient)
-        return found._replace(gradient=_at_broadcast(work, gradient_of, batch)) if term.needs.gradient else found
+        return found._replace(gradient=_at_broadcast(work, gradient_of, batches.size)) if term.needs.gradient else found
 
     return solver_of(improve, term)
 
@@ -208,7 +205,7 @@ def _at_broadcast(work: Work, gradient_of: MeanGradient, batch: int) -> Any:
     return of_all(work.params, examples, position < work.client.num_examples)[0]
 
 
-def number_of_steps(client: Client, hyper: Hyper, default):
+def _number_of_steps(client: Client, hyper: Hyper, default):
     """[] int32: the steps that a client takes, the solver's own number by default, unless `hyper` says otherwise.
 
     An empty client takes no step at all; a client's trip count is its own, so small clients cost little.
@@ -219,19 +216,25 @@ def number_of_steps(client: Client, hyper: Hyper, default):
     return jnp.where(client.num_examples > 0, wanted, 0)
 
 
-def mini_batches(key, client: Client, batch: int, per_epoch):
+class Batches(NamedTuple):
+    """A client's mini-batches of a round."""
+
+    size: int  # B
+    steps: jax.Array  # [] int32, how many it takes
+    in_order: jax.Array  # [N'], the order to start with; N' is N, padded, rounded up to whole batches
+    following: Callable[..., tuple]  # (step, order) -> (order, indices [B] into the data, mask [B])
+
+
+def mini_batches(key, client: Client, hyper: Hyper, batch_size: int, epochs: int, steps: int) -> Batches:
     """A client's examples in mini-batches, shuffled anew in every epoch.
 
     Args:
       key: of the orders.
-      batch: B.
-      per_epoch: [], the batches of an epoch.
-
-    Returns:
-      (the order to start with [N'], (step, order) -> (order, indices [B] into the data, mask [B])); N' is the padded
-      number of examples, rounded up to whole batches.
+      batch_size, epochs, steps: see `first_order`.
     """
     size = client.indices.shape[0]
+    batch = min(batch_size or size, size)
+    per_epoch = jnp.maximum((client.num_examples + batch - 1) // batch, 1)
     in_order = jnp.arange(size + -size % batch)
 
     def shuffle(epoch):
@@ -240,7 +243,7 @@ def mini_batches(key, client: Client, batch: int, per_epoch):
         own_first = jnp.where(in_order < client.num_examples, draw, 2.0)
         return vary_with(jnp.argsort(own_first), own_first)
 
-    def next_batch(step, order):
+    def following(step, order):
         epoch, first = step // per_epoch, step % per_epoch * batch
         if batch < size:
             order = jax.lax.cond(first == 0, shuffle, lambda _: order, epoch)
@@ -248,7 +251,8 @@ def mini_batches(key, client: Client, batch: int, per_epoch):
         chosen = jax.lax.dynamic_slice(order, (first,), (batch,))
         return order, own_indices(client)[jnp.minimum(chosen, size - 1)], position < client.num_examples
 
-    return in_order, next_batch
+    number = _number_of_steps(client, hyper, steps if steps else epochs * per_epoch)
+    return Batches(batch, number, in_order, following)
 
 
 def gradient(

@@ -21,7 +21,7 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
 from fipa_jax.client.examples import gather
-from fipa_jax.client.first_order import Augment, mini_batches, number_of_steps
+from fipa_jax.client.first_order import Augment, mini_batches
 from fipa_jax.client.local_solver import Hyper, Improvement, LocalSolver, Work, mean_gradient, regularised, solver_of
 from fipa_jax.client.terms import Term, none
 from fipa_jax.curvature import contracts
@@ -142,19 +142,16 @@ def ivon(
     clipped = regularised(clip_norm, 0.0)
 
     def improve(work: Work, key) -> Improvement:
-        client, size = work.client, work.client.indices.shape[0]
-        batch = min(batch_size or size, size)
-        per_epoch = jnp.maximum((client.num_examples + batch - 1) // batch, 1)
-        num_steps = number_of_steps(client, work.hyper, steps if steps else epochs * per_epoch)
+        client = work.client
         order_key, augment_key, noise_key = jax.random.split(key, 3)
-        in_order, next_batch = mini_batches(order_key, client, batch, per_epoch)
-        gradient_of = mean_gradient(work, loss, term, batch, micro_batch)
+        batches = mini_batches(order_key, client, work.hyper, batch_size, epochs, steps)
+        gradient_of = mean_gradient(work, loss, term, batches.size, micro_batch)
         rule = scale_by_ivon(1.0)
         start = begun(cast(IvonState, rule.init(work.params)), work.hyper, work.params, work.store, client.num_examples)
 
         def step(s, carry):
             mean, state, order, total = carry
-            order, chosen, mask = next_batch(s, order)
+            order, chosen, mask = batches.following(s, order)
             examples = augment(jax.random.fold_in(augment_key, s), gather(work.data, chosen))
             theta, state = draw(jax.random.fold_in(noise_key, s), mean, state)
             gradient, mean_loss = gradient_of(theta, examples, mask)
@@ -164,10 +161,10 @@ def ivon(
             return mean, state, order, total + mean_loss
 
         zero = jnp.zeros([], trees.ravel(work.params).dtype)
-        carry = vary_with((work.params, start, in_order, zero), work.params)
-        mean, state, _, total = jax.lax.fori_loop(0, num_steps, step, carry)
+        carry = vary_with((work.params, start, batches.in_order, zero), work.params)
+        mean, state, _, total = jax.lax.fori_loop(0, batches.steps, step, carry)
         precision = jax.tree.map(lambda h, d: (h + d) / state.rho, state.curvature, state.offset)
-        found = Improvement(optax.tree.sub(mean, work.params), total / jnp.maximum(num_steps, 1))
+        found = Improvement(optax.tree.sub(mean, work.params), total / jnp.maximum(batches.steps, 1))
         return found._replace(message=Diagonal(trees.ravel(precision)))
 
     solve = solver_of(improve, term)

@@ -91,6 +91,20 @@ def head_alone(config: ConfigDict, trainable: str) -> None:
     fipa.server.lr = 0.01  # gamma beta
 
 
+def private(config: ConfigDict, rounds: int, steps: int, eigenpairs: int) -> None:
+    """Sets the FIPA phase to client-level privacy of epsilon 8 at delta 1e-3, by plain steps on all of a client's data.
+
+    Args:
+      rounds, steps: how many, and the local steps in each.
+      eigenpairs: of the public examples' curvature, at most.
+    """
+    config.warmup.rounds, config.eval.clients_every = 0, 0
+    fipa = config.fipa
+    fipa.rounds, fipa.privacy.epsilon, fipa.privacy.delta, fipa.privacy.eigenpairs = rounds, 8.0, 1e-3, eigenpairs
+    fipa.local.batch_size, fipa.local.steps, fipa.local.lr_decay = 0, steps, 1.0
+    fipa.local.weight_decay, fipa.local.clip_norm, fipa.local.micro_batch = 0.0, 0.0, 0
+
+
 def every_setting(tried: Mapping[str, tuple]) -> tuple[str, ...]:
     """The methods of `config.compare` that are to be tuned: each with every combination of its numbers.
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from fipa_jax import trees
 from fipa_jax.federation import state as state_lib
 from fipa_jax.federation.state import State
-from fipa_jax.files import write
+from fipa_jax.files import replacing, write
 from fipa_jax.reporting import metrics
 from fipa_jax.saving.checkpoints import Checkpoints, Saved
 from fipa_jax.saving.signals import Signals, Stopped
@@ -106,8 +106,9 @@ class Journal:
         known = json.loads(file.read_text()) if file.exists() else {}
         if phase not in known:
             known[phase] = secrets.randbits(SECRET_BITS)
-            write(file, json.dumps(known).encode())
-            file.chmod(0o600)
+            with replacing(file) as temporary:
+                temporary.touch(mode=0o600)  # before there is anything to read
+                temporary.write_text(json.dumps(known))
         said = f"{known[phase]:x} {json.dumps(self._origin, sort_keys=True)}"
         return int.from_bytes(hashlib.sha256(said.encode()).digest()[: SECRET_BITS // 8], "big")
 
