@@ -92,7 +92,7 @@ def results(name: str, study, args, options):
     """What the study's runs leave, and then those that follow from what the first have tuned."""
     parallel = args.jobs or running.side_by_side(study.gigabytes)
     jobs, missing, found = [], [], None
-    for stage in (lambda _: study.runs, study.then):
+    for stage in (lambda _: running.runs_of(study, options), study.then):
         if not stage or missing:  # what is tuned by runs that are missing cannot be run
             break
         runs = {run: value for run, value in stage(found).items() if args.write or not args.only or run in args.only}

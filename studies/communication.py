@@ -5,7 +5,7 @@ published threshold (`sketch.gradient_scale`) and in bfloat16, for 50 rounds; Fe
 500: a round of theirs costs a 26th of FIPA's bytes at rank 50.
 """
 
-from evidence.records import Run, Size, Spread, Study, Table, final, number, percent, sent
+from evidence.records import Run, Spread, Study, Table, fewer_images, final, number, percent, sent
 
 SAVING = {
     "rank 50": "sketch.rank=50",
@@ -74,11 +74,7 @@ STUDY = Study(
     draw=draw,
     caption="CIFAR-10, alpha 0.1: test accuracy by bytes sent, mean and one standard deviation over the seeds",
     data=("cifar10", "tiny_imagenet"),
-    reduced=Size(
-        "a fifth of the training images, 60 rounds of warm-up, one seed.",
-        {"data.train_split": "train[:20%]", "warmup.rounds": 60},
-        (0,),
-    ),
+    reduced=fewer_images(", 60 rounds of warm-up, one seed", {"warmup.rounds": 60}, seeds=(0,)),
     gigabytes=4,
     hours=9,
 )

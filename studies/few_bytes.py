@@ -9,7 +9,7 @@ The ablation takes one piece away at a time. Of CIFAR-10 one warm-up and seed: r
 """
 
 import numpy as np
-from evidence.records import Run, Size, Spread, Study, Table, final, number, percent
+from evidence.records import Run, Spread, Study, Table, fewer_images, final, number, percent
 
 BITS = "local.compress.name=few_bits"
 FIPA = f"fipa_few_bytes:aggregator.damping=0.01:{BITS}:local.compress.bits=12"
@@ -82,10 +82,7 @@ STUDY = Study(
     runs={config: _run(config) for config in LINES},
     tables=tables,
     data=("cifar10",),
-    reduced=Size(
-        "a fifth of the training images, 60 rounds of warm-up.",
-        {"data.train_split": "train[:20%]", "warmup.rounds": 60},
-    ),
+    reduced=fewer_images(" of CIFAR-10, 60 rounds of warm-up", {"warmup.rounds": 60}),
     gigabytes=3,
     hours=4,
 )

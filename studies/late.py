@@ -4,7 +4,7 @@ CIFAR-10 as in `configs/cifar10.py`. FedBuff and FedAsync have three server step
 images. FedAsync takes one client at a time and five times as many steps, so that all see equally many arrivals.
 """
 
-from evidence.records import Run, Size, Spread, Study, Table, best, draw_lines, final, number, percent
+from evidence.records import Run, Spread, Study, Table, best, draw_lines, fewer_images, final, number, percent
 
 WARM = Run("cifar10", {"fipa.rounds": 0}, seeds=(0,))
 LATE = "late.share=0.5"
@@ -66,10 +66,6 @@ STUDY = Study(
     draw=draw,
     caption="Test accuracy by round with half of the clients late, mean and one standard deviation over the seeds",
     data=("cifar10",),
-    reduced=Size(
-        "a fifth of the training images, 60 rounds of warm-up, one seed.",
-        {"data.train_split": "train[:10000]", "warmup.rounds": 60},
-        (0,),
-    ),
+    reduced=fewer_images(", 60 rounds of warm-up", {"warmup.rounds": 60}),
     hours=1.5,
 )

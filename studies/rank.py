@@ -6,7 +6,7 @@ FedAvg and FedVARP as tuned; and all as published (`configs/cifar10.py:published
 Tiny-ImageNet-50.
 """
 
-from evidence.records import Run, Size, Spread, Study, Table, error, final, legend, number, percent, sent
+from evidence.records import Run, Spread, Study, Table, error, fewer_images, final, legend, number, percent, sent
 
 SMALL = {  # config -> (figure, rounds)
     "sine": ("test_mse", 300),
@@ -34,7 +34,8 @@ def _spec(method, rank):
 
 def _runs():
     for config, (_, rounds) in SMALL.items():
-        yield config, Run(config, {"compare": tuple(_spec("fipa", r) for r in RANKS), "fipa.rounds": rounds})
+        fields = {"compare": tuple(_spec("fipa", rank) for rank in RANKS), "fipa.rounds": rounds}
+        yield config, Run(config, fields, seeds=(0, 1, 2))
     specs = tuple(_spec(method, rank) for method in METHODS for rank in LARGE)
     fields = {"partition.alpha": 0.05, "eval.every": 2, "fipa.rounds": 50, "compare": (*specs, *CONTROLS)}
     yield "cifar10", Run("cifar10", fields, start=WARM)
@@ -109,10 +110,10 @@ STUDY = Study(
     draw=draw,
     caption="Left: the median error of small networks by rank. Right: accuracy by bytes at ranks 5 to 200",
     data=("cifar10", "tiny_imagenet"),
-    reduced=Size(
-        "a fifth of the training images, 60 rounds of warm-up and 10 of each method on images, one seed.",
-        {"data.train_split": "train[:20%]", "warmup.rounds": 60, "fipa.rounds": 10},
-        (0,),
+    reduced=fewer_images(
+        " of image sets, 60 rounds of warm-up and 20 of each method, one seed",
+        {"warmup.rounds": 60, "fipa.rounds": 20},
+        seeds=(0,),
     ),
     gigabytes=6,
     hours=20,

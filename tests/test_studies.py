@@ -47,12 +47,16 @@ def test_a_record_fits_together(name, evidence):
     """Its configs, fields and sizes exist; who begins with another's model comes later."""
     study, records, running = study_of(name), evidence.records, evidence.running
     for size in ("reduced", "debug"):
-        jobs = running.jobs_of(study, study.runs, running.Options(size=size))
+        options = running.Options(size=size)
+        jobs = running.jobs_of(study, running.runs_of(study, options), options)
         before = set()
         for job in jobs:
             assert job.after is None or job.after in before
             before.add(job.folder)
         assert len(before) == len(jobs) and all(job.rounds for job in jobs)
+    for size in ("full", "reduced"):
+        runs = running.runs_of(study, running.Options(size=size))
+        assert study.tables(records.Found({run: {} for run in runs}, [], []))
     nothing = records.Found({run: {} for run in study.runs}, [], [])
     assert all(isinstance(table, records.Table) for table in study.tables(nothing))
     if study.then:

@@ -65,6 +65,12 @@ def jobs_of(study: Study, runs: Runs, options: Options) -> list[Job]:
     return sorted(jobs.values(), key=lambda job: job.after is not None)
 
 
+def runs_of(study: Study, options: Options) -> Runs:
+    """The runs with which a study begins."""
+    small = study.reduced.runs if options.size == "reduced" and study.reduced else {}
+    return small or study.runs
+
+
 def seeds_of(study: Study, options: Options) -> tuple[int, ...]:
     """The seeds of runs that have none of their own."""
     small = study.reduced.seeds if options.size == "reduced" and study.reduced else ()
@@ -135,8 +141,9 @@ def _sized(study: Study, run: Run, options: Options) -> Run:
 def _fields_of(study: Study, run: Run, seed: int, options: Options) -> dict[str, Any]:
     """The fields that a run changes in its config."""
     changed = dict(run.fields) | {field: seed for field in run.seeded}
-    if options.size == "reduced" and study.reduced and _config_of(run.config, changed).task.name == "images":
-        changed |= study.reduced.fields
+    if options.size == "reduced" and study.reduced:
+        config = _config_of(run.config, changed)
+        changed |= study.reduced.fields.get(config.data.name if config.task.name == "images" else "", {})
     return changed | (_tiny(_config_of(run.config, changed)) if options.size == "debug" else {})
 
 
