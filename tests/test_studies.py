@@ -64,6 +64,18 @@ def test_a_record_fits_together(name, evidence):
     assert records.question(study).endswith("?")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_warm_up_is_nothing_else(name, evidence):
+    """At no size does a run that others begin with compare methods."""
+    study, running = study_of(name), evidence.running
+    for size in ("full", "reduced"):
+        options = running.Options(size=size)
+        jobs = running.jobs_of(study, running.runs_of(study, options), options)
+        others = {job.after for job in jobs if job.command[0].endswith("train.py")} - {None}
+        for job in jobs:
+            assert job.folder not in others or "--config.fipa.rounds=0" in job.command
+
+
 @pytest.fixture
 def pretended(evidence, monkeypatch, tmp_path):
     """A study of the sine task, whose runs are pretended: two begin with the same warm-up."""

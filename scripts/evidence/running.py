@@ -143,7 +143,8 @@ def _fields_of(study: Study, run: Run, seed: int, options: Options) -> dict[str,
     changed = dict(run.fields) | {field: seed for field in run.seeded}
     if options.size == "reduced" and study.reduced:
         config = _config_of(run.config, changed)
-        changed |= study.reduced.fields.get(config.data.name if config.task.name == "images" else "", {})
+        smaller = study.reduced.fields.get(config.data.name if config.task.name == "images" else "", {})
+        changed |= {field: value for field, value in smaller.items() if changed.get(field) != 0}  # a warm-up stays one
     return changed | (_tiny(_config_of(run.config, changed)) if options.size == "debug" else {})
 
 
