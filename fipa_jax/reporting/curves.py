@@ -69,6 +69,7 @@ METRICS = {
 }
 BROKEN = (0, (3, 3))  # of the ceiling: what it lies on shows in between
 LABEL = 7.5  # points
+SENT = ("bytes_up", "bytes_down")  # all that travels
 TAIL = 3  # a warm-up that is longer than the methods' rounds is shown for a third of theirs
 
 
@@ -196,14 +197,15 @@ def start_of(workdir: Path) -> list[dict]:
     return [json.loads(path.read_text())] if path.is_file() else []
 
 
-def line(seeds: Sequence[list[dict]], run: str, figure: str, by_bytes: bool = False) -> Line:
+def line(seeds: Sequence[list[dict]], run: str, figure: str, sent: Sequence[str] = ()) -> Line:
     """A figure of one run over the seeds: in the rounds in which all of them that have this run evaluated it.
 
     Args:
       seeds: rows of each.
-      by_bytes: x is what was sent from the run's beginning, on average over the seeds.
+      sent: columns, such as `SENT`, of which x is the sum from the run's beginning, on average over the seeds; () for
+        rounds.
     """
-    found = [points for rows in seeds if (points := _points(rows, run, figure, by_bytes))]
+    found = [points for rows in seeds if (points := _points(rows, run, figure, sent))]
     rounds = sorted(set.intersection(*(set(points) for points in found))) if found else []
     x, values = (np.array([[points[k][part] for k in rounds] for points in found]) for part in (0, 1))  # [S, E]
     if not rounds:
@@ -214,21 +216,21 @@ def line(seeds: Sequence[list[dict]], run: str, figure: str, by_bytes: bool = Fa
     )
 
 
-def _points(rows: list[dict], run: str, figure: str, by_bytes: bool) -> dict[int, tuple[float, float]]:
+def _points(rows: list[dict], run: str, figure: str, sent: Sequence[str]) -> dict[int, tuple[float, float]]:
     """{round: (x, value)} of a figure; the value is NaN where an evaluation gave no number."""
-    points, sent = {}, 0
+    points, total = {}, 0
     for row in rows:
         if row["run"] == run:
-            sent += row.get("bytes_up", 0) + row.get("bytes_down", 0)
+            total += sum(row.get(column, 0) for column in sent)
             if figure in row:
                 value = np.nan if row[figure] is None else row[figure]
-                points[row["round"]] = (sent if by_bytes else row["round"] + 1, value)
+                points[row["round"]] = (total if sent else row["round"] + 1, value)
     return points
 
 
 def _draw_panel(axis, seeds, figure: str, chosen: dict[str, Look], by_bytes: bool, training: bool) -> None:
     """Draws one figure of all methods, each from where all begin."""
-    lines = {name: line(seeds, name, figure, by_bytes) for name in chosen}
+    lines = {name: line(seeds, name, figure, SENT if by_bytes else ()) for name in chosen}
     lines = {name: points for name, points in lines.items() if points.x.size}
     before = _before(seeds, figure, lines.values(), by_bytes)
     beginning = Line(*(part[-1:] for part in before))

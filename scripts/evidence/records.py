@@ -118,10 +118,10 @@ def final(found: Found, run: str, method: str, figure: str, *, last: int = 1, ro
     return np.array(values)
 
 
-def sent(found: Found, run: str, method: str) -> np.ndarray:
-    """[S], bytes that a method's clients and server have sent."""
+def sent(found: Found, run: str, method: str, columns: Sequence[str] = curves.SENT) -> np.ndarray:
+    """[S], bytes that a method's clients and server have sent, or those of some columns."""
     mine = [[row for row in rows if row["run"] == method] for rows in found.runs.get(run, {}).values()]
-    return np.array([sum(row["bytes_up"] + row["bytes_down"] for row in rows) for rows in mine if rows])
+    return np.array([sum(row[column] for row in rows for column in columns) for rows in mine if rows])
 
 
 def best(found: Found, run: str, methods: Iterable[str], figure: str, last: int = 1) -> str:
@@ -176,7 +176,9 @@ def number(values: np.ndarray) -> str:
     return f"{values.mean():.3g}" + (f" +- {values.std():.2g}" if values.size > 1 else "")
 
 
-def draw_lines(panels: Mapping[str, Sequence[tuple]], figure: str, path: Path, found: Found) -> None:
+def draw_lines(
+    panels: Mapping[str, Sequence[tuple]], figure: str, path: Path, found: Found, by: Sequence[str] = ()
+) -> None:
     """Draws a figure by rounds, one panel for each group of lines, with a band of one standard deviation over seeds.
 
     Args:
@@ -184,6 +186,7 @@ def draw_lines(panels: Mapping[str, Sequence[tuple]], figure: str, path: Path, f
       figure: name of a column.
       path: of the picture, which is written as PNG and SVG.
       found: what there is.
+      by: columns of bytes, whose running sum stands in for the rounds.
     """
     from matplotlib import ticker
 
@@ -197,13 +200,11 @@ def draw_lines(panels: Mapping[str, Sequence[tuple]], figure: str, path: Path, f
     with plots.picture(path, 3.4 * len(panels), 3.2, 1, len(panels)) as (picture, axes):
         for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
             for run, method, *label in lines:
-                line, look = (
-                    curves.line(list(found.runs.get(run, {}).values()), method, figure),
-                    looks[(method, *label)],
-                )
-                axis.plot(line.x, line.mean, label=look.label, linewidth=1.7, color=look.color, linestyle=look.dash)
-                axis.fill_between(line.x, line.low, line.high, color=look.color, alpha=0.18, linewidth=0)
-            axis.set(title=title, xlabel="rounds", ylabel=curves.words_of(figure))
+                line = curves.line(list(found.runs.get(run, {}).values()), method, figure, by)
+                x, look = line.x / (1e6 if by else 1), looks[(method, *label)]
+                axis.plot(x, line.mean, label=look.label, linewidth=1.7, color=look.color, linestyle=look.dash)
+                axis.fill_between(x, line.low, line.high, color=look.color, alpha=0.18, linewidth=0)
+            axis.set(title=title, xlabel="megabytes" if by else "rounds", ylabel=curves.words_of(figure))
             axis.set_yscale("linear" if metrics.direction(figure) > 0 else "log")
             if "accuracy" in figure:
                 axis.yaxis.set_major_formatter(ticker.PercentFormatter(xmax=1, symbol=""))

@@ -53,7 +53,7 @@ def test_the_line_over_seeds_is_mean_and_deviation_of_their_rows():
     np.testing.assert_allclose(line.low, np.maximum(mean - std, values[:, :5].min(axis=0)))
     np.testing.assert_allclose(line.high, np.minimum(mean + std, values[:, :5].max(axis=0)))
     np.testing.assert_array_equal(line.x, [1, 2, 3, 4, 5])  # rounds that are done
-    np.testing.assert_array_equal(curves.line(seeds, "fipa", "test_mse", by_bytes=True).x, 15 * line.x)
+    np.testing.assert_array_equal(curves.line(seeds, "fipa", "test_mse", sent=curves.SENT).x, 15 * line.x)
 
 
 def test_curves_begin_at_the_first_model_and_the_ceiling_is_dashed_above_all(tmp_path):
