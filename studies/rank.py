@@ -113,8 +113,8 @@ STUDY = Study(
     caption="Left: the median error of small networks by rank. Right: accuracy by bytes at ranks 5 to 200",
     data=("cifar10", "tiny_imagenet"),
     reduced=fewer_images(
-        " of image sets, 60 rounds of warm-up and 20 of each method, one seed; nothing as published, where a round at rank "
-        "5 takes half a minute of a core even so",
+        " of image sets, 60 rounds of warm-up and 20 of each method, one seed; nothing as published, where a round at "
+        "rank 5 takes half a minute of a core even so",
         {"warmup.rounds": 60, "fipa.rounds": 20},
         seeds=(0,),
         runs={name: run for name, run in _runs() if name != "as published"},
