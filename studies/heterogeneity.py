@@ -21,7 +21,7 @@ TRIED = {
     ],
 }
 FIRST_ORDER = every({label: settings for label, settings in TRIED.items() if label != "FIPA"})
-PART = {"4 of 20": 4, "20 of 20": 20}
+PART = {"4 of 20": (4, ALPHAS), "20 of 20": (20, ("iid", "1", "0.1", "0.01"))}  # clients a round, splits
 SEEDED = ("seed", "partition.seed")
 LAST, HELD_OUT, TEST = 3, "holdout_accuracy", "test_accuracy"
 DISTANCES = ("angles", "eigenvalues", "jbld", "affine", "gradients", "labels")
@@ -34,8 +34,8 @@ def _run(alpha, cohort):
 
 
 def _runs():
-    for part, cohort in PART.items():
-        for alpha in ALPHAS:
+    for part, (cohort, alphas) in PART.items():
+        for alpha in alphas:
             yield f"{alpha}, {part}", _run(alpha, cohort)
             if part == "4 of 20":
                 yield f"{alpha}, apart", Benchmark("apart", ("--run={start}",), (), _run(alpha, cohort))
@@ -51,7 +51,7 @@ def _gain(found, name):
 def _points(found, part):
     """(distances {name: [n]}, gains [n]) of every split and seed that has both."""
     rows = []
-    for alpha in ALPHAS:
+    for alpha in PART[part][1]:
         apart = found.runs.get(f"{alpha}, apart", {})
         rows += [
             (apart[seed]["distances"], gain) for seed, gain in _gain(found, f"{alpha}, {part}").items() if seed in apart
@@ -76,11 +76,11 @@ def _correlation(distances, gains):
 def tables(found):
     """The accuracies by split, the distances, and how well each ranks the gains."""
     made = []
-    for part in PART:
-        if not any(found.runs.get(f"{alpha}, {part}") for alpha in ALPHAS):
+    for part, (_, alphas) in PART.items():
+        if not any(found.runs.get(f"{alpha}, {part}") for alpha in alphas):
             continue
         rows = []
-        for alpha in ALPHAS:
+        for alpha in alphas:
             name, row = f"{alpha}, {part}", {"alpha": alpha}
             for label, settings in TRIED.items():
                 row[label] = Spread(
