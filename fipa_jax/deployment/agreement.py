@@ -45,6 +45,7 @@ class Agreement(NamedTuple):
     max_skips: int  # so many skipped rounds in a row end the run; 0 for never
     late: int  # rounds after which an answer may still come in; 0 where only those of this round count
     like: Any  # shapes of a client's (upload, training loss)
+    said: Any  # shapes of what the server says beside the parameters, see `said_of`
     fingerprint: str
 
     def precision(self) -> contextlib.AbstractContextManager:
@@ -101,7 +102,8 @@ def agree(
         root = jax.random.key(config.seed)
         params = first_params(config, task, root) if params is None else params
         steering, mark = (settings.rounds, settings.max_skips, late), fingerprint_of(parts, params)
-        draft = Agreement(spec, parts, rates, params, root, *steering, None, mark)
+        said = jax.eval_shape(lambda params: said_of(parts, first_rule(parts, params)), params)
+        draft = Agreement(spec, parts, rates, params, root, *steering, None, said, mark)
         return draft._replace(like=_shapes(draft, example))
 
 
@@ -176,15 +178,17 @@ def work_of(parts: Parts, state: State, rates: Rates, cohort: Cohort, root: jax.
 
 
 def said_of(parts: Parts, rule: Any) -> tuple[dict, tuple]:
-    """(numbers for the clients' local work, what they are asked along with their curvature), of the rule's state."""
+    """(what clients are told for their local work, and asked along with their curvature), of the rule's state."""
     return parts.announce(rule), tuple(parts.aggregator.asks(rule))
 
 
 def broadcast_of(agreement: Agreement, params: Any, rule: Any, number: int) -> bytes:
     """What every client of a round is sent, from the whole model's parameters and the rule's state."""
-    chosen, (told, asked) = trees.select(params, agreement.parts.trainable), said_of(agreement.parts, rule)
-    groups = {"params": chosen, "told": told, "asked": dict(enumerate(asked))}
-    arrays = {f"{group}/{name}": np.asarray(leaf) for group, leaves in groups.items() for name, leaf in leaves.items()}
+    chosen = trees.select(params, agreement.parts.trainable)
+    with agreement.precision():
+        told, asked = said_of(agreement.parts, rule)
+    leaves = trees.paths({"params": chosen, "told": told, "asked": asked})
+    arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     return wire.pack(wire.Message("broadcast", agreement.fingerprint, number, wire.NOBODY, arrays))
 
 
@@ -194,9 +198,9 @@ def client_state(agreement: Agreement, params: Any, said: tuple[dict, tuple], ro
     return State(params, said, (), blank, blank, round)
 
 
-def first_rule(agreement: Agreement, params: Any) -> Any:
+def first_rule(parts: Parts, params: Any) -> Any:
     """The state of the rule before the first round."""
-    return agreement.parts.aggregator.init(trees.widened(trees.select(params, agreement.parts.trainable)))
+    return parts.aggregator.init(trees.widened(trees.select(params, parts.trainable)))
 
 
 def _shapes(draft: Agreement, example: Mapping[str, Any]) -> tuple[Uploads, Any]:
@@ -205,19 +209,19 @@ def _shapes(draft: Agreement, example: Mapping[str, Any]) -> tuple[Uploads, Any]
     number = next(iter(fields.values())).shape[0]
     whole = jax.ShapeDtypeStruct
     clients = Client(whole((1, number), np.int32), whole((1,), np.int32))
-    said = jax.eval_shape(lambda params: said_of(draft.parts, first_rule(draft, params)), draft.params)
 
     def work(params, said, round, clients, ids, data, rates, root):
         cohort = Cohort(ids, clients, data)
         return work_of(draft.of_clients, client_state(draft, params, said, round), rates, cohort, root)
 
-    given = draft.params, said, whole((), np.int32), clients, whole((1,), np.int32), fields, draft.rates, draft.root
+    numbers = whole((), np.int32), clients, whole((1,), np.int32)
+    given = draft.params, draft.said, *numbers, fields, draft.rates, draft.root
     stacked = jax.eval_shape(work, *given)
     return jax.tree.map(lambda leaf: whole(leaf.shape[1:], leaf.dtype), stacked)
 
 
 def _told(said: tuple[dict, tuple]) -> dict:
-    """Of what the server says, the numbers for local work."""
+    """Of what the server says, what local work takes."""
     return said[0]
 
 

@@ -70,20 +70,20 @@ class Site:
         """Compiles what a round needs, by one on the first model, so that the first message need not wait for it."""
         agreement = self._agreement
         with agreement.precision():
-            first = broadcast_of(agreement, agreement.params, first_rule(agreement, agreement.params), 0)
+            first = broadcast_of(agreement, agreement.params, first_rule(agreement.parts, agreement.params), 0)
         self.work(first)
 
     def _seen(self, broadcast: wire.Message):
         """The state as the broadcast tells it."""
         chosen = trees.select(self._agreement.params, self._agreement.parts.trainable)
         arrays = {path: jnp.asarray(array) for path, array in broadcast.arrays.items()}
+        told, asked = self._agreement.said
         try:
-            params = trees.replace(self._agreement.params, trees.fitted(_below(arrays, "params/"), chosen))
+            got = trees.fitted(arrays, {"params": chosen, "told": told, "asked": asked})
         except ValueError as error:
-            raise wire.Malformed(f"its parameters: {error}") from None
-        asked = _below(arrays, "asked/")
-        said = _below(arrays, "told/"), tuple(asked[str(place)] for place in range(len(asked)))
-        return client_state(self._agreement, params, said, jnp.int32(broadcast.round))
+            raise wire.Malformed(f"its arrays: {error}") from None
+        params = trees.replace(self._agreement.params, got["params"])
+        return client_state(self._agreement, params, (got["told"], got["asked"]), jnp.int32(broadcast.round))
 
 
 def arrays_of(one: Uploads, loss: Any) -> dict[str, np.ndarray]:
@@ -115,8 +115,3 @@ def _of_sketch(sketch: Sketch) -> dict[str, np.ndarray]:
         report = {f"report/{path}": np.asarray(leaf) for path, leaf in trees.paths(sketch.report).items()}
         arrays |= report | {"report/residuals": report["report/residuals"][kept]}
     return {f"sketch/{name}": array for name, array in arrays.items()}
-
-
-def _below(arrays: dict, prefix: str) -> dict:
-    """{rest of the name: array} of the names that begin with the prefix."""
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

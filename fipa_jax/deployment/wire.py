@@ -8,7 +8,7 @@ header claims is believed before it is checked: no array is made that the bytes 
 The arrays of a `Message`, by name:
 
     broadcast   params/PATH   the trainable parameters
-                told/NAME     [], numbers for the clients' local work, such as the rule's damping
+                told/NAME     what the rule announces: its damping [], or its belief, told/posterior/precision [P]
                 asked/0, ...  what a rule from sums asks along: its common basis, and how many columns are in use
     upload      delta/PATH    the client's new minus the broadcast parameters
                 num_examples  [], of the client

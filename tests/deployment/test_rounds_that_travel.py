@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.deployed import Deployed, bits, config_of, gap
 
+from fipa_jax import trees
 from fipa_jax.aggregate import row_blocks
 from fipa_jax.deployment import wire
 from fipa_jax.deployment.agreement import agree
@@ -30,7 +31,10 @@ KINDS = {
     "sums_of_gradients": ("fipa_sums_of_gradients:aggregator.sums.columns=6:aggregator.sums.fresh=2", {}),
     "bfloat16": ("fipa:sketch.store=bfloat16", {}),
     "cohort": ("fipa", {"clients": 5, "cohort": 2}),
+    "kfac": ("fedfisher_kfac:aggregator.damping=0.1:aggregator.past.kind=prior", {}),
+    "posterior": ("fedivon:aggregator.posterior.start=10", {}),
 }
+LAYERS = "fedpm:aggregator.damping=1:local.steps=2"
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,26 @@ def test_a_round_over_the_wire_is_that_of_a_simulation(federation):
 def test_every_rule_over_the_wire_is_that_of_a_simulation(kind, precision, bound):
     spec, fields = KINDS[kind]
     compare(Deployed(config_of(precision, **fields), spec), bound)
+
+
+def test_layer_factors_over_the_wire_are_those_of_a_simulation():
+    """Halves of the layers' input factors come in as they were sent, and what lacks one is nobody's."""
+    layers = Deployed(config_of(), LAYERS)
+    server, state = layers.server(), layers.whole_rounds()
+    while not server.done:
+        sent = layers.answers(server)
+        server.round(sent)
+        assert not server.wrong
+    assert gap(server.params, state.params) <= 1e-12
+    arrays = wire.unpack(sent[0]).arrays
+    halves = {name: array.shape for name, array in arrays.items() if name.startswith("layers/")}
+    widths = {path: leaf.shape[0] + 1 for path, leaf in trees.paths(state.params).items() if path.endswith("kernel")}
+    assert halves == {f"layers/inputs/{path}": (side * (side + 1) // 2,) for path, side in widths.items()}
+    again = layers.server()
+    again.round(
+        layers.answers(again) | {1: changed(layers.answers(again)[1], remove=("layers/inputs/Dense_0/kernel",))}
+    )
+    assert "sent nothing of the kind" in again.wrong[1]
 
 
 @pytest.mark.slow
