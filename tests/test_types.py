@@ -18,7 +18,7 @@ from fipa_jax.aggregate import (
     server_optimizers,
     solvers,
 )
-from fipa_jax.client import first_order, second_order
+from fipa_jax.client import first_order, layer_steps, second_order
 from fipa_jax.curvature import products, sketch, solver_choice
 
 LITERALS = {
@@ -30,6 +30,7 @@ LITERALS = {
     "server's optimiser": (server_optimizers.ServerOptimizer, server_optimizers.OPTIMIZERS),
     "adaptive server": (server_optimizers.AdaptiveKind, server_optimizers.SECOND_MOMENTS),
     "client's optimiser": (first_order.Optimizer, first_order.OPTIMIZERS),
+    "client's preconditioner": (layer_steps.Preconditioner, layer_steps.PRECONDITIONS),
     "system": (second_order.System, second_order.SYSTEMS),
     "solver": (solver_choice.SolverName, solver_choice.SOLVERS),
     "jacobian": (products.JacobianName, products.JACOBIANS),

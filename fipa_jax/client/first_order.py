@@ -14,6 +14,7 @@ import optax
 
 from fipa_jax import trees
 from fipa_jax.client.examples import Client, gather, own_indices
+from fipa_jax.client.layer_steps import PRECONDITIONS, Preconditioner
 from fipa_jax.client.local_solver import (
     Hyper,
     Improvement,
@@ -47,7 +48,6 @@ def yogi() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, rule.update)
 
 
-Precondition = Callable[[Hyper], Callable[[Any], Any]]  # of the round -> (direction, a parameter pytree -> direction)
 Optimizer = Literal["momentum", "nesterov", "sgd", "adam", "yogi"]  # a name in `OPTIMIZERS`
 MakeTransform = Callable[..., optax.GradientTransformation]
 # Gradient -> direction, without the learning rate: that is traced, so that a schedule or a sweep does not recompile.
@@ -64,7 +64,7 @@ def first_order(
     loss: Loss,
     augment: Augment,
     *,
-    optimizer: Optimizer = "sgd",
+    optimizer: Optimizer | Preconditioner = "sgd",
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
@@ -73,7 +73,6 @@ def first_order(
     epochs: int = 1,
     steps: int = 0,
     term: Term | None = None,
-    precondition: Precondition | None = None,
 ) -> LocalSolver:
     """Local epochs (or steps) of a first-order method on shuffled mini-batches.
 
@@ -81,7 +80,8 @@ def first_order(
       loss: (out, batch) -> [B].
       augment: (key, batch) -> batch.
       optimizer: a name in `OPTIMIZERS`; its state starts anew each round. `adam` is algorithm 1 of Kingma and Ba
-        (2015), `yogi` what `yogi` says, both with optax's defaults.
+        (2015), `yogi` what `yogi` says, both with optax's defaults. Or one of `layer_steps.PRECONDITIONS`: plain steps
+        along directions that are divided by the client's curvature.
       momentum: of the optimisers `momentum` and `nesterov`.
       weight_decay: added to the gradient after clipping, as weight_decay * params.
       clip_norm: bound on the gradient's norm; 0 for none.
@@ -92,17 +92,18 @@ def first_order(
       epochs: passes over the client's own examples.
       steps: number of steps instead of epochs, where positive.
       term: additive term of the objective.
-      precondition: what is done to each direction, by the round's hyper-parameters, see `layer_steps.layerwise`.
 
     Raises:
       ValueError: the optimiser is not known; micro-batches with a term that needs the whole batch.
     """
-    make = lookup(OPTIMIZERS, optimizer, "local.optimizer")
+    known: dict[str, MakeTransform] = OPTIMIZERS | {name: optax.identity for name in PRECONDITIONS}
+    make = lookup(known, optimizer, "local.optimizer")
+    precondition = PRECONDITIONS.get(optimizer, _nothing_divided)
     term = term or none()
     if micro_batch > 0 and term.whole_batch:
         raise ValueError("local.micro_batch: this term compares the batch's examples with each other; set it to 0")
     scaled = make(momentum) if optimizer in WITH_MOMENTUM else make()
-    linear = optimizer in LINEAR and precondition is None
+    linear = optimizer in LINEAR
     tally = _tally(scaled if linear else optax.identity(), clip_norm, weight_decay if term.needs.gradient else 0.0)
     direction = optax.chain(regularised(clip_norm, weight_decay), scaled)
 
@@ -111,7 +112,7 @@ def first_order(
         order_key, augment_key = jax.random.split(key)
         batches = mini_batches(order_key, work.client, hyper, batch_size, epochs, steps)
         gradient_of = mean_gradient(work, loss, term, batches.size, micro_batch)
-        shaped = precondition(hyper) if precondition else _unshaped
+        shaped = precondition(hyper)
 
         def step(s, carry):
             theta, state, order, total, entries = carry
@@ -135,8 +136,9 @@ def first_order(
     return solver_of(improve, term)
 
 
-def _unshaped(update: Any) -> Any:
-    return update
+def _nothing_divided(hyper: Hyper) -> Callable[[Any], Any]:
+    """What leaves directions as they are."""
+    return lambda update: update
 
 
 class Entries(NamedTuple):
@@ -279,4 +281,4 @@ def gradient(
     return solver_of(improve, term)
 
 
-LOCAL_SOLVERS = {name: first_order for name in OPTIMIZERS}
+LOCAL_SOLVERS = {name: first_order for name in (*OPTIMIZERS, *PRECONDITIONS)}

@@ -80,6 +80,14 @@ class Improvement(NamedTuple):
     message: Any = None  # see `LocalResult`
 
 
+class ByCurvature(NamedTuple):
+    """What a local solver steps by: it is given the client's own, `Hyper.sketch`, before it begins."""
+
+    needs: tuple[str, ...]  # of `aggregate.Needs.curvature`, one of which the rule must ask for
+    rule: str  # that does
+    words: str  # what it is called
+
+
 Improve = Callable[[Work, jax.Array], Improvement]  # (work, key) -> what a client has found
 
 

@@ -15,6 +15,7 @@ from fipa_jax import trees
 from fipa_jax.client.examples import present
 from fipa_jax.client.first_order import Augment
 from fipa_jax.client.local_solver import (
+    ByCurvature,
     Improvement,
     LocalSolver,
     Work,
@@ -355,3 +356,4 @@ def _refuse_clipping(optimizer: str, clip_norm: float) -> None:
 
 
 LOCAL_SOLVERS = {"gauss_newton": gauss_newton, "lbfgs": lbfgs, "natural_gradient": natural_gradient}
+BY_CURVATURE = {"natural_gradient": ByCurvature(("sketch",), "fipa", "sketch")}

@@ -172,8 +172,7 @@ def local() -> ConfigDict:
     return ConfigDict(
         {
             # client.first_order.first_order, client.second_order.gauss_newton, client.second_order.lbfgs,
-            # client.second_order.natural_gradient, client.layer_steps.layerwise, client.first_order.gradient,
-            # client.ivon.ivon
+            # client.second_order.natural_gradient, client.first_order.gradient, client.ivon.ivon
             # sgd, momentum, nesterov, adam, yogi, gauss_newton, lbfgs, natural_gradient, kronecker, gradient, ivon
             "optimizer": "sgd",
             "lr": 0.1,

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fipa_jax.aggregate.aggregator import Aggregator
-from fipa_jax.client import first_order, terms
+from fipa_jax.client import first_order, layer_steps, second_order, terms
 from fipa_jax.federation.channel import FAULTS
 from fipa_jax.federation.parts import Parts, model_of, trained_of
 
-LAYERS = ("layers", "layer_inputs")  # of `Needs.curvature`: both factors of each layer, or the first alone
+BY_CURVATURE = second_order.BY_CURVATURE | layer_steps.BY_CURVATURE  # {local.optimizer: what it steps by}
 
 
 @contextlib.contextmanager
@@ -54,10 +54,8 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
     """Refuses choices of which one would undo the other, with a ValueError that names the config field."""
     if aggregator.needs.loss:
         _check_trust(settings, term, everyone=cohort == num_clients)
-    if settings.local.optimizer == "natural_gradient":
-        _check_natural(settings, aggregator)
-    if settings.local.optimizer == "kronecker":
-        _check_layerwise(settings, aggregator)
+    if settings.local.optimizer in BY_CURVATURE:
+        _check_by_curvature(settings, aggregator)
     if aggregator.needs.curvature == "sketch":
         # Local work that follows the sketches is else left aside, so that rules without them can be compared.
         _check_own_damping(settings, aggregator)
@@ -152,7 +150,7 @@ def _feels(parts: Parts, params: Any, batch: dict) -> bool:
 
 def _check_trains(settings: ConfigDict, term: terms.Term) -> None:
     """Refuses what knows only what is sent: it cannot work on what is trained besides."""
-    if settings.local.optimizer not in first_order.LOCAL_SOLVERS:
+    if settings.local.optimizer not in first_order.OPTIMIZERS:
         raise ValueError(
             f"config.fipa.also_trained: needs a first-order solver, as {settings.local.optimizer!r} goes by the "
             "curvature of `trainable` alone; set it to ''"
@@ -178,28 +176,19 @@ def _check_trust(settings: ConfigDict, term: terms.Term, everyone: bool) -> None
         raise ValueError(f"config.fipa.aggregator.trust: needs server.lr = 1, got {settings.server.lr}")
 
 
-def _check_natural(settings: ConfigDict, aggregator: Aggregator) -> None:
-    if aggregator.needs.curvature != "sketch" or aggregator.needs.at != "broadcast":
+def _check_by_curvature(settings: ConfigDict, aggregator: Aggregator) -> None:
+    """Refuses steps by curvature that clients do not have as they begin."""
+    optimizer, by = settings.local.optimizer, BY_CURVATURE[settings.local.optimizer]
+    if aggregator.needs.curvature not in by.needs or aggregator.needs.at != "broadcast":
         raise ValueError(
-            "config.fipa.local.optimizer: 'natural_gradient' is a step by the client's sketch, of which the rule "
-            f"{settings.aggregator.name!r} knows none; set aggregator.name = 'fipa', or another optimizer"
-        )
-    group = "aggregator" if matched(settings, aggregator) else "local"
-    if not settings[group].damping > 0:
-        raise ValueError(f"config.fipa.{group}.damping: 'natural_gradient' divides by it, it needs more than 0")
-
-
-def _check_layerwise(settings: ConfigDict, aggregator: Aggregator) -> None:
-    """Refuses steps by layer factors that clients do not have as they begin."""
-    if aggregator.needs.curvature not in LAYERS or aggregator.needs.at != "broadcast":
-        raise ValueError(
-            "config.fipa.local.optimizer: 'kronecker' steps by the client's layer factors at the broadcast parameters; "
-            "set aggregator.name = 'kronecker' and aggregator.at = 'broadcast', or another optimizer"
+            f"config.fipa.local.optimizer: {optimizer!r} steps by the client's {by.words} at the broadcast parameters, "
+            f"of which the rule {settings.aggregator.name!r} knows none; set aggregator.name = {by.rule!r} and "
+            "aggregator.at = 'broadcast', or another optimizer"
         )
     _checkmatched(settings, aggregator)
     group = "aggregator" if matched(settings, aggregator) else "local"
     if not settings[group].damping > 0:
-        raise ValueError(f"config.fipa.{group}.damping: 'kronecker' divides by it, it needs more than 0")
+        raise ValueError(f"config.fipa.{group}.damping: {optimizer!r} divides by it, it needs more than 0")
 
 
 def _check_beliefs(settings: ConfigDict, aggregator: Aggregator, everyone: bool) -> None:
@@ -299,11 +288,9 @@ def _checkmatched(settings: ConfigDict, aggregator: Aggregator) -> None:
             f"config.fipa.local.matched: {rule!r} has no damping to match; set aggregator.form = 'damped' (fipa), or "
             "matched to False"
         )
-    if settings.local.optimizer not in ("gauss_newton", "kronecker", "natural_gradient"):
-        raise ValueError(
-            "config.fipa.local.matched: needs local.optimizer = 'gauss_newton', 'natural_gradient' or 'kronecker'; set "
-            "it to False"
-        )
+    if settings.local.optimizer not in ("gauss_newton", *BY_CURVATURE):
+        known = ", ".join(map(repr, BY_CURVATURE))
+        raise ValueError(f"config.fipa.local.matched: needs local.optimizer = 'gauss_newton', {known}; set it to False")
     if settings.aggregator.relative:
         raise ValueError("config.fipa.local.matched: needs an absolute damping; set aggregator.relative to False")
 
@@ -371,7 +358,7 @@ def matched(settings: ConfigDict, aggregator: Aggregator) -> bool:
     """Whether the clients' steps take the rule's damping, or its belief; they cannot where it is another's."""
     if aggregator.needs.curvature == "posterior":
         return True
-    return settings.local.matched and aggregator.needs.curvature in ("image", "sketch", *LAYERS)
+    return settings.local.matched and aggregator.needs.curvature in ("image", "sketch", "layers", "layer_inputs")
 
 
 def has_faults(settings: ConfigDict) -> bool:

@@ -18,7 +18,7 @@ from fipa_jax.aggregate.posteriors import PosteriorOptions
 from fipa_jax.aggregate.row_blocks import Spread
 from fipa_jax.aggregate.rules import AGGREGATORS
 from fipa_jax.aggregate.sums import SumOptions
-from fipa_jax.client import first_order, ivon, layer_steps, second_order, terms
+from fipa_jax.client import first_order, ivon, second_order, terms
 from fipa_jax.client.compression import Compression, Compressor, compressed, compressor_of
 from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
 from fipa_jax.config.methods import method
@@ -30,12 +30,12 @@ from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.lookup import lookup
 from fipa_jax.models.layers import tapped
 from fipa_jax.run import private_run
-from fipa_jax.run.phase_checks import check_fit, has_faults, matched, naming
+from fipa_jax.run.phase_checks import BY_CURVATURE, check_fit, has_faults, matched, naming
 from fipa_jax.tasks.task import Task, unaugmented
 
 MANY = 2**31 - 1  # clients, where it is not known yet how many there are
-LOCAL_SOLVERS = first_order.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS | layer_steps.LOCAL_SOLVERS
-LOCAL_SOLVERS |= ivon.LOCAL_SOLVERS | {"gradient": first_order.gradient}
+LOCAL_SOLVERS = first_order.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS | ivon.LOCAL_SOLVERS
+LOCAL_SOLVERS |= {"gradient": first_order.gradient}
 # Fields of a phase that `make_rates` takes, so that they are traced. What a rule's state holds is traced too, see
 # `Aggregator.hyper`.
 TRACED = (
@@ -66,8 +66,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     compressor = compressor_of(Compression(**settings.local.compress))
     local = local_of(settings, aggregator, term, task, compressor)
     check_fit(settings, aggregator, term, cohort, num_clients)
-    natural, layerwise = (settings.local.optimizer == name for name in ("natural_gradient", "kronecker"))
-    by_sketch = aggregator.needs.curvature == "sketch" and (natural or settings.local.adaptive.scale > 0)
+    adaptive = aggregator.needs.curvature == "sketch" and settings.local.adaptive.scale > 0
     return Parts(
         task=task,
         local=private_run.local_in_frame(local, settings),
@@ -81,7 +80,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
         also_trained=settings.also_trained,
         channel=channel_of(config, settings, task, num_clients),
         announce=aggregator.announce if matched(settings, aggregator) else announce_nothing,
-        sketch_first=by_sketch or layerwise,
+        sketch_first=adaptive or settings.local.optimizer in BY_CURVATURE,
         sketch_examples=settings.sketch.examples,
         update_bytes=compressor and compressor.bytes_of,
         first=first_round(config, settings),

@@ -11,7 +11,7 @@ from helpers.centralised import rates
 
 from fipa_jax import aggregate, tasks
 from fipa_jax.aggregate.limits import Limits
-from fipa_jax.client import layer_steps, second_order, terms
+from fipa_jax.client import first_order, second_order, terms
 from fipa_jax.client.examples import Client
 from fipa_jax.curvature import sketch
 from fipa_jax.curvature.layer_factors import sketcher_of_layers
@@ -41,7 +41,7 @@ def _parts(message):
     else:
         rule = aggregate.kronecker(damping=BETA, relative=False, at="broadcast", limits=UNBOUNDED)
         sketcher = sketcher_of_layers(tapped, TASK.loss, inputs_alone=True)
-        local = functools.partial(layer_steps.layerwise, batch_size=0, steps=1)
+        local = functools.partial(first_order.first_order, optimizer="kronecker", batch_size=0, steps=1)
     given = TASK, local(TASK.loss, TASK.augment), terms.none(), sketcher, rule
     server = parts_lib.optax.identity()
     return Parts(*given, server, num_clients=3, cohort=3, announce=rule.announce, sketch_first=True)

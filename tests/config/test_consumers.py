@@ -26,7 +26,6 @@ CONSUMERS = {
         "client.second_order.gauss_newton",
         "client.second_order.lbfgs",
         "client.second_order.natural_gradient",
-        "client.layer_steps.layerwise",
         "client.ivon.ivon",
         "client.first_order.gradient",
         "client.local_solver.Hyper",

@@ -233,7 +233,7 @@ def test_an_unknown_split_lists_the_known_ones():
             r"local\.gauss_newton\.system: unknown 'x'; known",
         ),
         ({"fipa__local__optimizer": "lbfgs", "fipa__local__clip_norm": 1.0}, "lbfgs.*takes no local.clip_norm"),
-        ({"compare": ("fedavg:local.optimizer=natural_gradient",)}, "natural_gradient.*a step by the client's sketch"),
+        ({"compare": ("fedavg:local.optimizer=natural_gradient",)}, "natural_gradient.*steps by the client's sketch"),
         (
             {"compare": ("fipa:local.optimizer=natural_gradient:local.damping=0",)},
             r"local\.damping: 'natural_gradient'",
