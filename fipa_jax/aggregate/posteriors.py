@@ -6,6 +6,7 @@
 with U and V the weighted sums of the clients' duals, which the server follows by itself: U moves by
 rho sum_m w_m (s_m - s), V by rho sum_m w_m (s_m mean_m - s mean), s and mean those before the round (arXiv 2506.13150).
 On quadratic losses, at rho = 1 and from duals of zero and the prior, a round of exact clients is the posterior of all.
+The factor 1 / (1 + rho) and the least precision, that of the prior, are ours: the paper's pseudocode was not at hand.
 """
 
 from typing import Literal, NamedTuple

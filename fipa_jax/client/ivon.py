@@ -10,6 +10,11 @@ gradient g there, and reads the curvature off it:
 with gbar the debiased mean of gradients. With d the weight decay, linear = 0 and rho = 1 that is IVON. In ADMM's form
 (arXiv 2506.13150), with the server's belief (mbar, sbar) and a client's duals (v, u), d = rho sbar - u and
 linear = v - rho sbar mbar: it minimises E[loss] + <duals, moments> + rho KL(own belief, server's belief) / N.
+
+Of IVON-ADMM the structure is followed: duals for mean and precision, natural parameters that add up, one round on
+quadratic losses. Its pseudocode was not at hand. Ours are what is derived from that objective: the belief with which a
+client begins (the server's mean, its own dual u for a curvature), one N for all clients (of those who took part last),
+and what the server does in `aggregate.posteriors`. Published step sizes and settings may not carry over.
 """
 
 from typing import Any, NamedTuple, cast

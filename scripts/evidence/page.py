@@ -71,6 +71,8 @@ def _part(name, study, found, tables, command, size, pictured):
 
 
 def _hours(hours: float) -> str:
+    if hours >= 10:
+        return f"{hours:.0f} hours"
     words = f"{hours:.2g} hour" if hours >= 1 else f"{max(round(60 * hours), 1)} minute"
     return words if words.startswith("1 ") else f"{words}s"
 
