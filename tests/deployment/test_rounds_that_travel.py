@@ -282,6 +282,11 @@ def test_what_only_a_simulation_can_do_is_refused(federation, field, value, word
         agreeing()
 
 
+def test_duals_of_beliefs_do_not_travel(federation):
+    with pytest.raises(ValueError, match=r"config\.fipa\.term\.name: keeps something at each client"):
+        agree(config_of(), federation.problem.task, 3, federation.problem.test, spec="ivon_admm")
+
+
 def test_late_answers_count_with_their_age():
     """Client 2 answers each broadcast a round later: what the mean makes of it is what FedBuff says."""
     config = config_of(fipa={"rounds": 3})
