@@ -253,5 +253,5 @@ def test_an_empty_client_does_not_move(x64, options):
 
 
 def test_wrong_choices_name_the_field():
-    with pytest.raises(ValueError, match=r"local\.optimizer: unknown 'adm'; known: adam, momentum, .*yogi"):
+    with pytest.raises(ValueError, match=r"local\.optimizer: unknown 'adm'; known: adam, kronecker, momentum, .*yogi"):
         client_lib.first_order(squared, KEEP, optimizer="adm")
