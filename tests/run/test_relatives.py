@@ -25,6 +25,10 @@ def test_runs_lower_the_loss(tmp_path):
         of_run = [row for row in rows if row["run"] == spec]
         assert of_run[-1]["test_mse"] < of_run[0]["test_mse"], spec
         assert not any(row["skipped"] for row in of_run)
+    update, inputs, outputs = 10, 3 + 10, 6 + 1  # numbers of a client: 1-3-1 with biases, halves of the layers' factors
+    for spec, factors in zip(RUNS, (inputs, inputs + outputs, inputs + outputs, update, update, 0), strict=True):
+        sent = next(row["bytes_up"] for row in rows if row["run"] == spec)
+        assert sent == 2 * 4 * (update + factors), spec
 
 
 @pytest.mark.parametrize(
