@@ -58,7 +58,7 @@ def released_frame(params: Any, spent: Spent, rates: PrivacyRates) -> Frame:
 def private(expected: float, sampled: bool = False, frame_of: FrameOf = no_frame, released: bool = False) -> Channel:
     """The channel that lets through nothing of the clients but the noisy mean of their clipped updates.
 
-        step = W (sum_m clip(v_m) + z C xi) / (q T),   xi standard normal
+        step = W (sum_m clip_C(v_m) + z C xi) / (q T),   xi standard normal,  C = clip * clip_decay^k in round k
 
     Each of them has the same weight, 1 / (q T) of the expected number of clients, so that neither who takes part nor
     how many examples it has shows.
