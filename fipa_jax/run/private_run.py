@@ -46,7 +46,7 @@ def channel_of(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     """The channel of a private phase."""
     frame_of, released = noisy_sum.no_frame, None
     if settings.privacy.whitening == "public":
-        frame_of = functools.partial(_public_frame, task, settings.privacy.eigenpairs)
+        frame_of = functools.partial(public_frame, task, settings.privacy.eigenpairs)
     if settings.privacy.whitening == "release":
         frame_of, released = noisy_sum.released_frame, True
     sampled = settings.privacy.sampling == "poisson"
@@ -59,7 +59,7 @@ def local_in_frame(local: LocalSolver, settings: ConfigDict) -> LocalSolver:
     return noisy_sum.in_frame(local) if whitens else local
 
 
-def _public_frame(task: Task, rank: int, params: dict, spent: Spent, rates: PrivacyRates) -> Frame:
+def public_frame(task: Task, rank: int, params: dict, spent: Spent, rates: PrivacyRates) -> Frame:
     """The frame of the curvature at public examples, as the model has it now: it needs no labels."""
     ggn = make_ggn(lambda theta, batch: task.outputs(trees.nested(theta), batch)[0], task.loss, jacobian="rows")
     return frame_of_rows(ggn(params, rates.public).rows, rank, rates.damping)

@@ -192,6 +192,7 @@ class Measure:
 
         from fipa_jax import trees
         from fipa_jax.config import methods
+        from fipa_jax.privacy import noisy_sum
         from fipa_jax.reporting import metrics
         from fipa_jax.run import experiment, phase_parts, private_run, whole_run
 
@@ -208,6 +209,10 @@ class Measure:
         self.size, self.expected = trees.ravel(chosen).size, config.cohort or len(self.built.problem.clients)
         release = self.settings.privacy.whitening == "release"
         self.moments = private_run.second_moments(self.view, self.settings) if release else None
+        self.public = self.settings.privacy.whitening == "public"
+        if self.public:  # the channel would compute the frame of a round twice, for the clients and for the server
+            channel = noisy_sum.private(float(self.expected), frame_of=noisy_sum.released_frame)
+            self.parts = self.parts._replace(channel=channel)
         self.compiled = jax.jit(self.final)
         figures = jax.eval_shape(self.on_test, self.built.params)
         show = args.figure or next(name for name in figures if "accuracy" in name or "mse" in name or "loss" in name)
@@ -220,6 +225,14 @@ class Measure:
         from fipa_jax.run import loop
 
         return loop.on_test(self.view, self.view.held, params)
+
+    def frame(self, state, rates):
+        """The round's coordinates by public inputs, as the run computes them."""
+        from fipa_jax import trees
+        from fipa_jax.run import private_run
+
+        chosen, rank = trees.select(state.params, self.settings.trainable), self.settings.privacy.eigenpairs
+        return private_run.public_frame(self.view.problem.task, rank, chosen, None, rates.channel.privacy)
 
     def plan(self, epsilon: float, rounds: int):
         from fipa_jax.run import private_run
@@ -280,9 +293,12 @@ class Measure:
         frame = ()
         if self.moments is not None:
             frame = mechanism.released_frame(jax.random.fold_in(root, 9), self.moments, 1 / released, damping)
+        frame = self.frame(state, rates) if self.public else frame
         state = state._replace(history=Spent(state.history.rounds, noise, frame))
 
         def body(_, state):
+            if self.public:
+                state = state._replace(history=state.history._replace(frame=self.frame(state, rates)))
             return whole_round(self.parts, state, rates, *people, root)[0]
 
         state = jax.lax.fori_loop(0, rounds, body, state)

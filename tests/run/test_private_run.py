@@ -104,6 +104,19 @@ def test_a_model_of_public_data_gives_a_part_of_the_first_model(tmp_path, ended)
         experiment.build(private(init_from=str(ended[0] / "fedavg.msgpack"), init_paths="nonesuch"))
 
 
+def test_own_data_is_private_by_inputs_that_are_nobodys(tmp_path):
+    draw, file = np.random.default_rng(0), tmp_path / "mine.npz"
+    x = draw.normal(3, 2, size=(60, 3))
+    np.savez(file, x=x, y=np.where(x[:, 0] > 3, "a", "b"), client=np.arange(60) % 6, x_public=x[:9] + 1)
+    config = runpy.run_path(str(ROOT / "configs" / "own_data.py"))["get_config"]("private")
+    config.task.file, config.fipa.privacy.delta = str(file), 1e-2
+    built = experiment.build(config)
+    assert built.problem.public["x"].shape == (9, 3)
+    config.task.standardise = "client"
+    with pytest.raises(ValueError, match=r"'client' scales by all clients' inputs or targets"):
+        experiment.build(config)
+
+
 @pytest.mark.slow
 def test_the_phase_of_a_head_whitens_by_released_features(tmp_path):
     """The whole of `digits.py:private` by its released second moments, in two rounds."""
