@@ -45,9 +45,9 @@ def run(options: list[str]) -> dict:
     parser.add_argument("--epsilons", nargs="*", type=float, default=[1, 3, 8])
     parser.add_argument("--rounds", nargs="*", type=int, default=[40, 160])
     parser.add_argument("--steps", nargs="*", type=int, default=[1], help="local ones")
-    parser.add_argument("--clips", nargs="*", type=float, default=[0.1, 0.3, 1.0, 3.0])
+    parser.add_argument("--clips", nargs="*", type=float, default=[0.1, 0.25, 0.6, 1.5, 4.0])
     parser.add_argument(
-        "--ends", nargs="*", type=float, default=[1.0, 0.1], help="the last round's clip over the first"
+        "--ends", nargs="*", type=float, default=[1.0, 0.1, 0.03], help="the last round's clip over the first"
     )
     parser.add_argument("--rates", nargs="*", type=float, default=[0.3, 1.0, 3.0], help="local.lr; whitened: * beta")
     parser.add_argument("--server-rates", nargs="*", type=float, default=[1.0, 3.0, 10.0, 30.0], help="of DP-FedAvg")
