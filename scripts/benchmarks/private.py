@@ -4,7 +4,8 @@ One grid for all: local steps x rounds x clips x how far the clip falls x rates 
 rule's own (the server's rate of DP-FedAvg and DP-FedAdam, the damping beta of the whitened ones, whose rates are in
 units of 1 / beta). For each epsilon all settings run with one key, the best tenth with further ones, and the mean over
 these keys chooses, on the holdout set where there is one. The table is of further keys, each with its own
-initialisation and noise; `edge` names what was chosen at an end of its list. `--parts accountant` times the accountant.
+initialisation and noise; `edge` names what was chosen at an end of its list. kappa is
+z sqrt(P) / (q n), of one round, and `of_run` that over the root of their number. `--parts accountant` times the accountant.
 """
 
 import argparse
@@ -181,7 +182,8 @@ def shown(rule: str, epsilon: float, measure, rounds: int, setting: tuple, args)
     line |= {"std": float(values.std(ddof=min(args.keys - 1, 1)))} | {k: f"{v:.3g}" for k, v in chosen.items()}
     at_end = [name for name, tried in lists.items() if len(tried) > 1 and chosen[name] in (min(tried), max(tried))]
     kappa = noise * measure.size**0.5 / measure.expected
-    return line | {"z": f"{noise:.3g}", "kappa": f"{kappa:.2g}", "edge": " ".join(at_end) or "-"}
+    line |= {"z": f"{noise:.3g}", "kappa": f"{kappa:.2g}", "of_run": f"{kappa / rounds**0.5:.2g}"}
+    return line | {"edge": " ".join(at_end) or "-"}
 
 
 class Measure:
