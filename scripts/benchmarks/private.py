@@ -4,8 +4,8 @@ One grid for all: local steps x rounds x clips x how far the clip falls x rates 
 rule's own (the server's rate of DP-FedAvg and DP-FedAdam, the damping beta of the whitened ones, whose rates are in
 units of 1 / beta). For each epsilon all settings run with one key, the best tenth with further ones, and the mean over
 these keys chooses, on the holdout set where there is one. The table is of further keys, each with its own
-initialisation and noise; `edge` names what was chosen at an end of its list. kappa is
-z sqrt(P) / (q n), of one round, and `of_run` that over the root of their number. `--parts accountant` times the accountant.
+initialisation and noise; `edge` names what was chosen at an end of its list. kappa is z sqrt(P) / (q T), of one round,
+and `of_run` that over the root of their number. `--parts accountant` times the accountant.
 """
 
 import argparse
