@@ -18,19 +18,21 @@ from ml_collections import ConfigDict
 from fipa_jax import trees
 from fipa_jax.client.local_solver import LocalSolver
 from fipa_jax.curvature.products import make_ggn
+from fipa_jax.curvature.sketch import make_sketch
 from fipa_jax.federation.channel import Channel
 from fipa_jax.federation.parallel import make_mesh, replicate
 from fipa_jax.federation.parts import Rates
 from fipa_jax.federation.state import State
 from fipa_jax.privacy import accounting, mechanism, noisy_sum
 from fipa_jax.privacy.accounting import Plan
-from fipa_jax.privacy.mechanism import Frame, frame_of_rows
+from fipa_jax.privacy.mechanism import Frame, frame_of_rows, whitened
 from fipa_jax.privacy.noisy_sum import PrivacyRates, Spent
 from fipa_jax.reporting import console
 from fipa_jax.run.private_checks import is_private
 from fipa_jax.tasks.task import Problem, Task
 
 RELEASE = 0x4E1E  # a stream of the secret key
+MOST_ENTRIES = 2**26  # of the public examples' Jacobian, up to which it is computed as a whole
 
 
 def cohort_of(config: ConfigDict, settings: ConfigDict, num_clients: int) -> int:
@@ -61,8 +63,16 @@ def local_in_frame(local: LocalSolver, settings: ConfigDict) -> LocalSolver:
 
 def public_frame(task: Task, rank: int, params: dict, spent: Spent, rates: PrivacyRates) -> Frame:
     """The frame of the curvature at public examples, as the model has it now: it needs no labels."""
-    ggn = make_ggn(lambda theta, batch: task.outputs(trees.nested(theta), batch)[0], task.loss, jacobian="rows")
-    return frame_of_rows(ggn(params, rates.public).rows, rank, rates.damping)
+
+    def outputs(theta, batch):
+        return task.outputs(trees.nested(theta), batch)[0]
+
+    size, out = trees.ravel(params).size, jax.eval_shape(outputs, params, rates.public)
+    if out.size * size <= MOST_ENTRIES:
+        rows = make_ggn(outputs, task.loss, jacobian="rows")(params, rates.public).rows
+        return frame_of_rows(rows, rank, rates.damping)
+    of_all = make_sketch(outputs, task.loss, rank=min(rank, size), solver="auto", probes=0)
+    return whitened(of_all(jax.random.key(0), params, rates.public), rates.damping)
 
 
 def rates_of(settings: ConfigDict, dtype: str, public: dict | None) -> PrivacyRates | None:
@@ -72,7 +82,7 @@ def rates_of(settings: ConfigDict, dtype: str, public: dict | None) -> PrivacyRa
     if settings.privacy.whitening == "public" and public is None:
         raise ValueError(
             "privacy.whitening: 'public' needs examples that are no client's, and this task has none; for images name "
-            "a set in config.data.public, or set it to 'none'"
+            "a set in config.data.public, own data have them in x_public of the file; or set it to 'none'"
         )
     given = settings.privacy
     clip, damping, decay = (jnp.asarray(value, dtype) for value in (given.clip, given.damping, given.clip_decay))
@@ -143,7 +153,8 @@ def plan_of(experiment: Any, settings: ConfigDict) -> Plan:
 def _in_words(given: ConfigDict, plan: Plan) -> str:
     who = "all clients" if plan.rate == 1 else f"each client with probability {plan.rate:.3g}"
     within = f"epsilon {given.epsilon:g} at delta {given.delta:g}"
-    return f"private: {who}, clip {given.clip:g}, noise multiplier {plan.noise:.4g}, within {within}"
+    falls = f" times {given.clip_decay:g} a round" if given.clip_decay < 1 else ""
+    return f"private: {who}, clip {given.clip:g}{falls}, noise multiplier {plan.noise:.4g}, within {within}"
 
 
 def _spent_by(plan: Plan) -> Callable[[int], float]:
