@@ -12,6 +12,7 @@ from helpers.runs import tiny
 
 from fipa_jax.privacy import accounting, mechanism
 from fipa_jax.privacy.noisy_sum import PrivacyRates
+from fipa_jax.reporting import console
 from fipa_jax.run import experiment, private_run, whole_run
 from fipa_jax.saving.journal import SECRETS
 from fipa_jax.saving.model_files import load
@@ -54,6 +55,8 @@ def test_rows_say_what_is_spent_and_nothing_of_single_clients(ended):
     allowed = ("run", "round", "test_", "bytes_", "skipped", "epsilon", "delta")
     assert not [name for row in rows for name in row if not name.startswith(allowed)]
     assert summary["runs"][WHITENED]["epsilon"] == spent[-1] and summary["runs"]["fedavg"]["delta"] == 1e-2
+    said, page = console.spent(summary), (folder / "report.html").read_text()
+    assert said.count("has spent epsilon 8 at delta 0.01") == 2 and ">epsilon<" in page and ">seconds<" not in page
     assert not (folder / "split.png").exists() and "constant" not in json.loads((folder / "start.json").read_text())
     secrets = json.loads((folder / SECRETS).read_text())
     assert len(set(secrets.values())) == 2 and (folder / SECRETS).stat().st_mode & 0o077 == 0
