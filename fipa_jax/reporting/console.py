@@ -216,9 +216,8 @@ def progress(row: dict, width: int) -> str:
 
 def show_table(summary: dict, compilations: Compilations) -> None:
     """Prints the compared methods side by side, and what was compiled."""
-    print(
-        f"\n{table(summary)}\n{clients_table(summary)}{personal_table(summary)}{spent(summary)}\ncompiled {compilations}"
-    )
+    further = clients_table(summary) + personal_table(summary) + spent(summary)
+    print(f"\n{table(summary)}\n{further}\ncompiled {compilations}")
 
 
 def table(summary: dict) -> str:
