@@ -141,6 +141,7 @@ PHASE = {
     "privacy.epsilon": NOT_NEGATIVE,
     "privacy.delta": Range(0, 1, "probability", "()"),
     "privacy.clip": Range(0, brackets="(]"),
+    "privacy.clip_decay": Range(0, 1, "factor", "(]"),
     "privacy.noise_multiplier": NOT_NEGATIVE,
     "privacy.damping": Range(0, brackets="(]"),
     "privacy.eigenpairs": POSITIVE,

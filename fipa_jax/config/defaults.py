@@ -52,7 +52,9 @@ def task() -> ConfigDict:
     group.num_clients = 2  # sine: equal intervals of [0, 1]
     group.examples_per_client = 50
     group.seed = 0  # of the examples' positions; own_data: of the sets set apart and the clusters
-    group.file = ""  # own_data: .npz with x [N, d] and y [N] or [N, K], maybe x_test, y_test, client; .csv, .parquet
+    group.file = (
+        ""  # own_data: .npz with x [N, d] and y [N] or [N, K], x_test, y_test, x_public, client; .csv, .parquet
+    )
     group.targets = ()  # own_data: of a table, the columns to predict; () for y
     group.inputs = ()  # own_data: of a table, the columns to predict from; () for all others
     group.client = "client"  # own_data: of a table, the column that says whose a row is, for the split `given`
@@ -61,7 +63,7 @@ def task() -> ConfigDict:
     group.holdout = 0.0  # own_data: fraction of the other ones set apart, evaluated as `holdout_*`, for tuning
     group.split = "column"  # own_data: column (values or quantiles of one), kmeans (of x), given (the file's client)
     group.column = 0  # own_data: of x, by which the split `column` goes
-    group.standardise = "pooled"  # own_data: x to mean 0 and variance 1, by all training examples; client, none
+    group.standardise = "pooled"  # own_data: x to mean 0 and variance 1, by all training examples; client, public, none
     group.window = 32  # text: characters of an example; of the fields above also file, test_fraction, holdout: in time
     group.least_characters = 1000  # text: of a speaker, to be a client
     group.equation = "poisson_1d"  # pde: poisson_1d, _2d, _3d, fisher_kpp, burgers, burgers_mild, helmholtz
@@ -342,6 +344,7 @@ def privacy() -> ConfigDict:
     group.epsilon = 0.0  # that all rounds of the phase may spend together, at `delta`; 0 for no privacy
     group.delta = 1e-3  # well below one over the number of clients
     group.clip = 0.1  # C, bound on the norm of a client's update
+    group.clip_decay = 1.0  # factor on it after each round: below 1 the noise falls with the steps
     group.noise_multiplier = 0.0  # z; 0 for the least with which all rounds stay within epsilon
     group.sampling = "all"  # or poisson: each client takes part with the probability cohort / clients
     group.whitening = "none"  # public (by the curvature at public examples), release (by private features, once)

@@ -14,12 +14,12 @@ from fipa_jax.data import tables
 from fipa_jax.data.partition import BROKEN, why
 from fipa_jax.files import local
 
-NAMES = ("x", "y", "x_test", "y_test", "client", "client_test")  # of the arrays that are known
+NAMES = ("x", "y", "x_test", "y_test", "x_public", "client", "client_test")  # of the arrays that are known
 RECIPE = 'np.savez("mine.npz", x=x, y=y)'
 
 
 def read(file: str, columns: tables.Columns = tables.Columns()) -> dict[str, np.ndarray]:
-    """{name: array} of what a file holds, checked: x, y, and if there x_test, y_test, client and client_test.
+    """{name: array} of what a file holds, checked: x, y, and where they are there the others of `NAMES`.
 
     Args:
       file: its path, `config.task.file`: an .npz of arrays by these names, or a table, see `tables.READERS`.
@@ -27,7 +27,7 @@ def read(file: str, columns: tables.Columns = tables.Columns()) -> dict[str, np.
 
     Returns:
       x [N, d] in float64; y [N, K] in float64, or [N] of words; x_test and y_test alike;
-      client [N] and client_test, integers or words.
+      client [N] and client_test, integers or words; x_public [N, d], inputs that are nobody's.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -44,7 +44,11 @@ def read(file: str, columns: tables.Columns = tables.Columns()) -> dict[str, np.
     arrays |= _pair(file, arrays, "x", "y")
     if "x_test" in arrays:
         arrays |= _pair(file, arrays, "x_test", "y_test")
-        _check_columns(file, arrays)
+        _check_columns(file, arrays, ("x", "x_test"), ("y", "y_test"))
+    if "x_public" in arrays:
+        nobodys = {"x_public": arrays["x_public"], "nothing": np.zeros(len(arrays["x_public"]))}
+        arrays["x_public"] = _pair(file, nobodys, "x_public", "nothing")["x_public"]
+        _check_columns(file, arrays, ("x", "x_public"))
     if "client" in arrays:
         _check_client(file, "client", arrays["client"], len(arrays["x"]))
     if "client_test" in arrays:
@@ -107,7 +111,7 @@ def _array(file: str, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
         array = archive[name]
     except BROKEN as error:
         refuse(file, f"has a {name!r} that cannot be read{why(error)}; nothing is unpickled: save plain numbers")
-    words = "" if name in ("x", "x_test") else "U"
+    words = "" if name.startswith("x") else "U"
     if array.dtype.kind not in "biuf" + words:
         refuse(file, f"has {name!r} of dtype {array.dtype}; save real numbers{' or words' if words else ''}")
     return array
@@ -140,14 +144,14 @@ def _check_finite(file: str, name: str, array: np.ndarray) -> None:
         refuse(file, f"has NaN or infinity in {wrong.size} rows of {name}, first in row {wrong[0]}; drop them")
 
 
-def _check_columns(file: str, arrays: dict) -> None:
-    """Refuses a test set with other numbers of columns than the training set has."""
-    for name in ("x", "y"):
-        if arrays[name].ndim != arrays[f"{name}_test"].ndim:
-            refuse(file, f"has words in one of {name} and {name}_test; save both alike")
-        wide, test = (arrays[each].shape[1:] or (1,) for each in (name, f"{name}_test"))
-        if test != wide:
-            refuse(file, f"has {wide[0]} columns in {name} but {test[0]} in {name}_test; make them equal")
+def _check_columns(file: str, arrays: dict, *pairs: tuple[str, str]) -> None:
+    """Refuses a test set, or public inputs, with other numbers of columns than the training set has."""
+    for name, other in pairs:
+        if arrays[name].ndim != arrays[other].ndim:
+            refuse(file, f"has words in one of {name} and {other}; save both alike")
+        wide, theirs = (arrays[each].shape[1:] or (1,) for each in (name, other))
+        if theirs != wide:
+            refuse(file, f"has {wide[0]} columns in {name} but {theirs[0]} in {other}; make them equal")
 
 
 def _check_client(file: str, name: str, client: np.ndarray, num_examples: int) -> None:

@@ -28,6 +28,7 @@ class PrivacyRates(NamedTuple):
     noise: jax.Array  # [], z: the noise multiplier
     rate: jax.Array  # [], q: the probability with which a client takes part
     damping: jax.Array  # [], beta of the frame
+    clip_decay: jax.Array  # [], factor on the bound after each round
     rounds: jax.Array  # [] int32, that the budget affords; later ones change nothing
     public: Any = ()  # {field: [N, ...]}, examples that are no client's, at which the server sees curvature
 
@@ -57,7 +58,7 @@ def released_frame(params: Any, spent: Spent, rates: PrivacyRates) -> Frame:
 def private(expected: float, sampled: bool = False, frame_of: FrameOf = no_frame, released: bool = False) -> Channel:
     """The channel that lets through nothing of the clients but the noisy mean of their clipped updates.
 
-        step = W (sum_m clip(v_m) + z C xi) / (q T),   xi standard normal
+        step = W (sum_m clip_C(v_m) + z C xi) / (q T),   xi standard normal,  C = clip * clip_decay^k in round k
 
     Each of them has the same weight, 1 / (q T) of the expected number of clients, so that neither who takes part nor
     how many examples it has shows.
@@ -88,7 +89,8 @@ def private(expected: float, sampled: bool = False, frame_of: FrameOf = no_frame
         rows = trees.ravel_stacked(uploads.delta)
         present = uploads.num_examples > 0 if order.part is None else (uploads.num_examples > 0) & (order.part > 0)
         key = jax.random.fold_in(jax.random.fold_in(given.secret, NOISE), spent.rounds)
-        mean = noisy_sum(key, rows, present, given.clip, given.noise) / expected
+        bound = given.clip * given.clip_decay**spent.rounds
+        mean = noisy_sum(key, rows, present, bound, given.noise) / expected
         frame = frame_of(params, spent, given)
         mean = mean if frame is None else out_of(frame, mean)
         open_ = spent.rounds < given.rounds

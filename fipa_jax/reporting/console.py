@@ -216,7 +216,8 @@ def progress(row: dict, width: int) -> str:
 
 def show_table(summary: dict, compilations: Compilations) -> None:
     """Prints the compared methods side by side, and what was compiled."""
-    print(f"\n{table(summary)}\n{clients_table(summary)}{personal_table(summary)}\ncompiled {compilations}")
+    further = clients_table(summary) + personal_table(summary) + spent(summary)
+    print(f"\n{table(summary)}\n{further}\ncompiled {compilations}")
 
 
 def table(summary: dict) -> str:
@@ -257,6 +258,16 @@ def personal_table(summary: dict) -> str:
                 text += f"\n{shortened(run, WIDTH)}\n{whose:<{NAME}}{heads}\n"
             text += f"  {way:<{NAME - 2}}" + "".join(f"{_number(value):>{CELL + 2}}" for value in values) + "\n"
     return text
+
+
+def spent(summary: dict) -> str:
+    """What each private method has spent, as printed at the end of a run; "" where nothing is private."""
+    lines = [
+        f"{shortened(run, WIDTH)}\n  has spent epsilon {result['epsilon']:.3g} at delta {result['delta']:g}\n"
+        for run, result in summary["runs"].items()
+        if "epsilon" in result
+    ]
+    return "".join(["\n", *lines]) if lines else ""
 
 
 def _block(runs: dict, width: int, names: list[str]) -> str:

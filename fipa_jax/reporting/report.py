@@ -161,7 +161,11 @@ def _results(runs: dict, rows: Sequence[dict], looks: dict[str, curves.Look]) ->
             is_best = value is not None and value == best[name, which]
             cells.append(("no number" if value is None else f"{value:.4g}", "n best" if is_best else "n"))
         lines.append(cells + [(text, "n") for text in _cost([row for row in rows if row["run"] == run])])
-    return _table(["method", *heads, "rounds", "MB sent", "seconds"], lines)
+    spent = {run: result["epsilon"] for run, result in runs.items() if "epsilon" in result}
+    if spent:  # in the place of the seconds, which would tell how many clients worked
+        for run, line in zip(runs, lines, strict=True):
+            line[-1] = (f"{spent[run]:.3g}" if run in spent else "no privacy", "n")
+    return _table(["method", *heads, "rounds", "MB sent", "epsilon" if spent else "seconds"], lines)
 
 
 def _personal(runs: dict) -> str:

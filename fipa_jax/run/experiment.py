@@ -22,7 +22,7 @@ from fipa_jax.federation.population import OnHost, Resident
 from fipa_jax.federation.round import by_clients
 from fipa_jax.federation.state import fetch
 from fipa_jax.reporting import metrics, plots
-from fipa_jax.run import head_features, personal_stage, phase_checks, phase_parts, private_run, programs
+from fipa_jax.run import head_features, personal_stage, phase_checks, phase_parts, private_checks, programs
 from fipa_jax.saving.model_files import load
 from fipa_jax.tasks import task as tasks
 from fipa_jax.tasks.classification import averaged
@@ -146,7 +146,7 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     personal_stage.check(experiment, settings)
     rates = phase_parts.make_rates(settings, config.precision, experiment.problem.public)
     parts = parts_of(experiment, settings)
-    private_run.check_people(experiment, settings, parts)
+    private_checks.check_people(experiment, settings, parts)
     phase_checks.check_needs(settings, parts, params, people.data, name)
     store_on_host(config, parts, params)
     check_room(parts, params)

@@ -29,7 +29,7 @@ from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.lookup import lookup
 from fipa_jax.models.layers import tapped
-from fipa_jax.run import private_run
+from fipa_jax.run import private_checks, private_run
 from fipa_jax.run.phase_checks import BY_CURVATURE, check_fit, has_faults, matched, naming
 from fipa_jax.tasks.task import Task, unaugmented
 
@@ -41,7 +41,7 @@ LOCAL_SOLVERS |= {"gradient": first_order.gradient}
 TRACED = (
     *("local.lr", "local.lr_decay", "local.damping", "term.mu", "server.lr", "late.share"),
     *(f"faults.{name}" for name in FaultRates._fields),
-    *(f"privacy.{name}" for name in ("clip", "damping", "delta", "noise_multiplier", "release_share")),
+    *(f"privacy.{name}" for name in ("clip", "clip_decay", "damping", "delta", "noise_multiplier", "release_share")),
 )
 
 
@@ -57,7 +57,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     Raises:
       ValueError: a name is not known, or choices do not fit together; names the config field.
     """
-    private_run.check(config, settings)
+    private_checks.check(config, settings)
     cohort = private_run.cohort_of(config, settings, num_clients)
     term = lookup(terms.TERMS | {"duals": ivon.duals}, settings.term.name, "config.term.name")()
     mesh = make_mesh(config.devices)
@@ -204,7 +204,7 @@ def eigenpairs_of(settings: ConfigDict, task: Task) -> sketch.Sketcher:
 
 def channel_of(config: ConfigDict, settings: ConfigDict, task: Task, num_clients: int) -> Channel:
     """What lies between server and clients."""
-    if private_run.is_private(settings):
+    if private_checks.is_private(settings):
         return private_run.channel_of(config, settings, task, num_clients)
     channels = [late(settings.late.most)] if settings.late.share else []
     channels += [faulty()] if has_faults(settings) else []

@@ -1,4 +1,4 @@
-"""How is a phase private? What it must not ask for, the channel, the noise that its budget affords, and what it spends.
+"""How is a phase private? Its channel, the noise that its budget affords, and what it spends.
 
 What may be shown of such a run is made of the noisy sums alone: the model, the figures of the test set, epsilon. What
 must stay with the server is what the run needs to go on: checkpoints, `origin.json`, and the secret of its noise.
@@ -17,121 +17,22 @@ from ml_collections import ConfigDict
 
 from fipa_jax import trees
 from fipa_jax.client.local_solver import LocalSolver
+from fipa_jax.curvature.products import make_ggn
 from fipa_jax.curvature.sketch import make_sketch
-from fipa_jax.data import loading
 from fipa_jax.federation.channel import Channel
 from fipa_jax.federation.parallel import make_mesh, replicate
-from fipa_jax.federation.parts import Parts, Rates
-from fipa_jax.federation.population import OnHost
+from fipa_jax.federation.parts import Rates
 from fipa_jax.federation.state import State
-from fipa_jax.lookup import lookup
 from fipa_jax.privacy import accounting, mechanism, noisy_sum
 from fipa_jax.privacy.accounting import Plan
-from fipa_jax.privacy.mechanism import Frame, whitened
+from fipa_jax.privacy.mechanism import Frame, frame_of_rows, whitened
 from fipa_jax.privacy.noisy_sum import PrivacyRates, Spent
 from fipa_jax.reporting import console
+from fipa_jax.run.private_checks import is_private
 from fipa_jax.tasks.task import Problem, Task
 
 RELEASE = 0x4E1E  # a stream of the secret key
-WHITENINGS = {
-    "none": "clients train the parameters as they are",
-    "public": "by the curvature at public examples, anew in each round",
-    "release": "by the second moments of all clients' features, released once under noise",
-}
-SAMPLINGS = {"all": "every client, in every round", "poisson": "each client by chance, by itself"}
-
-
-def is_private(settings: ConfigDict) -> bool:
-    """Whether a phase has a budget."""
-    return settings.privacy.epsilon > 0
-
-
-def check(config: ConfigDict, settings: ConfigDict) -> None:
-    """Refuses what a noisy sum cannot serve, and what would say something of single clients, before data are loaded.
-
-    Raises:
-      ValueError: names the config field, and what to set it to.
-    """
-    if not is_private(settings):
-        return
-    lookup(SAMPLINGS, settings.privacy.sampling, "config.fipa.privacy.sampling")
-    lookup(WHITENINGS, settings.privacy.whitening, "config.fipa.privacy.whitening")
-    wrong = _by_single_clients(settings) | _shows_clients(config, settings) | _of_sampling(config, settings)
-    wrong |= _of_whitening(settings) if settings.privacy.whitening != "none" else {}
-    for field, (is_wrong, words) in wrong.items():
-        if is_wrong:
-            raise ValueError(f"config.{field}: {words} (config.fipa.privacy.epsilon asks for privacy)")
-
-
-def _by_single_clients(settings: ConfigDict) -> dict[str, tuple[bool, str]]:
-    """{field: (whether it is wrong, why)} of what would look at one client's message, or at what it keeps."""
-    faults = {name: rate for name, rate in settings.faults.items() if name != "scale_by"}
-    return {
-        "fipa.aggregator.name": (
-            settings.aggregator.name != "mean",
-            f"{settings.aggregator.name!r} looks at single messages, and behind a noisy sum there is one; set it to "
-            "'mean' (the method 'fedavg'), and privacy.whitening to 'public' for curvature",
-        ),
-        "fipa.late.share": (settings.late.share > 0, "a late client would be clipped about another model; set it to 0"),
-        "fipa.faults": (any(faults.values()), "nobody may see which upload is faulty; set all of them to 0"),
-        "fipa.term.name": (
-            settings.term.name not in ("none", "prox"),
-            f"{settings.term.name!r} keeps what single clients send, or looks into their examples; set it to 'none'",
-        ),
-        "fipa.pooled": (settings.pooled, "one client holds all examples, and its data are what is protected"),
-        "fipa.least_clients": (settings.least_clients > 1, "a skipped round would tell how many came; set it to 1"),
-    }
-
-
-def _shows_clients(config: ConfigDict, settings: ConfigDict) -> dict[str, tuple[bool, str]]:
-    """The same of what would publish figures of the clients' own data."""
-    return {
-        "eval.clients_every": (config.eval.clients_every > 0, "figures of the clients' own examples leak; set it to 0"),
-        "personal.compare": (bool(config.personal.compare), "models of single clients leak; set it to ()"),
-        "fipa.privacy.epsilon": (
-            config.warmup.rounds > 0,
-            "the warm-up trains on the same clients without privacy; set warmup.rounds to 0, and start from a model of "
-            "public data with init_from",
-        ),
-        "task.standardise": (
-            config.task.name == "own_data" and config.task.standardise == "pooled",
-            "'pooled' scales by all clients' inputs; scale them by what is public, and set it to 'none'",
-        ),
-        "data.public": (
-            config.task.name == "images" and not (config.data.public or loading.has_stats(config.data.name)),
-            f"the channels' means of {config.data.name!r} are not known, and would be taken of the clients' images; "
-            "name a set of public images",
-        ),
-        "chunk": (config.chunk < 0, "the seconds of clients' work would steer the run; set it to 1 or more"),
-    }
-
-
-def _of_sampling(config: ConfigDict, settings: ConfigDict) -> dict[str, tuple[bool, str]]:
-    """The same of who takes part."""
-    poisson = settings.privacy.sampling == "poisson"
-    return {
-        "cohort": (
-            poisson != (config.cohort > 0),
-            "with privacy.sampling = 'poisson' it is the expected number of clients in a round and needs 1 or more; "
-            "with 'all' it needs 0",
-        ),
-        "examples_on": (poisson and config.examples_on == "host", "sampled rounds have their data on the device"),
-    }
-
-
-def _of_whitening(settings: ConfigDict) -> dict[str, tuple[bool, str]]:
-    """The same of clients that train in whitened coordinates."""
-    return {
-        "fipa.local.weight_decay": (
-            settings.local.weight_decay > 0,
-            "it would pull the whitened change to 0; set it to 0",
-        ),
-        "fipa.also_trained": (bool(settings.also_trained), "only what is sent has whitened coordinates; set it to ''"),
-        "fipa.privacy.whitening": (
-            settings.privacy.whitening == "release" and not settings.cache_body,
-            "'release' is of the features before one dense layer; set cache_body = True and trainable to that layer",
-        ),
-    }
+MOST_ENTRIES = 2**26  # of the public examples' Jacobian, up to which it is computed as a whole
 
 
 def cohort_of(config: ConfigDict, settings: ConfigDict, num_clients: int) -> int:
@@ -147,7 +48,7 @@ def channel_of(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     """The channel of a private phase."""
     frame_of, released = noisy_sum.no_frame, None
     if settings.privacy.whitening == "public":
-        frame_of = functools.partial(_public_frame, task, settings.privacy.eigenpairs)
+        frame_of = functools.partial(public_frame, task, settings.privacy.eigenpairs)
     if settings.privacy.whitening == "release":
         frame_of, released = noisy_sum.released_frame, True
     sampled = settings.privacy.sampling == "poisson"
@@ -160,17 +61,18 @@ def local_in_frame(local: LocalSolver, settings: ConfigDict) -> LocalSolver:
     return noisy_sum.in_frame(local) if whitens else local
 
 
-def _public_frame(task: Task, rank: int, params: dict, spent: Spent, rates: PrivacyRates) -> Frame:
+def public_frame(task: Task, rank: int, params: dict, spent: Spent, rates: PrivacyRates) -> Frame:
     """The frame of the curvature at public examples, as the model has it now: it needs no labels."""
-    of_all = make_sketch(
-        lambda theta, batch: task.outputs(trees.nested(theta), batch)[0],
-        task.loss,
-        rank=min(rank, trees.ravel(params).size),
-        solver="auto",
-        probes=0,
-    )
-    sketch = of_all(jax.random.key(0), params, rates.public)
-    return whitened(sketch, rates.damping)
+
+    def outputs(theta, batch):
+        return task.outputs(trees.nested(theta), batch)[0]
+
+    size, out = trees.ravel(params).size, jax.eval_shape(outputs, params, rates.public)
+    if out.size * size <= MOST_ENTRIES:
+        rows = make_ggn(outputs, task.loss, jacobian="rows")(params, rates.public).rows
+        return frame_of_rows(rows, rank, rates.damping)
+    of_all = make_sketch(outputs, task.loss, rank=min(rank, size), solver="auto", probes=0)
+    return whitened(of_all(jax.random.key(0), params, rates.public), rates.damping)
 
 
 def rates_of(settings: ConfigDict, dtype: str, public: dict | None) -> PrivacyRates | None:
@@ -180,12 +82,13 @@ def rates_of(settings: ConfigDict, dtype: str, public: dict | None) -> PrivacyRa
     if settings.privacy.whitening == "public" and public is None:
         raise ValueError(
             "privacy.whitening: 'public' needs examples that are no client's, and this task has none; for images name "
-            "a set in config.data.public, or set it to 'none'"
+            "a set in config.data.public, own data have them in x_public of the file; or set it to 'none'"
         )
     given = settings.privacy
-    clip, damping = (jnp.asarray(value, dtype) for value in (given.clip, given.damping))
+    clip, damping, decay = (jnp.asarray(value, dtype) for value in (given.clip, given.damping, given.clip_decay))
     seen = public if given.whitening == "public" else ()
-    return PrivacyRates(jax.random.key(0), clip, jnp.zeros([], dtype), jnp.ones([], dtype), damping, jnp.int32(0), seen)
+    none, all_ = jnp.zeros([], dtype), jnp.ones([], dtype)
+    return PrivacyRates(jax.random.key(0), clip, none, all_, damping, decay, jnp.int32(0), seen)
 
 
 class Budget(NamedTuple):
@@ -198,35 +101,6 @@ class Budget(NamedTuple):
 def unlimited(settings: ConfigDict) -> Budget:
     """The budget of a phase that is not private."""
     return Budget(settings.rounds, lambda row, info: row)
-
-
-def check_people(experiment: Any, settings: ConfigDict, parts: Parts) -> None:
-    """Refuses clients and models that a private phase cannot serve, once they are known."""
-    if not is_private(settings):
-        return
-    given, clients = settings.privacy, parts.num_clients
-    if given.delta >= 1 / clients:
-        raise ValueError(
-            f"privacy.delta: {given.delta} would allow to publish one client as a whole; set it well below 1 / "
-            f"{clients}, one over the number of clients"
-        )
-    if jax.process_count() > 1:
-        raise ValueError("privacy.epsilon: the secret of the noise is one process's; run in a single process")
-    if given.sampling == "poisson" and isinstance(experiment.population, OnHost):
-        raise ValueError("privacy.sampling: 'poisson' needs config.examples_on = 'device'")
-    if given.whitening != "none":
-        _check_whole(experiment, settings)
-
-
-def _check_whole(experiment: Any, settings: ConfigDict) -> None:
-    """Refuses a phase whose trained parameters do not give the outputs by themselves."""
-    chosen = trees.select(experiment.params, settings.trainable)
-    if not settings.cache_body and len(chosen) < len(jax.tree.leaves(experiment.params)):
-        raise ValueError(
-            "privacy.whitening: needs trainable to name all parameters, or cache_body = True and the head alone"
-        )
-    if settings.privacy.whitening == "release" and len({path.rpartition("/")[0] for path in chosen}) > 1:
-        raise ValueError(f"privacy.whitening: 'release' is for one dense layer, and trainable names {list(chosen)}")
 
 
 def begin(experiment: Any, settings: ConfigDict, rates: Rates, state: State, entropy: Callable[[], int]):
@@ -279,7 +153,8 @@ def plan_of(experiment: Any, settings: ConfigDict) -> Plan:
 def _in_words(given: ConfigDict, plan: Plan) -> str:
     who = "all clients" if plan.rate == 1 else f"each client with probability {plan.rate:.3g}"
     within = f"epsilon {given.epsilon:g} at delta {given.delta:g}"
-    return f"private: {who}, clip {given.clip:g}, noise multiplier {plan.noise:.4g}, within {within}"
+    falls = f" times {given.clip_decay:g} a round" if given.clip_decay < 1 else ""
+    return f"private: {who}, clip {given.clip:g}{falls}, noise multiplier {plan.noise:.4g}, within {within}"
 
 
 def _spent_by(plan: Plan) -> Callable[[int], float]:

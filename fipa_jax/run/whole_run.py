@@ -23,7 +23,7 @@ from fipa_jax import files
 from fipa_jax.config.checks import validate
 from fipa_jax.config.methods import method
 from fipa_jax.reporting import console, curves, hooks, metrics, report, writers
-from fipa_jax.run import head_features, loop, private_run
+from fipa_jax.run import head_features, loop, private_checks, private_run
 from fipa_jax.run.estimate import say_if_long
 from fipa_jax.run.experiment import Experiment, build, pooled
 from fipa_jax.saving import provenance
@@ -146,7 +146,7 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
 
 def any_private(config: ConfigDict) -> bool:
     """Whether a phase is private: then nothing of the clients' data is shown, whichever phase it is of."""
-    return any(private_run.is_private(phase.fipa) for phase in configs_of(config).values())
+    return any(private_checks.is_private(phase.fipa) for phase in configs_of(config).values())
 
 
 def configs_of(config: ConfigDict) -> dict[str, ConfigDict]:

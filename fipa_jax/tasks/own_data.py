@@ -18,6 +18,7 @@ from fipa_jax.tasks.task import Problem, Task
 
 KMEANS_STEPS = 30
 FEW = 5  # examples of a client, below which a person is told
+BY_TARGETS = ("client", "pooled")  # of `STANDARDS`, those with which numbers to learn are standardised too
 FEW_VALUES = 20  # different whole numbers in a target, up to which they may be classes
 Examples = tuple[np.ndarray, np.ndarray]  # (x [N, d], y [N, K], or [N] of words)
 # (task, x [N, d], client [N] or None) -> [N] owners, the clients in the order of their values
@@ -53,7 +54,7 @@ def build(config) -> Problem:
     columns = Columns(tuple(task.targets), tuple(task.inputs), task.client)
     sets = _sets(read(task.file, columns), task)
     clients = split(task, sets["train"]["x"], sets["train"].get("client"))
-    target = kind(task, {name: of_set["y"] for name, of_set in sets.items()})
+    target = kind(task, {name: of_set["y"] for name, of_set in sets.items() if "y" in of_set})
     inputs = standardise(task, sets)
     with np.errstate(over="ignore"):  # which is an error of the file's, below
         data = {name: _packed(inputs[name], fields, dtype) for name, fields in target.fields.items()}
@@ -74,7 +75,16 @@ def build(config) -> Problem:
         classes=target.classes,
         targets=target.names,
         baseline=target.baseline,
+        public=_public(inputs, data["train"]),
     )
+
+
+def _public(inputs: dict[str, np.ndarray], train: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """The file's x_public in the fields of the training set, with targets that mean nothing; None without them."""
+    if "public" not in inputs:
+        return None
+    x = inputs["public"].astype(train["x"].dtype)
+    return {name: np.zeros([len(x), *array.shape[1:]], array.dtype) for name, array in train.items()} | {"x": x}
 
 
 def classifier(module, example: np.ndarray) -> Task:
@@ -86,13 +96,13 @@ def _regression(task, y: dict[str, np.ndarray]) -> Target:
     """Numbers to learn, {set: [N, K]}."""
     if y["train"].dtype.kind == "U":
         refuse(task.file, "has words as targets: set config.task.kind to 'classes', or leave it at 'auto'")
-    if task.standardise != "none":
+    if task.standardise in BY_TARGETS:
         y = _standardise(y)
     mean, number = y["train"].mean(0), y["train"].shape[1]
     figures = {"mse": float(np.mean((y["test"] - mean) ** 2))}
     fields = {name: {"y": values} for name, values in y.items()}
     named = tuple(task.targets) or (("y",) if number == 1 else tuple(f"y{i + 1}" for i in range(number)))
-    if task.standardise != "none":
+    if task.standardise in BY_TARGETS:
         named = tuple(f"{name}, standardised" for name in named)
     return Target(number, fields, regression, (), named, ("the mean of the training targets", figures))
 
@@ -164,6 +174,7 @@ def _by_all(task, sets: dict) -> dict[str, np.ndarray]:
 
 def _by_each_client(task, sets: dict) -> dict[str, np.ndarray]:
     """{set: x} of each client by the moments of its own training examples."""
+    sets = {name: of_set for name, of_set in sets.items() if name != "public"}
     if task.split != "given" or not all("client" in of_set for of_set in sets.values()):
         raise ValueError(
             "config.task.standardise: 'client' needs config.task.split = 'given' and a file that says whose each "
@@ -178,7 +189,19 @@ def _by_each_client(task, sets: dict) -> dict[str, np.ndarray]:
     return result
 
 
-STANDARDS: dict[str, Callable] = {"client": _by_each_client, "none": _as_it_is, "pooled": _by_all}
+def _by_public(task, sets: dict) -> dict[str, np.ndarray]:
+    """{set: x} by the moments of the file's x_public, which say nothing of the clients."""
+    if "public" not in sets:
+        raise ValueError("config.task.standardise: 'public' needs an array x_public [N, d] in config.task.file")
+    return _standardise(_as_it_is(task, sets), by="public")
+
+
+STANDARDS: dict[str, Callable] = {
+    "client": _by_each_client,
+    "none": _as_it_is,
+    "pooled": _by_all,
+    "public": _by_public,
+}
 
 
 def _packed(x: np.ndarray, fields: dict[str, np.ndarray], dtype) -> dict[str, np.ndarray]:
@@ -283,7 +306,8 @@ def _sets(arrays: dict, task) -> dict[str, dict[str, np.ndarray]]:
     train, holdout = set_apart(train, task.holdout, task.seed)
     if task.split == "given" and "client" in rows:
         _check_all_train(task.file, rows["client"], train["client"])
-    return {"train": train, "test": test} | ({} if holdout is None else {"holdout": holdout})
+    sets = {"train": train, "test": test} | ({} if holdout is None else {"holdout": holdout})
+    return sets | ({"public": {"x": arrays["x_public"]}} if "x_public" in arrays else {})
 
 
 def _check_all_train(file: str, client: np.ndarray, owner: np.ndarray) -> None:
@@ -297,9 +321,9 @@ def _check_all_train(file: str, client: np.ndarray, owner: np.ndarray) -> None:
         )
 
 
-def _standardise(sets: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Columns of each set [N, d] to mean 0 and variance 1 by the training set's moments; its constant ones stay."""
-    train = sets["train"]
+def _standardise(sets: dict[str, np.ndarray], by: str = "train") -> dict[str, np.ndarray]:
+    """Columns of each set [N, d] to mean 0 and variance 1 by the moments of one; its constant ones stay."""
+    train = sets[by]
     varies = np.any(train != train[:1], axis=0)
     # Columns near one, by powers of two, which rounds nothing: the squares of 1e-170 or 1e200 are no numbers.
     exponent = np.where(varies, np.frexp(np.max(np.abs(train), axis=0, initial=0))[1], 0)

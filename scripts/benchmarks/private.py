@@ -1,9 +1,11 @@
-"""How good are private rules, each tuned on the same full grid? `benchmark.py private --config FILE`.
+"""How good are private rules, each tuned on one full grid? `benchmark.py private --config FILE`.
 
-Every rule has the same number of settings: local steps x rounds x clip x local rate x a number of its own (the server's
-rate of DP-FedAvg and DP-FedAdam, the damping of the whitened ones). A setting is chosen for each epsilon by the mean
-over keys that the table does not see, on the holdout set where there is one; the table is of further keys, each with
-its own initialisation, sampling and noise. All settings run in one program, as what they differ in is traced.
+One grid for all: local steps x rounds x clips x how far the clip falls x rates x as many values of a number of the
+rule's own (the server's rate of DP-FedAvg and DP-FedAdam, the damping beta of the whitened ones, whose rates are in
+units of 1 / beta). For each epsilon all settings run with one key, the best tenth with further ones, and the mean over
+these keys chooses, on the holdout set where there is one. The table is of further keys, each with its own
+initialisation and noise; `edge` names what was chosen at an end of its list. kappa is z sqrt(P) / (q T), of one round,
+and `of_run` that over the root of their number. `--parts accountant` times the accountant.
 """
 
 import argparse
@@ -29,32 +31,49 @@ RULES = {
 }
 
 
+WHITENED = ("public", "release")
+
+
 def run(options: list[str]) -> dict:
     """Prints and returns the tables of chosen settings, on keys that did not choose."""
     parser = argparse.ArgumentParser(
         prog="benchmark.py private", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--parts", nargs="*", default=["rules"], choices=["rules", "accountant"])
     parser.add_argument("--config", default="configs/sine.py:private")
     parser.add_argument("--set", nargs="*", default=[], help="further fields, such as partition.num_clients=1000")
     parser.add_argument("--rules", nargs="*", default=["dp_fedavg", "dp_fedadam", "public"], choices=RULES)
     parser.add_argument("--epsilons", nargs="*", type=float, default=[1, 3, 8])
-    parser.add_argument("--rounds", nargs="*", type=int, default=[5, 10, 20, 40])
-    parser.add_argument("--steps", nargs="*", type=int, default=[], help="local ones; none for those of the config")
-    parser.add_argument("--clips", nargs="*", type=float, default=[0.03, 0.1, 0.3, 1.0])
-    parser.add_argument("--rates", nargs="*", type=float, default=[0.01, 0.03, 0.1, 0.3], help="local, plain rules")
-    parser.add_argument("--whitened-rates", nargs="*", type=float, default=[0.01, 0.03, 0.1, 0.3], help="lr * damping")
-    parser.add_argument("--whitened-clips", nargs="*", type=float, default=None)
-    parser.add_argument("--server-rates", nargs="*", type=float, default=[0.3, 1.0, 3.0], help="of DP-FedAvg")
-    parser.add_argument("--adam-rates", nargs="*", type=float, default=[0.003, 0.01, 0.03], help="of DP-FedAdam")
-    parser.add_argument("--dampings", nargs="*", type=float, default=[0.001, 0.01, 0.1], help="of public whitening")
-    parser.add_argument("--release-dampings", nargs="*", type=float, default=[0.001, 0.01, 0.1])
+    parser.add_argument("--rounds", nargs="*", type=int, default=[40, 160])
+    parser.add_argument("--steps", nargs="*", type=int, default=[1], help="local ones")
+    parser.add_argument("--clips", nargs="*", type=float, default=[0.1, 0.25, 0.6, 1.5, 4.0])
+    parser.add_argument(
+        "--ends", nargs="*", type=float, default=[1.0, 0.1, 0.03], help="the last round's clip over the first"
+    )
+    parser.add_argument("--rates", nargs="*", type=float, default=[0.3, 1.0, 3.0], help="local.lr; whitened: * beta")
+    parser.add_argument("--server-rates", nargs="*", type=float, default=[1.0, 3.0, 10.0, 30.0], help="of DP-FedAvg")
+    parser.add_argument("--adam-rates", nargs="*", type=float, default=[0.01, 0.03, 0.1, 0.3], help="of DP-FedAdam")
+    parser.add_argument("--dampings", nargs="*", type=float, default=[0.01, 0.03, 0.1, 0.3], help="of whitened ones")
     parser.add_argument("--figure", default="", help="of the test set, by which settings are chosen and shown")
-    parser.add_argument("--choosing-keys", type=int, default=2)
+    parser.add_argument("--further-keys", type=int, default=3, help="that choose among the best tenth")
     parser.add_argument("--keys", type=int, default=5, help="of the table")
     parser.add_argument("--batch", type=int, default=48, help="runs in one call")
     args = parser.parse_args(options)
-    config = configured(args)
-    lines = []
+    result = {"setting": vars(args)}
+    if "accountant" in args.parts:
+        result["accountant"] = accountant()
+    if "rules" in args.parts:
+        result["lines"] = rules(args)
+    return result
+
+
+def rules(args) -> list[dict]:
+    """A line for each rule and epsilon."""
+    if len({len(own_numbers(rule, args)) for rule in args.rules}) > 1:
+        raise SystemExit("--server-rates, --adam-rates, --dampings: every rule tries the same number of settings")
+    config, lines = configured(args), []
+    tried = len(settings_of(args.rules[0], args)) * len(args.rounds) * len(args.steps)
+    print(f"{tried} settings of every rule; {-(-tried // 10)} of them with {1 + args.further_keys} keys")
     for rule in args.rules:
         found, seconds = lines_of(rule, config, args)
         lines += found
@@ -62,7 +81,24 @@ def run(options: list[str]) -> dict:
         timing.table(found)
     print("\nmean and standard deviation over keys that chose nothing")
     timing.table(sorted(lines, key=lambda line: line["epsilon"]))
-    return {"setting": vars(args), "lines": lines}
+    return lines
+
+
+def accountant() -> list[dict]:
+    """Seconds of one core that the accountant takes at epsilon 8 and delta 1e-3."""
+    from fipa_jax.privacy import accounting
+
+    lines, plan = [], accounting.Plan(noise=0.0, delta=1e-3)
+    for rate, rounds in itertools.product((1.0, 0.2), (10, 40)):
+        start = time.process_time()
+        noise = accounting.noise_for(8.0, rounds, plan._replace(rate=rate))
+        middle = time.process_time()
+        spent = accounting.epsilon_of(plan._replace(rate=rate, noise=noise), rounds)
+        line = {"rate": rate, "rounds": rounds, "z": f"{noise:.4g}", "epsilon": f"{spent:.4g}"}
+        line |= {"noise_for_s": f"{middle - start:.2g}", "epsilon_of_s": f"{time.process_time() - middle:.2g}"}
+        lines.append(line)
+    timing.table(lines)
+    return lines
 
 
 def configured(args):
@@ -79,13 +115,22 @@ def configured(args):
     return config
 
 
-def grid_of(rule: str, args) -> list[tuple]:
-    """(clip, local rate, own number) of every setting of a rule."""
-    if rule in ("public", "release"):
-        dampings = args.dampings if rule == "public" else args.release_dampings
-        numbers = itertools.product(args.whitened_clips or args.clips, args.whitened_rates, dampings)
-        return [(clip, rate / damping, damping) for clip, rate, damping in numbers]
-    return list(itertools.product(args.clips, args.rates, args.adam_rates if "adam" in rule else args.server_rates))
+def own_numbers(rule: str, args) -> list[float]:
+    """What a rule tries of its own number."""
+    if rule in WHITENED:
+        return args.dampings
+    return args.adam_rates if rule == "dp_fedadam" else args.server_rates
+
+
+def settings_of(rule: str, args) -> list[tuple]:
+    """(clip, its end, rate, own number) of every setting of a rule."""
+    return list(itertools.product(args.clips, args.ends, args.rates, own_numbers(rule, args)))
+
+
+def as_run(rule: str, rounds: int, setting: tuple, key: int) -> tuple:
+    """(clip, local rate, own number, decay of the clip, key) of a setting."""
+    clip, end, rate, own = setting
+    return clip, rate / own if rule in WHITENED else rate, own, end ** (1 / max(rounds - 1, 1)), key
 
 
 def lines_of(rule: str, config, args) -> tuple[list[dict], float]:
@@ -96,30 +141,49 @@ def lines_of(rule: str, config, args) -> tuple[list[dict], float]:
     config.compare, start = (method,), time.perf_counter()
     with jax.enable_x64(config.precision == "float64"):
         measures = []
-        for steps in args.steps or [config.fipa.local.steps]:
+        for steps in args.steps:
             config.fipa.local.steps = steps
             measures.append(Measure(config, method, own, args))
-        lines = [line_of(rule, own, epsilon, measures, args) for epsilon in args.epsilons]
+        lines = [line_of(rule, epsilon, measures, args) for epsilon in args.epsilons]
     return lines, time.perf_counter() - start
 
 
-def line_of(rule: str, own: str, epsilon: float, measures: list, args) -> dict:
+def line_of(rule: str, epsilon: float, measures: list, args) -> dict:
     """The best setting of a rule at this epsilon, on keys that did not choose it."""
-    settings, tried = grid_of(rule, args), []
-    for measure, rounds in itertools.product(measures, args.rounds):
-        runs = [(*setting, key) for setting in settings for key in range(args.choosing_keys)]
-        values = measure(epsilon, rounds, runs)[0].reshape(len(settings), args.choosing_keys).mean(1)
-        score = np.where(np.isfinite(values), measure.direction * values, -np.inf)
-        place = int(np.argmax(score))
-        tried.append((score[place], measure, rounds, settings[place]))
-    _, measure, rounds, setting = max(tried, key=lambda one: one[0])
-    shown = measure(epsilon, rounds, [(*setting, 1000 + key) for key in range(args.keys)])[1]
-    noise = measure.plan(epsilon, rounds).noise
-    line = {"epsilon": epsilon, "rule": rule, "mean": float(shown.mean())}
-    line["std"] = float(shown.std(ddof=min(args.keys - 1, 1)))
-    line |= {"rounds": rounds, "steps": measure.settings.local.steps}
-    line |= dict(zip(("clip", "local.lr", "own"), (f"{number:.3g}" for number in setting), strict=True))
-    return line | {"z": f"{noise:.3g}", "kappa": f"{noise * measure.size**0.5 / measure.expected:.2g}"}
+    settings = settings_of(rule, args)
+    places = [(m, rounds) for m in range(len(measures)) for rounds in args.rounds]
+
+    def scores(place, chosen, keys) -> np.ndarray:
+        """[settings, keys], the larger the better."""
+        measure, rounds = measures[place[0]], place[1]
+        runs = [as_run(rule, rounds, setting, key) for setting in chosen for key in keys]
+        values = measure(epsilon, rounds, runs)[0].reshape(len(chosen), len(keys))
+        return np.where(np.isfinite(values), measure.direction * values, -np.inf)
+
+    first = np.stack([scores(place, settings, [0])[:, 0] for place in places])  # [places, settings]
+    best, tried = np.sort(first.ravel())[-max(-(-first.size // 10), 1)], []
+    for place, row in zip(places, first, strict=True):
+        kept = np.flatnonzero(row >= best)
+        if kept.size:
+            more = scores(place, [settings[i] for i in kept], range(1, 1 + args.further_keys))
+            tried += [((row[i] + more[n].sum()) / (1 + args.further_keys), place, i) for n, i in enumerate(kept)]
+    _, place, chosen = max(tried)
+    return shown(rule, epsilon, measures[place[0]], place[1], settings[chosen], args)
+
+
+def shown(rule: str, epsilon: float, measure, rounds: int, setting: tuple, args) -> dict:
+    """The line of a chosen setting, by fresh keys."""
+    runs = [as_run(rule, rounds, setting, 1000 + key) for key in range(args.keys)]
+    values, noise = measure(epsilon, rounds, runs)[1], measure.plan(epsilon, rounds).noise
+    lists = {"rounds": args.rounds, "steps": args.steps, "clip": args.clips, "end": args.ends, "rate": args.rates}
+    lists["own"] = own_numbers(rule, args)
+    chosen = dict(zip(lists, (rounds, measure.settings.local.steps, *setting), strict=True))
+    line = {"epsilon": epsilon, "rule": rule, "mean": float(values.mean())}
+    line |= {"std": float(values.std(ddof=min(args.keys - 1, 1)))} | {k: f"{v:.3g}" for k, v in chosen.items()}
+    at_end = [name for name, tried in lists.items() if len(tried) > 1 and chosen[name] in (min(tried), max(tried))]
+    kappa = noise * measure.size**0.5 / measure.expected
+    line |= {"z": f"{noise:.3g}", "kappa": f"{kappa:.2g}", "of_run": f"{kappa / rounds**0.5:.2g}"}
+    return line | {"edge": " ".join(at_end) or "-"}
 
 
 class Measure:
@@ -130,6 +194,7 @@ class Measure:
 
         from fipa_jax import trees
         from fipa_jax.config import methods
+        from fipa_jax.privacy import noisy_sum
         from fipa_jax.reporting import metrics
         from fipa_jax.run import experiment, phase_parts, private_run, whole_run
 
@@ -146,6 +211,10 @@ class Measure:
         self.size, self.expected = trees.ravel(chosen).size, config.cohort or len(self.built.problem.clients)
         release = self.settings.privacy.whitening == "release"
         self.moments = private_run.second_moments(self.view, self.settings) if release else None
+        self.public = self.settings.privacy.whitening == "public"
+        if self.public:  # the channel would compute the frame of a round twice, for the clients and for the server
+            channel = noisy_sum.private(float(self.expected), frame_of=noisy_sum.released_frame)
+            self.parts = self.parts._replace(channel=channel)
         self.compiled = jax.jit(self.final)
         figures = jax.eval_shape(self.on_test, self.built.params)
         show = args.figure or next(name for name in figures if "accuracy" in name or "mse" in name or "loss" in name)
@@ -159,6 +228,14 @@ class Measure:
 
         return loop.on_test(self.view, self.view.held, params)
 
+    def frame(self, state, rates):
+        """The round's coordinates by public inputs, as the run computes them."""
+        from fipa_jax import trees
+        from fipa_jax.run import private_run
+
+        chosen, rank = trees.select(state.params, self.settings.trainable), self.settings.privacy.eigenpairs
+        return private_run.public_frame(self.view.problem.task, rank, chosen, None, rates.channel.privacy)
+
     def plan(self, epsilon: float, rounds: int):
         from fipa_jax.run import private_run
 
@@ -171,22 +248,22 @@ class Measure:
         dtype = self.rates.channel.privacy.clip.dtype
         for start in range(0, len(runs), self.args.batch):
             part = np.array([runs[min(start + i, len(runs) - 1)] for i in range(self.args.batch)])
-            numbers = *part[:, :3].T.astype(dtype), part[:, 3].astype(np.int32)
+            numbers = *part[:, :4].T.astype(dtype), part[:, 4].astype(np.int32)
             others = np.asarray([plan.noise, plan.rate, plan.released], dtype)
             both = self.compiled(*numbers, others, np.int32(rounds), self.view.population, self.view.held)
             found.append(np.stack(both)[:, : len(runs) - start])
         return tuple(np.concatenate(found, axis=1))
 
-    def final(self, clips, local_rates, numbers, keys, others, rounds, people, held):
+    def final(self, clips, local_rates, numbers, decays, keys, others, rounds, people, held):
         import jax
 
-        def one(clip, local_rate, number, key):
-            return self.one(clip, local_rate, number, key, others, rounds, people, held)
+        def one(clip, local_rate, number, decay, key):
+            return self.one((clip, local_rate, number, decay), key, others, rounds, people, held)
 
         # One after another, its clients side by side: LAPACK's calls in a batch can wait for each other for ever.
-        return jax.lax.map(lambda run: one(*run), (clips, local_rates, numbers, keys))
+        return jax.lax.map(lambda run: one(*run), (clips, local_rates, numbers, decays, keys))
 
-    def one(self, clip, local_rate, number, key, others, rounds, people, held):
+    def one(self, setting, key, others, rounds, people, held):
         """(figure to choose by, figure to show) of one run; everything is traced."""
         import jax
         import jax.numpy as jnp
@@ -198,10 +275,13 @@ class Measure:
         from fipa_jax.run import loop
 
         noise, rate, released = others
+        clip, local_rate, number, decay = setting
         root = jax.random.key(key)
         damping = number if self.own == "privacy.damping" else jnp.ones_like(number)
         old = self.rates.channel.privacy
-        privacy = old._replace(secret=jax.random.fold_in(root, 7), clip=clip, noise=noise, rate=rate, damping=damping)
+        privacy = old._replace(
+            secret=jax.random.fold_in(root, 7), clip=clip, clip_decay=decay, noise=noise, rate=rate, damping=damping
+        )
         rates = self.rates._replace(
             local=self.rates.local._replace(lr=local_rate),
             server_lr=number if self.own == "server.lr" else self.rates.server_lr,
@@ -215,9 +295,12 @@ class Measure:
         frame = ()
         if self.moments is not None:
             frame = mechanism.released_frame(jax.random.fold_in(root, 9), self.moments, 1 / released, damping)
+        frame = self.frame(state, rates) if self.public else frame
         state = state._replace(history=Spent(state.history.rounds, noise, frame))
 
         def body(_, state):
+            if self.public:
+                state = state._replace(history=state.history._replace(frame=self.frame(state, rates)))
             return whole_round(self.parts, state, rates, *people, root)[0]
 
         state = jax.lax.fori_loop(0, rounds, body, state)

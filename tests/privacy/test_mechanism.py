@@ -92,6 +92,20 @@ def test_a_whitened_frame_is_the_inverse_root_of_the_curvature(x64):
     np.testing.assert_array_equal(mechanism.out_of(plain, jnp.asarray(change)), change)
 
 
+@pytest.mark.parametrize("number", [4, 9], ids="{} rows".format)
+def test_public_rows_whiten_by_their_largest_eigenpairs(x64, number):
+    draw = np.random.default_rng(6)
+    rows, size, rank = draw.normal(size=(number, 6)), 6, 3
+    frame = mechanism.frame_of_rows(jnp.asarray(rows), rank, 0.2)
+    values, vectors = np.linalg.eigh(rows.T @ rows)
+    kept = np.where(np.arange(size) < size - rank, 0, values)
+    change = draw.normal(size=size)
+    wanted = vectors / np.sqrt(kept / 0.2 + 1) @ vectors.T @ change
+    np.testing.assert_allclose(mechanism.out_of(frame, jnp.asarray(change)), wanted, rtol=1e-9)
+    blank = mechanism.frame_of_rows(jnp.zeros([number, size]), rank, 0.2)
+    np.testing.assert_array_equal(mechanism.out_of(blank, jnp.asarray(change)), change)
+
+
 def test_a_released_frame_without_noise_whitens_each_output_of_a_dense_layer_alike(x64):
     draw = np.random.default_rng(5)
     phi = draw.normal(size=(7, 4, 3))  # [T, N, D]

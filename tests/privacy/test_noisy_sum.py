@@ -19,8 +19,8 @@ CLIENTS, SIZE, EVERYBODY = 6, 4, Order()
 PARAMS = {"a": jnp.zeros([3]), "b": jnp.zeros([1])}
 
 
-def rates(seed=0, clip=0.5, noise=1.0, rate=1.0, rounds=5):
-    numbers = (jnp.float32(value) for value in (clip, noise, rate, 0.1))
+def rates(seed=0, clip=0.5, noise=1.0, rate=1.0, rounds=5, decay=1.0):
+    numbers = (jnp.float32(value) for value in (clip, noise, rate, 0.1, decay))
     return ChannelRates(privacy=PrivacyRates(jax.random.key(seed), *numbers, jnp.int32(rounds)))
 
 
@@ -59,6 +59,14 @@ def test_noise_is_another_in_each_round_and_by_each_secret_and_ends_with_the_bud
     assert told["rounds_released"] == 1
     late_step, *_, told = delivered(channel, sent, rates(rounds=5), rounds=5)
     assert not late_step.any() and told["rounds_released"] == 5
+
+
+def test_where_the_clip_falls_the_noise_falls_with_it():
+    channel, rows = noisy_sum.private(1.0), np.full([CLIENTS, SIZE], 3.0)
+    silent = [delivered(channel, uploads(rows), rates(noise=0.0, decay=0.5), rounds=k)[0] for k in (0, 2)]
+    np.testing.assert_allclose(np.linalg.norm(silent, axis=1), [0.5 * CLIENTS, 0.125 * CLIENTS], rtol=1e-4)
+    steady, falling = (delivered(channel, uploads(0 * rows), rates(decay=d), rounds=2)[0] for d in (1.0, 0.5))
+    np.testing.assert_allclose(falling, steady / 4, rtol=1e-5)
 
 
 def test_the_step_is_taken_out_of_the_frame():

@@ -5,14 +5,18 @@ import json
 import runpy
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.runs import tiny
 
-from fipa_jax.privacy import accounting
-from fipa_jax.run import experiment, whole_run
+from fipa_jax.privacy import accounting, mechanism
+from fipa_jax.privacy.noisy_sum import PrivacyRates
+from fipa_jax.reporting import console
+from fipa_jax.run import experiment, private_run, whole_run
 from fipa_jax.saving.journal import SECRETS
 from fipa_jax.saving.model_files import load
+from fipa_jax.tasks.task import Task
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +55,8 @@ def test_rows_say_what_is_spent_and_nothing_of_single_clients(ended):
     allowed = ("run", "round", "test_", "bytes_", "skipped", "epsilon", "delta")
     assert not [name for row in rows for name in row if not name.startswith(allowed)]
     assert summary["runs"][WHITENED]["epsilon"] == spent[-1] and summary["runs"]["fedavg"]["delta"] == 1e-2
+    said, page = console.spent(summary), (folder / "report.html").read_text()
+    assert said.count("has spent epsilon 8 at delta 0.01") == 2 and ">epsilon<" in page and ">seconds<" not in page
     assert not (folder / "split.png").exists() and "constant" not in json.loads((folder / "start.json").read_text())
     secrets = json.loads((folder / SECRETS).read_text())
     assert len(set(secrets.values())) == 2 and (folder / SECRETS).stat().st_mode & 0o077 == 0
@@ -102,6 +108,36 @@ def test_a_model_of_public_data_gives_a_part_of_the_first_model(tmp_path, ended)
     np.testing.assert_array_equal(started["Dense_1"]["kernel"], fresh["Dense_1"]["kernel"])
     with pytest.raises(ValueError, match="init_paths: no parameter path matches"):
         experiment.build(private(init_from=str(ended[0] / "fedavg.msgpack"), init_paths="nonesuch"))
+
+
+def test_a_wide_models_public_frame_is_that_of_its_rows(monkeypatch):
+    draw = np.random.default_rng(0)
+    params, x = {"a": draw.normal(size=(3, 2)).astype(np.float32)}, draw.normal(size=(5, 3)).astype(np.float32)
+    task = Task(
+        None, lambda theta, batch: (batch["x"] @ theta["a"], ()), lambda out, batch: jnp.sum(out**2, axis=1) / 2, None
+    )
+    rates = PrivacyRates(*[None] * 4, jnp.float32(0.1), None, None, {"x": jnp.asarray(x)})
+    change, moved = jnp.asarray(draw.normal(size=6), jnp.float32), []
+    for most in (private_run.MOST_ENTRIES, 0):
+        monkeypatch.setattr(private_run, "MOST_ENTRIES", most)
+        moved.append(mechanism.out_of(private_run.public_frame(task, 4, params, None, rates), change))
+    np.testing.assert_allclose(*moved, atol=1e-4)
+    values, vectors = np.linalg.eigh(np.kron(x.T @ x / 5, np.eye(2)))
+    scale = 1 / np.sqrt(np.where(np.arange(6) < 2, 0, values) / 0.1 + 1)
+    np.testing.assert_allclose(moved[0], vectors * scale @ vectors.T @ np.asarray(change), atol=1e-4)
+
+
+def test_own_data_is_private_by_inputs_that_are_nobodys(tmp_path):
+    draw, file = np.random.default_rng(0), tmp_path / "mine.npz"
+    x = draw.normal(3, 2, size=(60, 3))
+    np.savez(file, x=x, y=np.where(x[:, 0] > 3, "a", "b"), client=np.arange(60) % 6, x_public=x[:9] + 1)
+    config = runpy.run_path(str(ROOT / "configs" / "own_data.py"))["get_config"]("private")
+    config.task.file, config.fipa.privacy.delta = str(file), 1e-2
+    built = experiment.build(config)
+    assert built.problem.public["x"].shape == (9, 3)
+    config.task.standardise = "client"
+    with pytest.raises(ValueError, match=r"'client' scales by all clients' inputs or targets"):
+        experiment.build(config)
 
 
 @pytest.mark.slow

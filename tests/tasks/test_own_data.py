@@ -357,3 +357,21 @@ def test_a_clients_own_moments_need_to_be_known(config, changes):
 def test_who_is_tested_has_to_be_trained(config):
     with pytest.raises(ValueError, match="test examples of client 'Bern', who has none to train on"):
         tasks.build(config(_owned(client_test=np.array(["Bern"] * 9)), split="given"))
+
+
+def test_inputs_of_nobody_scale_those_of_clients_and_are_public(config):
+    draw = np.random.default_rng(1)
+    nobodys = draw.normal(1, 5, size=(20, WIDTH))
+    arrays = _arrays(x_public=nobodys, x_test=draw.normal(size=(4, WIDTH)), y_test=np.zeros([4, 2]))
+    problem = tasks.build(config(arrays, standardise="public"))
+    scaled = (arrays["x"] - nobodys.mean(0)) / nobodys.std(0)
+    np.testing.assert_allclose(np.asarray(problem.train["x"]), scaled, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(problem.train["y"]), arrays["y"], rtol=1e-6)  # targets stay
+    assert problem.public is not None and problem.public.keys() == problem.train.keys()
+    np.testing.assert_allclose(np.asarray(problem.public["x"]).std(0), 1, rtol=1e-4)
+    assert problem.public["y"].shape == (20, 2) and not problem.public["y"].any()
+    assert tasks.build(config(_arrays())).public is None
+    with pytest.raises(ValueError, match="needs an array x_public"):
+        tasks.build(config(_arrays(), standardise="public"))
+    with pytest.raises(ValueError, match="3 columns in x but 2 in x_public"):
+        tasks.build(config(_arrays(x_public=nobodys[:, :2])))
