@@ -52,9 +52,7 @@ def task() -> ConfigDict:
     group.num_clients = 2  # sine: equal intervals of [0, 1]
     group.examples_per_client = 50
     group.seed = 0  # of the examples' positions; own_data: of the sets set apart and the clusters
-    group.file = (
-        ""  # own_data: .npz with x [N, d] and y [N] or [N, K], x_test, y_test, x_public, client; .csv, .parquet
-    )
+    group.file = ""  # own_data: .npz of x [N, d] and y [N] or [N, K], maybe x_test, y_test, x_public, client; a table
     group.targets = ()  # own_data: of a table, the columns to predict; () for y
     group.inputs = ()  # own_data: of a table, the columns to predict from; () for all others
     group.client = "client"  # own_data: of a table, the column that says whose a row is, for the split `given`
