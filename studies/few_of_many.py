@@ -66,9 +66,10 @@ def tables(found):
 
 
 def draw(found, path):
-    """The errors of the first task by round, with two of eight clients."""
+    """The errors of the first task by round."""
     config = next(iter(TASKS))
-    draw_lines({config: list(_lines(found, config).values())[1:]}, TASKS[config][0], path, found)
+    lines = [(run, method, label.replace("`", "")) for label, (run, method) in _lines(found, config).items()]
+    draw_lines({config: lines}, TASKS[config][0], path, found)
 
 
 STUDY = Study(

@@ -84,6 +84,7 @@ def draw(found, path):
                 axis.plot(list(runs), ends, ".-", label=label)
             axis.set_xscale("symlog", linthresh=10)
             axis.set(title=title, xlabel="rounds of warm-up", ylabel="test accuracy, %")
+            axis.set_xticks(list(runs), list(runs), minor=False)
             axis.legend(fontsize=7)
 
 
