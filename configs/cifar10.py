@@ -72,7 +72,8 @@ def _published_short(config):
 def _private(config):
     """The head of 320 parameters, on a body that --config.init_from gives: trained on Tiny-ImageNet, say. Tuned.
 
-    Expected, with 90 images a client: 46 % by release, 45 % by public images and DP-FedAdam, 44 % by DP-FedAvg (docs/results/private.md).
+    Expected, with 90 images a client: 46 % by release, 45 % by public images and DP-FedAdam, 44 % by DP-FedAvg, see
+    docs/results/private.md.
     """
     config.partition.name, config.cohort, config.init_paths = "iid", 0, "^(Conv|Dense_0)"
     config.data.augment, config.data.public = False, "tiny_imagenet"
