@@ -70,13 +70,19 @@ def _published_short(config):
 
 
 def _private(config):
-    """The head of 320 parameters, on a body that --config.init_from gives: trained on Tiny-ImageNet, say."""
+    """The head of 320 parameters, on a body that --config.init_from gives: trained on Tiny-ImageNet, say. Tuned.
+
+    Expected, with 90 images a client: 46 % by release, 45 % by public images and DP-FedAdam, 44 % by DP-FedAvg, see
+    docs/results/private.md.
+    """
     config.partition.name, config.cohort, config.init_paths = "iid", 0, "^(Conv|Dense_0)"
     config.data.augment, config.data.public = False, "tiny_imagenet"
-    recipes.private(config, rounds=30, steps=1, eigenpairs=320)
+    recipes.private(config, rounds=100, steps=1, eigenpairs=320)
     config.fipa.trainable, config.fipa.cache_body = "^Dense_1/", True
+    config.fipa.privacy.clip_decay = 0.1 ** (1 / 99)  # to a tenth of the first clip
     config.compare = (
         "fedavg:privacy.whitening=release:privacy.damping=0.03:local.lr=33:privacy.clip=10",
-        "fedavg:privacy.whitening=public:privacy.damping=0.1:local.lr=10:privacy.clip=10",
-        "fedavg:local.lr=0.1:privacy.clip=0.3",
+        "fedavg:privacy.whitening=public:privacy.damping=0.03:local.lr=33:privacy.clip=30",
+        "fedavg:local.lr=1:privacy.clip=1:privacy.clip_decay=1.0:server.optimizer=adam:server.lr=0.01",
+        "fedavg:local.lr=1:privacy.clip=1",
     )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fipa_jax import trees
+from fipa_jax.curvature.eigenpairs import near_one
 from fipa_jax.curvature.sketch import Sketch
 
 ROUNDING = 64  # machine epsilons by which a clipped message stays below its bound: the norm itself is rounded
@@ -126,9 +127,11 @@ def frame_of_rows(rows: jax.Array, rank: int, damping: jax.Array | float) -> Fra
     """The frame W = (A^T A / beta + I)^(-1/2) of public rows A [M, P], from its `rank` largest eigenpairs.
 
     By the smaller of A^T A and A A^T: a fifth of the time of an exact decomposition. What its rounding blurs, below
-    1e-6 of the largest eigenvalue, is left as it is. Whatever W is, privacy is the same: it knows no client.
+    1e-6 of the largest eigenvalue, is left as it is; rows that are not finite are taken for none. Whatever W is,
+    privacy is the same: it knows no client.
     """
     number, size = rows.shape
+    rows, scale = near_one(jnp.where(jnp.all(jnp.isfinite(rows)), rows, 0))
     with jax.default_matmul_precision("highest"):
         if size <= number:
             values, vectors = (pairs[..., -rank:] for pairs in jnp.linalg.eigh(rows.T @ rows))
@@ -136,7 +139,8 @@ def frame_of_rows(rows: jax.Array, rank: int, damping: jax.Array | float) -> Fra
             values, left = (pairs[..., -rank:] for pairs in jnp.linalg.eigh(rows @ rows.T))
             vectors = trees.ratio(rows.T @ left, jnp.sqrt(jnp.maximum(values, 0))[None])
     sound = values > 1e-6 * values[-1]
-    return whitened(Sketch(jnp.where(sound, values, 0), jnp.where(sound[None], vectors, 0)), damping)
+    kept = Sketch(jnp.where(sound, values, 0), jnp.where(sound[None], vectors, 0))
+    return whitened(kept, damping / scale / scale)
 
 
 def released_frame(key: jax.Array, moments: jax.Array, noise: jax.Array | float, damping: jax.Array | float) -> Frame:

@@ -57,7 +57,7 @@ def run(options: list[str]) -> dict:
     parser.add_argument("--figure", default="", help="of the test set, by which settings are chosen and shown")
     parser.add_argument("--further-keys", type=int, default=3, help="that choose among the best tenth")
     parser.add_argument("--keys", type=int, default=5, help="of the table")
-    parser.add_argument("--batch", type=int, default=48, help="runs in one call")
+    parser.add_argument("--batch", type=int, default=24, help="runs in one call")
     args = parser.parse_args(options)
     result = {"setting": vars(args)}
     if "accountant" in args.parts:

@@ -102,8 +102,11 @@ def test_public_rows_whiten_by_their_largest_eigenpairs(x64, number):
     change = draw.normal(size=size)
     wanted = vectors / np.sqrt(kept / 0.2 + 1) @ vectors.T @ change
     np.testing.assert_allclose(mechanism.out_of(frame, jnp.asarray(change)), wanted, rtol=1e-9)
-    blank = mechanism.frame_of_rows(jnp.zeros([number, size]), rank, 0.2)
-    np.testing.assert_array_equal(mechanism.out_of(blank, jnp.asarray(change)), change)
+    for blank in (jnp.zeros([number, size]), jnp.full([number, size], jnp.nan)):
+        frame = mechanism.frame_of_rows(blank, rank, 0.2)
+        np.testing.assert_array_equal(mechanism.out_of(frame, jnp.asarray(change)), change)
+    huge = mechanism.frame_of_rows(jnp.asarray(1e200 * rows), size, 0.2)
+    assert np.isfinite(mechanism.out_of(huge, jnp.asarray(change))).all()
 
 
 def test_a_released_frame_without_noise_whitens_each_output_of_a_dense_layer_alike(x64):
