@@ -204,9 +204,9 @@ def device_bytes() -> int:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or host_bytes()
 
 
-def host_bytes() -> int:
+def host_bytes(root: Path = Path("/")) -> int:
     """The bytes of memory that this process may take: the machine's, or its container's where that has less."""
-    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *cgroup_limits(Path("/")))
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *cgroup_limits(root)])
 
 
 def cgroup_limits(root: Path) -> list[int]:
