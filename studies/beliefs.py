@@ -16,6 +16,8 @@ FIELDS = {
     "warmup.rounds": 10,
     "fipa.rounds": 30,
     "fipa.max_skips": 0,
+    "fipa.sketch.rank": 20,
+    "fipa.sketch.solver": "lanczos",
     "eval.every": 5,
     "eval.clients_every": 0,
 }
