@@ -78,31 +78,38 @@ def tables(found):
 
 
 def draw(found, path):
-    """The errors of small networks by rank, and the accuracy on CIFAR-10 by bytes."""
-    from fipa_jax.reporting import curves, plots
+    """The errors of small networks by rank, and the accuracy on CIFAR-10 by bytes, where there are some."""
+    from fipa_jax.reporting import plots
 
-    with plots.picture(path, 7.2, 3.2, 1, 2) as (_, ((left, right),)):
-        for (config, (figure, _)), color in zip(SMALL.items(), plots.CLIENTS, strict=False):
-            ends = [final(found, config, _spec("fipa", rank), figure) for rank in RANKS]
-            if all(values.size for values in ends):
-                left.loglog(
-                    RANKS, [sorted(values)[len(values) // 2] for values in ends], ".-", color=color, label=config
-                )
-        left.set(xlabel="rank", ylabel="error", title="small networks", xticks=RANKS, xticklabels=RANKS)
-        for method in METHODS:
-            ends = [
-                (sent(found, "cifar10", spec), final(found, "cifar10", spec, "test_accuracy", last=5))
-                for spec in (_spec(method, r) for r in LARGE)
-            ]
-            ends = [(size.mean() / 1e6, 100 * values.mean()) for size, values in ends if values.size]
-            if ends:
-                right.semilogx(
-                    *zip(*ends, strict=True), ".-", color=curves.KNOWN[method][1], label=curves.KNOWN[method][0]
-                )
-        right.set(xlabel="megabytes", ylabel="test accuracy, %", title="CIFAR-10, alpha 0.05")
-        for axis in (left, right):
+    shown = [panel for panel, runs in ((_small, SMALL), (_large, ["cifar10"])) if any(map(found.runs.get, runs))]
+    with plots.picture(path, 3.6 * max(len(shown), 1), 3.2, 1, max(len(shown), 1)) as (_, axes):
+        for axis, panel in zip(axes[0], shown, strict=False):
+            panel(axis, found)
             axis.grid(alpha=0.25)
             legend(axis, fontsize=6)
+
+
+def _small(axis, found):
+    from fipa_jax.reporting import plots
+
+    for (config, (figure, _)), color in zip(SMALL.items(), plots.CLIENTS, strict=False):
+        ends = [final(found, config, _spec("fipa", rank), figure) for rank in RANKS]
+        if all(values.size for values in ends):
+            axis.loglog(RANKS, [sorted(values)[len(values) // 2] for values in ends], ".-", color=color, label=config)
+    axis.set(xlabel="rank", ylabel="error", title="small networks", xticks=RANKS, xticklabels=RANKS)
+
+
+def _large(axis, found):
+    from fipa_jax.reporting import curves
+
+    for method in METHODS:
+        specs = [_spec(method, rank) for rank in LARGE]
+        ends = [(sent(found, "cifar10", s), final(found, "cifar10", s, "test_accuracy", last=5)) for s in specs]
+        ends = [(size.mean() / 1e6, 100 * values.mean()) for size, values in ends if values.size]
+        if ends:
+            name, color = curves.KNOWN[method][:2]
+            axis.semilogx(*zip(*ends, strict=True), ".-", color=color, label=name)
+    axis.set(xlabel="megabytes", ylabel="test accuracy, %", title="CIFAR-10, alpha 0.05")
 
 
 STUDY = Study(
@@ -110,7 +117,7 @@ STUDY = Study(
     runs=dict(_runs()),
     tables=tables,
     draw=draw,
-    caption="Left: the median error of small networks by rank. Right: accuracy by bytes at ranks 5 to 200",
+    caption="The median error of small networks by rank, and the accuracy on CIFAR-10 by bytes at ranks 5 to 200",
     data=("cifar10", "tiny_imagenet"),
     reduced=fewer_images(
         " of image sets, 60 rounds of warm-up and 20 of each method, one seed; nothing as published, where a round at "
