@@ -49,7 +49,9 @@ GRIDS = {  # of the two numbers: six settings of each rule
         [(rate, step) for rate in (0.1, 0.03) for step in (0.001, 0.0003, 0.0001)],
     ),
 }
-ALPHAS = (0.6, 0.1, 0.05)
+PLACES = {"digits": ("digits", {})} | {  # what is shown -> (config, fields)
+    f"CIFAR-10, alpha {alpha:g}": ("cifar10", {"partition.alpha": alpha}) for alpha in (0.6, 0.1, 0.05)
+}
 SEEDED = {"digits": ("seed", "partition.seed"), "cifar10": ("seed",)}
 PIECES = {
     "6.7 kB of curvature a client and round": f"{TWELVE}:{BUDGET}",
@@ -63,6 +65,7 @@ PIECES = {
 PIECES = {label: f"fipa_few_bytes:aggregator.damping=0.01:{fields}" for label, fields in PIECES.items()}
 PIECES["all 50 pairs in float32, past cohorts (`fipa_memory`)"] = "fipa_memory:aggregator.damping=0.003"
 HELD_OUT, LAST = "holdout_accuracy", 3
+OWN = ("aggregator.damping", "local.lr", "server.lr", "rounds")  # what is chosen or follows from the bytes
 OFTEN = {"eval.every": 5, "eval.clients_every": 0}
 
 
@@ -81,16 +84,6 @@ def _run(config, fields, methods, **others):
     fields = OFTEN | fields
     warm = Run(config, fields | {"fipa.rounds": 0}, seeded=SEEDED[config], seeds=() if config == "digits" else (0,))
     return Run(config, fields | {"compare": tuple(methods)}, seeded=SEEDED[config], start=warm, **others)
-
-
-def _places():
-    """{what is shown: (config, fields)}."""
-    yield "digits", ("digits", {})
-    for alpha in ALPHAS:
-        yield f"CIFAR-10, alpha {alpha:g}", ("cifar10", {"partition.alpha": alpha})
-
-
-PLACES = dict(_places())
 
 
 def _runs():
@@ -132,13 +125,12 @@ def tables(found):
         for label, spec in _chosen(found, config).items():
             tuned = ":".join(part for part in spec.split(":") if part.partition("=")[0] in OWN)
             rows.append(_row(found, place, label, spec, tuned))
-        made.append(Table(f"{place}: mean of the last three evaluations, and the standard deviation over seeds.", rows))
+        if rows:
+            words = f"{place}: mean of the last three evaluations, and the standard deviation over seeds."
+            made.append(Table(words, rows))
     rows = [_row(found, "pieces", label, spec) for label, spec in PIECES.items()]
     made.append(Table("Digits, 40 rounds: FIPA with one piece changed.", rows))
     return made
-
-
-OWN = ("aggregator.damping", "local.lr", "server.lr", "rounds")
 
 
 def draw(found, path):
