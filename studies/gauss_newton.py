@@ -5,7 +5,7 @@ Gauss-Newton flow within each of K rounds, which end at the same time of the flo
 """
 
 import numpy as np
-from evidence.records import Benchmark, Spread, Study, Table, error, number
+from evidence.records import Benchmark, Spread, Study, Table, error, number, ticks
 
 RANKS = (2, 5, 10, 20, 0)  # 0 for full rank
 TASKS = {"sine": (0.01, (5, 10, 20, 40, 80)), "poisson_1d": (1.0, (5, 10, 20, 40))}  # config -> damping, rounds
@@ -56,6 +56,7 @@ def draw(found, path):
                 first = min(gaps), gaps[min(gaps)]
             axis.loglog(list(gaps), [first[1] * first[0] / K for K in gaps], "k:", label="O(1/K)")
             axis.set(title=task, xlabel="rounds, K", ylabel="gap to centralised Gauss-Newton")
+            ticks(axis, TASKS[task][1])
             axis.grid(alpha=0.25)
             axis.legend(fontsize=7)
 

@@ -6,7 +6,7 @@ FedAvg and FedVARP as tuned; and all as published (`configs/cifar10.py:published
 Tiny-ImageNet-50.
 """
 
-from evidence.records import Run, Spread, Study, Table, error, fewer_images, final, legend, number, percent, sent
+from evidence.records import Run, Spread, Study, Table, error, fewer_images, final, legend, number, percent, sent, ticks
 
 SMALL = {  # config -> (figure, rounds)
     "sine": ("test_mse", 300),
@@ -96,7 +96,8 @@ def _small(axis, found):
         ends = [final(found, config, _spec("fipa", rank), figure) for rank in RANKS]
         if all(values.size for values in ends):
             axis.loglog(RANKS, [sorted(values)[len(values) // 2] for values in ends], ".-", color=color, label=config)
-    axis.set(xlabel="rank", ylabel="error", title="small networks", xticks=RANKS, xticklabels=RANKS)
+    axis.set(xlabel="rank", ylabel="error", title="small networks")
+    ticks(axis, RANKS)
 
 
 def _large(axis, found):

@@ -68,8 +68,11 @@ def machine() -> dict:
     """The cores, the device and the versions that a result depends on."""
     import jax
 
-    versions = {}
-    for name in ("jax", "jaxlib", "flax", "numpy", "scipy", "matfree"):
+    from fipa_jax.saving import provenance
+
+    versions = provenance.of_code()
+    versions.pop("device")
+    for name in ("flax", "numpy", "scipy", "matfree"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -16,6 +16,7 @@ from fipa_jax.reporting.metrics import jsonable
 
 BEGIN = "% study {name}: what follows is written by scripts/study.py"
 END = "% end of the study"
+VERSIONS = {"Python": "python", "jax": "jax", "fipa_jax": "fipa_jax", "source": "source"}  # in words -> of a run
 
 
 def write(name: str, study: Study, found: Found, command: str, docs: Path, size: str) -> Path:
@@ -106,10 +107,10 @@ def _made(study: Study, found: Found) -> str:
 
     hours, cores = sum(made["seconds"] for made in found.made) / 3600, each("cores")
     of_all = f" of {found.planned}" if len(found.made) < found.planned else ""
+    by = [f"{name} {each(field)}" for name, field in VERSIONS.items() if each(field)]
     return (
         f"Seeds {seeds}. {len(found.made)}{of_all} runs, {each('date')}, {_hours(hours)} in all, each on {cores} "
-        f"{'core' if cores == '1' else 'cores'} of an {each('processor')}; Python {each('python')}, jax {each('jax')}, "
-        f"fipa_jax {each('fipa_jax')} (source {each('source')})."
+        f"{'core' if cores == '1' else 'cores'} of an {each('processor')}; {', '.join(by)}."
     )
 
 

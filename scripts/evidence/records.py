@@ -229,6 +229,12 @@ def _looks(lines: Sequence[tuple]) -> dict[tuple, curves.Look]:
     return {tuple(line[1:]): own[line[2]] if len(line) > 2 else by_name[line[1]] for line in lines}
 
 
+def ticks(axis, values) -> None:
+    """Marks just these values below an axis: a logarithmic one marks others too, and their names overlap."""
+    axis.set_xticks(list(values), labels=[f"{value:g}" for value in values])
+    axis.set_xticks([], minor=True)
+
+
 def legend(axis, **options) -> None:
     """Names an axis's lines, where there are any: of runs that are missing there are none."""
     if axis.get_legend_handles_labels()[0]:
