@@ -21,6 +21,7 @@ from evidence.records import (
     final,
     number,
     percent,
+    seconds,
     sent,
 )
 
@@ -114,6 +115,7 @@ def _row(found, run, label, spec, tuned=""):
         "test loss": Spread(final(found, run, spec, "test_loss", last=LAST), number),
         "megabytes up": Spread(sent(found, run, spec, ("bytes_up",)) / 1e6, number),
         "up and down": Spread(sent(found, run, spec) / 1e6, number),
+        "seconds of a round": f"{seconds(found, run, spec):.2g}",
     } | ({"chosen": f"`{tuned}`"} if tuned else {})
 
 

@@ -7,6 +7,7 @@ chosen by seed 9 at a quarter of the rounds, which the table does not see. All c
 from evidence.records import Run, Spread, Study, Table, chosen, draw_lines, error, every, final, number, sent
 
 ADAM = "local.optimizer=adam:local.steps=10:local.lr={}"
+SGD = "local.optimizer=sgd:local.steps=10:local.lr={}"
 TRIED = {
     "FedAvg, Adam": [f"fedavg:{ADAM.format(lr)}" for lr in (0.03, 0.01, 0.003, 0.001)],
     "FedProx, Adam": [
@@ -17,7 +18,7 @@ TRIED = {
         for server in (0.01, 0.003)
         for lr in (0.01, 0.003)
     ],
-    "SCAFFOLD": [f"fedavg:term.name=scaffold:local.steps=10:local.lr={lr}" for lr in (1.0, 0.3, 0.1, 0.03)],
+    "SCAFFOLD": [f"fedavg:term.name=scaffold:{SGD.format(lr)}" for lr in (1.0, 0.3, 0.1, 0.03)],
 }
 ROUNDS, EQUAL_BYTES = 200, 5200
 SECOND_ORDER = {

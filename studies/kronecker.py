@@ -92,14 +92,6 @@ def then(found):
     }
 
 
-def _seconds(found, run, method):
-    """Median seconds of a round's stages without its evaluation, of all rounds of all seeds; NaN where none was run."""
-    rows = [row for rows in found.runs.get(run, {}).values() for row in rows if row["run"] == method]
-    stages = ("fetch", "train", "sketch", "aggregate")
-    each = [sum(row.get(f"seconds_{stage}", 0) for stage in stages) for row in rows]
-    return np.median(each) if each else np.nan
-
-
 def _after(found, name, method, rounds):
     """Accuracy after so many rounds, or at the last evaluation before."""
     return Spread(final(found, name, method, "test_accuracy", rounds=rounds), percent)
@@ -109,11 +101,11 @@ def _table(found, name):
     """Each message after as many rounds, bytes and seconds."""
     task, rows = TASKS[name], []
     lines = {label: method for label, method in _lines(found, name).items() if sent(found, name, method).size}
-    seconds = {label: _seconds(found, name, method) for label, method in lines.items()}
+    times = {label: seconds(found, name, method) for label, method in lines.items()}
     sizes = {label: sent(found, name, method).mean() / task.rounds[label] for label, method in lines.items()}
     for label, method in lines.items():
         by_bytes = round(task.shown * sizes.get(BOTH, 0) / sizes[label])
-        by_seconds = min(int(task.base * seconds.get(MANY, 0) / seconds[label]), task.rounds[label])
+        by_seconds = min(int(task.base * times.get(MANY, 0) / times[label]), task.rounds[label])
         cells = {
             f"after {task.shown} rounds": _after(found, name, method, task.shown),
             f"bytes of {task.shown} rounds of `kfac`": _after(found, name, method, by_bytes),
@@ -122,7 +114,7 @@ def _table(found, name):
         }
         loss = Spread(final(found, name, method, "test_loss", rounds=task.shown), number)
         cells |= {f"test loss after {task.shown}": loss, "kB of a round": f"{sizes[label] / 1e3:.0f}"}
-        rows.append({"message": label} | cells | {"seconds of a round": f"{seconds[label]:.2g}"})
+        rows.append({"message": label} | cells | {"seconds of a round": f"{times[label]:.2g}"})
     words = (
         f"`configs/{name}.py`: test accuracy in %, mean and spread over the seeds; median seconds without evaluations."
     )

@@ -124,6 +124,14 @@ def sent(found: Found, run: str, method: str, columns: Sequence[str] = curves.SE
     return np.array([sum(row[column] for row in rows for column in columns) for rows in mine if rows])
 
 
+def seconds(found: Found, run: str, method: str) -> float:
+    """Median seconds of a round's stages without its evaluation, of all rounds of all seeds; NaN where none was run."""
+    rows = [row for rows in found.runs.get(run, {}).values() for row in rows if row["run"] == method]
+    stages = ("fetch", "train", "sketch", "aggregate")
+    each = [sum(row.get(f"seconds_{stage}", 0) for stage in stages) for row in rows]
+    return float(np.median(each)) if each else math.nan
+
+
 def best(found: Found, run: str, methods: Iterable[str], figure: str, last: int = 1) -> str:
     """The method with the best mean figure over the seeds of a run made for tuning: geometric for errors.
 

@@ -20,6 +20,7 @@ from fipa_jax.config import command_line, fields
 from fipa_jax.config.checks import validate
 from fipa_jax.config.defaults import default
 from fipa_jax.reporting import metrics
+from fipa_jax.run import phase_parts
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 MADE = "made.json"  # in a run's folder: that it is done, where and when
@@ -165,7 +166,7 @@ def _config_of(name: str, changed: Mapping[str, Any]):
     """A config by its name, with fields changed.
 
     Raises:
-      ValueError: there is no such config or field, or a value does not fit.
+      ValueError: there is no such config or field, or a value or a compared method does not fit.
     """
     name, _, variant = name.partition(":")
     config = runpy.run_path(str(command_line.config_file(name)))["get_config"](*([variant] if variant else []))
@@ -176,6 +177,7 @@ def _config_of(name: str, changed: Mapping[str, Any]):
             raise ValueError(f"config.{path}: {error.args[0]}") from None
         group[field] = value
     validate(config)
+    phase_parts.check(config)
     return config
 
 
