@@ -57,7 +57,12 @@ SEEDED = {"digits": ("seed", "partition.seed"), "cifar10": ("seed",)}
 PIECES = {
     "6.7 kB of curvature a client and round": f"{TWELVE}:{BUDGET}",
     "3 kB": f"{TWELVE}:sketch.rank=20:sketch.budget=3000",
+    "13 kB": f"{TWELVE}:sketch.rank=50:sketch.budget=13000",
+    "32 kB": f"{TWELVE}:sketch.rank=50:sketch.budget=32000",
     "5 pairs of each client for the budget": f"{TWELVE}:sketch.rank=5",
+    "10 pairs": f"{TWELVE}:sketch.rank=10",
+    "20 pairs": f"{TWELVE}:sketch.rank=20",
+    "50 pairs": f"{TWELVE}:sketch.rank=50",
     "20 pairs from a quarter of the clients": f"{TWELVE}:sketch.rank=20:sketch.share=0.25",
     "gradients in 8 bits": f"{EIGHT}:{BUDGET}",
     "gradients in float32": BUDGET,
