@@ -29,7 +29,7 @@ def main():
     parser.add_argument("name", nargs="?", help="of a file in studies/, without its ending")
     parser.add_argument("--list", action="store_true", help="print every study's question and leave")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="in place of the study's own")
-    parser.add_argument("--only", nargs="+", default=[], help="names of runs; the others are not run now")
+    parser.add_argument("--only", nargs="+", default=[], help="names of runs; of the others, what is done is shown")
     parser.add_argument("--jobs", type=int, default=0, help="runs side by side; as cores and memory hold, by default")
     parser.add_argument("--size", choices=["full", "reduced"], default="full", help="how large the runs are")
     parser.add_argument("--debug", action="store_true", help="a few rounds of each run, on tiny data")
@@ -91,17 +91,20 @@ def conduct(name: str, study, args) -> int:
 def results(name: str, study, args, options):
     """What the study's runs leave, and then those that follow from what the first have tuned."""
     parallel = args.jobs or running.side_by_side(study.gigabytes)
-    jobs, missing, found = [], [], None
+    jobs, missing, found, known = [], [], None, set()
     for stage in (lambda _: running.runs_of(study, options), study.then):
         if not stage or missing:  # what is tuned by runs that are missing cannot be run
             break
-        runs = {run: value for run, value in stage(found).items() if args.write or not args.only or run in args.only}
-        more = running.jobs_of(study, runs, options)
+        runs = stage(found)
         if not args.write:
-            check_data(study, more, args.data_dir)
-            missing += running.run(more, parallel, name, args.fresh)
-        jobs += more
+            now = {run: value for run, value in runs.items() if not args.only or run in args.only}
+            asked = running.jobs_of(study, now, options)
+            check_data(study, asked, args.data_dir)
+            missing += running.run(asked, parallel, name, args.fresh)
+        jobs += running.jobs_of(study, runs, options)
+        known |= {*runs}
         found = running.collect(jobs, missing)
+    missing += [f"{run}: there is no such run, or what it follows from is not done" for run in {*args.only} - known]
     return found
 
 

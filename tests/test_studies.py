@@ -185,6 +185,15 @@ def test_a_study_runs_when_it_is_tiny(name, tmp_path):
     assert (page.parent.parent / "pictures" / f"study_{name}.svg").is_file()
 
 
+def test_a_run_that_is_not_there_is_named(tmp_path):
+    """Of `--only`; the page is written even so, with what is done."""
+    (tmp_path / "results").mkdir()
+    given = ["sine", "--only", "fipaa", "--write", f"--runs={tmp_path}", f"--docs={tmp_path}"]
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "study.py", *given], capture_output=True, text=True)
+    assert done.returncode == 1 and "fipaa: there is no such run" in done.stderr
+    assert "Not run yet" in (tmp_path / "results" / "sine.md").read_text()
+
+
 def test_a_command_is_written_without_this_machines_folders(evidence):
     given = (
         "train.py --config.data.dir=/a/b --workdir=/a/b/x-1 --config.init_from=/a/b/y-2/warmup.msgpack --config.seed=1"
