@@ -37,7 +37,7 @@ RULES = {  # label -> method; its own two numbers follow
     "FedAvg in float32": "fedavg:local.lr={}:server.lr={}",
 }
 ROUNDS = {"digits": (40, 270, 270, 340, 68, 68), "cifar10": (31, 200, 200, 250, 50, 50)}
-PAIRS = {"digits": BUDGET, "cifar10": "sketch.rank=5"}
+PAIRS = {"digits": BUDGET, "cifar10": "sketch.rank=5:sketch.loss_rank=1:aggregator.past.rank=100"}
 GRIDS = {  # of the two numbers: equally many settings of each rule
     "digits": (
         [(beta, step) for beta in (0.03, 0.01, 0.003) for step in (0.1, 0.05)],
