@@ -94,7 +94,7 @@ def _training_job(study: Study, name: str, run: Run, seed: int, options: Options
         changed["init_from"] = str(start.folder / "warmup.msgpack")
     if config.task.name == "images" and config.data.name != "digits":
         changed["data.dir"] = options.data_dir
-    changed["max_skips"] = 0  # a setting that diverges loses, and ends none of the others
+    changed["fipa.max_skips"] = 0  # a setting that diverges loses, and ends none of the others
     flags = [f"--config.{field}={value}" for field, value in changed.items()]
     command = (str(SCRIPTS / "train.py"), f"--config={run.config}", *flags, f"--workdir={folder}")
     command = (*command, "--resume=no") if options.fresh else command
