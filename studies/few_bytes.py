@@ -1,10 +1,11 @@
 """At equal bytes up: is FIPA ahead of compressed first-order rules, and what does each way to save bytes cost?
 
-FIPA sends gradients in 12 bits and few eigenpairs in 8 (`fipa_few_bytes`); averaging and FedAdam send updates in 8 bits
-(QSGD, FedPAQ) or a tenth of the entries (top-k with error feedback), FedVARP and averaging all bits. Every rule takes
-as many rounds as the bytes allow: on digits what 40 rounds of FIPA with a budget send, on CIFAR-10 what 50 rounds of
-plain FedAvg send. Each has six settings on digits and four on CIFAR-10, chosen on the held-out images of seed 9 after
-as many rounds, on CIFAR-10 at alpha 0.1.
+FIPA sends gradients in 12 bits and few eigenpairs in 8 or 4 (`fipa_few_bytes`); averaging and FedAdam send updates in 8
+bits (QSGD, FedPAQ) or a tenth of the entries (top-k with error feedback), FedVARP and averaging all bits. Every rule
+takes as many rounds as the bytes allow: on digits what 40 rounds of FIPA with a budget send, on CIFAR-10 what 50 rounds
+of plain FedAvg send. Each has six settings on digits and four on CIFAR-10, chosen on the held-out images of seed 9 after
+as many bytes, on CIFAR-10 at alpha 0.1; how few pairs and bits FIPA's four have there was found on seed 8, and where the
+others' lie by a first grid whose edges they chose.
 
 The ablation, on digits, takes one piece away at a time, at a damping of 0.01.
 """
@@ -28,26 +29,27 @@ from evidence.records import (
 EIGHT, TWELVE = "local.compress.name=few_bits", "local.compress.name=few_bits:local.compress.bits=12"
 TOP = "term.name=feedback:local.compress.name=top_k:local.compress.share=0.1"
 BUDGET = "sketch.rank=20:sketch.budget=6700"
-RULES = {  # label -> method; its own two numbers follow
-    "FIPA at few bytes": "fipa_few_bytes:{pairs}:" + TWELVE + ":aggregator.damping={}:server.lr={}",
+RULES = {  # label -> method; the numbers of its own follow
+    "FIPA at few bytes": "fipa_few_bytes:{2}:" + TWELVE + ":aggregator.damping={0}:server.lr={1}",
     "FedAvg in 8 bits": "fedavg:" + EIGHT + ":local.lr={}:server.lr={}",
     "FedAdam in 8 bits": "fedavg:server.optimizer=adam:" + EIGHT + ":local.lr={}:server.lr={}",
     "FedAvg, a tenth of the entries": "fedavg:" + TOP + ":local.lr={}:server.lr={}",
     "FedVARP in float32": "fedavg:term.name=varp:local.lr={}:server.lr={}",
     "FedAvg in float32": "fedavg:local.lr={}:server.lr={}",
 }
-ROUNDS = {"digits": (40, 270, 270, 340, 68, 68), "cifar10": (31, 200, 200, 250, 50, 50)}
-PAIRS = {"digits": BUDGET, "cifar10": "sketch.rank=5:sketch.loss_rank=1:aggregator.past.rank=100"}
-GRIDS = {  # of the two numbers: equally many settings of each rule
+ROUNDS = {"digits": (40, 270, 270, 340, 68, 68), "cifar10": (56, 200, 200, 250, 50, 50)}
+CHEAP = "sketch.loss_rank=1:aggregator.past.rank=100"  # one direction of each loss's Hessian, fewer past pairs
+TWO, THREE = f"{CHEAP}:sketch.rank=2", f"{CHEAP}:sketch.rank=3:sketch.bits=4:rounds=65"
+GRIDS = {  # of the two numbers, and of FIPA's pairs: equally many settings of each rule
     "digits": (
-        [(beta, step) for beta in (0.03, 0.01, 0.003) for step in (0.1, 0.05)],
+        [(beta, step, BUDGET) for beta in (0.03, 0.01, 0.003) for step in (0.1, 0.05)],
         [(0.3, 1), (0.1, 1), (0.03, 1), (0.3, 0.3), (0.1, 0.3), (0.1, 0.1)],
         [(rate, step) for rate in (0.3, 0.1) for step in (0.01, 0.003, 0.001)],
     ),
     "cifar10": (
-        [(0.3, 0.1), (0.1, 0.1), (0.1, 0.05), (0.03, 0.05)],
-        [(0.1, 0.16), (0.1, 0.08), (0.1, 0.04), (0.03, 0.1)],
-        [(rate, step) for rate in (0.1, 0.03) for step in (0.001, 0.0003)],
+        [(0.1, 0.1, TWO), (0.03, 0.05, TWO), (0.1, 0.1, THREE), (0.1, 0.05, THREE)],
+        [(0.1, 0.32), (0.1, 0.16), (0.1, 0.08), (0.03, 0.3)],
+        [(0.1, 0.003), (0.1, 0.001), (0.1, 0.0003), (0.03, 0.001)],
     ),
 }
 PLACES = {"digits": ("digits", {})} | {  # what is shown -> (config, fields)
@@ -71,7 +73,8 @@ PIECES = {
 PIECES = {label: f"fipa_few_bytes:aggregator.damping=0.01:{fields}" for label, fields in PIECES.items()}
 PIECES["all 50 pairs in float32, past cohorts (`fipa_memory`)"] = "fipa_memory:aggregator.damping=0.003"
 HELD_OUT, LAST = "holdout_accuracy", 3
-OWN = ("aggregator.damping", "local.lr", "server.lr", "rounds")  # what is chosen or follows from the bytes
+# What is chosen, or follows from the bytes.
+OWN = ("aggregator.damping", "sketch.rank", "sketch.bits", "local.lr", "server.lr", "rounds")
 OFTEN = {"eval.every": 5, "eval.clients_every": 0}
 
 
@@ -80,9 +83,14 @@ def _tried(config):
     natural, plain, adam = GRIDS[config]
     grids = (natural, plain, adam, plain, plain, plain)
     return {
-        label: [f"{method.format(*pair, pairs=PAIRS[config])}:rounds={rounds}" for pair in grid]
+        label: [_for(rounds, method.format(*numbers)) for numbers in grid]
         for (label, method), rounds, grid in zip(RULES.items(), ROUNDS[config], grids, strict=True)
     }
+
+
+def _for(rounds, method):
+    """The method for so many rounds, unless it says itself for how many."""
+    return method if ":rounds=" in method else f"{method}:rounds={rounds}"
 
 
 def _run(config, fields, methods, **others):
