@@ -11,8 +11,7 @@ to compute goes on for more rounds, to be seen at equal seconds.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
-from evidence.records import NOTHING, Run, Spread, Study, Table, chosen, every, final, number, percent, sent
+from evidence.records import NOTHING, Run, Spread, Study, Table, chosen, every, final, number, percent, seconds, sent
 
 ONE_STEP = "local.lr=1:local.steps=1:local.batch_size=0:server.lr=1:aggregator.past.kind=prior"
 BOUND = "aggregator.limits.max_divergence=0.005"
