@@ -3,9 +3,9 @@
 FIPA sends gradients in 12 bits and few eigenpairs in 8 or 4 (`fipa_few_bytes`); averaging and FedAdam send updates in 8
 bits (QSGD, FedPAQ) or a tenth of the entries (top-k with error feedback), FedVARP and averaging all bits. Every rule
 takes as many rounds as the bytes allow: on digits what 40 rounds of FIPA with a budget send, on CIFAR-10 what 50 rounds
-of plain FedAvg send. Each has six settings on digits and four on CIFAR-10, chosen on the held-out images of seeds 9
-to 11, on CIFAR-10 of seed 9 at alpha 0.1, after as many bytes. Where they lie was seen before: FIPA's few pairs and bits on seed 8, the
-others by a first grid whose edges were chosen.
+of plain FedAvg send. Each has six settings on digits and four on CIFAR-10, chosen on the held-out images of seeds 9 to
+11, on CIFAR-10 of seed 9 at alpha 0.1, after as many bytes. Where they lie was seen before: FIPA's few pairs and bits
+on seed 8, the others by a first grid whose edges were chosen.
 
 The ablation, on digits, takes one piece away at a time, at a damping of 0.01.
 """
