@@ -2,7 +2,7 @@
 
 Beyond the paper. Three times the usual viscosity: the usual 0.01/pi needs more of everything and takes minutes:
 --config.task.equation=burgers "--config.model.widths=(20,20,20)" --config.task.examples_per_client=1000
-Hardware: two CPU cores, about a minute. Expected: see README, Results.
+Hardware: two CPU cores, about a minute. Expected: see docs/results/equations.md.
 Command: python scripts/train.py --config=configs/burgers.py
 """
 

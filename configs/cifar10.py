@@ -5,7 +5,7 @@ gradients clipped at norm 10), with every method's step sizes tuned on a held-ou
 takes the form of the authors' code, beta = 0.5, gamma = 0.2, a thirtieth of the published learning rate and rank 50.
 `fipa_memory` is this project's method for few clients of many: one natural gradient a client, and past cohorts kept.
 Hardware: one CPU core, 45 minutes; `:debug` takes a minute. Expected: `fipa_memory` at 65.8 %, `fipa` at 63.6 %, the
-best of the first-order methods at 62.9 % (README, Results).
+best of the first-order methods at 62.9 % (docs/results/cifar10.md).
 `:published` is the whole-model recipe of the paper as the authors' code has it (rank 200, beta = gamma = 0.5, sketches
 of augmented images from one start for all clients, no clipping, the learning rate goes on); `:published_short` is their
 short recipe (FedRCL with server momentum for 200 rounds at alpha 0.3, then 100 of the last layer, for which clients

@@ -1,7 +1,7 @@
 """A surface of six anisotropic Gaussians on [0, 1]^2; each of six clients owns one cell of a 2 x 3 grid.
 
 Reproduces: the 2-D regression of arXiv 2601.13608 (400 points a client, tanh MLP 2-20-20-1).
-Hardware: two CPU cores, about two minutes. Expected: see README, Results.
+Hardware: two CPU cores, about two minutes. Expected: see docs/results/gaussians.md.
 Command: python scripts/train.py --config=configs/gaussians_2d.py     Levenberg-Marquardt by clients and server
          python scripts/train.py --config=configs/gaussians_2d.py:adaptive     published: rank and local steps adapt
 """

@@ -1,7 +1,7 @@
-"""sin(2 pi x) on [0, 1] split between two clients: the smallest problem on which averaging fails and FIPA does not.
+"""sin(2 pi x) on [0, 1] split between two clients: averaging stops far from the solution and FIPA does not.
 
 Reproduces: the 1-D regression of arXiv 2601.13608 (test loss about 1e-5, where FedAvg degrades).
-Hardware: two CPU cores, less than a minute. Expected: see README, Results.
+Hardware: two CPU cores, less than a minute. Expected: see docs/results/sine.md.
 Command: python scripts/train.py     Levenberg-Marquardt shared by clients and server
          python scripts/train.py --config=configs/sine.py:gauss_newton     clients choose their own damping
          python scripts/train.py --config=configs/sine.py:sgd     plain gradient descent as the local solver
@@ -39,7 +39,7 @@ def get_config(local_solver: str = ""):
             phase.local.steps = 500
             config.fipa.aggregator.damping = 1e-4
         else:
-            raise ValueError(f"configs/sine.py: unknown variant {local_solver!r}; known: gauss_newton, sgd")
+            raise ValueError(f"configs/sine.py: unknown variant {local_solver!r}; known: gauss_newton, sgd, private")
     return config
 
 

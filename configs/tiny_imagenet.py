@@ -5,7 +5,7 @@ gradients clipped at norm 10; FedRCL for 1000 rounds; then the two-layer head of
 parameters, sketches of rank 10, gamma = 1, beta = 0.01), beside FedRCL continued and FedAvg on the head.
 The head's phase runs on features that are computed once. Its step sizes are the published ones, not tuned here.
 Hardware: one GPU, some hours; on one CPU core a round takes two hours. Published: +2.36 points over FedRCL.
-Not measured here. What has been (README, Results), steps tuned: `:cpu`, a CNN on images of 32 x 32, ten minutes
+Not measured here. What has been (docs/results/tiny_imagenet.md), tuned: `:cpu`, a CNN on images of 32 x 32, ten minutes
 of one core, and `:resnet20`, with the published share of parameters in its head, on 16 x 16, three quarters of an hour.
 `:published` follows the authors' code where it differs: clients train the whole network by FedRCL, and of that the
 head's change alone is used; sketches are of augmented images, by subspace iteration from one start for all clients.

@@ -53,4 +53,5 @@ STUDY = Study(
     ),
     gigabytes=8,
     hours=30,
+    machine="a GPU, a guess",
 )

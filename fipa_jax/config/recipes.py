@@ -69,7 +69,7 @@ def levenberg_marquardt(config: ConfigDict) -> None:
 
 
 def whole_model(config: ConfigDict) -> None:
-    """Sets the FIPA phase to the whole model of a small CNN, with what was tuned on CIFAR-10 (README, Results)."""
+    """Sets the FIPA phase to the whole model of a small CNN, as tuned on CIFAR-10 (docs/results/cifar10.md)."""
     fipa = config.fipa
     fipa.local.lr = 0.003
     fipa.sketch.solver, fipa.sketch.rank, fipa.sketch.loss_rank = "auto", 50, 3

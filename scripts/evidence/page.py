@@ -57,9 +57,9 @@ def _part(name, study, found, tables, command, size, pictured):
     yield f"**{question(study)}**\n\n{setting.strip()}\n"
     yield f"```sh\n{command}\n```"
     if size == "reduced" and study.reduced:
-        yield f"\nAt reduced size: {study.reduced.words} Full size takes about {_hours(study.hours)} of one core.\n"
+        yield f"\nAt reduced size: {study.reduced.words} Full size takes {_about(study)}.\n"
     if not found.made:
-        yield f"\nNot run yet, so that there are no figures. It takes about {_hours(study.hours)} of one core."
+        yield f"\nNot run yet, so that there are no figures. It takes {_about(study)}."
     for table in tables:
         yield f"\n{table.words}\n"
         yield from lines_of(table)
@@ -69,6 +69,10 @@ def _part(name, study, found, tables, command, size, pictured):
         yield f"\nMissing: {'; '.join(found.missing)}."
     if found.made:
         yield f"\n{_made(study, found)} [The figures of every seed](figures/{name}.json)."
+
+
+def _about(study: Study) -> str:
+    return f"about {_hours(study.hours)} of {study.machine}"
 
 
 def _hours(hours: float) -> str:

@@ -91,7 +91,8 @@ class Study(NamedTuple):
     reduced: Size | None = None  # what --size=reduced runs
     data: tuple[str, ...] = ()  # sets that `scripts/prepare_data.py` prepares
     gigabytes: float = 2.0  # of memory that one run takes
-    hours: float = 0.1  # about, of one core at full size
+    hours: float = 0.1  # about, at full size
+    machine: str = "one core"  # of which
 
 
 def question(study: Study) -> str:
