@@ -69,6 +69,7 @@ METRICS = {
 }
 BROKEN = (0, (3, 3))  # of the ceiling: what it lies on shows in between
 LABEL = 7.5  # points
+LINE = 1.3 * LABEL / 72  # inches of height that a name takes
 SENT = ("bytes_up", "bytes_down")  # all that travels
 TAIL = 3  # a warm-up that is longer than the methods' rounds is shown for a third of theirs
 
@@ -188,7 +189,7 @@ def draw(
         if len(figures) == 1 and not by_bytes:  # all lines end together
             _label_lines(axes[0, 0])
         else:
-            _legend(picture, axes[0, 0])
+            legend(picture, *axes[0, 0].get_legend_handles_labels())
 
 
 def start_of(workdir: Path) -> list[dict]:
@@ -323,9 +324,13 @@ def _label_lines(axis) -> None:
     """Writes each line's name beside its end, none over another."""
     labelled = [(line, np.asarray(line.get_ydata(), float)) for line in axis.get_legend_handles_labels()[0]]
     ends = [(line, values[np.isfinite(values)][-1]) for line, values in labelled if np.isfinite(values).any()]
+    picture, longest = axis.figure, max((len(line.get_label()) for line, _ in ends), default=0)
+    picture.set_size_inches(
+        max(picture.get_figwidth(), 3.4 + longest / 18), max(picture.get_figheight(), LINE * len(ends) / 0.8)
+    )
     to_panel = axis.transData + axis.transAxes.inverted()
     places = [float(np.clip(to_panel.transform((axis.get_xlim()[1], end))[1], 0, 1)) for _, end in ends]
-    gap = 1.3 * LABEL / (72 * 0.8 * axis.figure.get_figheight())
+    gap = LINE / (0.8 * picture.get_figheight())
     for (line, _), place in zip(ends, _pushed_apart(places, gap), strict=True):
         color = shaded(line.get_color(), -0.2) if str(line.get_color()).startswith("#") else line.get_color()
         axis.text(1.01, place, line.get_label(), transform=axis.transAxes, color=color, fontsize=LABEL, va="center")
@@ -344,9 +349,12 @@ def _pushed_apart(places: list[float], gap: float) -> list[float]:
     return result
 
 
-def _legend(picture, axis) -> None:
-    """Names the lines of all panels, below them."""
-    handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        columns = max(1, min(len(labels), int(18 * picture.get_figwidth() / (max(map(len, labels)) + 5))))
-        picture.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=LABEL)
+def legend(picture, handles: Sequence, labels: Sequence[str]) -> None:
+    """Names lines below a picture's panels, which keep their size: the picture grows by what the names take."""
+    if not handles:
+        return
+    longest = (max(map(len, labels)) + 5) / 18  # inches
+    width = max(picture.get_figwidth(), longest)
+    columns = max(1, min(len(labels), int(width / longest)))
+    picture.set_size_inches(width, picture.get_figheight() + LINE * -(-len(labels) // columns))
+    picture.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=LABEL, labelspacing=0.3)

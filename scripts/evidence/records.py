@@ -220,11 +220,7 @@ def draw_lines(
             axis.grid(alpha=0.25, linewidth=0.6)
         pairs = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes[0]]
         handles = {label: line for line, label in itertools.chain.from_iterable(pairs)}
-        widest = max(map(len, handles), default=0) + 5
-        columns = max(1, min(len(handles), int(18 * picture.get_figwidth() / widest)))
-        picture.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=curves.LABEL
-        )
+        curves.legend(picture, list(handles.values()), list(handles))
 
 
 def _looks(lines: Sequence[tuple]) -> dict[tuple, curves.Look]:

@@ -12,6 +12,7 @@ import pytest
 from fipa_jax.reporting import curves, plots
 
 matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib.figure")
 SUMMARISE = Path(__file__).resolve().parents[2] / "scripts" / "summarise.py"
 METHODS = ["fipa", "fedavg", "fedavg:server.lr=0.5", "fedavg:server.optimizer=adam", "centralised", "fipa_memory"]
 
@@ -74,6 +75,30 @@ def test_labels_beside_lines_do_not_overlap():
     places = curves._pushed_apart([0.5, 0.5, 0.01, 0.0, 0.52, 1.0], 0.1)
     assert np.all(np.diff(sorted(places)) >= 0.1 - 1e-9) and min(places) >= 0
     assert np.argsort(places).tolist() == [3, 2, 1, 0, 4, 5]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("figures", "by_bytes"), [(["test_mse"], False), (["test_mse"], True), (["test_mse"] * 2, False)]
+)
+def test_many_names_that_are_long_lie_over_no_panel(figures, by_bytes, tmp_path, monkeypatch):
+    """As a run has them that tunes: matplotlib warns where panels have no room left, and names are drawn over them."""
+    names = [f"fedavg:local.compress.name=few_bits:local.compress.bits={k}:term.name=feedback" for k in range(2, 38)]
+    rows = [row for k, name in enumerate(names) for row in rows_of([1.0, 0.5 + k], name)]
+    kept = []
+
+    class Kept(matplotlib.figure.Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            kept.append(self)
+
+    monkeypatch.setattr(matplotlib.figure, "Figure", Kept)
+    curves.draw([rows], figures, tmp_path / "many.png", by_bytes=by_bytes)
+    (picture,) = kept
+    panel = picture.axes[0].get_window_extent()
+    assert panel.height > 0.7 * 3.3 * picture.dpi
+    for drawn in picture.legends:
+        assert drawn.get_window_extent().y1 <= panel.y0
 
 
 def test_curves_of_a_run_that_diverged_are_drawn(tmp_path):
