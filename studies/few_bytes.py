@@ -10,6 +10,8 @@ on seed 8, the others by a first grid whose edges were chosen.
 The ablation, on digits, takes one piece away at a time, at a damping of 0.01.
 """
 
+import re
+
 from evidence.records import (
     Run,
     Spread,
@@ -122,7 +124,7 @@ def then(found):
     return runs
 
 
-def _row(found, run, label, spec, tuned=""):
+def _row(found, run, label, spec):
     return {
         "method": label,
         "test accuracy, %": Spread(final(found, run, spec, "test_accuracy", last=LAST), percent),
@@ -130,18 +132,26 @@ def _row(found, run, label, spec, tuned=""):
         "megabytes up": Spread(sent(found, run, spec, ("bytes_up",)) / 1e6, number),
         "up and down": Spread(sent(found, run, spec) / 1e6, number),
         "seconds of a round": f"{seconds(found, run, spec):.2g}",
-    } | ({"chosen": f"`{tuned}`"} if tuned else {})
+    }
+
+
+def _tuned_row(found, run, label, spec, most):
+    """A row, with the accuracy after `most` bytes up and down as well."""
+    rounds = int(re.search(r":rounds=(\d+)", spec)[1])
+    within = min(rounds, int(rounds * most / sent(found, run, spec).mean()))
+    own = ":".join(part for part in spec.split(":") if part.partition("=")[0] in OWN)
+    after = Spread(final(found, run, spec, "test_accuracy", last=LAST, rounds=within), percent)
+    return _row(found, run, label, spec) | {f"after {most / 1e6:.3g} MB up and down": after, "chosen": f"`{own}`"}
 
 
 def tables(found):
     """Accuracy, loss and bytes of each rule, and of FIPA with one piece changed."""
     made = []
     for place, (config, _) in PLACES.items():
-        rows = []
-        for label, spec in _chosen(found, config).items():
-            tuned = ":".join(part for part in spec.split(":") if part.partition("=")[0] in OWN)
-            rows.append(_row(found, place, label, spec, tuned))
-        if rows:
+        methods = {label: spec for label, spec in _chosen(found, config).items() if sent(found, place, spec).size}
+        if methods:
+            most = sent(found, place, next(iter(methods.values()))).mean()  # FIPA's
+            rows = [_tuned_row(found, place, label, spec, most) for label, spec in methods.items()]
             words = f"{place}: mean of the last three evaluations, and the standard deviation over seeds."
             made.append(Table(words, rows))
     rows = [_row(found, "pieces", label, spec) for label, spec in PIECES.items()]
@@ -154,7 +164,7 @@ def draw(found, path):
     panels = {
         place: [(place, spec, label) for label, spec in _chosen(found, config).items()]
         for place, (config, _) in PLACES.items()
-        if place in found.runs
+        if found.runs.get(place)
     }
     draw_lines(panels or {"digits": []}, "test_accuracy", path, found, by=("bytes_up",))
 

@@ -145,6 +145,11 @@ def test_the_best_setting_is_finite_on_all_seeds(evidence):
     found = records.Found({"tune": rows}, [], [])
     assert records.best(found, "tune", figures, "test_mse") == "b"
     assert records.best(found, "nothing", figures, "test_mse") == ""
+    assert [records.number(np.array(values)) for values in ([0.1 + 0.2, 0.3], [1.0, 2.0], [5.0])] == [
+        "0.3",
+        "1.5 +- 0.5",
+        "5",
+    ]
     assert [records.short(value) for value in (0.0, 0.0123, 1.84e-11, 12345.0)] == ["0", "0.012", "1.8e-11", "1.2e4"]
     assert records.error(records.final(found, "tune", "a", "test_mse")) == "diverges on 1 of 2"
 

@@ -181,8 +181,9 @@ def percent(values: np.ndarray) -> str:
 
 
 def number(values: np.ndarray) -> str:
-    """Of other figures over seeds: mean and standard deviation."""
-    return f"{values.mean():.3g}" + (f" +- {values.std():.2g}" if values.size > 1 else "")
+    """Of other figures over seeds: mean and standard deviation, unless they are all the same."""
+    mean, std = values.mean(), values.std()
+    return f"{mean:.3g}" + (f" +- {std:.2g}" if std > 1e-9 * abs(mean) else "")
 
 
 def draw_lines(
