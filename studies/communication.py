@@ -112,10 +112,12 @@ def tables(found):
 
 
 def draw(found, path):
-    """The accuracy on CIFAR-10 by bytes, of what differs to the eye."""
-    shown = {label: spec for label, spec in CIFAR10.items() if "trace" not in label and "threshold" not in label}
-    lines = [("cifar10", spec, label) for label, spec in shown.items()]
-    panels = {"CIFAR-10, whole CNN": lines + [(*of, label) for label, of in _chosen(found).items()]}
+    """The accuracy on CIFAR-10 by bytes: what FIPA may save, and all as tuned for as many bytes."""
+    ranks = {words: f"fipa_memory:{spec}" for words, spec in SAVING.items() if words[:4] in ("rank", "bflo")}
+    panels = {
+        "CIFAR-10, FIPA with past rounds": [("cifar10", spec, label) for label, spec in ranks.items()],
+        "tuned for as many bytes": [(*of, label) for label, of in _chosen(found).items()],
+    }
     draw_lines(panels, "test_accuracy", path, found, by=curves.SENT)
 
 
