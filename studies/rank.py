@@ -51,6 +51,8 @@ def tables(found):
     """Errors of small networks by rank, then accuracies of larger ones with what they send."""
     small = []
     for config, (figure, rounds) in SMALL.items():
+        if not found.runs.get(config):
+            continue
         row = {"task, rounds": f"{config}, {rounds}"}
         for rank in RANKS:
             row[f"rank {rank}"] = Spread(final(found, config, _spec("fipa", rank), figure), error)
@@ -62,7 +64,7 @@ def tables(found):
         "resnet20": [*(HEAD.format(rank) for rank in LARGE), "fedavg:server.lr=0.1:local.lr=0.03"],
     }
     for run, specs in lines.items():
-        if run not in found.runs:
+        if not found.runs.get(run):
             continue
         rows = [
             {
