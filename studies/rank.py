@@ -57,7 +57,7 @@ def tables(found):
         for rank in RANKS:
             row[f"rank {rank}"] = Spread(final(found, config, _spec("fipa", rank), figure), error)
         small.append(row)
-    made = [Table("Errors by rank: median over the seeds, then the lowest and the highest.", small)]
+    made = [Table("Errors by rank: median over the seeds 0 to 2, then the lowest and the highest.", small)]
     lines = {
         "cifar10": [*((_spec(method, rank)) for method in METHODS for rank in LARGE), *CONTROLS],
         "as published": [*(_spec("fipa", rank) for rank in LARGE), PLAIN],
