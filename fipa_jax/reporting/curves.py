@@ -211,7 +211,8 @@ def line(seeds: Sequence[list[dict]], run: str, figure: str, sent: Sequence[str]
     x, values = (np.array([[points[k][part] for k in rounds] for points in found]) for part in (0, 1))  # [S, E]
     if not rounds:
         return Line(*np.zeros([4, 0]))
-    mean, std = values.mean(axis=0), values.std(axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):  # of one that diverges
+        mean, std = values.mean(axis=0), values.std(axis=0)
     return Line(
         x.mean(axis=0), mean, np.maximum(mean - std, values.min(axis=0)), np.minimum(mean + std, values.max(axis=0))
     )

@@ -135,9 +135,10 @@ def _anywhere(command: str) -> str:
 
 
 def _raw(row: dict) -> dict:
-    return {
-        name: {"seeds": cell.values, "mean": cell.values.mean(), "std": cell.values.std()}
-        if isinstance(cell, Spread) and np.size(cell.values)
-        else cell_of(cell)
-        for name, cell in row.items()
-    }
+    with np.errstate(over="ignore", invalid="ignore"):  # of a method that diverges
+        return {
+            name: {"seeds": cell.values, "mean": cell.values.mean(), "std": cell.values.std()}
+            if isinstance(cell, Spread) and np.size(cell.values)
+            else cell_of(cell)
+            for name, cell in row.items()
+        }

@@ -215,13 +215,26 @@ def draw_lines(
                 axis.plot(x, line.mean, label=look.label, linewidth=1.7, color=look.color, linestyle=look.dash)
                 axis.fill_between(x, line.low, line.high, color=look.color, alpha=0.18, linewidth=0)
             axis.set(title=title, xlabel="megabytes" if by else "rounds", ylabel=curves.words_of(figure))
-            axis.set_yscale("linear" if metrics.direction(figure) > 0 else "log")
+            if metrics.direction(figure) < 0:
+                _logarithmic(
+                    axis, [curves.line(list(found.runs.get(line[0], {}).values()), line[1], figure) for line in lines]
+                )
             if "accuracy" in figure:
                 axis.yaxis.set_major_formatter(ticker.PercentFormatter(xmax=1, symbol=""))
             axis.grid(alpha=0.25, linewidth=0.6)
         pairs = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes[0]]
         handles = {label: line for line, label in itertools.chain.from_iterable(pairs)}
         curves.legend(picture, list(handles.values()), list(handles))
+
+
+def _logarithmic(axis, lines: Sequence[curves.Line]) -> None:
+    """A logarithmic axis on which one that diverges leaves the panel, instead of making all others flat."""
+    shown = [line for line in lines if line.mean.size and np.isfinite(line.mean[0])]
+    if shown:
+        low = min(np.min(line.low[line.low > 0], initial=np.inf) for line in shown)
+        high = max(np.max(line.high[np.isfinite(line.high)], initial=0) for line in shown)
+        axis.set_ylim(low / 2, min(2 * high, 10 * np.median([line.mean[0] for line in shown])))
+    axis.set_yscale("log")
 
 
 def _looks(lines: Sequence[tuple]) -> dict[tuple, curves.Look]:
