@@ -207,6 +207,6 @@ def test_a_command_is_written_without_this_machines_folders(evidence):
     wanted += "--config.init_from=runs/studies/y-2/warmup.msgpack --config.seed=1"
     assert evidence.page._anywhere(given) == wanted
     assert evidence.page._anywhere(wanted) == wanted
-    given = "benchmark.py apart --run=/a/b/x-1 --out=/a/b/y-2/figures.json"
-    wanted = "benchmark.py apart --run=runs/studies/x-1 --out=runs/studies/y-2/figures.json"
+    given = "benchmark.py apart --config=/a/b/configs/sine.py --run=/a/b/x-1 --out=/a/b/y-2/figures.json"
+    wanted = "benchmark.py apart --config=configs/sine.py --run=runs/studies/x-1 --out=runs/studies/y-2/figures.json"
     assert evidence.page._anywhere(given) == evidence.page._anywhere(wanted) == wanted

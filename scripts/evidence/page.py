@@ -130,6 +130,7 @@ def _save(path: Path, name: str, tables: list[Table], found: Found) -> None:
 def _anywhere(command: str) -> str:
     """A command without this machine's folders."""
     plain = re.sub(r"(data\.dir=)\S+", r"\1DIR", command.replace(f"{Path.cwd()}/", ""))
+    plain = re.sub(r"(config=)/\S*?/(configs/)", r"\1\2", plain)
     ends = r"((?:workdir|init_from|out|run)=)/\S*?/([^/\s]+(?:/[^/\s]+\.\w+)?)(?=\s|$)"  # a run, or a file of one
     return re.sub(ends, r"\1runs/studies/\2", plain)
 
