@@ -99,6 +99,7 @@ def results(name: str, study, args, options):
         if not args.write:
             now = {run: value for run, value in runs.items() if not args.only or run in args.only}
             asked = running.jobs_of(study, now, options)
+            running.check(study, now, options)
             check_data(study, asked, args.data_dir)
             missing += running.run(asked, parallel, name, args.fresh)
         jobs += running.jobs_of(study, runs, options)

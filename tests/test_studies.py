@@ -56,6 +56,7 @@ def test_a_record_fits_together(name, evidence):
         assert len(before) == len(jobs) and all(job.rounds for job in jobs)
     for size in ("full", "reduced"):
         runs = running.runs_of(study, running.Options(size=size))
+        running.check(study, runs, running.Options(size=size))
         assert study.tables(records.Found({run: {} for run in runs}, [], []))
     nothing = records.Found({run: {} for run in study.runs}, [], [])
     assert all(isinstance(table, records.Table) for table in study.tables(nothing))

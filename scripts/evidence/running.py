@@ -72,6 +72,14 @@ def runs_of(study: Study, options: Options) -> Runs:
     return small or study.runs
 
 
+def check(study: Study, runs: Runs, options: Options) -> None:
+    """Refuses runs of which a compared method does not fit, with a ValueError, before any begins."""
+    for run in runs.values():
+        if isinstance(run, Run):
+            run = _sized(study, run, options)
+            phase_parts.check(_config_of(run.config, _fields_of(study, run, 0, options)))
+
+
 def seeds_of(study: Study, options: Options) -> tuple[int, ...]:
     """The seeds of runs that have none of their own."""
     small = study.reduced.seeds if options.size == "reduced" and study.reduced else ()
@@ -167,7 +175,7 @@ def _config_of(name: str, changed: Mapping[str, Any]):
     """A config by its name, with fields changed.
 
     Raises:
-      ValueError: there is no such config or field, or a value or a compared method does not fit.
+      ValueError: there is no such config or field, or a value does not fit.
     """
     name, _, variant = name.partition(":")
     config = runpy.run_path(str(command_line.config_file(name)))["get_config"](*([variant] if variant else []))
@@ -178,7 +186,6 @@ def _config_of(name: str, changed: Mapping[str, Any]):
             raise ValueError(f"config.{path}: {error.args[0]}") from None
         group[field] = value
     validate(config)
-    phase_parts.check(config)
     return config
 
 
