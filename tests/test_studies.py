@@ -155,6 +155,16 @@ def test_the_best_setting_is_finite_on_all_seeds(evidence):
     assert records.error(records.final(found, "tune", "a", "test_mse")) == "diverges on 1 of 2"
 
 
+def test_a_method_that_diverges_leaves_the_panel(evidence):
+    """And hides none of the others: the axis ends ten times above where they begin."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axis, line = figure.subplots(), evidence.records.curves.line
+    rows = [{"run": run, "round": k, "test_mse": x} for run, x in (("a", 0.1), ("b", 0.2)) for k in (0, 1)]
+    rows += [{"run": "c", "round": 0, "test_mse": 0.3}, {"run": "c", "round": 1, "test_mse": 1e297}]
+    evidence.records._logarithmic(axis, [line([rows], run, "test_mse") for run in "abc"])
+    assert axis.get_ylim() == pytest.approx((0.05, 2.0)) and axis.get_yscale() == "log"
+
+
 def test_distances_between_clients_are_those_of_dense_matrices(evidence):
     """In a basis that spans everything, where what is outside of it is damping alone."""
     apart = importlib.import_module("benchmarks.apart")

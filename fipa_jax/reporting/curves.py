@@ -69,7 +69,7 @@ METRICS = {
 }
 BROKEN = (0, (3, 3))  # of the ceiling: what it lies on shows in between
 LABEL = 7.5  # points
-LINE = 1.3 * LABEL / 72  # inches of height that a name takes
+LINE, LETTERS = 1.3 * LABEL / 72, 18  # inches of height that a name takes; letters of it in an inch
 SENT = ("bytes_up", "bytes_down")  # all that travels
 TAIL = 3  # a warm-up that is longer than the methods' rounds is shown for a third of theirs
 
@@ -327,7 +327,7 @@ def _label_lines(axis) -> None:
     ends = [(line, values[np.isfinite(values)][-1]) for line, values in labelled if np.isfinite(values).any()]
     picture, longest = axis.figure, max((len(line.get_label()) for line, _ in ends), default=0)
     picture.set_size_inches(
-        max(picture.get_figwidth(), 3.4 + longest / 18), max(picture.get_figheight(), LINE * len(ends) / 0.8)
+        max(picture.get_figwidth(), 3.4 + longest / LETTERS), max(picture.get_figheight(), LINE * len(ends) / 0.8)
     )
     to_panel = axis.transData + axis.transAxes.inverted()
     places = [float(np.clip(to_panel.transform((axis.get_xlim()[1], end))[1], 0, 1)) for _, end in ends]
@@ -354,7 +354,7 @@ def legend(picture, handles: Sequence, labels: Sequence[str]) -> None:
     """Names lines below a picture's panels, which keep their size: the picture grows by what the names take."""
     if not handles:
         return
-    longest = (max(map(len, labels)) + 5) / 18  # inches
+    longest = (max(map(len, labels)) + 5) / LETTERS  # inches
     width = max(picture.get_figwidth(), longest)
     columns = max(1, min(len(labels), int(width / longest)))
     picture.set_size_inches(width, picture.get_figheight() + LINE * -(-len(labels) // columns))

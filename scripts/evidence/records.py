@@ -209,16 +209,16 @@ def draw_lines(
     looks = _looks([line for lines in panels.values() for line in lines])
     with plots.picture(path, 3.4 * len(panels), 3.2, 1, len(panels)) as (picture, axes):
         for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+            drawn = []
             for run, method, *label in lines:
                 line = curves.line(list(found.runs.get(run, {}).values()), method, figure, by)
                 x, look = line.x / (1e6 if by else 1), looks[(method, *label)]
                 axis.plot(x, line.mean, label=look.label, linewidth=1.7, color=look.color, linestyle=look.dash)
                 axis.fill_between(x, line.low, line.high, color=look.color, alpha=0.18, linewidth=0)
+                drawn.append(line)
             axis.set(title=title, xlabel="megabytes" if by else "rounds", ylabel=curves.words_of(figure))
             if metrics.direction(figure) < 0:
-                _logarithmic(
-                    axis, [curves.line(list(found.runs.get(line[0], {}).values()), line[1], figure) for line in lines]
-                )
+                _logarithmic(axis, drawn)
             if "accuracy" in figure:
                 axis.yaxis.set_major_formatter(ticker.PercentFormatter(xmax=1, symbol=""))
             axis.grid(alpha=0.25, linewidth=0.6)
