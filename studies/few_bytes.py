@@ -1,11 +1,13 @@
 """At equal bytes up: is FIPA ahead of compressed first-order rules, and what does each way to save bytes cost?
 
-FIPA sends gradients in 12 bits and few eigenpairs in 8 or 4 (`fipa_few_bytes`); averaging and FedAdam send updates in 8
-bits (QSGD, FedPAQ) or a tenth of the entries (top-k with error feedback), FedVARP and averaging all bits. Every rule
-takes as many rounds as the bytes allow: on digits what 40 rounds of FIPA with a budget send, on CIFAR-10 what 50 rounds
-of plain FedAvg send. Each has six settings on digits and four on CIFAR-10, chosen on the held-out images of seeds 9 to
-11, on CIFAR-10 of seed 9 at alpha 0.1, after as many bytes. Where they lie was seen before: FIPA's few pairs and bits
-on seed 8, the others by a first grid whose edges were chosen.
+FIPA sends gradients in 12 bits and few eigenpairs in 8 or 4 (`fipa_few_bytes`), or no eigenpair: gradients in 8 bits
+and the curvature within the span of past gradients (`fipa_span`). Averaging and FedAdam send updates in 8 bits (QSGD,
+FedPAQ) or a tenth of the entries (top-k with error feedback), FedVARP and averaging all bits. Every rule takes as many
+rounds as the bytes allow: on digits what 40 rounds of FIPA with a budget send, on CIFAR-10 what 50 rounds of plain
+FedAvg send. Each has six settings on digits and four on CIFAR-10, chosen on the held-out images of seeds 9 to 11, on
+CIFAR-10 of seed 9 at alpha 0.1, after as many bytes. Where they lie was seen before: FIPA's few pairs and bits on seed
+8, the others by a first grid whose edges were chosen. In the span nothing but the number of directions, and the share
+of clients that are asked about them, is chosen: it has no damping to tune.
 
 The ablation, on digits, takes one piece away at a time, at a damping of 0.01.
 """
@@ -33,23 +35,27 @@ TOP = "term.name=feedback:local.compress.name=top_k:local.compress.share=0.1"
 BUDGET = "sketch.rank=20:sketch.budget=6700"
 RULES = {  # label -> method; the numbers of its own follow
     "FIPA at few bytes": "fipa_few_bytes:{2}:" + TWELVE + ":aggregator.damping={0}:server.lr={1}",
+    "FIPA in the span of gradients": "fipa_span:{}",
     "FedAvg in 8 bits": "fedavg:" + EIGHT + ":local.lr={}:server.lr={}",
     "FedAdam in 8 bits": "fedavg:server.optimizer=adam:" + EIGHT + ":local.lr={}:server.lr={}",
     "FedAvg, a tenth of the entries": "fedavg:" + TOP + ":local.lr={}:server.lr={}",
     "FedVARP in float32": "fedavg:term.name=varp:local.lr={}:server.lr={}",
     "FedAvg in float32": "fedavg:local.lr={}:server.lr={}",
 }
-ROUNDS = {"digits": (40, 270, 270, 340, 68, 68), "cifar10": (56, 200, 200, 250, 50, 50)}
+ROUNDS = {"digits": (40, 187, 270, 270, 340, 68, 68), "cifar10": (56, 160, 200, 200, 250, 50, 50)}
 CHEAP = "sketch.loss_rank=1:aggregator.past.rank=100"  # one direction of each loss's Hessian, fewer past pairs
 TWO, THREE = f"{CHEAP}:sketch.rank=2", f"{CHEAP}:sketch.rank=3:sketch.bits=4:rounds=65"
+SPAN = "aggregator.span.columns={}:sketch.share={}:rounds={}"  # as many rounds as the bytes of gradient and core allow
 GRIDS = {  # of the two numbers, and of FIPA's pairs: equally many settings of each rule
     "digits": (
         [(beta, step, BUDGET) for beta in (0.03, 0.01, 0.003) for step in (0.1, 0.05)],
+        [(30, 1, 187), (30, 0.25, 243), (50, 1, 126), (50, 0.25, 210), (100, 1, 51), (100, 0.25, 131)],
         [(0.3, 1), (0.1, 1), (0.03, 1), (0.3, 0.3), (0.1, 0.3), (0.1, 0.1)],
         [(rate, step) for rate in (0.3, 0.1) for step in (0.01, 0.003, 0.001)],
     ),
     "cifar10": (
         [(0.1, 0.1, TWO), (0.03, 0.05, TWO), (0.1, 0.1, THREE), (0.1, 0.05, THREE)],
+        [(50, 1, 185), (50, 0.2, 194), (100, 1, 160), (100, 0.2, 188)],
         [(0.1, 0.32), (0.1, 0.16), (0.1, 0.08), (0.03, 0.3)],
         [(0.1, 0.003), (0.1, 0.001), (0.1, 0.0003), (0.03, 0.001)],
     ),
@@ -77,14 +83,23 @@ PIECES = {label: f"fipa_few_bytes:aggregator.damping=0.01:{fields}" for label, f
 PIECES["all 50 pairs in float32, past cohorts (`fipa_memory`)"] = "fipa_memory:aggregator.damping=0.003"
 HELD_OUT, LAST = "holdout_accuracy", 3
 # What is chosen, or follows from the bytes.
-OWN = ("aggregator.damping", "sketch.rank", "sketch.bits", "local.lr", "server.lr", "rounds")
+OWN = (
+    "aggregator.damping",
+    "aggregator.span.columns",
+    "sketch.rank",
+    "sketch.bits",
+    "sketch.share",
+    "local.lr",
+    "server.lr",
+    "rounds",
+)
 OFTEN = {"eval.every": 5, "eval.clients_every": 0}
 
 
 def _tried(config):
     """{label: its settings}."""
-    natural, plain, adam = GRIDS[config]
-    grids = (natural, plain, adam, plain, plain, plain)
+    natural, span, plain, adam = GRIDS[config]
+    grids = (natural, [(SPAN.format(*numbers),) for numbers in span], plain, adam, plain, plain, plain)
     return {
         label: [_for(rounds, method.format(*numbers)) for numbers in grid]
         for (label, method), rounds, grid in zip(RULES.items(), ROUNDS[config], grids, strict=True)

@@ -32,7 +32,7 @@ Place = Literal["broadcast", "local"]  # the parameters that clients receive, or
 class Needs(NamedTuple):
     """What the clients have to send beside their update and their number of examples."""
 
-    curvature: Literal["none", "sketch", "diagonal", "image", "layers", "layer_inputs", "posterior"] = "none"
+    curvature: Literal["none", "sketch", "diagonal", "image", "core", "layers", "layer_inputs", "posterior"] = "none"
     at: Place = "broadcast"  # the parameters at which they see it
     loss: bool = False  # their loss at the broadcast parameters
     damping: bool = False  # the damping of their own steps
@@ -85,6 +85,7 @@ class Aggregator(NamedTuple):
     announce: Announce = announce_nothing
     withdraws: Withdraws = never
     asks: Asks = ask_nothing
+    column_bytes: Callable[[int], int] | None = None  # P -> bytes of a column of what it asks along; None: its array's
     spread: Spread = ask_nothing
 
 

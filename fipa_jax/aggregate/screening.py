@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from fipa_jax import trees
 from fipa_jax.aggregate.row_blocks import over_row_blocks, reduce_rows, row_block, segments_of, size_of
 from fipa_jax.aggregate.uploads import Message, Uploads, fitting
-from fipa_jax.curvature.common_basis import Image
+from fipa_jax.curvature.common_basis import Core, Image
 from fipa_jax.curvature.layer_factors import LayerFactors, diagonal_of
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.derivatives import vary_with
@@ -121,6 +121,11 @@ def _faults_of_curvature(sketch: Message, mesh: Mesh | None) -> dict[str, jax.Ar
         }
     if isinstance(sketch, Image):  # what the client itself must refuse to send, as nobody sees it in a sum
         return {"sketch_not_finite": ~trees.is_finite(sketch.values)}
+    if isinstance(sketch, Core):
+        return {
+            "sketch_not_finite": ~trees.is_finite(sketch.values),
+            "curvature_negative": _negative(jnp.diagonal(sketch.values, axis1=1, axis2=2)),
+        }
     if isinstance(sketch, LayerFactors):
         diagonals = [diagonal_of(half) for halves in sketch for half in halves.values()]
         return {

@@ -11,7 +11,7 @@ import numpy as np
 from fipa_jax import trees
 from fipa_jax.aggregate.row_blocks import padded, segments_of
 from fipa_jax.curvature import contracts
-from fipa_jax.curvature.common_basis import Image
+from fipa_jax.curvature.common_basis import Core, Image
 from fipa_jax.curvature.layer_factors import LayerFactors, layers_of
 from fipa_jax.curvature.sketch import FLAGS, STORES, Diagonal, Report, Sketch
 from fipa_jax.trees import HostArray
@@ -22,9 +22,9 @@ class Uploads(NamedTuple):
 
     delta: Any  # parameter pytree [C, ...]: the client's new minus the broadcast parameters
     num_examples: jax.Array  # [C]; a client with 0 takes no part
-    # Stacked, P in the order of jax.tree.leaves: eigenvalues [C, R] and basis [C, P, R], values [C, P], or [C, P, s];
-    # of layers {path: [C, ...]}.
-    sketch: Sketch | Diagonal | Image | LayerFactors | None = None
+    # Stacked, P in the order of jax.tree.leaves: eigenvalues [C, R] and basis [C, P, R], values [C, P], [C, P, s] or
+    # [C, s, s]; of layers {path: [C, ...]}.
+    sketch: Sketch | Diagonal | Image | Core | LayerFactors | None = None
     loss: jax.Array | None = None  # [C], the clients' mean losses at the broadcast parameters, if the rule wants them
     damping: jax.Array | None = None  # [C], beta_m: (H_m + beta_m I) delta_m = -gradient, nearly, if the rule wants it
     # What the server knows itself: who they are, if the rule remembers them, and of late clients; None where nobody is.
@@ -33,7 +33,8 @@ class Uploads(NamedTuple):
     moved: Any = None  # parameter pytree [C, ...]: the present parameters minus those that the client started from
 
 
-Message = Sketch | Diagonal | Image | LayerFactors | None  # what a client says of its curvature
+Message = Sketch | Diagonal | Image | Core | LayerFactors | None  # what a client says of its curvature
+KINDS = "Sketch, Diagonal, Image, Core, LayerFactors or None"
 NUMBERS = ("num_examples", "loss", "damping")  # one of each client
 
 
@@ -110,11 +111,15 @@ def _checked(sketch: Message, clients: tuple[int], size: int) -> Message:
         if len(shape) != 3 or shape[:2] != (*clients, size):
             raise ValueError(f"uploads.sketch: needed values [C, P, s] with {(*clients, size)}, got {shape}")
         return trees.widened(contracts.floating(sketch, "uploads.sketch"))
+    if isinstance(sketch, Core):
+        shape = jnp.shape(sketch.values)
+        if len(shape) != 3 or shape[:1] != clients or shape[1] != shape[2]:
+            raise ValueError(f"uploads.sketch: needed values [C, s, s] with C = {clients[0]}, got {shape}")
+        return trees.widened(contracts.floating(sketch, "uploads.sketch"))
     if sketch is None:
         return None
     if not isinstance(sketch, Sketch):
-        known = "Sketch, Diagonal, Image, LayerFactors or None"
-        raise ValueError(f"uploads.sketch: needed {known}, got {type(sketch).__name__}")
+        raise ValueError(f"uploads.sketch: needed {KINDS}, got {type(sketch).__name__}")
     eigenvalues, basis = jnp.shape(sketch.eigenvalues), jnp.shape(sketch.basis)
     shapes = [(*clients, rows, *eigenvalues[1:]) for rows in (size, padded(size))]  # see `row_blocks`
     if eigenvalues[:1] != clients or len(eigenvalues) != 2 or basis not in shapes:
@@ -212,7 +217,7 @@ def _read(one: Any, params: Any) -> Uploads:
 
 
 def _read_curvature(sketch: Any, size: int) -> Message:
-    """One client's sketch, diagonal or image for P = `size`."""
+    """One client's sketch, diagonal, image or core for P = `size`."""
     if sketch is None:
         return None
     if isinstance(sketch, Diagonal):
@@ -220,8 +225,11 @@ def _read_curvature(sketch: Any, size: int) -> Message:
     if isinstance(sketch, Image):
         columns = _array(sketch.values).shape[-1:]
         return Image(_shaped(sketch.values, (size, *columns), "its image"))
+    if isinstance(sketch, Core):
+        columns = _array(sketch.values).shape[-1:]
+        return Core(_shaped(sketch.values, (*columns, *columns), "its core"))
     if not isinstance(sketch, Sketch):
-        raise _Misfit(f"its sketch is a {type(sketch).__name__}, needed Sketch, Diagonal, Image, LayerFactors or None")
+        raise _Misfit(f"its sketch is a {type(sketch).__name__}, needed {KINDS}")
     rank = np.size(_array(sketch.eigenvalues))
     eigenvalues = _shaped(sketch.eigenvalues, (rank,), "the eigenvalues of its sketch")
     rows = padded(size) if _array(sketch.basis).shape[:1] == (padded(size),) else size  # see `row_blocks`
@@ -300,8 +308,9 @@ def _kind(one: Uploads | None) -> str:
         return "no sketch"
     loss = "" if one.loss is None else ", with its loss"
     loss += "" if one.damping is None else ", with its damping"
-    if isinstance(one.sketch, Image):
-        return f"an image of {one.sketch.values.shape[-1]} columns{loss}"
+    if isinstance(one.sketch, Image | Core):
+        name = {Image: "an image", Core: "a core"}[type(one.sketch)]
+        return f"{name} of {one.sketch.values.shape[-1]} columns{loss}"
     if isinstance(one.sketch, LayerFactors):
         return f"{'both factors' if one.sketch.outputs else 'input factors'} of {sorted(one.sketch.inputs)}{loss}"
     if not isinstance(one.sketch, Sketch):

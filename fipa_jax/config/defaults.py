@@ -217,7 +217,8 @@ def term() -> ConfigDict:
 
 def sketch() -> ConfigDict:
     """A client's curvature: curvature.sketch.make_sketch or curvature.sketch.make_diagonal; from sums
-    curvature.common_basis.make_image; layer by layer curvature.layer_factors.make_layer_factors."""
+    curvature.common_basis.make_image, within a span curvature.common_basis.make_core; layer by layer
+    curvature.layer_factors.make_layer_factors."""
     group = ConfigDict()
     group.solver = "subspace"  # auto, subspace (the paper's), lanczos, rows (exact), head (the last layer)
     group.rank = 20
@@ -231,7 +232,7 @@ def sketch() -> ConfigDict:
     group.energy = 0.0  # keep only the pairs that reach this share of the trace; 0 for all
     group.gradient_scale = 0.0  # c of the published rank rule, by the gradients' norms; 0 for none
     group.store = ""  # dtype of the basis as it is sent: bfloat16 halves it; "" for the parameters' own
-    group.bits = 0  # of an entry of the basis as it is sent, rounded at random: 2 to 16; 0 for `store`
+    group.bits = 0  # of an entry of the basis, or core, as it is sent, rounded at random: 2 to 16; 0 for `store`
     group.examples = 0  # of a client that enter its sketch; 0 for all
     group.share = 1.0  # of a cohort that sends one, in the mean over the rounds: curvature.sketchers.sent_seldom
     group.budget = 0.0  # bytes of curvature for a client and round, spent on the cohort's best pairs; 0: all are sent
@@ -249,8 +250,9 @@ def aggregator(name: str) -> ConfigDict:
         {
             # aggregate.rules.mean, aggregate.fisher_informed.fipa, aggregate.rules.diagonal, aggregate.robust.krum,
             # aggregate.robust.trimmed_mean, aggregate.sum_rule.from_sums, aggregate.layerwise.kronecker,
-            # aggregate.posteriors.posterior
-            # mean, fipa, diagonal, kronecker, sums, posterior; median, trimmed_mean, krum, multi_krum, geometric_median
+            # aggregate.posteriors.posterior, aggregate.gradient_span.span
+            # mean, fipa, diagonal, kronecker, sums, span, posterior, and the robust ones: median, trimmed_mean, krum,
+            # multi_krum, geometric_median
             "name": name,
             "weighting": "examples",  # or "uniform"
             "form": "damped",  # pinv, tikhonov, damped
@@ -280,15 +282,8 @@ def aggregator(name: str) -> ConfigDict:
                 "start": 0.1,  # the server's curvature before the first round, per example
                 "rho": 1.0,  # of admm's duals
             },
-            "sums": {  # aggregate.sums.SumOptions
-                "form": "galerkin",  # galerkin (any local training), gradient (clients send gradients)
-                "columns": 50,  # s, of the basis that all clients multiply; at most
-                "fresh": 5,  # of them drawn anew in each round
-                "basis": "last",  # where the others come from: last (the last sum), seed (all are drawn)
-                "tail": 0.0,  # columns come and go so that the least eigenvalue is so large a part of beta; 0: all
-                "bits": 0,  # of a sum in fixed point, 8 to 32; 0 for floating point
-                "seed": 0,  # of the columns that are drawn
-            },
+            "sums": _sums(),
+            "span": _span(),
             "limits": {  # aggregate.limits.Limits
                 "max_step": 5.0,  # bound on |step| / max |delta|; 0 for none
                 "max_divergence": 0.0,  # bound on step^T H step / 2, the move of the model's answers; 0 for none
@@ -301,6 +296,34 @@ def aggregator(name: str) -> ConfigDict:
                 "max_drift": 0.0,  # bound on how far a late client's answers have moved since it began; 0 for none
                 "mix": False,  # mean: a late client's model is mixed in (FedAsync), not its update added (FedBuff)
             },
+        }
+    )
+
+
+def _sums() -> ConfigDict:
+    """What a server that sees sums alone asks about: aggregate.sums.SumOptions."""
+    return ConfigDict(
+        {
+            "form": "galerkin",  # galerkin (any local training), gradient (clients send gradients)
+            "columns": 50,  # s, of the basis that all clients multiply; at most
+            "fresh": 5,  # of them drawn anew in each round
+            "basis": "last",  # where the others come from: last (the last sum), seed (all are drawn)
+            "tail": 0.0,  # columns come and go so that the least eigenvalue is so large a part of beta; 0: all
+            "bits": 0,  # of a sum in fixed point, 8 to 32; 0 for floating point
+            "seed": 0,  # of the columns that are drawn
+        }
+    )
+
+
+def _span() -> ConfigDict:
+    """What clients are asked about in the span of gradients: aggregate.gradient_span.SpanOptions."""
+    return ConfigDict(
+        {
+            "columns": 100,  # s, directions about which clients are asked; at most
+            "fresh": 5,  # of them from the last round's gradients
+            "decay": 0.99,  # by which what was said counts for less with each round
+            "bits": 8,  # of an entry of the basis as it is sent, 2 to 16; 0 for floating point
+            "seed": 0,  # of its rounding
         }
     )
 

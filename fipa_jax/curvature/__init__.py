@@ -1,6 +1,6 @@
 """What do a client's data pin down? Products with its Fisher matrix, eigenpairs, sketches."""
 
-from fipa_jax.curvature.common_basis import Image, make_image
+from fipa_jax.curvature.common_basis import Core, Image, make_core, make_image
 from fipa_jax.curvature.contracts import Features, Loss, Outputs, check
 from fipa_jax.curvature.eigenpairs import Eigenpairs, exact, lanczos, subspace
 from fipa_jax.curvature.layer_factors import LayerFactors, make_layer_factors
@@ -23,6 +23,7 @@ from fipa_jax.curvature.sketch import (
 from fipa_jax.curvature.sketchers import from_one_start, on_views, sent_seldom, within_budget
 
 __all__ = [
+    "Core",
     "Curvature",
     "Diagonal",
     "Eigenpairs",
@@ -41,6 +42,7 @@ __all__ = [
     "from_one_start",
     "keeping_energy",
     "lanczos",
+    "make_core",
     "make_diagonal",
     "make_ggn",
     "make_ggn_diagonal",

@@ -321,7 +321,7 @@ TaskOutputs = Callable[[Any, Any], tuple[Any, Any]]  # (params, batch) -> (out [
 SketchMaker = Callable[[Outputs, Features], SketchFunction | DiagonalFunction]  # Features: its last layer's inputs
 # (outputs, params, key, batch [N, ...], mask [N], and what the rule asks along) -> what one client finds
 OfClient = Callable[..., Any]
-# (what the clients find, stacked [C, ...]; the round's number [], from 0) -> Sketch, Diagonal or Image
+# (what the clients find, stacked [C, ...]; the round's number [], from 0) -> Sketch, Diagonal, Image or Core
 OfCohort = Callable[[Any, jax.Array], Any]
 
 
@@ -337,7 +337,7 @@ class Sketcher(NamedTuple):
     sends_gradient: bool = False  # whether the clients send their gradients [P] too
     drawn_by: Callable[[jax.Array], jax.Array] = jnp.asarray  # ids [C] -> [C], those that their random keys are of
     due: Callable[..., jax.Array] | None = None  # (round [], key, ids [C]) -> [C] bool, who sends one; None for all
-    vector_bytes: Callable[[int], int] | None = None  # P -> bytes of an eigenvector as it is sent; None for its array's
+    vector_bytes: Callable[[int], int] | None = None  # entries -> bytes of a vector as it is sent; None for its array's
     says_first: bool = False  # whether all eigenvalues are sent before the pairs that are then asked for
 
 
@@ -355,10 +355,7 @@ def plain(make: SketchMaker) -> Sketcher:
     """
 
     def of_client(outputs: TaskOutputs, params, key, batch, mask):
-        def last_inputs(theta, batch) -> Any:
-            return getattr(outputs(theta, batch)[1], "last", None)
-
-        return make(_outputs_alone(outputs), last_inputs)(key, params, batch, mask)
+        return make(*apart(outputs))(key, params, batch, mask)
 
     return Sketcher(of_client)
 
@@ -374,7 +371,7 @@ def with_rank_by_gradient(sketcher: Sketcher, loss: Loss, scale: float) -> Sketc
 
     def of_client(outputs: TaskOutputs, params, key, batch, mask):
         sketch = sketcher.of_client(outputs, params, key, batch, mask)
-        return sketch, make_gradient(_outputs_alone(outputs), loss)(params, batch, mask)
+        return sketch, make_gradient(apart(outputs)[0], loss)(params, batch, mask)
 
     def of_cohort(messages, round) -> Sketch:
         sketches, gradients = sketcher.of_cohort(messages[0], round), messages[1]
@@ -390,10 +387,13 @@ def with_rank_by_gradient(sketcher: Sketcher, loss: Loss, scale: float) -> Sketc
     return Sketcher(of_client, of_cohort, sends_gradient=True)
 
 
-def _outputs_alone(outputs: TaskOutputs) -> Outputs:
-    """The model's outputs without its features."""
+def apart(outputs: TaskOutputs) -> tuple[Outputs, Features]:
+    """(the model's outputs alone, the inputs of its last layer, None where it gives none)."""
 
     def alone(params, batch):
         return outputs(params, batch)[0]
 
-    return alone
+    def last_inputs(params, batch) -> Any:
+        return getattr(outputs(params, batch)[1], "last", None)
+
+    return alone, last_inputs

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from fipa_jax import trees
 from fipa_jax.curvature import contracts
+from fipa_jax.curvature.common_basis import Core
 from fipa_jax.curvature.sketch import Sketch, Sketcher, truncate
 
 Augment = Callable[[jax.Array, Any], Any]  # (key, batch) -> a random view of the batch
@@ -58,7 +59,7 @@ def sent_seldom(sketcher: Sketcher, share: float, *, full: int = 1, start: int =
       sent_seldom(plain(make), 0.1).due(jnp.int32(0), key, jnp.arange(5)) is five times True.
 
     Args:
-      sketcher: gives sketches.
+      sketcher: gives sketches, or cores, which are never scaled.
       share: p, of the cohort that sends a sketch in the mean over the later rounds; above 0, at most 1.
       full: rounds.
       start: the number of the phase's first round.
@@ -74,8 +75,10 @@ def sent_seldom(sketcher: Sketcher, share: float, *, full: int = 1, start: int =
 
     def of_cohort(messages, round):
         sketches = sketcher.of_cohort(messages, round)
+        if isinstance(sketches, Core):
+            return sketches
         if not isinstance(sketches, Sketch):
-            raise ValueError(f"sketch.share: needs sketches, got {type(sketches).__name__}")
+            raise ValueError(f"sketch.share: needs sketches or cores, got {type(sketches).__name__}")
         scale = jnp.where(round - start < full, 1, 1 / share) if scaled else jnp.ones([])
         return sketches._replace(eigenvalues=sketches.eigenvalues * scale.astype(sketches.eigenvalues.dtype))
 

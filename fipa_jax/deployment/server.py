@@ -22,7 +22,7 @@ from fipa_jax import files, trees
 from fipa_jax.aggregate.uploads import Message, Uploads, collect
 from fipa_jax.client.examples import Client
 from fipa_jax.client.local_solver import LocalResult
-from fipa_jax.curvature.common_basis import Image
+from fipa_jax.curvature.common_basis import Core, Image
 from fipa_jax.curvature.layer_factors import LayerFactors
 from fipa_jax.curvature.sketch import Diagonal, Report, Sketch
 from fipa_jax.deployment import wire
@@ -283,10 +283,10 @@ def _words(form: tuple | None) -> str:
 
 
 def _forms_of_curvature(asked: Message, kept: tuple) -> dict[str, tuple]:
-    """{name: (shape, type)} of a sketch whose K pairs' eigenvalues have the shape `kept`, of a diagonal or an image."""
+    """{name: (shape, type)} of a sketch, whose eigenvalues have the shape `kept`, a diagonal, an image or a core."""
     if asked is None:
         return {}
-    if isinstance(asked, Diagonal | Image):
+    if isinstance(asked, Diagonal | Image | Core):
         return {name_of(asked): (asked.values.shape, asked.values.dtype)}
     if isinstance(asked, LayerFactors):
         return {f"layers/{path}": (half.shape, half.dtype) for path, half in trees.paths(asked).items()}
@@ -307,7 +307,7 @@ def _curvature_of(arrays: Mapping[str, np.ndarray], asked: Message) -> Message:
     """The sketch with all of its R pairs, or the diagonal, from arrays that have their forms."""
     if asked is None:
         return None
-    if isinstance(asked, Diagonal | Image):
+    if isinstance(asked, Diagonal | Image | Core):
         return type(asked)(arrays[name_of(asked)])
     if isinstance(asked, LayerFactors):
         return trees.replace(asked, {path: arrays[f"layers/{path}"] for path in trees.paths(asked)})

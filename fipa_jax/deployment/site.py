@@ -10,7 +10,7 @@ import numpy as np
 from fipa_jax import trees
 from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.client.examples import Client
-from fipa_jax.curvature.common_basis import Image
+from fipa_jax.curvature.common_basis import Core, Image
 from fipa_jax.curvature.layer_factors import LayerFactors
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.deployment import wire
@@ -91,7 +91,7 @@ def arrays_of(one: Uploads, loss: Any) -> dict[str, np.ndarray]:
     numbers = {"num_examples": one.num_examples, "local_loss": loss, "loss": one.loss, "damping": one.damping}
     arrays = {name: np.asarray(value) for name, value in numbers.items() if value is not None}
     arrays |= {f"delta/{path}": np.asarray(leaf) for path, leaf in trees.paths(one.delta).items()}
-    if isinstance(one.sketch, Diagonal | Image):
+    if isinstance(one.sketch, Diagonal | Image | Core):
         arrays[name_of(one.sketch)] = np.asarray(one.sketch.values)
     elif isinstance(one.sketch, LayerFactors):
         arrays |= {f"layers/{path}": np.asarray(half) for path, half in trees.paths(one.sketch).items()}
@@ -100,8 +100,8 @@ def arrays_of(one: Uploads, loss: Any) -> dict[str, np.ndarray]:
     return arrays
 
 
-def name_of(message: Diagonal | Image) -> str:
-    """What the values of a diagonal, or of an image of the common basis, are called on the wire."""
+def name_of(message: Diagonal | Image | Core) -> str:
+    """What the values of a diagonal, of an image of the common basis or of a core, are called on the wire."""
     return f"{type(message).__name__.lower()}/values"
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from fipa_jax.aggregate.uploads import Uploads
-from fipa_jax.curvature.common_basis import Image
+from fipa_jax.curvature.common_basis import Core, Image
 from fipa_jax.curvature.layer_factors import LayerFactors
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 
@@ -212,10 +212,8 @@ def spoil(uploads: Uploads, faults: dict[str, jax.Array], scale_by: jax.Array) -
     sketch = uploads.sketch
     if isinstance(sketch, Sketch):
         sketch = sketch._replace(eigenvalues=scaled(sketch.eigenvalues))
-    elif isinstance(sketch, Diagonal):
-        sketch = Diagonal(scaled(sketch.values))
-    elif isinstance(sketch, Image):
-        sketch = Image(scaled(sketch.values))
+    elif isinstance(sketch, Diagonal | Image | Core):
+        sketch = sketch._replace(values=scaled(sketch.values))
     elif isinstance(sketch, LayerFactors):
         sketch = sketch._replace(inputs=jax.tree.map(scaled, sketch.inputs))
     num_examples = jnp.where(faults["drop"], 0, uploads.num_examples)

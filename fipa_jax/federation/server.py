@@ -12,6 +12,7 @@ from fipa_jax.aggregate.screening import Received, receive
 from fipa_jax.aggregate.uploads import Message, Uploads
 from fipa_jax.client.local_solver import LocalResult
 from fipa_jax.client.terms import Served
+from fipa_jax.curvature.common_basis import Core
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.federation.population import Cohort
@@ -41,9 +42,9 @@ def serve(
 
     Returns:
       The state, with the cohort's stores, and info: of the channel, of the screening, of the rule (`aggregate.INFO`),
-      and `ids` [C], `local_loss` [], `sketch_pairs` [] (eigenpairs that were sent), `sketches_sent` [] (by so many
-      clients) and `skipped` [] bool: fewer than `parts.least_clients` clients took part, or the new parameters would
-      not be finite.
+      and `ids` [C], `local_loss` [], `sketch_pairs` [] (eigenpairs that were sent), `sketches_sent` [] (or cores, by
+      so many clients) and `skipped` [] bool: fewer than `parts.least_clients` clients took part, or the new parameters
+      would not be finite.
     """
     chosen = trees.select(state.params, parts.trainable)
     sent = uploads_of(parts, cohort, results, sketches)
@@ -64,6 +65,8 @@ def serve(
     info |= delivered | {"ids": cohort.ids, "local_loss": jnp.mean(results.loss), "skipped": skipped}
     if isinstance(uploads.sketch, Sketch):
         info["sketch_pairs"] = jnp.sum(uploads.sketch.eigenvalues > 0)
+        info["sketches_sent"] = jnp.sum(_says_something((uploads.sketch.eigenvalues, uploads.sketch.report)))
+    if isinstance(uploads.sketch, Core):
         info["sketches_sent"] = jnp.sum(_says_something(uploads.sketch))
     return after._replace(history=history, round=state.round + 1), parts.channel.show(info)
 
@@ -100,10 +103,10 @@ def move(parts: Parts, state: State, rates: Rates, chosen: dict, step: Any, rece
     return jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update), server
 
 
-def _says_something(sketch: Sketch) -> jax.Array:
-    """[C] bool: whether a client has sent a sketch, or at least a report on one without a pair."""
-    said = [sketch.eigenvalues, *jax.tree.leaves(sketch.report)]
-    return jnp.any(jnp.stack([jnp.any(leaf.reshape(leaf.shape[0], -1) != 0, axis=1) for leaf in said]), axis=0)
+def _says_something(said: Any) -> jax.Array:
+    """[C] bool: whether anything of what a client has sent, stacked [C, ...], is not zero."""
+    leaves = jax.tree.leaves(said)
+    return jnp.any(jnp.stack([jnp.any(leaf.reshape(leaf.shape[0], -1) != 0, axis=1) for leaf in leaves]), axis=0)
 
 
 def _all_finite(tree: Any) -> jax.Array:

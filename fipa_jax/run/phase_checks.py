@@ -66,6 +66,8 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
     if aggregator.needs.curvature == "image":
         _check_sums(settings, aggregator)
         _checkmatched(settings, aggregator)
+    if aggregator.needs.curvature == "core":
+        _check_span(settings)
     _check_beliefs(settings, aggregator, everyone=cohort == num_clients)
     if settings.also_trained:
         _check_trains(settings, term)
@@ -228,10 +230,32 @@ def _check_sums(settings: ConfigDict, aggregator: Aggregator) -> None:
             f"config.fipa.local.optimizer: aggregator.sums.form = {form!r} needs a local solver {needed}, got "
             f"{optimizer!r}"
         )
-    if settings.sketch.gradient_scale or settings.sketch.energy or settings.sketch.store:
+    _check_no_pairs(settings)
+
+
+def _check_span(settings: ConfigDict) -> None:
+    """Refuses clients that answer with something else than gradients and cores, or about another basis."""
+    if settings.local.optimizer != "gradient":
         raise ValueError(
-            "config.fipa.sketch: energy, gradient_scale and store are of eigenpairs, which the rule 'sums' has none "
-            "of; set them to nothing"
+            "config.fipa.local.optimizer: the rule 'span' asks about directions of gradients and needs clients that "
+            f"send them; set it to 'gradient', got {settings.local.optimizer!r}, or compare the method 'fipa_span'"
+        )
+    if settings.late.share:
+        raise ValueError(
+            "config.fipa.late.share: the rule 'span' asks about the present basis, and a late client answers about "
+            "another; set it to 0"
+        )
+    _check_no_pairs(settings)
+
+
+def _check_no_pairs(settings: ConfigDict) -> None:
+    """Refuses what is done to eigenpairs where clients send none."""
+    of_pairs = ("energy", "gradient_scale", "store", "budget")
+    if found := [name for name in of_pairs if settings.sketch[name]]:
+        nothing = "''" if found[0] == "store" else "0"
+        raise ValueError(
+            f"config.fipa.sketch.{found[0]}: is of eigenpairs, and under the rule {settings.aggregator.name!r} clients "
+            f"send none; set it to {nothing}"
         )
 
 

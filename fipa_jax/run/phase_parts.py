@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from fipa_jax.aggregate import server_optimizers
 from fipa_jax.aggregate.aggregator import Aggregator, announce_nothing
+from fipa_jax.aggregate.gradient_span import SpanOptions
 from fipa_jax.aggregate.late_updates import LateUpdates
 from fipa_jax.aggregate.layerwise import LayerOptions
 from fipa_jax.aggregate.limits import Limits
@@ -120,6 +121,7 @@ def aggregator_of(settings: ConfigDict, num_clients: int, mesh: Mesh | None = No
         "late": LateUpdates(**fields.late),
         "layers": LayerOptions(**fields.layers),
         "posterior": PosteriorOptions(**fields.posterior),
+        "span": SpanOptions(**fields.span),
         "sums": SumOptions(**fields.sums),
         "spread": Spread(mesh),
     }
@@ -174,6 +176,9 @@ def _sketcher_of_examples(settings: ConfigDict, aggregator: Aggregator, task: Ta
         return sketch.plain(lambda outputs, features: sketch.make_diagonal(outputs, task.loss, **fields))
     if aggregator.needs.curvature == "image":
         return common_basis.sketcher_of_images(task.loss, **fields_for(common_basis.make_image, settings))
+    if aggregator.needs.curvature == "core":
+        fields = fields_for(common_basis.make_core, settings)
+        return common_basis.sketcher_of_cores(task.loss, settings.bits, **fields)
     if aggregator.needs.curvature in ("layers", "layer_inputs"):
         fields = fields_for(layer_factors.make_layer_factors, settings)
         alone = aggregator.needs.curvature == "layer_inputs"

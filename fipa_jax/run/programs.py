@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from fipa_jax import files, trees
 from fipa_jax.client.examples import take
 from fipa_jax.config.process import user_cache
+from fipa_jax.curvature.common_basis import Core, bytes_of_core
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as round_lib
@@ -94,24 +95,28 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     and `bytes_kept`, what its rule, its optimiser and its term keep from round to round.
 
     Of a sketch that is sent only the pairs that are kept count, and its report; the gradient too where the rank adapts
-    to it.
+    to it. Of a core its upper half, and of the basis the columns in use, to the clients that were asked about it.
 
     Args:
       state, results, sketches: of a round, or their shapes.
     """
     needs, term = parts.aggregator.needs, parts.term
     model = trees.nbytes(trees.select(state.params, parts.trainable))
-    told = state.shared if term.travels else (), parts.aggregator.asks(state.aggregator)
+    asked = jax.eval_shape(parts.aggregator.asks, state.aggregator)
+    told = state.shared if term.travels else (), () if isinstance(sketches, Core) else asked
     told += tuple(leaf for leaf in jax.tree.leaves(parts.announce(state.aggregator)) if leaf.ndim)  # no lone numbers
     down = parts.cohort * (model + trees.nbytes(told))
     sent = [results.before if needs.loss else (), results.damping if needs.damping else ()]
     up, pair, report = trees.nbytes([*sent, results.store if term.travels else ()]), 0, 0
+    shown = answered = _nothing
     up += _bytes_of_updates(parts, results.delta)
     if isinstance(sketches, Sketch):
         pair = _bytes_of_pair(parts, sketches)
         said = sketches.report, sketches.eigenvalues if parts.sketcher.says_first else ()
         report = trees.nbytes(said) // parts.cohort
         up += parts.cohort * model if parts.sketcher.sends_gradient else 0
+    elif isinstance(sketches, Core):
+        shown, answered = _bytes_of_columns(parts, asked[0].shape[0], sketches.values.dtype.itemsize)
     else:
         up += trees.nbytes(sketches)
     kept = trees.nbytes((state.aggregator, state.server))
@@ -119,9 +124,22 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
 
     def sent_in(info: dict) -> dict:
         sketches = pair * int(info.get("sketch_pairs", 0)) + report * int(info.get("sketches_sent", 0))
-        return {"bytes_down": down, "bytes_up": up + sketches, "bytes_kept": kept}
+        columns, clients = int(info.get("columns", 0)), int(info.get("sketches_sent", 0))
+        basis, cores = clients * shown(columns), clients * answered(columns)
+        return {"bytes_down": down + basis, "bytes_up": up + sketches + cores, "bytes_kept": kept}
 
     return sent_in
+
+
+def _bytes_of_columns(parts: Parts, size: int, itemsize: int):
+    """Functions of the columns in use, of `size` entries each: the bytes of the basis, and of a core."""
+    vector_bytes = parts.sketcher.vector_bytes
+
+    def in_full(entries: int) -> int:
+        return entries * itemsize
+
+    column = parts.aggregator.column_bytes or in_full
+    return lambda columns: columns * column(size), lambda columns: bytes_of_core(columns, itemsize, vector_bytes)
 
 
 def _bytes_of_updates(parts: Parts, deltas: Any) -> int:
@@ -130,6 +148,10 @@ def _bytes_of_updates(parts: Parts, deltas: Any) -> int:
         return trees.nbytes(deltas)
     size = sum(leaf.size for leaf in jax.tree.leaves(deltas)) // parts.cohort
     return parts.cohort * parts.update_bytes(size)
+
+
+def _nothing(columns: int) -> int:
+    return 0
 
 
 def _bytes_of_pair(parts: Parts, sketches: Sketch) -> int:

@@ -38,6 +38,7 @@ CONSUMERS = {
         "curvature.sketch.make_sketch",
         "curvature.sketch.make_diagonal",
         "curvature.common_basis.make_image",
+        "curvature.common_basis.make_core",
         "curvature.layer_factors.make_layer_factors",
     ),
     "fipa.aggregator": (
@@ -52,6 +53,7 @@ CONSUMERS = {
     "fipa.aggregator.posterior": ("aggregate.posteriors.PosteriorOptions",),
     "fipa.aggregator.layers": ("aggregate.layerwise.LayerOptions",),
     "fipa.aggregator.sums": ("aggregate.sums.SumOptions",),
+    "fipa.aggregator.span": ("aggregate.gradient_span.SpanOptions",),
     "fipa.aggregator.past": ("aggregate.past_rounds.PastRounds",),
     "fipa.aggregator.limits": ("aggregate.limits.Limits",),
     "fipa.aggregator.late": ("aggregate.late_updates.LateUpdates",),

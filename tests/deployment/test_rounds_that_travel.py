@@ -29,6 +29,7 @@ KINDS = {
     "diagonal": ("fisher_diagonal", {}),
     "sums": ("fipa_sums:aggregator.sums.columns=6:aggregator.sums.fresh=2", {}),
     "sums_of_gradients": ("fipa_sums_of_gradients:aggregator.sums.columns=6:aggregator.sums.fresh=2", {}),
+    "span": ("fipa_span:aggregator.span.columns=6:aggregator.span.fresh=2:aggregator.span.bits=0:sketch.bits=0", {}),
     "bfloat16": ("fipa:sketch.store=bfloat16", {}),
     "cohort": ("fipa", {"clients": 5, "cohort": 2}),
     "kfac": ("fedfisher_kfac:aggregator.damping=0.1:aggregator.past.kind=prior", {}),

@@ -6,6 +6,7 @@ import pytest
 from helpers.runs import tiny
 
 from fipa_jax.curvature import few_bits
+from fipa_jax.curvature.common_basis import bytes_of_core
 from fipa_jax.run import experiment, whole_run
 
 CLIENTS, ROUNDS, RANK, BITS = 4, 3, 3, 8
@@ -31,9 +32,39 @@ def test_the_bytes_are_those_of_gradients_and_of_the_sketches_that_are_due(tmp_p
     assert rows[-1]["test_mse"] < rows[0]["test_mse"]
 
 
+@pytest.mark.parametrize("bits", [0, 8])
+def test_within_the_span_the_bytes_are_those_of_gradients_cores_and_the_columns_shown(tmp_path, bits):
+    """A column a client comes in each round, up to six; all are asked in the first round, half in later ones."""
+    fields = f"aggregator.span.columns=6:aggregator.span.fresh=4:aggregator.span.bits={bits}:sketch.bits={bits}"
+    spec = f"fipa_span:{fields}:sketch.share=0.5:sketch.full=2:local.compress.name={'few_bits' if bits else 'none'}"
+    config = tiny(compare=(spec,), fipa={"rounds": 6})
+    config.task.num_clients = CLIENTS
+    whole_run.run(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    size, itemsize = 10, {"float32": 4, "float64": 8}[config.precision]
+
+    def vector(entries):
+        return few_bits.bytes_of(entries, bits) if bits else itemsize * entries
+
+    assert [row["columns"] for row in rows] == [0, 4, 6, 6, 6, 6]
+    assert [row["sketches_sent"] for row in rows[:2]] == [0, CLIENTS]
+    for row in rows:
+        columns, asked = row["columns"], row["sketches_sent"]
+        core = bytes_of_core(columns, itemsize, vector if bits else None)
+        assert row["bytes_up"] == CLIENTS * vector(size) + asked * core
+        assert row["bytes_down"] == CLIENTS * itemsize * size + asked * columns * vector(size)
+    assert rows[-1]["test_mse"] < rows[0]["test_mse"]
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
+        ("fipa_span:local.optimizer=sgd", r"config\.fipa\.local\.optimizer: the rule 'span' asks about directions"),
+        ("fipa_span:late.share=0.5", r"config\.fipa\.late\.share: the rule 'span' asks about the present basis"),
+        ("fipa_span:sketch.budget=100", r"config\.fipa\.sketch\.budget: is of eigenpairs, and under the rule 'span'"),
+        ("fipa_span:sketch.store=bfloat16", r"sketch\.store: is of eigenpairs, .* set it to ''"),
+        ("fipa_span:sketch.bits=1", r"sketch\.bits: needs 2 to 16 bits"),
+        ("fipa_span:aggregator.limits.max_step=5", r"limits\.max_step: the rule 'span' bounds its step by"),
         ("fipa_few_bytes:local.optimizer=sgd", r"local\.optimizer: aggregator\.past\.kind = 'curvature' needs clients"),
         ("fipa_few_bytes:aggregator.relative=True", r"aggregator\.damping: past\.kind = 'curvature' divides gradients"),
         ("fipa_few_bytes:late.share=0.5", r"late\.share: past\.kind = 'curvature' takes gradients for those"),

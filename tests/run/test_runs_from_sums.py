@@ -32,7 +32,10 @@ def test_runs_from_sums_of_gradients_and_of_trained_updates(tmp_path):
             r"local\.optimizer: .*'gradient' needs a local solver = 'gradient'",
         ),
         ("fipa_sums:local.optimizer=gradient", r"local\.optimizer: .*'galerkin' needs a local solver that trains"),
-        ("fipa_sums:sketch.energy=0.9", r"config\.fipa\.sketch: energy, gradient_scale and store are of eigenpairs"),
+        (
+            "fipa_sums:sketch.energy=0.9",
+            r"config\.fipa\.sketch\.energy: is of eigenpairs, and under the rule 'sums' clients send none",
+        ),
         ("fipa_sums:aggregator.past.kind=latest", r"past\.kind: 'latest' keeps messages of single clients"),
         ("fipa_sums:aggregator.sums.bits=5", r"sums\.bits: needs 0 for floating point"),
     ],
