@@ -136,11 +136,12 @@ def check(settings: ConfigDict) -> None:
     if settings.late.share or has_faults(settings):
         field = "late.share" if settings.late.share else "faults"
         raise ValueError(f"{field}: draws delays or faults for a study; a real federation has its own, set it to 0")
-    sparing = settings.sketch.share != 1 or settings.sketch.bits or settings.sketch.budget
+    few_bits = settings.sketch.bits or (settings.aggregator.name == "span" and settings.aggregator.span.bits)
+    sparing = settings.sketch.share != 1 or few_bits or settings.sketch.budget
     if sparing or settings.local.compress.name != "none":
         raise ValueError(
-            "sketch.share, sketch.bits, sketch.budget, local.compress: what they save is counted in a simulation, and "
-            "not built into the wire's format yet; set them to 1, 0, 0 and 'none'"
+            "sketch.share, sketch.bits, sketch.budget, aggregator.span.bits, local.compress: what they save is counted "
+            "in a simulation, and not built into the wire's format yet; set them to 1, 0, 0, 0 and 'none'"
         )
     for field in ("pooled", "cache_body"):
         if settings[field]:

@@ -20,6 +20,7 @@ from fipa_jax.reporting import metrics
 from fipa_jax.run.loop import Stalled
 from fipa_jax.saving.journal import Rows
 
+OF_SPAN = "aggregator.span.columns=6:aggregator.span.fresh=2:aggregator.span.bits=0"
 KINDS = {
     "mean": ("fedavg", {}),
     "fipa": ("fipa", {}),
@@ -29,7 +30,7 @@ KINDS = {
     "diagonal": ("fisher_diagonal", {}),
     "sums": ("fipa_sums:aggregator.sums.columns=6:aggregator.sums.fresh=2", {}),
     "sums_of_gradients": ("fipa_sums_of_gradients:aggregator.sums.columns=6:aggregator.sums.fresh=2", {}),
-    "span": ("fipa_span:aggregator.span.columns=6:aggregator.span.fresh=2:aggregator.span.bits=0:sketch.bits=0", {}),
+    "span": (f"fipa_span:{OF_SPAN}:sketch.bits=0:local.compress.name=none", {}),
     "bfloat16": ("fipa:sketch.store=bfloat16", {}),
     "cohort": ("fipa", {"clients": 5, "cohort": 2}),
     "kfac": ("fedfisher_kfac:aggregator.damping=0.1:aggregator.past.kind=prior", {}),
