@@ -9,7 +9,7 @@ CIFAR-10 of seed 9 at alpha 0.1, after as many bytes. Where they lie was seen be
 8, the others by a first grid whose edges were chosen. In the span nothing but the number of directions, and the share
 of clients that are asked about them, is chosen: it has no damping to tune.
 
-The ablation, on digits, takes one piece away at a time, at a damping of 0.01.
+The ablations take one piece away at a time: of `fipa_few_bytes` at a damping of 0.01, of `fipa_span` as it is.
 """
 
 import re
@@ -81,6 +81,32 @@ PIECES = {
 }
 PIECES = {label: f"fipa_few_bytes:aggregator.damping=0.01:{fields}" for label, fields in PIECES.items()}
 PIECES["all 50 pairs in float32, past cohorts (`fipa_memory`)"] = "fipa_memory:aggregator.damping=0.003"
+SPAN_PIECES = {  # of the span, at equal rounds
+    "as it is": "",
+    "30 directions": "aggregator.span.columns=30",
+    "100": "aggregator.span.columns=100",
+    "200": "aggregator.span.columns=200",
+    "two new ones a round": "aggregator.span.fresh=2",
+    "a fifth of the clients asked": "sketch.share=0.2",
+    "all that was said for as much: decay 1": "aggregator.span.decay=1",
+    "decay 0.9": "aggregator.span.decay=0.9",
+    "all in float32": "aggregator.span.bits=0:sketch.bits=0:local.compress.name=none",
+    "cores in 4 bits": "sketch.bits=4",
+    "directions in 4 bits": "aggregator.span.bits=4",
+    "damping at least 0.1": "aggregator.damping=0.1",
+    "damping at least 0.3": "aggregator.damping=0.3",
+    "one direction of each loss's Hessian": "sketch.loss_rank=1",
+}
+SPAN_PIECES = {label: f"fipa_span:{fields}".rstrip(":") for label, fields in SPAN_PIECES.items()}
+FULL = "50 eigenpairs of each client in float32 (`fipa_memory`)"
+SPAN_TASKS = {  # config -> (fields, pieces)
+    "digits": ({"fipa.rounds": 150}, SPAN_PIECES | {FULL: "fipa_memory:aggregator.damping=0.003"}),
+    "cifar10": (
+        {"fipa.rounds": 160, "partition.alpha": 0.1},
+        {label: SPAN_PIECES[label] for label in ("as it is", "100", "200", "all in float32", "cores in 4 bits")}
+        | {FULL: "fipa_memory"},
+    ),
+}
 HELD_OUT, LAST = "holdout_accuracy", 3
 # What is chosen, or follows from the bytes.
 OWN = (
@@ -122,6 +148,8 @@ def _runs():
     for config, fields in (("digits", {}), ("cifar10", {"partition.alpha": 0.1})):
         yield f"{config} tune", _run(config, fields, every(_tried(config)), seeds=TUNING[config])
     yield "pieces", _run("digits", {}, PIECES.values())
+    for config, (fields, pieces) in SPAN_TASKS.items():
+        yield f"{config} span pieces", _run(config, fields, pieces.values())
 
 
 def _chosen(found, config):
@@ -171,6 +199,10 @@ def tables(found):
             made.append(Table(words, rows))
     rows = [_row(found, "pieces", label, spec) for label, spec in PIECES.items()]
     made.append(Table("Digits, 40 rounds: FIPA with one piece changed.", rows))
+    for config, (fields, pieces) in SPAN_TASKS.items():
+        if found.runs.get(run := f"{config} span pieces"):
+            rows = [_row(found, run, label, spec) for label, spec in pieces.items()]
+            made.append(Table(f"{config}, {fields['fipa.rounds']} rounds: the span with one piece changed.", rows))
     return made
 
 

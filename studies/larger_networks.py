@@ -50,12 +50,14 @@ def _run(methods, rounds, **others):
 def _chosen(found):
     """{label: method}, FIPA first, then the rules as tuned."""
     best = chosen(found, "tune", TRIED, "holdout_accuracy", LAST)
-    return {"FIPA in the span of gradients": SPAN} | {label: spec for label, spec in best.items() if spec}
+    tuned = {label: spec for label, spec in best.items() if spec}
+    return {"FIPA in the span of gradients": SPAN} | tuned if tuned else {}
 
 
 def then(found):
     """Every rule as tuned, beside FIPA as it is."""
-    return {"all": _run(_chosen(found).values(), 60)}
+    methods = _chosen(found)
+    return {"all": _run(methods.values(), 60)} if methods else {}
 
 
 def _reaches(found, spec, target):
