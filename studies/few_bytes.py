@@ -84,7 +84,7 @@ PIECES["all 50 pairs in float32, past cohorts (`fipa_memory`)"] = "fipa_memory:a
 SPAN_PIECES = {  # of the span, at equal rounds
     "as it is": "",
     "30 directions": "aggregator.span.columns=30",
-    "100": "aggregator.span.columns=100",
+    "50": "aggregator.span.columns=50",
     "200": "aggregator.span.columns=200",
     "two new ones a round": "aggregator.span.fresh=2",
     "a fifth of the clients asked": "sketch.share=0.2",
@@ -103,7 +103,7 @@ SPAN_TASKS = {  # config -> (fields, pieces)
     "digits": ({"fipa.rounds": 150}, SPAN_PIECES | {FULL: "fipa_memory:aggregator.damping=0.003"}),
     "cifar10": (
         {"fipa.rounds": 160, "partition.alpha": 0.1},
-        {label: SPAN_PIECES[label] for label in ("as it is", "100", "200", "all in float32", "cores in 4 bits")}
+        {label: SPAN_PIECES[label] for label in ("as it is", "50", "200", "all in float32", "cores in 4 bits")}
         | {FULL: "fipa_memory"},
     ),
 }

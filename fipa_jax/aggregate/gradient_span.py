@@ -53,7 +53,7 @@ BOUND = Limits(max_step=0.0, max_divergence=0.5, explosion=0.0, trace_cap=0.0)
 class SpanOptions(NamedTuple):
     """What clients are asked about; the group `aggregator.span` of a config."""
 
-    columns: int = 50  # s, directions at most
+    columns: int = 100  # s, directions at most
     fresh: int = 5  # of them from the last round's gradients: all of a cohort of so many, else the leading ones
     decay: float = 0.99  # by which what was said counts for less with each round, at most 1
     bits: int = 8  # of an entry of the basis as it is sent, rounded at random: 2 to 16; 0 for floating point
@@ -90,7 +90,7 @@ def span(
     """FIPA in the span of gradients, as an aggregation rule; clients send gradients (`client.first_order.gradient`).
 
     Example:
-      rule = span(span=SpanOptions(columns=30))
+      rule = span(span=SpanOptions(columns=50))
       basis, active = rule.asks(state)   # what the clients multiply: `curvature.make_core`
       received, screening = receive(Uploads(minus_gradients, num_examples, Core(cores)), params)
       step, state, info, received = step_of(rule, received, state, params, screening)

@@ -319,7 +319,7 @@ def _span() -> ConfigDict:
     """What clients are asked about in the span of gradients: aggregate.gradient_span.SpanOptions."""
     return ConfigDict(
         {
-            "columns": 50,  # s, directions about which clients are asked; at most
+            "columns": 100,  # s, directions about which clients are asked; at most
             "fresh": 5,  # of them from the last round's gradients
             "decay": 0.99,  # by which what was said counts for less with each round
             "bits": 8,  # of an entry of the basis as it is sent, 2 to 16; 0 for floating point
