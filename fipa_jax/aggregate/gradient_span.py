@@ -132,8 +132,8 @@ def span(
             counts = jnp.where(jnp.any(cores != 0, axis=(1, 2)), weights * size, 0)
             total = jnp.tensordot(counts, cores.astype(counts.dtype), 1)
             state = _heard(before, total, jnp.sum(counts), min(span.fresh, len(counts)))
-            known = mean_of(state.said, state.asked)
-            directions = state.basis @ known.turn
+            known = mean_of(state.said, state.asked, state.active)
+            directions = _turned(state.basis, known.turn)
             step, info = _step(weights @ gradients, known, directions, state)
             after = _next(state, known, directions, weights[:, None] * gradients, span.fresh)
         after = jax.tree.map(lambda new, old: jnp.where(size > 0, new, old), after, before)
@@ -195,20 +195,23 @@ def _heard(state: SpanState, total: jax.Array, number: jax.Array, fresh: int) ->
     )
 
 
-def mean_of(said: jax.Array, asked: jax.Array) -> Known:
+def mean_of(said: jax.Array, asked: jax.Array, active: jax.Array | int) -> Known:
     """The eigenpairs of E^{-1/2} K E^{-1/2} in the range of E, the largest first.
+
+    Behind them come the columns in use about which nobody has answered yet, then those not in use.
 
     Args:
       said: K [s, s], symmetric.
       asked: E [s, s], symmetric and positive semi-definite.
+      active: [], columns in use.
     """
     often, frame = jnp.linalg.eigh(asked)
     there = often > KNOWN * often[-1]
     root = (frame * jnp.where(there, 1 / jnp.sqrt(jnp.where(there, often, 1)), 0)[None]) @ frame.T
     unknown = (frame * ~there[None]) @ frame.T
     mean = root @ said @ root
-    largest = jnp.maximum(jnp.linalg.norm(mean), 1)  # what is not known goes behind all that is
-    values, turn = jnp.linalg.eigh((mean + mean.T) / 2 - 2 * largest * unknown)
+    behind = unknown + jnp.diag((jnp.arange(often.size) >= active).astype(often.dtype))
+    values, turn = jnp.linalg.eigh((mean + mean.T) / 2 - jnp.maximum(jnp.linalg.norm(mean), 1) * behind)
     count = jnp.sum(there, dtype=jnp.int32)
     values = jnp.where(jnp.arange(values.size) < count, jnp.maximum(values[::-1], 0), 0)
     return Known(values, turn[:, ::-1], count)
@@ -254,6 +257,12 @@ def _next(state: SpanState, known: Known, directions, gradients: jax.Array, fres
     basis = jax.lax.dynamic_update_slice_in_dim(directions, new, kept, axis=1)
     said, asked = (turn.T @ matrix @ turn for matrix in (state.said, state.asked))
     return SpanState(state.hyper, basis, kept + fresh, said, asked, state.beyond, state.round + 1)
+
+
+def _turned(basis: jax.Array, turn: jax.Array) -> jax.Array:
+    """[P, s]: basis @ turn, made orthonormal again to first order, or its rounding would add up over the rounds."""
+    gram = basis.T @ basis
+    return basis @ (1.5 * turn - gram @ turn / 2)
 
 
 def _beside(directions: jax.Array, vectors: jax.Array) -> jax.Array:

@@ -60,9 +60,13 @@ def begin(columns=SIZE, *, damping=0.0, limits=UNBOUNDED, **fields):
     return rule, rule.init(PARAMS)
 
 
-def one_round(rule, state, uploads):
+def one_round_of(rule, state, uploads):
     received, screening = receive(uploads, PARAMS)
-    step, state, info, _ = step_of(rule, received, state, PARAMS, screening)
+    return step_of(rule, received, state, PARAMS, screening)
+
+
+def one_round(rule, state, uploads):
+    step, state, info, _ = one_round_of(rule, state, uploads)
     return np.asarray(ravel_pytree(step)[0]), state, info
 
 
@@ -78,7 +82,7 @@ def run(rule, state, clients, rounds, rate=0.3):
 
 def dense(state):
     """(Hs [P, P] as the server has it, how many directions it knows)."""
-    known = mean_of(state.said, state.asked)
+    known = mean_of(state.said, state.asked, state.active)
     directions = np.asarray(state.basis @ known.turn)
     return (directions * np.asarray(known.values)) @ directions.T, int(known.count)
 
@@ -116,7 +120,7 @@ def test_a_direction_counts_by_the_rounds_that_have_seen_it(x64):
     """A new direction, seen once, and an old one, seen nine times, both have their own curvature, not a tenth of it."""
     curvature = np.diag([3.0, 0.5])
     often = np.diag([10.0, 1.0])
-    known = mean_of(jnp.asarray(np.sqrt(often) @ curvature @ np.sqrt(often)), jnp.asarray(often))
+    known = mean_of(jnp.asarray(np.sqrt(often) @ curvature @ np.sqrt(often)), jnp.asarray(often), 2)
     np.testing.assert_allclose(known.values, [3.0, 0.5], rtol=1e-12)
     assert known.count == 2
 
@@ -177,6 +181,31 @@ def test_a_client_with_numbers_that_are_none_is_left_out(x64):
         step, after, info = one_round(rule, state, uploads)
         np.testing.assert_allclose(step, absent, rtol=1e-10)
         assert list(info["rejected"]) == [True, False] and np.isfinite(after.said).all()
+
+
+def test_directions_about_which_nobody_has_answered_stay_whole(x64):
+    """They are not mixed with columns that are not in use, which are zero, however seldom clients answer."""
+    clients = Federation()
+    rule, state = begin()
+    for k in range(9):
+        said = clients.answers(rule, state, np.full(SIZE, k / 9))
+        said = said if k % 3 == 2 else said._replace(sketch=Core(0 * said.sketch.values))
+        _, state, _ = one_round(rule, state, said)
+        used = np.asarray(state.basis)[:, : int(state.active)]
+        np.testing.assert_allclose(used.T @ used, np.eye(used.shape[1]), atol=1e-12)
+        assert not np.asarray(state.basis)[:, int(state.active) :].any()
+
+
+def test_the_basis_stays_orthonormal_in_float32_over_many_rounds():
+    clients, draw = Federation(), np.random.default_rng(0)
+    rule = span(span=SpanOptions(8, fresh=CLIENTS, bits=0))
+    state = rule.init(PARAMS)
+    one = jax.jit(lambda state, uploads: one_round_of(rule, state, uploads))
+    for _ in range(400):
+        said = clients.answers(rule, state, draw.normal(size=SIZE))
+        _, state, _, _ = one(state, jax.tree.map(jnp.asarray, said))
+    assert state.basis.dtype == jnp.float32
+    np.testing.assert_allclose(state.basis.T @ state.basis, np.eye(8), atol=3e-6)
 
 
 def test_a_round_of_nobody_changes_nothing(x64):
