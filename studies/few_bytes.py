@@ -158,12 +158,21 @@ def _runs():
     yield "pieces", _run("digits", {}, PIECES.values())
     for config, (fields, pieces) in SPAN_TASKS.items():
         yield f"{config} span pieces", _run(config, fields, pieces.values())
+    for place, (config, fields) in PLACES.items():
+        yield f"{place}, few bytes down", _run(config, fields, [FEW_DOWN[config]])
 
 
 def _chosen(found, config):
     tuned = chosen(found, f"{config} tune", _tried(config), HELD_OUT, LAST)
-    tuned = {label: spec for label, spec in tuned.items() if spec}
-    return tuned | {BOTH_WAYS: FEW_DOWN[config]} if tuned else {}
+    return {label: spec for label, spec in tuned.items() if spec}
+
+
+def _lines(found, place):
+    """{label: (run, method)} of what has run at a place."""
+    config = PLACES[place][0]
+    lines = {label: (place, spec) for label, spec in _chosen(found, config).items()}
+    lines[BOTH_WAYS] = f"{place}, few bytes down", FEW_DOWN[config]
+    return {label: line for label, line in lines.items() if sent(found, *line).size}
 
 
 def then(found):
@@ -198,11 +207,10 @@ def _tuned_row(found, run, label, spec, most):
 def tables(found):
     """Accuracy, loss and bytes of each rule, and of FIPA with one piece changed."""
     made = []
-    for place, (config, _) in PLACES.items():
-        methods = {label: spec for label, spec in _chosen(found, config).items() if sent(found, place, spec).size}
-        if methods:
-            most = sent(found, place, next(iter(methods.values()))).mean()  # FIPA's
-            rows = [_tuned_row(found, place, label, spec, most) for label, spec in methods.items()]
+    for place in PLACES:
+        if lines := _lines(found, place):
+            most = sent(found, *next(iter(lines.values()))).mean()  # FIPA's with few pairs
+            rows = [_tuned_row(found, run, label, spec, most) for label, (run, spec) in lines.items()]
             words = f"{place}: mean of the last three evaluations, and the standard deviation over seeds."
             made.append(Table(words, rows))
     rows = [_row(found, "pieces", label, spec) for label, spec in PIECES.items()]
@@ -217,8 +225,8 @@ def tables(found):
 def draw(found, path):
     """The accuracies by what the clients send."""
     panels = {
-        place: [(place, spec, label) for label, spec in _chosen(found, config).items()]
-        for place, (config, _) in PLACES.items()
+        place: [(*line, label) for label, line in _lines(found, place).items()]
+        for place in PLACES
         if found.runs.get(place)
     }
     draw_lines(panels or {"digits": []}, "test_accuracy", path, found, by=("bytes_up",))
