@@ -3,7 +3,7 @@
 from fipa_jax.aggregate.adaptive_damping import adaptive
 from fipa_jax.aggregate.aggregator import Aggregator, Needs, compare, step_of, weights_of
 from fipa_jax.aggregate.fisher_informed import INFO, FipaState, fipa, fipa_step, from_solver
-from fipa_jax.aggregate.gradient_span import INFO_OF_SPAN, SpanOptions, span
+from fipa_jax.aggregate.gradient_span import INFO_OF_SPAN, SpanOptions, from_span
 from fipa_jax.aggregate.late_updates import LateUpdates
 from fipa_jax.aggregate.layerwise import INFO_OF_LAYERS, LayerOptions, kronecker
 from fipa_jax.aggregate.limits import Limits, capped, limited
@@ -62,6 +62,7 @@ __all__ = [
     "fipa",
     "fipa_step",
     "from_solver",
+    "from_span",
     "from_sums",
     "geometric_median",
     "kronecker",
@@ -77,7 +78,6 @@ __all__ = [
     "receive",
     "remembering",
     "row_of",
-    "span",
     "step_of",
     "sum_solver",
     "targets",

@@ -85,7 +85,6 @@ class Aggregator(NamedTuple):
     announce: Announce = announce_nothing
     withdraws: Withdraws = never
     asks: Asks = ask_nothing
-    column_bytes: Callable[[int], int] | None = None  # P -> bytes of a column of what it asks along; None: its array's
     spread: Spread = ask_nothing
 
 

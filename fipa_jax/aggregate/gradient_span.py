@@ -2,21 +2,21 @@
 
 A gradient of softmax or least squares is a sum of the rows whose Gram matrix the curvature is, so past gradients span
 the directions in which a client's data pin down most. The server shows its cohort a basis Q [P, s] of them; a client
-answers with its gradient and with the core M_m = Q^T H_m Q, s (s + 1) / 2 numbers in place of s P. What was asked in
-past rounds counts for less with their age: over the rounds k, of n_k examples and with age a_k,
+answers with its gradient and with the core M_m = Q^T H_m Q, s (s + 1) / 2 numbers in place of s P. Answers count for
+less with their age: over the rounds k, of n_k examples and with age a_k,
 
-    K = sum_k decay^{a_k} n_k Q_k M_k Q_k^T        what was said        M_k = sum_m w_m M_m
-    E = sum_k decay^{a_k} n_k Q_k Q_k^T            how often a direction was asked about
-    Hs = E^{-1/2} K E^{-1/2}                       the mean of what was said, direction by direction
-    step = -(Hs + beta I)^{-1} g                   beta: the least eigenvalue of Hs among the directions asked about
-           -max(beta, gamma)^{-1} g'               gamma: the curvature of the directions that were new last
+    K = sum_k decay^{a_k} n_k Q_k M_k Q_k^T        sum of the cores, M_k = sum_m w_m M_m
+    E = sum_k decay^{a_k} n_k Q_k Q_k^T            by how many examples each direction has been measured
+    Hs = E^{-1/2} K E^{-1/2}                       the mean core, direction by direction
+    step = -(Hs + beta I)^{-1} g                   beta: the least eigenvalue of Hs among the directions measured
+           -max(beta, beta')^{-1} g'               beta': the mean curvature of the directions that were new last
 
-of the part g of sum_m w_m g_m within the span and the part g' outside. No number is to be chosen: the least curvature
-in the span stands for what is as weak, and what gradients last showed that was new, and was then asked about, for g'.
-A new direction counts by the rounds that have seen it, not by those before it was there.
+of the part g of sum_m w_m g_m within the span and the part g' outside. Each direction is averaged over the rounds in
+which it was in the basis. No damping is tuned: the least curvature that is known stands for what is as weak, and the
+curvature that the newest directions turned out to have for g', where the next new ones come from. Where the basis is
+full, K and E are cut to the directions of most curvature, and what was known of the others is forgotten.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,17 +36,18 @@ from fipa_jax.trees import ratio
 
 # What the rule's `info` says, beside that of the screening.
 INFO_OF_SPAN = {
-    "beyond": "[], gamma: the curvature of the directions that were new last",
     "columns": "[] int32, directions of the basis about which the cohort was asked",
-    "damping": "[], beta of the step: the least eigenvalue known, or `damping` where that is more",
+    "damping": "[], beta of the step",
     "divergence": "[], half of step^T A step, of the matrix A by whose inverse the step is made",
     "effective_rank": "[], sum of lam / (lam + beta) over the eigenvalues known",
     "explained": "[], the share of the mean gradient's length that lies in the span",
     "fedavg_cosine": "[], cosine of the step and the clients' mean update",
     "fedavg_norm_ratio": "[], the step's length over that of the mean update",
+    "new_curvature": "[], beta': the mean curvature of the directions that were new last",
     "spectrum": "[s], eigenvalues of Hs, descending; zero where nothing is known",
 }
-KNOWN = 1e-5  # below this part of the largest of E a direction has not been asked about
+LEAST_MEASURED = 1e-5  # of the largest eigenvalue of E: below it is rounding, and a direction has not been measured
+LEAST_DAMPING = 100  # times the rounding of the largest eigenvalue of Hs: below it an eigenvalue is not known
 BOUND = Limits(max_step=0.0, max_divergence=0.5, explosion=0.0, trace_cap=0.0)
 
 
@@ -55,7 +56,7 @@ class SpanOptions(NamedTuple):
 
     columns: int = 100  # s, directions at most
     fresh: int = 5  # of them from the last round's gradients: all of a cohort of so many, else the leading ones
-    decay: float = 0.99  # by which what was said counts for less with each round, at most 1
+    decay: float = 0.99  # by which answers count for less with each round, at most 1
     bits: int = 8  # of an entry of the basis as it is sent, rounded at random: 2 to 16; 0 for floating point
     seed: int = 0  # of the rounding
 
@@ -65,22 +66,23 @@ class SpanState(NamedTuple):
 
     hyper: dict[str, jax.Array]  # {field of `config.fipa.aggregator`: []}, the numbers that are traced
     basis: jax.Array  # [P, s], Q: orthonormal columns, those not in use zero
-    active: jax.Array  # [] int32, columns in use
-    said: jax.Array  # [s, s], Q^T K Q
-    asked: jax.Array  # [s, s], Q^T E Q
-    beyond: jax.Array  # [], gamma, the mean of q^T M q over the new directions q that were asked about last
+    active: jax.Array  # [] int32, columns in use, the first ones
+    new: jax.Array  # [] int32, of these the last so many are new
+    core_sum: jax.Array  # [s, s], Q^T K Q
+    measured: jax.Array  # [s, s], Q^T E Q
+    new_curvature: jax.Array  # [], beta'
     round: jax.Array  # [] int32
 
 
 class Known(NamedTuple):
-    """Hs = V diag(lam) V^T, of the directions that clients have been asked about."""
+    """Hs = V diag(lam) V^T, of the directions that clients have answered about."""
 
     values: jax.Array  # [s], lam, descending; zero where nothing is known
-    turn: jax.Array  # [s, s], orthogonal; V = Q turn
+    rotation: jax.Array  # [s, s], orthogonal; V = Q rotation
     count: jax.Array  # [] int32, the first so many are known
 
 
-def span(
+def from_span(
     *,
     span: SpanOptions = SpanOptions(),
     damping: Number = 0.0,
@@ -90,25 +92,25 @@ def span(
     """FIPA in the span of gradients, as an aggregation rule; clients send gradients (`client.first_order.gradient`).
 
     Example:
-      rule = span(span=SpanOptions(columns=50))
+      rule = from_span(span=SpanOptions(columns=50))
       basis, active = rule.asks(state)   # what the clients multiply: `curvature.make_core`
       received, screening = receive(Uploads(minus_gradients, num_examples, Core(cores)), params)
       step, state, info, received = step_of(rule, received, state, params, screening)
 
     Args:
       span: how, see `SpanOptions`.
-      damping: beta at least; 0 leaves it to the curvature that is known.
+      damping: beta at least; with 0 it is at least the rounding of the largest eigenvalue.
       limits: of them `max_divergence` alone, a bound on half of step^T A step, A^{-1} being what the gradient is
         multiplied by.
       weighting: `examples` (w_m = N_m / sum N) or `uniform`.
 
     Returns:
-      The rule; its state is a `SpanState`, and `INFO_OF_SPAN` says what its `info` holds. Until somebody has answered
-      its step is zero. A client whose core is all zeros has sent none: its gradient counts alone.
+      The rule; its state is a `SpanState`, and `INFO_OF_SPAN` says what its `info` holds. Until a client has answered
+      its step is zero. A client whose core is all zeros has not answered: its gradient counts alone.
 
     Raises:
       ValueError: a number is out of its range, or a limit is asked for that the rule has not; in `apply`, uploads
-        without cores, or of late clients, whose cores are of another basis.
+        without cores of all s columns, or of late clients, whose cores are of another basis.
     """
     lookup(WEIGHTINGS, weighting, "aggregator.weighting")
     _check(span, limits)
@@ -117,37 +119,31 @@ def span(
 
     def init(params):
         theta = trees.ravel(trees.widened(contracts.floating(params, "params")))
-        columns = min(span.columns, theta.size)
+        columns, zero = min(span.columns, theta.size), jnp.int32(0)
         hyper = {name: jnp.asarray(value, theta.dtype) for name, value in numbers.items()}
         blank = jnp.zeros([columns, columns], theta.dtype)
-        return SpanState(
-            hyper, jnp.zeros([theta.size, columns], theta.dtype), jnp.int32(0), blank, blank, blank[0, 0], jnp.int32(0)
-        )
+        basis = jnp.zeros([theta.size, columns], theta.dtype)
+        return SpanState(hyper, basis, zero, zero, blank, blank, blank[0, 0], zero)
 
     def apply(received: Received, before: SpanState, params):
-        cores = _cores_of(received)
+        cores = _cores_of(received, before)
         weights, size = weights_of(received, params, weighting)
         with jax.default_matmul_precision("highest"):
             gradients = received.deltas.astype(before.basis.dtype)  # -g_m
             counts = jnp.where(jnp.any(cores != 0, axis=(1, 2)), weights * size, 0)
             total = jnp.tensordot(counts, cores.astype(counts.dtype), 1)
-            state = _heard(before, total, jnp.sum(counts), min(span.fresh, len(counts)))
-            known = mean_of(state.said, state.asked, state.active)
-            directions = _turned(state.basis, known.turn)
+            state = _with_answers(before, total, jnp.sum(counts))
+            known = mean_core(state.core_sum, state.measured, state.active)
+            directions = _rotated(state.basis, known.rotation)
             step, info = _step(weights @ gradients, known, directions, state)
             after = _next(state, known, directions, weights[:, None] * gradients, span.fresh)
         after = jax.tree.map(lambda new, old: jnp.where(size > 0, new, old), after, before)
         return ravel_pytree(params)[1](step), after, info | {"columns": before.active}
 
-    def announce(state: SpanState):
-        return {"damping": state.hyper["damping"]}
-
     def asks(state: SpanState):
         return _as_sent(state, span), state.active
 
-    needs = Needs("core", gradient=True)
-    bytes_of = functools.partial(few_bits.bytes_of, bits=span.bits) if span.bits else None
-    return Aggregator(init, apply, needs, tuple(numbers), announce=announce, asks=asks, column_bytes=bytes_of)
+    return Aggregator(init, apply, Needs("core", gradient=True), tuple(numbers), asks=asks)
 
 
 def _check(span: SpanOptions, limits: Limits) -> None:
@@ -160,7 +156,8 @@ def _check(span: SpanOptions, limits: Limits) -> None:
         raise ValueError(f"aggregator.span.decay: needs a number in [0, 1], got {span.decay}")
     if span.bits:
         few_bits.check(span.bits, "aggregator.span.bits")
-    others = [name for name, value in limits._asdict().items() if name != "max_divergence" and value]
+    bounds = {name: value for name, value in limits._asdict().items() if name != "max_divergence"}
+    others = [name for name, value in bounds.items() if not isinstance(value, int | float) or value]
     if others:
         raise ValueError(
             f"aggregator.limits.{others[0]}: the rule 'span' bounds its step by max_divergence alone; set "
@@ -168,75 +165,79 @@ def _check(span: SpanOptions, limits: Limits) -> None:
         )
 
 
-def _cores_of(received: Received) -> jax.Array:
+def _cores_of(received: Received, state: SpanState) -> jax.Array:
+    """[C, s, s], zero for those that take no part."""
     if not isinstance(received.sketch, Core):
         raise ValueError("span needs uploads.sketch, a Core of values [C, s, s], the curvature within its basis")
+    got, columns = received.sketch.values.shape, state.basis.shape[1]
+    if got[1] != columns:
+        raise ValueError(f"uploads.sketch: needed cores [C, s, s] with s = {columns}, all columns of `asks`, got {got}")
     if received.age is not None:
         raise ValueError("span needs clients that are not late: their cores are of another basis")
     return trees.zero_unless(received.took_part, received.sketch.values)
 
 
-def _heard(state: SpanState, total: jax.Array, number: jax.Array, fresh: int) -> SpanState:
+def _with_answers(state: SpanState, total: jax.Array, number: jax.Array) -> SpanState:
     """The state after a round, in the coordinates of the old basis.
 
     Args:
       total: [s, s], the sum of the cores that have come, each times the number that its client counts for.
-      number: [], the sum of these numbers; 0 where nobody has answered.
-      fresh: so many of the columns in use, the last ones, are new.
+      number: [], the sum of these numbers; 0 where no client has answered.
     """
     decay, columns = state.hyper["span.decay"], jnp.arange(total.shape[0])
     in_use = columns < state.active
-    new = in_use & (columns >= state.active - fresh)
-    beyond = ratio(jnp.sum(jnp.where(new, jnp.diagonal(total), 0)), number * jnp.sum(new))
+    is_new = in_use & (columns >= state.active - state.new)
+    curvature = ratio(jnp.sum(jnp.where(is_new, jnp.diagonal(total), 0)), number * state.new)
     return state._replace(
-        said=decay * state.said + (total + total.T) / 2,
-        asked=decay * state.asked + number * jnp.diag(in_use.astype(total.dtype)),
-        beyond=jnp.where(number > 0, beyond, state.beyond),
+        core_sum=decay * state.core_sum + (total + total.T) / 2,
+        measured=decay * state.measured + number * jnp.diag(in_use.astype(total.dtype)),
+        new_curvature=jnp.where((number > 0) & (state.new > 0), curvature, state.new_curvature),
     )
 
 
-def mean_of(said: jax.Array, asked: jax.Array, active: jax.Array | int) -> Known:
+def mean_core(core_sum: jax.Array, measured: jax.Array, active: jax.Array | int) -> Known:
     """The eigenpairs of E^{-1/2} K E^{-1/2} in the range of E, the largest first.
 
-    Behind them come the columns in use about which nobody has answered yet, then those not in use.
+    Behind them come the columns in use about which no client has answered yet, then those not in use.
 
     Args:
-      said: K [s, s], symmetric.
-      asked: E [s, s], symmetric and positive semi-definite.
+      core_sum: K [s, s], symmetric.
+      measured: E [s, s], symmetric and positive semi-definite.
       active: [], columns in use.
     """
-    often, frame = jnp.linalg.eigh(asked)
-    there = often > KNOWN * often[-1]
-    root = (frame * jnp.where(there, 1 / jnp.sqrt(jnp.where(there, often, 1)), 0)[None]) @ frame.T
-    unknown = (frame * ~there[None]) @ frame.T
-    mean = root @ said @ root
-    behind = unknown + jnp.diag((jnp.arange(often.size) >= active).astype(often.dtype))
-    values, turn = jnp.linalg.eigh((mean + mean.T) / 2 - jnp.maximum(jnp.linalg.norm(mean), 1) * behind)
-    count = jnp.sum(there, dtype=jnp.int32)
+    weights, axes = jnp.linalg.eigh(measured)
+    known = weights > LEAST_MEASURED * weights[-1]
+    root = (axes * jnp.where(known, 1 / jnp.sqrt(jnp.where(known, weights, 1)), 0)[None]) @ axes.T
+    mean = root @ core_sum @ root
+    unknown = (axes * ~known[None]) @ axes.T + jnp.diag((jnp.arange(known.size) >= active).astype(weights.dtype))
+    largest = known.size * jnp.max(jnp.abs(mean))  # at least the largest eigenvalue
+    values, rotation = jnp.linalg.eigh((mean + mean.T) / 2 - jnp.maximum(largest, 1) * unknown)
+    count = jnp.sum(known, dtype=jnp.int32)
     values = jnp.where(jnp.arange(values.size) < count, jnp.maximum(values[::-1], 0), 0)
-    return Known(values, turn[:, ::-1], count)
+    return Known(values, rotation[:, ::-1], count)
 
 
 def _step(mean: jax.Array, known: Known, directions: jax.Array, state: SpanState) -> tuple[jax.Array, Info]:
     """(the step [P], what to say of it) of the mean update -g [P]."""
     directions = directions * (jnp.arange(known.values.size) < known.count)[None]
-    inside, outside = directions.T @ mean, _beside(directions, mean)
+    inside, outside = directions.T @ mean, _orthogonal_part(directions, mean)
     least = known.values[jnp.maximum(known.count - 1, 0)]
-    beta = jnp.maximum(state.hyper["damping"], least)
-    full = directions @ ratio(inside, known.values + beta) + ratio(outside, jnp.maximum(beta, state.beyond))
+    rounding = LEAST_DAMPING * jnp.finfo(mean.dtype).eps * known.values[0]
+    beta = jnp.maximum(jnp.maximum(state.hyper["damping"], least), rounding)
+    full = directions @ ratio(inside, known.values + beta) + ratio(outside, jnp.maximum(beta, state.new_curvature))
     full = jnp.where(known.count > 0, full, 0)
     most, curve = state.hyper["limits.max_divergence"], jnp.vdot(full, mean)
     over = (most > 0) & (curve > 2 * most)
     factor = trees.root(jnp.where(over, ratio(2 * most, curve), 1))
     step, length = factor * full, trees.length(mean)
     info = {
-        "beyond": state.beyond,
         "damping": beta,
         "divergence": factor**2 * curve / 2,
         "effective_rank": jnp.sum(ratio(known.values, known.values + beta)),
         "explained": ratio(trees.length(inside), length),
         "fedavg_cosine": ratio(jnp.vdot(step, mean), trees.length(step) * length),
         "fedavg_norm_ratio": ratio(trees.length(step), length),
+        "new_curvature": state.new_curvature,
         "spectrum": known.values,
     }
     return step, info
@@ -251,37 +252,40 @@ def _next(state: SpanState, known: Known, directions, gradients: jax.Array, fres
     fresh = min(fresh, gradients.shape[0], columns)
     kept = jnp.minimum(state.active, columns - fresh)
     stays = (jnp.arange(columns) < kept).astype(directions.dtype)
-    directions, turn = directions * stays[None], known.turn * stays[None]
-    new = _leading(_beside(directions, gradients.T), fresh)
-    new = jnp.linalg.qr(_beside(directions, new))[0]
+    directions, rotation = directions * stays[None], known.rotation * stays[None]
+    new, number = _new_directions(directions, gradients, fresh)
     basis = jax.lax.dynamic_update_slice_in_dim(directions, new, kept, axis=1)
-    said, asked = (turn.T @ matrix @ turn for matrix in (state.said, state.asked))
-    return SpanState(state.hyper, basis, kept + fresh, said, asked, state.beyond, state.round + 1)
+    core_sum, measured = (rotation.T @ matrix @ rotation for matrix in (state.core_sum, state.measured))
+    return state._replace(
+        basis=basis, active=kept + number, new=number, core_sum=core_sum, measured=measured, round=state.round + 1
+    )
 
 
-def _turned(basis: jax.Array, turn: jax.Array) -> jax.Array:
-    """[P, s]: basis @ turn, made orthonormal again to first order, or its rounding would add up over the rounds."""
+def _new_directions(directions: jax.Array, gradients: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """([P, most], how many): the leading directions of what is left of gradients [C, P] beside known ones [P, s].
+
+    Fewer where gradients depend on each other, or lie in the span of the known ones; the other columns are zero.
+    """
+    left, triangle = jnp.linalg.qr(_orthogonal_part(directions, gradients.T))
+    inner, sizes, _ = jnp.linalg.svd(triangle)
+    longest = jnp.max(jnp.linalg.norm(gradients, axis=1))
+    real = (sizes > jnp.sqrt(jnp.finfo(sizes.dtype).eps) * longest)[:most]
+    leading = jnp.where(real[None], left @ inner[:, :most], 0)
+    leading = jnp.linalg.qr(_orthogonal_part(directions, leading))[0]
+    return jnp.where(real[None], leading, 0), jnp.sum(real, dtype=jnp.int32)
+
+
+def _rotated(basis: jax.Array, rotation: jax.Array) -> jax.Array:
+    """[P, s]: basis @ rotation, made orthonormal again to first order, or its rounding would add up over the rounds."""
     gram = basis.T @ basis
-    return basis @ (1.5 * turn - gram @ turn / 2)
+    return basis @ (1.5 * rotation - gram @ rotation / 2)
 
 
-def _beside(directions: jax.Array, vectors: jax.Array) -> jax.Array:
+def _orthogonal_part(directions: jax.Array, vectors: jax.Array) -> jax.Array:
     """The vectors [P] or [P, C] without their part in the span of directions [P, s], orthonormal or zero."""
     for _ in range(2):
         vectors = vectors - directions @ (directions.T @ vectors)
     return vectors
-
-
-def _leading(vectors: jax.Array, number: int) -> jax.Array:
-    """[P, number]: the first left singular vectors of vectors [P, C]; random ones for those of rounding."""
-    left, triangle = jnp.linalg.qr(vectors)
-    inner, sizes, _ = jnp.linalg.svd(triangle)
-    found = left @ inner[:, :number]
-    floor = jnp.sqrt(jnp.finfo(vectors.dtype).eps) * sizes[0]
-    drawn = jax.random.normal(jax.random.key(0), found.shape, found.dtype)
-    return jnp.where(
-        (sizes > floor)[None, :number], found, drawn / trees.root(jnp.asarray(drawn.shape[0], found.dtype))
-    )
 
 
 def _as_sent(state: SpanState, span: SpanOptions) -> jax.Array:

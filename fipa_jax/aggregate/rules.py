@@ -13,7 +13,7 @@ from fipa_jax import trees
 from fipa_jax.aggregate import robust
 from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Needs, Place, Weighting, compare, sound, weights_of
 from fipa_jax.aggregate.fisher_informed import fipa
-from fipa_jax.aggregate.gradient_span import span
+from fipa_jax.aggregate.gradient_span import from_span
 from fipa_jax.aggregate.late_updates import LateUpdates, freshness
 from fipa_jax.aggregate.layerwise import kronecker
 from fipa_jax.aggregate.posteriors import posterior
@@ -116,6 +116,6 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "multi_krum": robust.multi_krum,
     "posterior": posterior,
     "trimmed_mean": robust.trimmed_mean,
-    "span": span,
+    "span": from_span,
     "sums": from_sums,
 }

@@ -24,7 +24,7 @@ from fipa_jax.derivatives import vary_with
 REASONS = {
     "update_not_finite": "its update is not finite, or so long that the norm overflows",
     "sketch_not_finite": "its sketch is not finite",
-    "curvature_negative": "its curvature has negative values beyond rounding",
+    "curvature_negative": "its curvature has negative eigenvalues beyond rounding",
     "basis_not_orthonormal": "the columns of its sketch's basis are not orthonormal",
     "loss_not_finite": "its loss at the broadcast parameters is not finite",
     "damping_invalid": "the damping of its own steps is negative or not finite",
@@ -123,8 +123,8 @@ def _faults_of_curvature(sketch: Message, mesh: Mesh | None) -> dict[str, jax.Ar
         return {"sketch_not_finite": ~trees.is_finite(sketch.values)}
     if isinstance(sketch, Core):
         return {
-            "sketch_not_finite": ~trees.is_finite(sketch.values),
-            "curvature_negative": _negative(jnp.diagonal(sketch.values, axis1=1, axis2=2)),
+            "sketch_not_finite": ~_is_summable(sketch.values),
+            "curvature_negative": _indefinite(sketch.values),
         }
     if isinstance(sketch, LayerFactors):
         diagonals = [diagonal_of(half) for halves in sketch for half in halves.values()]
@@ -149,6 +149,24 @@ def _negative(values: jax.Array) -> jax.Array:
     """[C] bool: values [C, n] below zero by more than rounding, beside the client's largest, can explain."""
     tolerance = jnp.sqrt(jnp.finfo(values.dtype).eps)
     return jnp.min(values, axis=1) < -tolerance * jnp.max(values, axis=1)
+
+
+def _is_summable(values: jax.Array) -> jax.Array:
+    """[C] bool: finite, and so small that sums of values [C, ...] over clients and rounds are too."""
+    most = jnp.sqrt(jnp.finfo(values.dtype).max) / values.shape[0]
+    return jnp.max(jnp.abs(values), axis=tuple(range(1, values.ndim))) <= most  # False for NaN
+
+
+def _indefinite(cores: jax.Array) -> jax.Array:
+    """[C] bool: whether symmetric matrices [C, s, s] without a negative eigenvalue cannot have such entries.
+
+    In those |M_ij| <= sqrt(M_ii M_jj); the rounding of few bits may take it 2 % beyond.
+    """
+    diagonal = jnp.diagonal(cores, axis1=1, axis2=2)
+    lengths = jnp.sqrt(jnp.maximum(diagonal, 0))
+    most = 1.02 * lengths[:, :, None] * lengths[:, None]
+    rounding = jnp.sqrt(jnp.finfo(cores.dtype).eps) * jnp.max(diagonal, axis=1)
+    return _negative(diagonal) | jnp.any(jnp.abs(cores) > most + rounding[:, None, None], axis=(1, 2))
 
 
 def orthonormality(sketch: Sketch, mesh: Mesh | None = None) -> tuple[jax.Array, jax.Array]:

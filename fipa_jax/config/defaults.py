@@ -250,7 +250,7 @@ def aggregator(name: str) -> ConfigDict:
         {
             # aggregate.rules.mean, aggregate.fisher_informed.fipa, aggregate.rules.diagonal, aggregate.robust.krum,
             # aggregate.robust.trimmed_mean, aggregate.sum_rule.from_sums, aggregate.layerwise.kronecker,
-            # aggregate.posteriors.posterior, aggregate.gradient_span.span
+            # aggregate.posteriors.posterior, aggregate.gradient_span.from_span
             # mean, fipa, diagonal, kronecker, sums, span, posterior, and the robust ones: median, trimmed_mean, krum,
             # multi_krum, geometric_median
             "name": name,
@@ -321,7 +321,7 @@ def _span() -> ConfigDict:
         {
             "columns": 100,  # s, directions about which clients are asked; at most
             "fresh": 5,  # of them from the last round's gradients
-            "decay": 0.99,  # by which what was said counts for less with each round
+            "decay": 0.99,  # by which answers count for less with each round
             "bits": 8,  # of an entry of the basis as it is sent, 2 to 16; 0 for floating point
             "seed": 0,  # of its rounding
         }

@@ -96,7 +96,7 @@ def agree(
     with naming(phase, f"the method {spec!r}", settings), jax.enable_x64(config.precision == "float64"):
         check(settings)
         parts = make_parts(config, settings, task, num_clients)
-        _check_parts(parts)
+        _check_parts(parts, late)
         rates = make_rates(settings, config.precision)._replace(channel=ChannelRates())
         parts = parts._replace(channel=_channel(late), chunk=1, mesh=None)
         root = jax.random.key(config.seed)
@@ -148,8 +148,12 @@ def check(settings: ConfigDict) -> None:
             raise ValueError(f"{field}: needs all clients' data in one place, which a real federation has not")
 
 
-def _check_parts(parts: Parts) -> None:
-    """Refuses what needs more than one upload from each client."""
+def _check_parts(parts: Parts, late: int) -> None:
+    """Refuses what needs more than one upload from each client, and late answers about a basis that is gone."""
+    if late and parts.aggregator.needs.curvature in ("image", "core"):
+        raise ValueError(
+            "late: clients answer about the present round's basis, and late ones about another; set it to 0"
+        )
     if parts.sketcher is not None and parts.sketcher.sends_gradient:
         raise ValueError("sketch.gradient_scale: needs a second exchange in a round, which is not built; set it to 0")
     if jax.tree.leaves(parts.term.init({"one": np.zeros(1, np.float32)})):

@@ -9,7 +9,7 @@ The arrays of a `Message`, by name:
 
     broadcast   params/PATH   the trainable parameters
                 told/NAME     what the rule announces: its damping [], or its belief, told/posterior/precision [P]
-                asked/0, ...  what a rule from sums asks along: its common basis, and how many columns are in use
+                asked/0, ...  what a rule asks along: its common basis, and how many columns are in use
     upload      delta/PATH    the client's new minus the broadcast parameters
                 num_examples  [], of the client
                 local_loss    [], the mean training loss over its steps
@@ -19,6 +19,7 @@ The arrays of a `Message`, by name:
                 sketch/report/...               of the sketch; its residuals are those of the K pairs
                 diagonal/values                 [P]
                 image/values                    [P, s], of the common basis
+                core/values                     [s, s], within it
                 layers/inputs/PATH, outputs/PATH  halves of a layer's symmetric factors, see `curvature.LayerFactors`
 """
 

@@ -35,6 +35,7 @@ class Parts(NamedTuple):
     sketch_first: bool = False  # whether local work needs the client's sketch
     sketch_examples: int = 0  # examples of a client that enter its sketch; 0 for all
     update_bytes: Callable[[int], int] | None = None  # P -> bytes of an update as it is sent; None for its arrays
+    column_bytes: Callable[[int], int] | None = None  # the same of a column of a basis that clients are shown
     first: int = 0  # number of the phase's first round
     least_clients: int = 1  # with fewer clients that take part a round is skipped
     chunk: int = 1  # clients side by side, see `parallel.map_clients`

@@ -80,7 +80,7 @@ def sketch(
       results: of the clients' training, or None before it.
 
     Returns:
-      The clients' sketches, diagonals or images, stacked [C, ...].
+      The clients' sketches, diagonals, images or cores, stacked [C, ...].
     """
     sketcher = parts.sketcher
     if sketcher is None:

@@ -68,6 +68,7 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
         _checkmatched(settings, aggregator)
     if aggregator.needs.curvature == "core":
         _check_span(settings)
+        _checkmatched(settings, aggregator)
     _check_beliefs(settings, aggregator, everyone=cohort == num_clients)
     if settings.also_trained:
         _check_trains(settings, term)
@@ -91,7 +92,7 @@ def check_needs(settings: ConfigDict, parts: Parts, params: Any, data: dict, pha
       ValueError: the term needs a field, outputs or features that are not there, or its penalty is the same whatever is
         trained; or the sketches need the last layer's inputs.
     """
-    by_head = parts.aggregator.needs.curvature == "sketch" and settings.sketch.solver == "head"
+    by_head = parts.aggregator.needs.curvature in ("sketch", "image", "core") and settings.sketch.solver == "head"
     has_penalty = parts.term.penalty is not terms.none().penalty
     if not (by_head or has_penalty):
         return
@@ -244,6 +245,12 @@ def _check_span(settings: ConfigDict) -> None:
         raise ValueError(
             "config.fipa.late.share: the rule 'span' asks about the present basis, and a late client answers about "
             "another; set it to 0"
+        )
+    rule = settings.aggregator
+    if rule.trust or rule.own_damping or rule.past.kind != "none":
+        raise ValueError(
+            "config.fipa.aggregator: the rule 'span' has no use for trust, own_damping and past.kind; set them to "
+            "False, False and 'none', or compare the method 'fipa_span', which does"
         )
     _check_no_pairs(settings)
 

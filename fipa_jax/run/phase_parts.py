@@ -84,6 +84,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
         sketch_first=adaptive or settings.local.optimizer in BY_CURVATURE,
         sketch_examples=settings.sketch.examples,
         update_bytes=compressor and compressor.bytes_of,
+        column_bytes=_column_bytes(settings.aggregator),
         first=first_round(config, settings),
         least_clients=settings.least_clients,
         chunk=1 if config.chunk < 0 else config.chunk,  # until it is measured
@@ -158,8 +159,15 @@ def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task, start:
     sketcher = from_one_start(sketcher) if settings.common_start else sketcher
     if settings.share != 1:  # a rule of gradients takes the mean over those who have sent a sketch
         scaled = not aggregator.needs.gradient
+        start += aggregator.needs.curvature == "core"  # in the first round there is no direction to ask about
         sketcher = sent_seldom(sketcher, settings.share, full=settings.full, start=start, scaled=scaled)
     return within_budget(sketcher, settings.budget, start) if settings.budget else sketcher
+
+
+def _column_bytes(rule: ConfigDict) -> Callable[[int], int] | None:
+    """P -> the bytes of a column of the basis that a rule shows the clients; None for its array's."""
+    few = rule.name == "span" and rule.span.bits
+    return functools.partial(few_bits.bytes_of, bits=rule.span.bits) if few else None
 
 
 def first_round(config: ConfigDict, settings: ConfigDict) -> int:

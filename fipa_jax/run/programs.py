@@ -40,7 +40,9 @@ class Programs(NamedTuple):
 
     draw: Callable  # (round, rates, root) -> (ids [C], orders [C, ...])
     train: Callable  # (state, rates, cohort, root, sketches=None) -> LocalResult [C, ...]
-    sketch: Callable  # (state, rates, cohort, results | None, root) -> Sketch or Diagonal [C, ...], or None
+    sketch: (
+        Callable  # (state, rates, cohort, results | None, root) -> Sketch, Diagonal, Image or Core [C, ...], or None
+    )
     serve: Callable  # (state, rates, cohort, results, sketches) -> (state, info)
 
 
@@ -95,7 +97,7 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     and `bytes_kept`, what its rule, its optimiser and its term keep from round to round.
 
     Of a sketch that is sent only the pairs that are kept count, and its report; the gradient too where the rank adapts
-    to it. Of a core its upper half, and of the basis the columns in use, to the clients that were asked about it.
+    to it. Of a core its upper half, and of the basis the columns in use, for the clients that have answered.
 
     Args:
       state, results, sketches: of a round, or their shapes.
@@ -138,7 +140,7 @@ def _bytes_of_columns(parts: Parts, size: int, itemsize: int):
     def in_full(entries: int) -> int:
         return entries * itemsize
 
-    column = parts.aggregator.column_bytes or in_full
+    column = parts.column_bytes or in_full
     return lambda columns: columns * column(size), lambda columns: bytes_of_core(columns, itemsize, vector_bytes)
 
 

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from fipa_jax import aggregate
 from fipa_jax.aggregate import PastRounds, Uploads
 from fipa_jax.aggregate import merged_curvature as merge
+from fipa_jax.curvature.common_basis import Core
 from fipa_jax.curvature.products import make_ggn_diagonal, make_gradient
 from fipa_jax.curvature.sketch import Diagonal, Sketch, make_sketch
 
@@ -59,6 +60,8 @@ def _rounds(rule, sent, number=2):
     sketch = Sketch(values, basis)
     if rule.needs.curvature == "diagonal":
         sketch = Diagonal(jnp.sum(basis**2 * values[:, None], axis=2))
+    if rule.needs.curvature == "core":  # of all SIZE directions
+        sketch = Core(jnp.einsum("cpr,cr,cqr->cpq", basis, values, basis))
     uploads = Uploads(delta, counts, sketch, loss, loss, jnp.arange(CLIENTS, dtype=jnp.int32))
     state = rule.init(params)
     for _ in range(number):
@@ -79,7 +82,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", [*RULES, "mean", "diagonal"])
+@pytest.mark.parametrize("name", [*RULES, "mean", "diagonal", "span"])
 def test_every_rule_can_be_traced(name):
     rule = aggregate.fipa(**RULES[name]) if name in RULES else aggregate.AGGREGATORS[name]()
     run = _each(lambda _, sent: _rounds(rule, sent))

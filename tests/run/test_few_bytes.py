@@ -34,9 +34,9 @@ def test_the_bytes_are_those_of_gradients_and_of_the_sketches_that_are_due(tmp_p
 
 @pytest.mark.parametrize("bits", [0, 8])
 def test_within_the_span_the_bytes_are_those_of_gradients_cores_and_the_columns_shown(tmp_path, bits):
-    """A column a client comes in each round, up to six; all are asked in the first round, half in later ones."""
+    """At first four directions come in, of at most six; all clients are asked about those, half of them later on."""
     fields = f"aggregator.span.columns=6:aggregator.span.fresh=4:aggregator.span.bits={bits}:sketch.bits={bits}"
-    spec = f"fipa_span:{fields}:sketch.share=0.5:sketch.full=2:local.compress.name={'few_bits' if bits else 'none'}"
+    spec = f"fipa_span:{fields}:sketch.share=0.5:local.compress.name={'few_bits' if bits else 'none'}"
     config = tiny(compare=(spec,), fipa={"rounds": 6})
     config.task.num_clients = CLIENTS
     whole_run.run(config, tmp_path)
@@ -46,7 +46,7 @@ def test_within_the_span_the_bytes_are_those_of_gradients_cores_and_the_columns_
     def vector(entries):
         return few_bits.bytes_of(entries, bits) if bits else itemsize * entries
 
-    assert [row["columns"] for row in rows] == [0, 4, 6, 6, 6, 6]
+    assert [row["columns"] for row in (rows[0], rows[1], rows[-1])] == [0, 4, 6]
     assert [row["sketches_sent"] for row in rows[:2]] == [0, CLIENTS]
     for row in rows:
         columns, asked = row["columns"], row["sketches_sent"]
