@@ -2,7 +2,8 @@
 
 Tiny-ImageNet-50, balanced Dirichlet splits, the whole CNN, from the last model of a FedRCL warm-up. Every first-order
 rule has three settings of its step sizes, chosen on the held-out images of seed 9 after 40 rounds. FIPA in the span of
-gradients (`fipa_span`) has none: its damping is the least curvature that it knows, and all else is as everywhere.
+gradients (`fipa_span`) has none: its damping is the least curvature that it knows. To make its rounds cheap a fifth of
+the clients is asked for curvature, by one direction of each example's loss Hessian.
 """
 
 import numpy as np
