@@ -26,6 +26,8 @@ def config_tables() -> str:
     makers = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     pages = []
     for name, node in makers.items():
+        if name.startswith("_"):  # a group within another's table
+            continue
         fields = list(_fields(node, comments, makers))
         pages += [f"## {_title(name)}", "", ast.get_docstring(node), ""]
         pages += ["| field | default | meaning |", "|---|---|---|"]
@@ -65,14 +67,17 @@ def _fields(node, comments, makers):
                 yield statement.targets[0].attr, value, words_beside(statement, comments)
         elif isinstance(statement, ast.Return) and isinstance(statement.value, ast.Call):
             for argument in statement.value.args:
-                yield from _items(argument, "", comments)
+                yield from _items(argument, "", comments, makers)
 
 
-def _items(tree, before, comments):
-    """The same of a dictionary, whose groups are dictionaries too."""
+def _items(tree, before, comments, makers):
+    """The same of a dictionary, whose groups are dictionaries too, or what a function makes."""
     for key, value in zip(tree.keys, tree.values, strict=True):
         if isinstance(value, ast.Dict):
-            yield from _items(value, f"{before}{key.value}.", comments)
+            yield from _items(value, f"{before}{key.value}.", comments, makers)
+        elif isinstance(value, ast.Call) and getattr(value.func, "id", "") in makers:
+            for path, default, words in _fields(makers[value.func.id], comments, makers):
+                yield f"{before}{key.value}.{path}", default, words
         else:
             yield before + key.value, value, words_beside(value, comments)
 
