@@ -192,7 +192,7 @@ def test_distances_between_clients_are_those_of_dense_matrices(evidence):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_study_runs_when_it_is_tiny(name, tmp_path):
+def test_a_study_runs_when_it_is_tiny(name, tmp_path, evidence):
     command = [sys.executable, ROOT / "scripts" / "study.py", name, "--debug", f"--runs={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
