@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
 from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Info, Needs, Weighting, weights_of
-from fipa_jax.aggregate.limits import Limits
+from fipa_jax.aggregate.limits import Limits, other_bounds
 from fipa_jax.aggregate.screening import Received
 from fipa_jax.curvature import contracts, few_bits
 from fipa_jax.curvature.common_basis import Core
@@ -156,9 +156,7 @@ def _check(span: SpanOptions, limits: Limits) -> None:
         raise ValueError(f"aggregator.span.decay: needs a number in [0, 1], got {span.decay}")
     if span.bits:
         few_bits.check(span.bits, "aggregator.span.bits")
-    bounds = {name: value for name, value in limits._asdict().items() if name != "max_divergence"}
-    others = [name for name, value in bounds.items() if not isinstance(value, int | float) or value]
-    if others:
+    if others := other_bounds(limits):
         raise ValueError(
             f"aggregator.limits.{others[0]}: the rule 'span' bounds its step by max_divergence alone; set "
             f"{', '.join(f'limits.{name} = 0' for name in others)}, or compare the method 'fipa_span', which does"

@@ -21,6 +21,12 @@ class Limits(NamedTuple):
     trace_cap: float = 1000.0  # on a client's trace over the clients' median, see `capped`
 
 
+def other_bounds(limits: Limits) -> list[str]:
+    """The names of the bounds that are set, or traced, beside `max_divergence`."""
+    bounds = {name: value for name, value in limits._asdict().items() if name != "max_divergence"}
+    return [name for name, value in bounds.items() if not isinstance(value, int | float) or value]
+
+
 def limited(
     inner: Solver, *, max_step: Number = 5.0, max_divergence: Number = 0.0, with_damping: bool = False
 ) -> Solver:

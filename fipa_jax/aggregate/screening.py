@@ -98,7 +98,7 @@ def receive(uploads: Uploads, params: Any, mesh: Mesh | None = None) -> tuple[Re
 def _faults(uploads: Uploads, num_examples: jax.Array, mesh: Mesh | None) -> dict[str, jax.Array]:
     """{name in `REASONS`: [C] bool}, of present and absent clients alike."""
     dtype = jnp.result_type(*jax.tree.leaves(uploads.delta))
-    most = jnp.sqrt(jnp.finfo(dtype).max) / num_examples.size  # above it the sum could overflow, over rounds too
+    most = _most(dtype, num_examples.size)
     # The norm as well as the entries: it can overflow where no entry does, and the step would.
     lengths = jax.vmap(optax.tree.norm)(uploads.delta)
     faults = dict.fromkeys(REASONS, jnp.zeros(num_examples.shape, bool)) | {
@@ -151,10 +151,15 @@ def _negative(values: jax.Array) -> jax.Array:
     return jnp.min(values, axis=1) < -tolerance * jnp.max(values, axis=1)
 
 
+def _most(dtype: Any, clients: int) -> jax.Array:
+    """[], above which a sum over clients could overflow, over rounds too."""
+    return jnp.sqrt(jnp.finfo(dtype).max) / clients
+
+
 def _is_summable(values: jax.Array) -> jax.Array:
     """[C] bool: finite, and so small that sums of values [C, ...] over clients and rounds are too."""
-    most = jnp.sqrt(jnp.finfo(values.dtype).max) / values.shape[0]
-    return jnp.max(jnp.abs(values), axis=tuple(range(1, values.ndim))) <= most  # False for NaN
+    largest = jnp.max(jnp.abs(values), axis=tuple(range(1, values.ndim)))
+    return largest <= _most(values.dtype, values.shape[0])  # False for NaN
 
 
 def _indefinite(cores: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from jax.flatten_util import ravel_pytree
 from fipa_jax import trees
 from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Needs, Weighting
 from fipa_jax.aggregate.late_updates import LateUpdates
-from fipa_jax.aggregate.limits import Limits
+from fipa_jax.aggregate.limits import Limits, other_bounds
 from fipa_jax.aggregate.past_rounds import PastRounds
 from fipa_jax.aggregate.screening import Received
 from fipa_jax.aggregate.secure_sum import total_of
@@ -89,9 +89,7 @@ def from_sums(
 
 def _refuse_single_clients(limits: Limits, past: PastRounds, own_damping: bool, late: LateUpdates) -> None:
     """Refuses, with a ValueError, what would have to look at one client's message."""
-    bounds = {name: value for name, value in limits._asdict().items() if name != "max_divergence"}
-    unseen = [name for name, value in bounds.items() if not isinstance(value, int | float) or value]
-    if unseen:
+    if unseen := other_bounds(limits):
         raise ValueError(
             f"aggregator.limits.{unseen[0]}: a sum shows no single client's update or trace; set "
             f"{', '.join(f'limits.{name} = 0' for name in unseen)}, or compare the method 'fipa_sums', which does"

@@ -40,9 +40,7 @@ class Programs(NamedTuple):
 
     draw: Callable  # (round, rates, root) -> (ids [C], orders [C, ...])
     train: Callable  # (state, rates, cohort, root, sketches=None) -> LocalResult [C, ...]
-    sketch: (
-        Callable  # (state, rates, cohort, results | None, root) -> Sketch, Diagonal, Image or Core [C, ...], or None
-    )
+    sketch: Callable  # (state, rates, cohort, results | None, root) -> `uploads.Message` [C, ...]
     serve: Callable  # (state, rates, cohort, results, sketches) -> (state, info)
 
 
