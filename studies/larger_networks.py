@@ -25,46 +25,77 @@ from evidence.records import (
 WHOLE = "trainable=.*:cache_body=False"
 CHEAP = "sketch.solver=rows:sketch.loss_rank=1:sketch.micro_batch=5:local.micro_batch=5:sketch.share=0.2"
 SPAN = f"fipa_span:{WHOLE}:{CHEAP}"
-RULES = {  # label -> (method, of which two numbers are filled in; what they are tried at)
-    "FedAvg": ("local.lr={}:server.lr={}", [(0.1, 0.3), (0.1, 0.1), (0.03, 0.3)]),
-    "FedAvgM": ("server.optimizer=momentum:local.lr={}:server.lr={}", [(0.1, 0.1), (0.1, 0.03), (0.03, 0.1)]),
-    "FedAdam": ("server.optimizer=adam:local.lr={}:server.lr={}", [(0.1, 0.003), (0.1, 0.001), (0.03, 0.001)]),
-    "FedVARP": ("term.name=varp:local.lr={}:server.lr={}", [(0.1, 0.3), (0.03, 0.3), (0.03, 1)]),
-    "FedRCL": ("term.name=rcl:term.mu=1.0:local.lr={}:server.lr={}", [(0.1, 0.3), (0.1, 0.1), (0.03, 0.3)]),
-    "FedDyn": ("term.name=dyn:server.lr=0.3:local.lr={}:term.mu={}", [(0.1, 0.1), (0.1, 0.01), (0.03, 0.01)]),
-    "SCAFFOLD": ("term.name=scaffold:local.lr={}:server.lr={}", [(0.1, 0.3), (0.03, 0.3), (0.03, 1)]),
+RULES = {  # label -> method, of which two numbers are filled in
+    "FedAvg": "local.lr={}:server.lr={}",
+    "FedAvgM": "server.optimizer=momentum:local.lr={}:server.lr={}",
+    "FedAdam": "server.optimizer=adam:local.lr={}:server.lr={}",
+    "FedVARP": "term.name=varp:local.lr={}:server.lr={}",
+    "FedRCL": "term.name=rcl:term.mu=1.0:local.lr={}:server.lr={}",
+    "FedDyn": "term.name=dyn:server.lr=0.3:local.lr={}:term.mu={}",
+    "SCAFFOLD": "term.name=scaffold:local.lr={}:server.lr={}",
 }
-TRIED = {
-    label: [f"fedavg:{WHOLE}:{method.format(*numbers)}" for numbers in grid] for label, (method, grid) in RULES.items()
+GRIDS = {  # alpha -> what each rule is tried at, in the order of `RULES`
+    0.3: (
+        [(0.1, 0.3), (0.1, 0.1), (0.03, 0.3)],
+        [(0.1, 0.1), (0.1, 0.03), (0.03, 0.1)],
+        [(0.1, 0.003), (0.1, 0.001), (0.03, 0.001)],
+        [(0.1, 0.3), (0.03, 0.3), (0.03, 1)],
+        [(0.1, 0.3), (0.1, 0.1), (0.03, 0.3)],
+        [(0.1, 0.1), (0.1, 0.01), (0.03, 0.01)],
+        [(0.1, 0.3), (0.03, 0.3), (0.03, 1)],
+    ),
+    0.1: (
+        [(0.1, 0.1), (0.03, 0.3), (0.01, 1)],
+        [(0.1, 0.03), (0.03, 0.1), (0.01, 0.3)],
+        [(0.1, 0.001), (0.03, 0.001), (0.01, 0.001)],
+        [(0.1, 0.1), (0.03, 0.3), (0.01, 1)],
+        [(0.1, 0.1), (0.03, 0.3), (0.01, 1)],
+        [(0.03, 0.1), (0.03, 0.01), (0.01, 0.01)],
+        [(0.1, 0.1), (0.03, 0.3), (0.01, 1)],
+    ),
 }
+TUNED_AT = {0.3: 0.3, 0.1: 0.1, 0.05: 0.1}  # alpha -> of which split the settings are
 OWN = ("local.lr", "server.lr", "term.mu")  # what is chosen
-FIELDS = {"partition.alpha": 0.3, "eval.every": 2, "eval.clients_every": 0}
-WARM = Run("tiny_imagenet:cpu", FIELDS | {"fipa.rounds": 0}, seeds=(0,))
 LAST, TUNING = 3, 40  # evaluations; rounds
 
 
-def _run(methods, rounds, **others):
-    fields = FIELDS | {"compare": tuple(methods), "fipa.rounds": rounds}
-    return Run("tiny_imagenet:cpu", fields, start=WARM, **others)
+def _place(alpha):
+    return f"Tiny-ImageNet-50, alpha {alpha:g}"
 
 
-def _chosen(found):
+def _tried(alpha):
+    """{label: its settings}."""
+    return {
+        label: [f"fedavg:{WHOLE}:{method.format(*numbers)}" for numbers in grid]
+        for (label, method), grid in zip(RULES.items(), GRIDS[alpha], strict=True)
+    }
+
+
+def _run(alpha, methods, rounds, **others):
+    fields = {"partition.alpha": alpha, "eval.every": 2, "eval.clients_every": 0}
+    warm = Run("tiny_imagenet:cpu", fields | {"fipa.rounds": 0}, seeds=(0,))
+    fields |= {"compare": tuple(methods), "fipa.rounds": rounds}
+    return Run("tiny_imagenet:cpu", fields, start=warm, **others)
+
+
+def _chosen(found, alpha):
     """{label: method}, FIPA first, then the rules as tuned."""
-    best = chosen(found, "tune", TRIED, "holdout_accuracy", LAST)
+    tuned_at = TUNED_AT[alpha]
+    best = chosen(found, f"tune, alpha {tuned_at:g}", _tried(tuned_at), "holdout_accuracy", LAST)
     tuned = {label: spec for label, spec in best.items() if spec}
     return {"FIPA in the span of gradients": SPAN} | tuned if tuned else {}
 
 
 def then(found):
     """Every rule as tuned, beside FIPA as it is."""
-    methods = _chosen(found)
-    return {"all": _run(methods.values(), 60)} if methods else {}
+    chosen_ones = {alpha: _chosen(found, alpha) for alpha in TUNED_AT}
+    return {_place(alpha): _run(alpha, methods.values(), 60) for alpha, methods in chosen_ones.items() if methods}
 
 
-def _reaches(found, spec, target):
+def _reaches(found, run, spec, target):
     """[S], rounds after which a method has an accuracy for the first time; infinite where it never does."""
     first = []
-    for rows in found.runs.get("all", {}).values():
+    for rows in found.runs.get(run, {}).values():
         mine = [row for row in rows if row["run"] == spec]
         there = [row["round"] - mine[0]["round"] + 1 for row in mine if row.get("test_accuracy", 0) >= target]
         first += [min(there, default=np.inf)] if mine else []
@@ -77,48 +108,62 @@ def _words(rounds):
     return number(rounds) if not never else f"not on {never} of {rounds.size}"
 
 
+def _row(found, run, label, spec, target):
+    own = ":".join(part for part in spec.split(":") if part.partition("=")[0] in OWN)
+    return {
+        "method": label,
+        "test accuracy, %": Spread(final(found, run, spec, "test_accuracy", last=LAST), percent),
+        "test loss": Spread(final(found, run, spec, "test_loss", last=LAST), number),
+        f"rounds to {100 * target:.1f} %": Spread(_reaches(found, run, spec, target), _words),
+        "seconds of a round": f"{seconds(found, run, spec):.2g}",
+        "megabytes up": Spread(sent(found, run, spec, ("bytes_up",)) / 1e6, number),
+        "up and down": Spread(sent(found, run, spec) / 1e6, number),
+        "chosen": f"`{own}`" if label in RULES else "nothing",
+    }
+
+
+def _lines(found, alpha):
+    """{label: method} of what has run."""
+    return {label: spec for label, spec in _chosen(found, alpha).items() if sent(found, _place(alpha), spec).size}
+
+
 def tables(found):
     """Accuracy, loss, bytes and seconds; and how soon the best first-order rule's final accuracy is there."""
-    methods = {label: spec for label, spec in _chosen(found).items() if sent(found, "all", spec).size}
-    ends = {label: final(found, "all", spec, "test_accuracy", last=LAST).mean() for label, spec in methods.items()}
-    target = max([end for label, end in ends.items() if label in RULES], default=np.inf)
-    rows = []
-    for label, spec in methods.items():
-        reached, each = _reaches(found, spec, target), seconds(found, "all", spec)
-        own = ":".join(part for part in spec.split(":") if part.partition("=")[0] in OWN)
-        rows.append(
-            {
-                "method": label,
-                "test accuracy, %": Spread(final(found, "all", spec, "test_accuracy", last=LAST), percent),
-                "test loss": Spread(final(found, "all", spec, "test_loss", last=LAST), number),
-                f"rounds to {100 * target:.1f} %": Spread(reached, _words),
-                "seconds of a round": f"{each:.2g}",
-                "megabytes up": Spread(sent(found, "all", spec, ("bytes_up",)) / 1e6, number),
-                "up and down": Spread(sent(found, "all", spec) / 1e6, number),
-                "chosen": f"`{own}`" if label in RULES else "nothing",
-            }
+    made = []
+    for alpha in TUNED_AT:
+        run, methods = _place(alpha), _lines(found, alpha)
+        ends = {label: final(found, run, spec, "test_accuracy", last=LAST).mean() for label, spec in methods.items()}
+        target = max([end for label, end in ends.items() if label in RULES], default=np.inf)
+        words = (
+            f"{run}, 60 rounds: mean of the last three evaluations, and the standard deviation over seeds. The rounds "
+            "are those to the end of the best first-order rule, by evaluations in every second round."
         )
-    words = (
-        "60 rounds: mean of the last three evaluations, and the standard deviation over seeds. The rounds are those to "
-        "the end of the best first-order rule, by evaluations in every second round."
-    )
-    return [Table(words, rows)]
+        rows = [_row(found, run, label, spec, target) for label, spec in methods.items()]
+        made += [Table(words, rows)] if rows or not made else []
+    return made
 
 
 def draw(found, path):
-    """The accuracies and the losses by rounds."""
-    lines = [("all", spec, label) for label, spec in _chosen(found).items()]
-    draw_lines({"Tiny-ImageNet-50, CNN of 203k": lines}, "test_accuracy", path, found)
+    """The accuracies by rounds."""
+    lines = {
+        _place(alpha): [(_place(alpha), spec, label) for label, spec in _lines(found, alpha).items()]
+        for alpha in TUNED_AT
+        if _lines(found, alpha)
+    }
+    draw_lines(lines or {_place(0.3): []}, "test_accuracy", path, found)
 
 
 STUDY = Study(
     words=__doc__,
-    runs={"tune": _run(every(TRIED), TUNING, seeds=(9,))},
+    runs={
+        f"tune, alpha {alpha:g}": _run(alpha, every(_tried(alpha)), TUNING, seeds=(9,))
+        for alpha in sorted(set(TUNED_AT.values()), reverse=True)
+    },
     then=then,
     tables=tables,
     draw=draw,
     caption="Test accuracy by round, mean and one standard deviation over the seeds",
     data=("tiny_imagenet",),
     gigabytes=5,
-    hours=2,
+    hours=6,
 )

@@ -1,9 +1,11 @@
 """How is a vector sent in few bits? Block by block, each with a scale of its own, rounded at random, without bias.
 
-    q = floor(x / s + u),  u uniform in [0, 1),  s = max |x| / (2^(bits - 1) - 1) over a block of 256 entries
+    q = floor(l x / m + u),  u uniform in [0, 1),  l = 2^(bits - 1) - 1,  m = max |x| over a block of 256 entries
 
-The mean of s q over u is x (stochastic rounding, as in QSGD, Alistarh et al. 2017, arXiv 1610.02132, which has one norm
-for a block), and |s q - x| < s. What is sent are the integers q and a float32 s of each block.
+The mean of m q / l over u is x (stochastic rounding, as in QSGD, Alistarh et al. 2017, arXiv 1610.02132, which has one
+norm for a block), and |m q / l - x| < m / l. What is sent are the integers q, from -l to l, and a float32 m of each
+block. The largest entry of a block always has |q| = l, so that m can be read from what arrives, see
+`deployment.packing`.
 """
 
 import jax
@@ -27,11 +29,20 @@ def rounded(key: jax.Array, vector: jax.Array, bits: int) -> jax.Array:
     Example:
       rounded(jax.random.key(0), vector, 8) is off by less than 1 / 127 of the largest entry of each block.
     """
-    size = vector.shape[0]
+    size, levels = vector.shape[0], levels_of(bits)
     blocks = jnp.pad(vector, (0, -size % BLOCK)).reshape(-1, BLOCK)
-    scale = jnp.max(jnp.abs(blocks), axis=1, keepdims=True) / (2 ** (bits - 1) - 1)
-    places = jnp.floor(ratio(blocks, scale) + jax.random.uniform(key, blocks.shape, blocks.dtype))
-    return (scale * places).reshape(-1)[:size]
+    longest = jnp.max(jnp.abs(blocks), axis=1, keepdims=True)
+    scale = longest.astype(jnp.float32).astype(blocks.dtype)
+    places = levels * jnp.clip(ratio(blocks, scale), -1, 1)
+    below = jnp.floor(places)
+    places = below + (jax.random.uniform(key, blocks.shape, blocks.dtype) < places - below)
+    places = jnp.where(jnp.abs(blocks) == longest, levels * jnp.sign(blocks), places)
+    return (scale * (places / levels)).reshape(-1)[:size]
+
+
+def levels_of(bits: int) -> int:
+    """l, the largest integer of so many bits whose negative has as many."""
+    return 2 ** (bits - 1) - 1
 
 
 def bytes_of(size: int, bits: int) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,6 +20,7 @@ from fipa_jax.client.examples import Client
 from fipa_jax.config.checks import validate
 from fipa_jax.config.methods import method
 from fipa_jax.deployment import wire
+from fipa_jax.deployment.packing import Bits, packed
 from fipa_jax.federation.channel import Channel, ChannelRates, late
 from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.federation.population import Cohort
@@ -44,6 +46,7 @@ class Agreement(NamedTuple):
     rounds: int
     max_skips: int  # so many skipped rounds in a row end the run; 0 for never
     late: int  # rounds after which an answer may still come in; 0 where only those of this round count
+    bits: Bits  # in how many bits entries travel
     like: Any  # shapes of a client's (upload, training loss)
     said: Any  # shapes of what the server says beside the parameters, see `said_of`
     fingerprint: str
@@ -54,11 +57,23 @@ class Agreement(NamedTuple):
         return jax.enable_x64(any(wide))
 
     @property
-    def of_clients(self) -> Parts:
-        """The parts as a client has them: what the server says takes the place of the rule's state."""
-        rule = self.parts.aggregator
+    def in_turns(self) -> bool:
+        """Whether in a round only some of the clients send curvature."""
+        return self.parts.sketcher is not None and self.parts.sketcher.due is not None
+
+    def of_clients(self, due: bool = True) -> Parts:
+        """The parts as a client has them: what the server says takes the place of the rule's state.
+
+        Args:
+          due: whether it sends curvature.
+        """
+        rule, sketcher = self.parts.aggregator, self.parts.sketcher
         rule = rule._replace(asks=_asked, needs=rule.needs._replace(spread=False))  # bases travel without filling
-        return self.parts._replace(announce=_told, aggregator=rule, channel=Channel(), chunk=1, mesh=None)
+        if sketcher is not None and self.in_turns:
+            sketcher = sketcher._replace(due=_everybody if due else _nobody)
+        return self.parts._replace(
+            announce=_told, aggregator=rule, sketcher=sketcher, channel=Channel(), chunk=1, mesh=None
+        )
 
 
 def agree(
@@ -103,7 +118,7 @@ def agree(
         params = first_params(config, task, root) if params is None else params
         steering, mark = (settings.rounds, settings.max_skips, late), fingerprint_of(parts, params)
         said = jax.eval_shape(lambda params: said_of(parts, first_rule(parts, params)), params)
-        draft = Agreement(spec, parts, rates, params, root, *steering, None, said, mark)
+        draft = Agreement(spec, parts, rates, params, root, *steering, _bits_of(settings), None, said, mark)
         return draft._replace(like=_shapes(draft, example))
 
 
@@ -136,13 +151,8 @@ def check(settings: ConfigDict) -> None:
     if settings.late.share or has_faults(settings):
         field = "late.share" if settings.late.share else "faults"
         raise ValueError(f"{field}: draws delays or faults for a study; a real federation has its own, set it to 0")
-    few_bits = settings.sketch.bits or (settings.aggregator.name == "span" and settings.aggregator.span.bits)
-    sparing = settings.sketch.share != 1 or few_bits or settings.sketch.budget
-    if sparing or settings.local.compress.name != "none":
-        raise ValueError(
-            "sketch.share, sketch.bits, sketch.budget, aggregator.span.bits, local.compress: what they save is counted "
-            "in a simulation, and not built into the wire's format yet; set them to 1, 0, 0, 0 and 'none'"
-        )
+    if settings.sketch.budget:
+        raise ValueError("sketch.budget: needs a second exchange in a round, which is not built; set it to 0")
     for field in ("pooled", "cache_body"):
         if settings[field]:
             raise ValueError(f"{field}: needs all clients' data in one place, which a real federation has not")
@@ -158,6 +168,13 @@ def _check_parts(parts: Parts, late: int) -> None:
         raise ValueError("sketch.gradient_scale: needs a second exchange in a round, which is not built; set it to 0")
     if jax.tree.leaves(parts.term.init({"one": np.zeros(1, np.float32)})):
         raise ValueError("term.name: keeps something at each client from round to round, which does not travel yet")
+
+
+def _bits_of(settings: ConfigDict) -> Bits:
+    """In how many bits entries travel, by a phase's fields."""
+    compress, rule = settings.local.compress, settings.aggregator
+    update = compress.bits if compress.name == "few_bits" else 0
+    return Bits(update, settings.sketch.bits, rule.span.bits if rule.name == "span" else 0)
 
 
 def _channel(most: int) -> Channel:
@@ -187,13 +204,19 @@ def said_of(parts: Parts, rule: Any) -> tuple[dict, tuple]:
     return parts.announce(rule), tuple(parts.aggregator.asks(rule))
 
 
-def broadcast_of(agreement: Agreement, params: Any, rule: Any, number: int) -> bytes:
-    """What every client of a round is sent, from the whole model's parameters and the rule's state."""
+def broadcast_of(agreement: Agreement, params: Any, rule: Any, number: int, due: bool = True) -> bytes:
+    """What clients of a round are sent, from the whole model's parameters and the rule's state.
+
+    Args:
+      due: whether they send curvature: of the others nothing is asked.
+    """
     chosen = trees.select(params, agreement.parts.trainable)
     with agreement.precision():
         told, asked = said_of(agreement.parts, rule)
-    leaves = trees.paths({"params": chosen, "told": told, "asked": asked})
+    leaves = trees.paths({"params": chosen, "told": told} | ({"asked": asked} if due else {}))
     arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
+    arrays |= {"due": np.asarray(due)} if agreement.in_turns else {}
+    arrays = packed(arrays, agreement.bits)
     return wire.pack(wire.Message("broadcast", agreement.fingerprint, number, wire.NOBODY, arrays))
 
 
@@ -217,7 +240,7 @@ def _shapes(draft: Agreement, example: Mapping[str, Any]) -> tuple[Uploads, Any]
 
     def work(params, said, round, clients, ids, data, rates, root):
         cohort = Cohort(ids, clients, data)
-        return work_of(draft.of_clients, client_state(draft, params, said, round), rates, cohort, root)
+        return work_of(draft.of_clients(), client_state(draft, params, said, round), rates, cohort, root)
 
     numbers = whole((), np.int32), clients, whole((1,), np.int32)
     given = draft.params, draft.said, *numbers, fields, draft.rates, draft.root
@@ -233,3 +256,13 @@ def _told(said: tuple[dict, tuple]) -> dict:
 def _asked(said: tuple[dict, tuple]) -> tuple:
     """Of what the server says, what it asks along with curvature."""
     return said[1]
+
+
+def _everybody(round: jax.Array, key: jax.Array, ids: jax.Array) -> jax.Array:
+    """[C] bool, that all of these clients send curvature; see `sketchers.due`."""
+    return jnp.ones(ids.shape, bool)
+
+
+def _nobody(round: jax.Array, key: jax.Array, ids: jax.Array) -> jax.Array:
+    """[C] bool, that none of them does."""
+    return jnp.zeros(ids.shape, bool)

@@ -221,11 +221,13 @@ class Fipa:
         """Asks nodes; gives the ids of the messages whose answers are waited for."""
         from flwr.app import Message
 
-        content, number = content_of(self.server.broadcast()), self.server.number
+        nodes, number = [*nodes], self.server.number
+        blobs = self.server.broadcasts(range(len(nodes)))  # by their places: a node's id is no small number
         life = self._timeout * (1 + self.server.agreement.late)
         sent = {}
-        for node in nodes:  # one by one: what a SuperLink does not take, such as for a node just gone, gets no id
-            message = Message(content, node, "train", ttl=life, group_id=str(number))
+        # One by one: what a SuperLink does not take, such as for a node just gone, gets no id.
+        for node, blob in zip(nodes, blobs.values(), strict=True):
+            message = Message(content_of(blob), node, "train", ttl=life, group_id=str(number))
             sent |= dict.fromkeys(filter(None, grid.push_messages([message])), node)
         self._asked |= {key: Asked(node, number) for key, node in sent.items()}
         return {key for key, node in sent.items() if node not in self._silent} or {*sent}

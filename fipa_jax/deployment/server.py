@@ -25,7 +25,7 @@ from fipa_jax.client.local_solver import LocalResult
 from fipa_jax.curvature.common_basis import Core, Image
 from fipa_jax.curvature.layer_factors import LayerFactors
 from fipa_jax.curvature.sketch import Diagonal, Report, Sketch
-from fipa_jax.deployment import wire
+from fipa_jax.deployment import packing, wire
 from fipa_jax.deployment.agreement import Agreement, broadcast_of, only
 from fipa_jax.deployment.site import name_of
 from fipa_jax.federation import parts as parts_lib
@@ -83,8 +83,8 @@ class Server:
     Example:
       server = Server(agreement)
       while not server.done:
-          blob = server.broadcast()
-          info = server.round({client: ask(client, blob) for client in server.draw()})
+          blobs = server.broadcasts(server.draw())
+          info = server.round({client: ask(client, blob) for client, blob in blobs.items()})
 
     Args:
       agreement: the federation's.
@@ -116,7 +116,8 @@ class Server:
             blank = parts_lib.init(agreement.parts, jax.tree.map(jnp.asarray, agreement.params), first)
             self._state, note = self._journal.resumed(agreement.name, blank, None)
         self._skipped, self._number = note.get("skipped", 0), int(self._state.round)
-        self._broadcast: bytes | None = None
+        self._said: dict[bool, bytes] = {}  # {whether it asks for curvature: the round's broadcast}
+        self._down = 0  # bytes of the broadcasts that have been given out
 
     @property
     def cohort(self) -> int:
@@ -152,11 +153,42 @@ class Server:
             ids, _ = round_lib.draw(parts, jnp.int32(self._number), self.agreement.rates, self.agreement.root)
         return sorted(np.asarray(ids).tolist())
 
+    def broadcasts(self, clients: Iterable[int]) -> dict[int, bytes]:
+        """{client: what it is sent} of the clients of the next round.
+
+        With `sketch.share` below 1 some are asked for curvature and the others are not: they are drawn anew in each
+        round, as in a simulation.
+
+        Args:
+          clients: their numbers, or other whole numbers that tell them apart.
+        """
+        clients = [*clients]
+        due = dict.fromkeys(clients, True)
+        if self.agreement.in_turns and clients:
+            with self.agreement.precision():
+                lots = jnp.asarray(clients, jnp.int32)
+                drawn = round_lib.due_of(self.agreement.parts, jnp.int32(self._number), lots, self.agreement.root)
+            due = dict(zip(clients, np.asarray(drawn).tolist(), strict=True))
+        blobs = {client: self._blob(asked) for client, asked in due.items()}
+        self._down += sum(map(len, blobs.values()))
+        return blobs
+
     def broadcast(self) -> bytes:
-        """What every client of the next round is sent."""
-        if self._broadcast is None:
-            self._broadcast = broadcast_of(self.agreement, self.params, self._state.aggregator, self._number)
-        return self._broadcast
+        """What every client of the next round is sent, where all are sent the same.
+
+        Raises:
+          ValueError: they are not, see `broadcasts`.
+        """
+        if self.agreement.in_turns:
+            raise ValueError("sketch.share: not all clients of a round are asked the same; call broadcasts(clients)")
+        return self._blob(True)
+
+    def _blob(self, due: bool) -> bytes:
+        """The broadcast for clients that send curvature, or do not; made once a round."""
+        if due not in self._said:
+            given = self.agreement, self.params, self._state.aggregator, self._number
+            self._said[due] = broadcast_of(*given, due)
+        return self._said[due]
 
     def round(self, sent: Sent, seconds: Mapping[str, float] | None = None) -> dict:
         """One round from what clients have sent: its info, see `federation.server.serve`; `wrong` says who is left out.
@@ -173,7 +205,8 @@ class Server:
         """
         if len(sent) > self._slots:
             raise ValueError(f"sent: needed at most {self._slots} clients, got {len(sent)}")
-        start, down = time.perf_counter(), len(self.broadcast()) * len(sent)
+        start = time.perf_counter()
+        down = self._down if self._down or self.agreement.in_turns else len(self.broadcast()) * len(sent)
         with self.agreement.precision():
             uploads, losses, ages = self._read(sent)
             reading = time.perf_counter()
@@ -220,7 +253,7 @@ class Server:
         age = self._number - message.round
         if not 0 <= age <= self.agreement.late:
             raise wire.Malformed(f"it answers round {message.round}, and this is round {self._number}")
-        upload, loss = upload_of(message.arrays, self.agreement.like)
+        upload, loss = upload_of(message.arrays, self.agreement.like, self.agreement.bits)
         return upload, loss, age
 
     def _places(self, sent: Sent) -> list[int]:
@@ -234,7 +267,7 @@ class Server:
         """Writes the round's row, and keeps what the next ones need."""
         name, journal, note = self.agreement.name, self._journal, {"first": self._first, "chunk": 1}
         row = self.last = metrics.jsonable({"run": name, "round": self._number} | figures)
-        self._number, self._broadcast = self._number + 1, None
+        self._number, self._said, self._down = self._number + 1, {}, 0
         self._skipped = self._skipped + 1 if row.get("skipped") else 0
         journal.write(row)
         check_progress(name, row, self._skipped, self.agreement.max_skips)
@@ -252,12 +285,13 @@ def _serve(parts: Parts, state, rates, uploads: Uploads, losses: jax.Array, orde
     return state, info | {"local_loss": mean_loss}
 
 
-def upload_of(arrays: Mapping[str, np.ndarray], like: tuple[Uploads, Any]) -> tuple[Uploads, float]:
+def upload_of(arrays: Mapping[str, np.ndarray], like: tuple[Uploads, Any], bits: packing.Bits) -> tuple[Uploads, float]:
     """(one client's upload, its training loss) from a message's arrays; what was left out as zero is there again.
 
     Args:
       arrays: {name on the wire: array}.
       like: the shapes of what was asked for.
+      bits: in how many bits entries travel.
 
     Raises:
       wire.Malformed: they are not what was asked for.
@@ -266,6 +300,7 @@ def upload_of(arrays: Mapping[str, np.ndarray], like: tuple[Uploads, Any]) -> tu
     numbers = {"num_examples": asked.num_examples, "local_loss": loss, "loss": asked.loss, "damping": asked.damping}
     needed = {name: ((), form.dtype) for name, form in numbers.items() if form is not None}
     needed |= {f"delta/{path}": (leaf.shape, leaf.dtype) for path, leaf in trees.paths(asked.delta).items()}
+    arrays = packing.unpacked(arrays, bits, _packed_forms(asked))
     kept = np.shape(arrays.get("sketch/eigenvalues", np.zeros(0)))
     needed |= _forms_of_curvature(asked.sketch, kept)
     for name in (*needed, *arrays):
@@ -276,6 +311,16 @@ def upload_of(arrays: Mapping[str, np.ndarray], like: tuple[Uploads, Any]) -> tu
     loss = float(values.pop("local_loss"))
     delta = {path: arrays[f"delta/{path}"] for path in asked.delta}
     return Uploads(delta=delta, sketch=_curvature_of(arrays, asked.sketch), **values), loss
+
+
+def _packed_forms(asked: Uploads) -> dict[str, Any]:
+    """{name on the wire: what has a shape and a type} of what may come packed."""
+    forms = {f"delta/{path}": leaf for path, leaf in trees.paths(asked.delta).items()}
+    if isinstance(asked.sketch, Sketch):
+        forms[packing.BASIS] = asked.sketch.basis
+    elif isinstance(asked.sketch, Core):
+        forms[packing.CORE] = asked.sketch.values
+    return forms
 
 
 def _words(form: tuple | None) -> str:

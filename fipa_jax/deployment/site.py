@@ -13,7 +13,7 @@ from fipa_jax.client.examples import Client
 from fipa_jax.curvature.common_basis import Core, Image
 from fipa_jax.curvature.layer_factors import LayerFactors
 from fipa_jax.curvature.sketch import Diagonal, Sketch
-from fipa_jax.deployment import wire
+from fipa_jax.deployment import packing, wire
 from fipa_jax.deployment.agreement import Agreement, broadcast_of, client_state, first_rule, work_of
 from fipa_jax.federation.population import Cohort
 
@@ -60,10 +60,10 @@ class Site:
         broadcast = wire.expect(blob, "broadcast", self._agreement.fingerprint)
         agreement = self._agreement
         with agreement.precision():
-            given = agreement.of_clients, self._seen(broadcast), agreement.rates, self._cohort, agreement.root
-            uploads, loss = work_of(*given)
+            due, state = self._seen(broadcast)
+            uploads, loss = work_of(agreement.of_clients(due), state, agreement.rates, self._cohort, agreement.root)
             one, loss = jax.tree.map(lambda leaf: np.asarray(leaf)[0], (uploads, loss))
-        arrays = arrays_of(one, loss)
+        arrays = packing.packed(arrays_of(one, loss), agreement.bits)
         return wire.pack(wire.Message("upload", broadcast.fingerprint, broadcast.round, self._client, arrays))
 
     def warm_up(self) -> None:
@@ -74,20 +74,30 @@ class Site:
         self.work(first)
 
     def _seen(self, broadcast: wire.Message):
-        """The state as the broadcast tells it."""
-        chosen = trees.select(self._agreement.params, self._agreement.parts.trainable)
-        arrays = {path: jnp.asarray(array) for path, array in broadcast.arrays.items()}
-        told, asked = self._agreement.said
+        """(whether it asks for curvature, the state as it tells it) of a broadcast."""
+        agreement, arrays = self._agreement, broadcast.arrays
+        told, asked = agreement.said
+        forms = {"params": trees.select(agreement.params, agreement.parts.trainable), "told": told, "asked": asked}
+        if agreement.in_turns:
+            forms["due"] = jax.ShapeDtypeStruct((), bool)
+        arrays = packing.unpacked(arrays, agreement.bits, trees.paths(forms))
+        due = bool(np.all(arrays.get("due", True)))
+        if not due:
+            nothing = {path: np.zeros(form.shape, form.dtype) for path, form in trees.paths({"asked": asked}).items()}
+            arrays = nothing | arrays
         try:
-            got = trees.fitted(arrays, {"params": chosen, "told": told, "asked": asked})
+            got = trees.fitted({path: jnp.asarray(array) for path, array in arrays.items()}, forms)
         except ValueError as error:
             raise wire.Malformed(f"its arrays: {error}") from None
-        params = trees.replace(self._agreement.params, got["params"])
-        return client_state(self._agreement, params, (got["told"], got["asked"]), jnp.int32(broadcast.round))
+        params = trees.replace(agreement.params, got["params"])
+        return due, client_state(agreement, params, (got["told"], got["asked"]), jnp.int32(broadcast.round))
 
 
 def arrays_of(one: Uploads, loss: Any) -> dict[str, np.ndarray]:
-    """{name on the wire: array} of one client's upload and training loss; of its sketch the pairs that are not zero."""
+    """{name on the wire: array} of one client's upload and training loss.
+
+    Of its sketch there are the pairs that are not zero.
+    """
     numbers = {"num_examples": one.num_examples, "local_loss": loss, "loss": one.loss, "damping": one.damping}
     arrays = {name: np.asarray(value) for name, value in numbers.items() if value is not None}
     arrays |= {f"delta/{path}": np.asarray(leaf) for path, leaf in trees.paths(one.delta).items()}

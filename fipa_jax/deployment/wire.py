@@ -8,6 +8,7 @@ header claims is believed before it is checked: no array is made that the bytes 
 The arrays of a `Message`, by name:
 
     broadcast   params/PATH   the trainable parameters
+                due           [] bool, where not all clients of a round send curvature: whether whoever reads this does
                 told/NAME     what the rule announces: its damping [], or its belief, told/posterior/precision [P]
                 asked/0, ...  what a rule asks along: its common basis, and how many columns are in use
     upload      delta/PATH    the client's new minus the broadcast parameters
@@ -21,6 +22,8 @@ The arrays of a `Message`, by name:
                 image/values                    [P, s], of the common basis
                 core/values                     [s, s], within it
                 layers/inputs/PATH, outputs/PATH  halves of a layer's symmetric factors, see `curvature.LayerFactors`
+
+What is sent in few bits has two arrays for one, NAME/integers and NAME/scales: see `deployment.packing`.
 """
 
 import hashlib
@@ -39,7 +42,7 @@ MOST_AXES = 16
 # The types of arrays, as safetensors calls them.
 TYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "BOOL": "bool",
+    "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 NAMES = {name: code for code, name in TYPES.items()}
 ABOUT = "__metadata__"  # where safetensors keeps texts

@@ -97,7 +97,7 @@ def sketch(
 
     key = _keys_of(state.round, root)[2]
     keys = _of_clients(key, sketcher.drawn_by(cohort.ids))
-    due = sketcher.due and sketcher.due(state.round, jax.random.fold_in(key, DUE), cohort.ids)
+    due = sketcher.due and due_of(parts, state.round, cohort.ids, root)
     trained = None
     if parts.aggregator.needs.at == "local":
         trained = contracts.given(results, "results, as the rule wants curvature at the trained parameters").delta
@@ -105,6 +105,12 @@ def sketch(
     given, how = (cohort.clients, keys, trained, cohort.orders), {"by_rows": _bases_of(parts), "wanted": due}
     sketches = _over(parts, one, common, cohort, *given, **how)
     return sketcher.of_cohort(sketches, state.round)
+
+
+def due_of(parts: Parts, round: jax.Array, ids: jax.Array, root: jax.Array) -> jax.Array:
+    """[C] bool, which of a round's clients `ids` [C] send curvature, where not all of them do."""
+    key = jax.random.fold_in(_keys_of(round, root)[2], DUE)
+    return contracts.given(contracts.given(parts.sketcher, "parts.sketcher").due, "sketcher.due")(round, key, ids)
 
 
 def by_clients(parts: Parts, train: Callable, sketch: Callable, clock: Callable = lambda stage, result: result):

@@ -87,8 +87,8 @@ def measure(config, args) -> dict:
     sites = [Site(agreement, client, own, width) for client, own in enumerate(data)]
     server, clients, travelled = Server(agreement, Rows()), [], []
     while not server.done:
-        blob, sent, seconds = server.broadcast(), {}, []
-        for client in server.draw():
+        sent, seconds = {}, []
+        for client, blob in server.broadcasts(server.draw()).items():
             start = time.perf_counter()
             sent[client] = sites[client].work(blob)
             seconds.append(time.perf_counter() - start)
@@ -105,6 +105,7 @@ def measure(config, args) -> dict:
         "aggregate": median(row["seconds_aggregate"] for row in travelled[1:]),
         "bytes_down": travelled[-1]["bytes_down"],
         "bytes_up": travelled[-1]["bytes_up"],
+        "simulated_down": rows[-1]["bytes_down"],
         "simulated_up": rows[-1]["bytes_up"],
         "apart": max(float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-300)) for a, b in pairs),
     }

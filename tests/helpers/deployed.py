@@ -62,9 +62,9 @@ class Deployed:
         return Server(self.agreement, journal)
 
     def answers(self, server, clients=None):
-        """{client: its upload} to a server's broadcast."""
-        blob = server.broadcast()
-        return {one: self.sites[one].work(blob) for one in (server.draw() if clients is None else clients)}
+        """{client: its upload} to what a server sends it."""
+        blobs = server.broadcasts(server.draw() if clients is None else clients)
+        return {one: self.sites[one].work(blob) for one, blob in blobs.items()}
 
     def run(self):
         """(the parameters, the rows) after all rounds."""

@@ -1,0 +1,197 @@
+"""How do numbers that were rounded to few bits travel? As their integers, bit by bit, and a float32 for each block.
+
+`curvature.few_bits` rounds, and gives what arrives, as a simulation needs it. From that the integers q and the blocks'
+largest entries m can be read again: a block's largest entry always has the largest integer. Messages are packed behind
+whatever made them, and unpacked before whatever reads them; neither knows of it. Instead of an array NAME there are
+
+    NAME/integers   [K, n] uint8, of K vectors: q + l, of `bits` bits each, highest bit first, the last byte filled
+    NAME/scales     [K, blocks] float32, m
+
+of these vectors:
+
+    delta           the whole update, K = 1: all parameters one after another
+    sketch/basis    its K columns
+    core/values     K = 1: M_ij / sqrt(M_ii M_jj) above the diagonal, row by row; core/diagonal [k] beside it
+    asked/0         the columns of the common basis that are in use
+
+Of a core there are the k columns up to the last with any curvature, and nothing where all of it is zero: that client
+was not asked. In floating point core/values [k (k + 1) / 2] is its upper half, row by row.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fipa_jax.curvature.few_bits import BLOCK, levels_of
+from fipa_jax.deployment.wire import Malformed
+
+DELTA, BASIS, CORE, DIAGONAL, ASKED = "delta", "sketch/basis", "core/values", "core/diagonal", "asked/0"
+Arrays = Mapping[str, np.ndarray]  # {name on the wire: array}
+Forms = Mapping[str, Any]  # {name on the wire: what has a shape and a dtype}
+
+
+class Bits(NamedTuple):
+    """In how many bits an entry travels; 0 for floating point."""
+
+    update: int = 0
+    curvature: int = 0  # of a sketch's basis, or of a core
+    asked: int = 0  # of the common basis
+
+
+def packed(arrays: Arrays, bits: Bits) -> dict[str, np.ndarray]:
+    """The arrays of a message as they travel.
+
+    Example:
+      packed({"delta/w": rounded_update}, Bits(update=8)) has the names delta/integers and delta/scales.
+
+    Args:
+      arrays: of what `curvature.few_bits` has rounded to so many bits.
+      bits: see `Bits`.
+    """
+    sent = dict(arrays)
+    if bits.update and (paths := _paths(arrays)):
+        whole = np.concatenate([sent.pop(path).reshape(-1) for path in paths])
+        sent |= _integers(DELTA, whole[None], bits.update)
+    if bits.curvature and BASIS in sent:
+        sent |= _integers(BASIS, sent.pop(BASIS).T, bits.curvature)
+    if CORE in sent:
+        sent |= _of_core(sent.pop(CORE), bits.curvature)
+    if bits.asked and ASKED in sent:
+        basis = sent.pop(ASKED)
+        sent |= _integers(ASKED, basis.T[np.any(basis != 0, axis=0)], bits.asked)
+    return sent
+
+
+def unpacked(arrays: Arrays, bits: Bits, forms: Forms) -> dict[str, np.ndarray]:
+    """The arrays of a message as they were before `packed`.
+
+    Args:
+      arrays: as they came.
+      bits: see `Bits`.
+      forms: of what was asked for, of which those of packed arrays count.
+
+    Raises:
+      wire.Malformed: what came is not what `packed` makes of arrays of these forms.
+    """
+    read = dict(arrays)
+    if bits.update and (paths := _paths(forms)):
+        shapes = [forms[path].shape for path in paths]
+        sizes = [int(np.prod(shape)) for shape in shapes]
+        whole = _vectors(read, DELTA, sum(sizes), bits.update, forms[paths[0]].dtype, 1)[0]
+        parts = np.split(whole, np.cumsum(sizes)[:-1])
+        read |= {
+            path: part.reshape(shape).astype(forms[path].dtype)
+            for path, part, shape in zip(paths, parts, shapes, strict=True)
+        }
+    if bits.curvature and BASIS in forms:
+        size, most = forms[BASIS].shape
+        read[BASIS] = _vectors(read, BASIS, size, bits.curvature, forms[BASIS].dtype, most, fewer=True).T
+    if CORE in forms:
+        read[CORE] = _core(read, forms[CORE], bits.curvature)
+    if bits.asked and ASKED in forms and f"{ASKED}/integers" in read:
+        size, most = forms[ASKED].shape
+        columns = _vectors(read, ASKED, size, bits.asked, forms[ASKED].dtype, most, fewer=True).T
+        read[ASKED] = np.pad(columns, [(0, 0), (0, most - columns.shape[1])])
+    return read
+
+
+def _of_core(core: np.ndarray, bits: int) -> dict[str, np.ndarray]:
+    """{name: array} of a core [s, s]."""
+    used = np.flatnonzero(np.any(core != 0, axis=0))
+    if not used.size:
+        return {}
+    core = core[: used[-1] + 1, : used[-1] + 1]
+    if not bits:
+        return {CORE: core[np.triu_indices(len(core))]}
+    lengths, above = _lengths(np.diagonal(core)), np.triu_indices(len(core), 1)
+    cosines = np.divide(core, lengths, out=np.zeros_like(core), where=lengths > 0)[above]
+    return {DIAGONAL: np.diagonal(core)} | _integers(CORE, cosines[None], bits)
+
+
+def _core(read: dict, form: Any, bits: int) -> np.ndarray:
+    """[s, s], of what came of it, which is taken out of `read`."""
+    if {*read}.isdisjoint((CORE, DIAGONAL)):
+        return np.zeros(form.shape, form.dtype)
+    name, part = (DIAGONAL, read.pop(DIAGONAL, np.zeros(0))) if bits else (CORE, read.pop(CORE))
+    columns = len(part) if bits else (math.isqrt(8 * part.size + 1) - 1) // 2
+    shape = (columns,) if bits else (columns * (columns + 1) // 2,)
+    if part.dtype != form.dtype or part.shape != shape or columns > form.shape[0]:
+        raise Malformed(f"{name}: it has sent {part.dtype} {[*part.shape]}, asked for {form.dtype} of {[*form.shape]}")
+    above = np.triu_indices(columns, 1)
+    core = np.zeros([columns, columns], form.dtype)
+    if bits:
+        core[above] = _vectors(read, CORE, len(above[0]), bits, form.dtype, 1)[0]
+        core = np.diag(part) + (core + core.T) * _lengths(part)
+    else:
+        core[np.triu_indices(columns)] = part
+        core[above[::-1]] = core[above]
+    return np.pad(core, [(0, form.shape[0] - columns)])
+
+
+def _lengths(diagonal: np.ndarray) -> np.ndarray:
+    """[s, s], sqrt(M_ii M_jj)."""
+    length = np.sqrt(np.maximum(diagonal, 0))
+    return length[:, None] * length[None]
+
+
+def _paths(arrays: Mapping[str, Any]) -> list[str]:
+    """The names of an update's arrays, in the order in which `ravel` has them."""
+    return sorted(name for name in arrays if name.startswith(f"{DELTA}/"))
+
+
+def _integers(name: str, vectors: np.ndarray, bits: int) -> dict[str, np.ndarray]:
+    """{name: array} of rounded vectors [K, size]. A block with a number that is not finite has a scale that is NaN."""
+    (number, size), levels = vectors.shape, levels_of(bits)
+    filled = size + -size % BLOCK
+    blocks = np.pad(vectors, [(0, 0), (0, filled - size)]).reshape(number, filled // BLOCK, BLOCK)
+    scales = np.max(np.abs(blocks), axis=2, initial=0)
+    scales = np.where(np.isfinite(scales), scales, np.nan)
+    divisor = np.where(scales > 0, scales, 1)[..., None]
+    places = np.rint(levels * np.where(np.isnan(scales)[..., None], 0, blocks) / divisor).astype(np.int32)
+    written = _bit_by_bit(places.reshape(number, filled)[:, :size] + levels, bits)
+    return {f"{name}/integers": written, f"{name}/scales": scales.astype(np.float32)}
+
+
+def _vectors(read: dict, name: str, size: int, bits: int, dtype: Any, most: int, fewer: bool = False) -> np.ndarray:
+    """[K, size], of arrays that are taken out of `read`.
+
+    Args:
+      most: K.
+      fewer: whether there may be less of them.
+    """
+    levels, parts = levels_of(bits), ("integers", "scales")
+    got = {part: read.pop(f"{name}/{part}", np.zeros(0)) for part in parts}
+    number = got["scales"].shape[0] if fewer and got["scales"].ndim == 2 else most
+    needed = {
+        "integers": ((number, -(-size * bits // 8)), np.dtype(np.uint8)),
+        "scales": ((number, -(-size // BLOCK)), np.dtype(np.float32)),
+    }
+    for part, array in got.items():
+        if number > most or (array.shape, array.dtype) != needed[part]:
+            what = f"{array.dtype} {[*array.shape]}, asked for {needed[part][1]} {[most, needed[part][0][1]]}"
+            raise Malformed(f"{name}/{part}: it has sent {what}{' or less' if fewer else ''}")
+    places = _whole(got["integers"], size, bits) - levels
+    if np.any(places > levels) or np.any(got["scales"] < 0):
+        raise Malformed(f"{name}: an integer or a scale is out of its range")
+    scales = np.repeat(got["scales"].astype(dtype), BLOCK, axis=1)[:, :size]
+    return scales * (places / levels).astype(dtype)
+
+
+def _bit_by_bit(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """[K, n] uint8, of integers [K, size] of so many bits."""
+    if bits == 8:
+        return numbers.astype(np.uint8)
+    number, size = numbers.shape
+    wide = numbers.astype(">u2")[..., None].view(np.uint8)  # [K, size, 2]
+    return np.packbits(np.unpackbits(wide, axis=-1)[..., 16 - bits :].reshape(number, size * bits), axis=-1)
+
+
+def _whole(written: np.ndarray, size: int, bits: int) -> np.ndarray:
+    """[K, size] int32, what `_bit_by_bit` was given."""
+    if bits == 8:
+        return written.astype(np.int32)
+    each = np.unpackbits(written, axis=-1)[:, : size * bits].reshape(len(written), size, bits)
+    wide = np.packbits(np.pad(each, [(0, 0), (0, 0), (16 - bits, 0)]), axis=-1)
+    return np.ascontiguousarray(wide).view(">u2")[..., 0].astype(np.int32)

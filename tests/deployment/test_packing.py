@@ -1,0 +1,153 @@
+"""Numbers in few bits travel as few bits: what arrives is what a simulation has, in as many bytes as it counts."""
+
+import jax
+import numpy as np
+import pytest
+from helpers.deployed import Deployed, config_of, gap
+
+from fipa_jax.curvature import few_bits
+from fipa_jax.curvature.common_basis import Core, in_few_bits
+from fipa_jax.deployment import packing, wire
+from fipa_jax.deployment.packing import Bits, packed, unpacked
+
+SPAN = "fipa_span:aggregator.span.columns=6:aggregator.span.fresh=2:aggregator.span.bits=3:sketch.share=0.4"
+RTOL = 1e-6  # some roundings of float32
+
+
+def rounded(seed, size, bits, dtype="float32"):
+    vector = np.random.default_rng(seed).normal(size=size).astype(dtype)
+    vector[: size // 3] *= 1e-5  # blocks of different scales
+    return np.asarray(few_bits.rounded(jax.random.key(seed), vector, bits))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8, 12, 16])
+@pytest.mark.parametrize("size", [1, 255, 257, 1000])
+def test_an_update_arrives_as_it_was_rounded_in_the_bytes_that_are_counted(bits, size):
+    vector = rounded(size, size, bits)
+    update = {
+        "delta/a": vector[: size // 2],
+        "delta/b": vector[size // 2 :].reshape(-1, 1),
+        "num_examples": np.ones([]),
+    }
+    sent = packed(update, Bits(update=bits))
+    assert set(sent) == {"delta/integers", "delta/scales", "num_examples"}
+    assert sum(array.nbytes for name, array in sent.items() if "delta" in name) == few_bits.bytes_of(size, bits)
+    got = unpacked(sent, Bits(update=bits), update)
+    for name, array in update.items():
+        np.testing.assert_allclose(got[name], array, rtol=RTOL, err_msg=name)
+        assert got[name].dtype == array.dtype and got[name].shape == array.shape
+
+
+def test_in_float64_too():
+    with jax.enable_x64(True):
+        vector = rounded(0, 700, 8, "float64")
+    got = unpacked(packed({"delta/a": vector}, Bits(update=8)), Bits(update=8), {"delta/a": vector})
+    assert vector.dtype == np.float64
+    np.testing.assert_allclose(got["delta/a"], vector, rtol=1e-14)
+
+
+@pytest.mark.parametrize("bits", [0, 4, 8])
+@pytest.mark.parametrize("columns", [0, 1, 5, 8])
+def test_a_core_arrives_as_it_was_rounded(bits, columns):
+    draw = np.random.default_rng(columns)
+    root = np.zeros([8, 8], np.float32)
+    root[:, :columns] = draw.normal(size=(8, columns)) * np.logspace(0, -3, columns)
+    core = Core(root.T @ root)
+    core = np.asarray(in_few_bits(jax.random.key(0), core, bits).values if bits else core.values)
+    sent = packed({packing.CORE: core}, Bits(curvature=bits))
+    assert bool(sent) == bool(columns)
+    got = unpacked(sent, Bits(curvature=bits), {packing.CORE: core})
+    np.testing.assert_allclose(got[packing.CORE], core, rtol=10 * RTOL, atol=1e-12)
+
+
+@pytest.mark.parametrize("used", [0, 2, 4])
+def test_columns_that_are_not_in_use_do_not_travel(used):
+    basis = np.zeros([300, 4], np.float32)
+    for column in range(used):
+        basis[:, column] = rounded(column, 300, 4)
+    sent = packed({packing.ASKED: basis}, Bits(asked=4))
+    assert sum(array.nbytes for array in sent.values()) == used * few_bits.bytes_of(300, 4)
+    np.testing.assert_allclose(unpacked(sent, Bits(asked=4), {packing.ASKED: basis})[packing.ASKED], basis, rtol=RTOL)
+
+
+def test_a_number_that_is_not_finite_spoils_its_block_and_is_seen():
+    vector = rounded(0, 600, 8).copy()
+    vector[300] = np.nan
+    got = unpacked(packed({"delta/a": vector}, Bits(update=8)), Bits(update=8), {"delta/a": vector})["delta/a"]
+    assert np.isnan(got[256:512]).all() and np.isfinite(got[:256]).all() and np.isfinite(got[512:]).all()
+
+
+def faults(sent):
+    """{what is wrong: arrays} of an update of 600 entries in 3 bits."""
+    integers, scales = sent["delta/integers"], sent["delta/scales"]
+    yield "no integers", {"delta/scales": scales}
+    yield "no scales", {"delta/integers": integers}
+    yield "too short", sent | {"delta/integers": integers[:, :-1]}
+    yield "two vectors", {name: np.repeat(array, 2, axis=0) for name, array in sent.items()}
+    yield "of another type", sent | {"delta/scales": scales.astype(np.float64)}
+    yield "flat", sent | {"delta/integers": integers[0]}
+    yield "an integer that no rounding makes", sent | {"delta/integers": integers | 0xFF}
+    yield "a negative scale", sent | {"delta/scales": -scales}
+
+
+def test_what_no_client_packs_is_refused():
+    vector = rounded(0, 600, 3)
+    sent = packed({"delta/a": vector}, Bits(update=3))
+    for what, arrays in faults(sent):
+        with pytest.raises(wire.Malformed, match="delta"):
+            unpacked(arrays, Bits(update=3), {"delta/a": vector})
+            pytest.fail(what)
+
+
+def test_cores_and_bases_that_are_too_large_are_refused():
+    core = np.eye(3, dtype=np.float32)
+    for bits in (0, 8):
+        sent = packed({packing.CORE: core}, Bits(curvature=bits))
+        with pytest.raises(wire.Malformed, match="core"):
+            unpacked(sent, Bits(curvature=bits), {packing.CORE: core[:2, :2]})
+    basis = np.stack([rounded(column, 50, 8) for column in range(3)], axis=1)
+    for name, bits in ((packing.BASIS, Bits(curvature=8)), (packing.ASKED, Bits(asked=8))):
+        with pytest.raises(wire.Malformed, match=name):
+            unpacked(packed({name: basis}, bits), bits, {name: basis[:, :2]})
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [SPAN, "fipa_few_bytes:sketch.rank=2:sketch.share=0.4:local.compress.name=few_bits", f"{SPAN}:sketch.bits=0"],
+)
+def test_as_many_bytes_travel_as_a_simulation_counts(spec):
+    """What comes on top are the headers, the numbers of each client and flags of its report."""
+    deployed = Deployed(config_of(clients=5, fipa={"rounds": 4}), spec)
+    server, travelled, turns = deployed.server(), [], set()
+    while not server.done:
+        blobs = server.broadcasts(server.draw())
+        answers = {client: deployed.sites[client].work(blob) for client, blob in blobs.items()}
+        turns |= {bool(wire.unpack(blob).arrays["due"]) for blob in blobs.values()}
+        travelled.append((counted(blobs, ("params", "asked/0")), counted(answers, ("delta", "core", "sketch/basis"))))
+        server.round(answers)
+        assert not server.wrong and server.last["bytes_down"] == sum(map(len, blobs.values()))
+    params, rows = deployed.simulate()
+    assert gap(server.params, params) <= 1e-6 and turns == {True, False}
+    if "few_bytes" not in spec:
+        assert travelled == [(row["bytes_down"], row["bytes_up"]) for row in rows]
+    else:  # its pairs' eigenvalues and reports too
+        pairs = [row["sketch_pairs"] * 8 + row["sketches_sent"] * report_bytes(deployed) for row in rows]
+        assert travelled == [(row["bytes_down"], row["bytes_up"] - more) for row, more in zip(rows, pairs, strict=True)]
+
+
+def counted(blobs, prefixes):
+    """The bytes of a round's arrays of some names."""
+    arrays = [item for blob in blobs.values() for item in wire.unpack(blob).arrays.items()]
+    return sum(array.nbytes for name, array in arrays if name.startswith(prefixes))
+
+
+def report_bytes(deployed):
+    """Those of a client's report, as a simulation counts them."""
+    leaves = jax.tree.leaves(deployed.agreement.like[0].sketch.report)
+    return sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in leaves)
+
+
+def test_where_clients_take_turns_no_broadcast_is_for_all():
+    server = Deployed(config_of(clients=5), SPAN).server()
+    with pytest.raises(ValueError, match=r"call broadcasts\(clients\)"):
+        server.broadcast()
