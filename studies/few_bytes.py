@@ -6,15 +6,15 @@ FedPAQ) or a tenth of the entries (top-k with error feedback), FedVARP and avera
 rounds as the bytes allow: on digits what 40 rounds of FIPA with a budget send, on CIFAR-10 what 50 rounds of plain
 FedAvg send. Each has six settings on digits and four on CIFAR-10, chosen on the held-out images of seeds 9 to 11, on
 CIFAR-10 of seed 9 at alpha 0.1, after as many bytes. Where they lie was seen before: FIPA's few pairs and bits on seed
-8, the others by a first grid whose edges were chosen. In the span nothing but the number of directions, and the share
-of clients that are asked about them, is chosen: it has no damping to tune. A last row shows fewer directions in fewer
-bits to fewer clients, for the sake of the bytes down.
+8, the others by a first grid whose edges were chosen. In the span nothing is chosen: it has no damping to tune, and is
+as its name says on every task. At alpha 0.1 it goes on to four times the bytes, beside the best first-order rule.
 
 The ablations take one piece away at a time: of `fipa_few_bytes` at a damping of 0.01, of `fipa_span` as it is.
 """
 
 import numpy as np
 from evidence.records import (
+    SENT,
     Run,
     Spread,
     Study,
@@ -36,35 +36,29 @@ BUDGET = "sketch.rank=20:sketch.budget=6700"
 ADAM = "FedAdam in 8 bits"
 RULES = {  # label -> method; the numbers of its own follow
     "FIPA at few bytes": "fipa_few_bytes:{2}:" + TWELVE + ":aggregator.damping={0}:server.lr={1}",
-    "FIPA in the span of gradients": "fipa_span:{}",
     "FedAvg in 8 bits": "fedavg:" + EIGHT + ":local.lr={}:server.lr={}",
     ADAM: "fedavg:server.optimizer=adam:" + EIGHT + ":local.lr={}:server.lr={}",
     "FedAvg, a tenth of the entries": "fedavg:" + TOP + ":local.lr={}:server.lr={}",
     "FedVARP in float32": "fedavg:term.name=varp:local.lr={}:server.lr={}",
     "FedAvg in float32": "fedavg:local.lr={}:server.lr={}",
 }
-ROUNDS = {"digits": (40, 187, 270, 270, 340, 68, 68), "cifar10": (56, 160, 200, 200, 250, 50, 50)}
+ROUNDS = {"digits": (40, 270, 270, 340, 68, 68), "cifar10": (56, 200, 200, 250, 50, 50)}
+BYTES = {"digits": 1.38e6, "cifar10": 23.71e6}  # that all clients may send
+SPAN = "FIPA in the span of gradients"
+LONG, FOUR_TIMES = "CIFAR-10, alpha 0.1, four times the bytes", 4 * 23.71e6
 CHEAP = "sketch.loss_rank=1:aggregator.past.rank=100"  # one direction of each loss's Hessian, fewer past pairs
 TWO, THREE = f"{CHEAP}:sketch.rank=2", f"{CHEAP}:sketch.rank=3:sketch.bits=4:rounds=65"
-SPAN = "aggregator.span.columns={}:sketch.share={}:rounds={}"  # as many rounds as the bytes of gradient and core allow
 GRIDS = {  # of the two numbers, and of FIPA's pairs: equally many settings of each rule
     "digits": (
         [(beta, step, BUDGET) for beta in (0.03, 0.01, 0.003) for step in (0.1, 0.05)],
-        [(30, 1, 187), (30, 0.25, 243), (50, 1, 126), (50, 0.25, 210), (100, 1, 51), (100, 0.25, 131)],
         [(0.3, 1), (0.1, 1), (0.03, 1), (0.3, 0.3), (0.1, 0.3), (0.1, 0.1)],
         [(rate, step) for rate in (0.3, 0.1) for step in (0.01, 0.003, 0.001)],
     ),
     "cifar10": (
         [(0.1, 0.1, TWO), (0.03, 0.05, TWO), (0.1, 0.1, THREE), (0.1, 0.05, THREE)],
-        [(50, 1, 185), (50, 0.2, 194), (100, 1, 160), (100, 0.2, 188)],
         [(0.1, 0.32), (0.1, 0.16), (0.1, 0.08), (0.03, 0.3)],
         [(0.1, 0.003), (0.1, 0.001), (0.1, 0.0003), (0.03, 0.001)],
     ),
-}
-BOTH_WAYS = "FIPA in the span, few bytes down too"  # nothing of it is chosen
-FEW_DOWN = {
-    "digits": "fipa_span:aggregator.span.bits=4:" + SPAN.format(30, 0.25, 243),
-    "cifar10": "fipa_span:aggregator.span.bits=3:" + SPAN.format(50, 0.2, 194),
 }
 PLACES = {"digits": ("digits", {})} | {  # what is shown -> (config, fields)
     f"CIFAR-10, alpha {alpha:g}": ("cifar10", {"partition.alpha": alpha}) for alpha in (0.6, 0.1, 0.05)
@@ -89,16 +83,17 @@ PIECES = {label: f"fipa_few_bytes:aggregator.damping=0.01:{fields}" for label, f
 PIECES["all 50 pairs in float32, past cohorts (`fipa_memory`)"] = "fipa_memory:aggregator.damping=0.003"
 SPAN_PIECES = {  # of the span, at equal rounds
     "as it is": "",
-    "30 directions": "aggregator.span.columns=30",
-    "50": "aggregator.span.columns=50",
+    "50 directions": "aggregator.span.columns=50",
     "200": "aggregator.span.columns=200",
     "two new ones a round": "aggregator.span.fresh=2",
-    "a fifth of the clients asked": "sketch.share=0.2",
+    "all clients asked": "sketch.share=1",
+    "no guess of what nobody was asked about": "aggregator.span.prior=0",
+    "a guess for as much as a whole cohort": "aggregator.span.prior=1",
     "all that was said for as much: decay 1": "aggregator.span.decay=1",
     "decay 0.9": "aggregator.span.decay=0.9",
-    "all in float32": "aggregator.span.bits=0:sketch.bits=0:local.compress.name=none",
+    "all in float32, all clients asked": "aggregator.span.bits=0:sketch.bits=0:local.compress.name=none:sketch.share=1",
     "cores in 4 bits": "sketch.bits=4",
-    "directions in 4 bits": "aggregator.span.bits=4",
+    "directions in 8 bits": "aggregator.span.bits=8",
     "directions in 3 bits": "aggregator.span.bits=3",
     "damping at least 0.1": "aggregator.damping=0.1",
     "damping at least 0.3": "aggregator.damping=0.3",
@@ -106,23 +101,29 @@ SPAN_PIECES = {  # of the span, at equal rounds
 }
 SPAN_PIECES = {label: f"fipa_span:{fields}".rstrip(":") for label, fields in SPAN_PIECES.items()}
 FULL = "50 eigenpairs of each client in float32 (`fipa_memory`)"
+ON_CIFAR = (
+    "as it is",
+    "50 directions",
+    "200",
+    "all clients asked",
+    "no guess of what nobody was asked about",
+    "all in float32, all clients asked",
+    "directions in 3 bits",
+)
 SPAN_TASKS = {  # config -> (fields, pieces)
     "digits": ({"fipa.rounds": 150}, SPAN_PIECES | {FULL: "fipa_memory:aggregator.damping=0.003"}),
     "cifar10": (
         {"fipa.rounds": 160, "partition.alpha": 0.1},
-        {label: SPAN_PIECES[label] for label in ("as it is", "50", "200", "all in float32", "directions in 3 bits")}
-        | {FULL: "fipa_memory"},
+        {label: SPAN_PIECES[label] for label in ON_CIFAR}
+        | {"as it is, 50 rounds": "fipa_span:rounds=50", f"{FULL}, 50 rounds": "fipa_memory:rounds=50"},
     ),
 }
 HELD_OUT, LAST = "holdout_accuracy", 3
 # What is chosen, or follows from the bytes.
 OWN = (
     "aggregator.damping",
-    "aggregator.span.columns",
-    "aggregator.span.bits",
     "sketch.rank",
     "sketch.bits",
-    "sketch.share",
     "local.lr",
     "server.lr",
     "rounds",
@@ -132,8 +133,8 @@ OFTEN = {"eval.every": 5, "eval.clients_every": 0}
 
 def _tried(config):
     """{label: its settings}."""
-    natural, span, plain, adam = GRIDS[config]
-    grids = (natural, [(SPAN.format(*numbers),) for numbers in span], plain, adam, plain, plain, plain)
+    natural, plain, adam = GRIDS[config]
+    grids = natural, plain, adam, plain, plain, plain
     return {
         label: [_for(rounds, method.format(*numbers)) for numbers in grid]
         for (label, method), rounds, grid in zip(RULES.items(), ROUNDS[config], grids, strict=True)
@@ -159,7 +160,12 @@ def _runs():
     for config, (fields, pieces) in SPAN_TASKS.items():
         yield f"{config} span pieces", _run(config, fields, pieces.values())
     for place, (config, fields) in PLACES.items():
-        yield f"{place}, few bytes down", _run(config, fields, [FEW_DOWN[config]])
+        yield f"{place}, span", _run(config, fields, [_span(BYTES[config])])
+
+
+def _span(most):
+    """FIPA in the span of gradients, until so many bytes are sent."""
+    return f"fipa_span:rounds=2000:most_bytes_up={most:g}"
 
 
 def _chosen(found, config):
@@ -171,7 +177,7 @@ def _lines(found, place):
     """{label: (run, method)} of what has run at a place."""
     config = PLACES[place][0]
     lines = {label: (place, spec) for label, spec in _chosen(found, config).items()}
-    lines[BOTH_WAYS] = f"{place}, few bytes down", FEW_DOWN[config]
+    lines = {SPAN: (f"{place}, span", _span(BYTES[config]))} | lines
     return {label: line for label, line in lines.items() if sent(found, *line).size}
 
 
@@ -181,7 +187,16 @@ def then(found):
     for place, (config, fields) in PLACES.items():
         if methods := _chosen(found, config):
             runs[place] = _run(config, fields, methods.values())
+    if methods := _long(found):
+        runs[LONG] = _run(*PLACES["CIFAR-10, alpha 0.1"], methods.values())
     return runs
+
+
+def _long(found):
+    """{label: method} that send four times as much."""
+    best = _chosen(found, "cifar10").get(ADAM)
+    rounds = 4 * ROUNDS["cifar10"][[*RULES].index(ADAM)]
+    return best and {SPAN: _span(FOUR_TIMES), ADAM: f"{best.rpartition(':')[0]}:rounds={rounds}"}
 
 
 def _row(found, run, label, spec):
@@ -195,22 +210,23 @@ def _row(found, run, label, spec):
     }
 
 
-def _within(found, run, spec, most):
-    """The rounds of a method, on every seed, that `most` bytes up and down allow."""
+def _within(found, run, spec, most, columns):
+    """The rounds of a method, on every seed, that `most` bytes allow."""
     each = [
-        [row["bytes_up"] + row["bytes_down"] for row in rows if row["run"] == spec] for rows in found.runs[run].values()
+        [sum(row[column] for column in columns) for row in rows if row["run"] == spec]
+        for rows in found.runs[run].values()
     ]
     return min(int(np.searchsorted(np.cumsum(sizes), most, side="right")) for sizes in each if sizes)
 
 
-def _tuned_row(found, run, label, spec, limits):
-    """A row, with the accuracies after so many bytes up and down as well."""
+def _tuned_row(found, run, label, spec, limits, columns=SENT):
+    """A row, with the accuracies after so many bytes as well, by default up and down."""
     own = ":".join(part for part in spec.split(":") if part.partition("=")[0] in OWN)
     after = {}
     for most in limits:
-        reached = final(found, run, spec, "test_accuracy", last=LAST, rounds=_within(found, run, spec, most))
-        after[f"after {most / 1e6:.3g} MB up and down"] = Spread(reached, percent)
-    return _row(found, run, label, spec) | after | {"chosen": f"`{own}`"}
+        reached = final(found, run, spec, "test_accuracy", last=LAST, rounds=_within(found, run, spec, most, columns))
+        after[f"after {most / 1e6:.3g} MB {'up and down' if len(columns) > 1 else 'up'}"] = Spread(reached, percent)
+    return _row(found, run, label, spec) | after | {"chosen": "nothing" if label == SPAN else f"`{own}`"}
 
 
 def tables(found):
@@ -222,6 +238,10 @@ def tables(found):
             rows = [_tuned_row(found, run, label, spec, limits) for label, (run, spec) in lines.items()]
             words = f"{place}: mean of the last three evaluations, and the standard deviation over seeds."
             made.append(Table(words, rows))
+    if found.runs.get(LONG):
+        limits = [times * BYTES["cifar10"] for times in (1, 2, 4)]
+        rows = [_tuned_row(found, LONG, *line, limits, ("bytes_up",)) for line in (_long(found) or {}).items()]
+        made.append(Table(f"{LONG}: what 50, 100 and 200 rounds of plain FedAvg send.", rows))
     rows = [_row(found, "pieces", label, spec) for label, spec in PIECES.items()]
     made.append(Table("Digits, 40 rounds: FIPA with one piece changed.", rows))
     for config, (fields, pieces) in SPAN_TASKS.items():
@@ -238,6 +258,8 @@ def draw(found, path):
         for place in PLACES
         if found.runs.get(place)
     }
+    if found.runs.get(LONG):
+        panels[LONG] = [(LONG, spec, label) for label, spec in (_long(found) or {}).items()]
     draw_lines(panels or {"digits": []}, "test_accuracy", path, found, by=("bytes_up",))
 
 

@@ -1,9 +1,10 @@
 """Five of a hundred clients and a network of 203k parameters: is FIPA ahead with nothing to tune?
 
 Tiny-ImageNet-50, balanced Dirichlet splits, the whole CNN, from the last model of a FedRCL warm-up. Every first-order
-rule has three settings of its step sizes, chosen on the held-out images of seed 9 after 40 rounds. FIPA in the span of
-gradients (`fipa_span`) has none: its damping is the least curvature that it knows. To make its rounds cheap a fifth of
-the clients is asked for curvature, by one direction of each example's loss Hessian.
+rule has three settings of its step sizes, chosen on the held-out images of seed 9 after 40 rounds, at alpha 0.3 and
+0.1; those of 0.1 serve at 0.05 too. FIPA in the span of gradients (`fipa_span`) has none: its damping is the least
+curvature that it knows. To make its rounds cheap a client that is asked for curvature sees one direction of each
+example's loss Hessian. Two first-order rules are shown with updates in 8 bits too, as many bytes as FIPA sends up.
 """
 
 import numpy as np
@@ -23,8 +24,10 @@ from evidence.records import (
 )
 
 WHOLE = "trainable=.*:cache_body=False"
-CHEAP = "sketch.solver=rows:sketch.loss_rank=1:sketch.micro_batch=5:local.micro_batch=5:sketch.share=0.2"
-SPAN = f"fipa_span:{WHOLE}:{CHEAP}"
+CHEAP = "sketch.solver=rows:sketch.loss_rank=1:sketch.micro_batch=5:local.micro_batch=5"
+FIPA = {"FIPA in the span of gradients": f"fipa_span:{WHOLE}:{CHEAP}"}
+EIGHT = "{}, updates in 8 bits"  # of these rules at this alpha
+IN_EIGHT, EIGHT_AT = ("FedAvg", "FedAdam"), 0.1
 RULES = {  # label -> method, of which two numbers are filled in
     "FedAvg": "local.lr={}:server.lr={}",
     "FedAvgM": "server.optimizer=momentum:local.lr={}:server.lr={}",
@@ -56,11 +59,15 @@ GRIDS = {  # alpha -> what each rule is tried at, in the order of `RULES`
 }
 TUNED_AT = {0.3: 0.3, 0.1: 0.1, 0.05: 0.1}  # alpha -> of which split the settings are
 OWN = ("local.lr", "server.lr", "term.mu")  # what is chosen
-LAST, TUNING = 3, 40  # evaluations; rounds
+LAST, TUNING, ROUNDS = 3, 40, 60  # evaluations; rounds
 
 
 def _place(alpha):
     return f"Tiny-ImageNet-50, alpha {alpha:g}"
+
+
+def _nothing_tuned(alpha):
+    return f"{_place(alpha)}, FIPA"
 
 
 def _tried(alpha):
@@ -79,17 +86,25 @@ def _run(alpha, methods, rounds, **others):
 
 
 def _chosen(found, alpha):
-    """{label: method}, FIPA first, then the rules as tuned."""
+    """{label: method} of the rules as tuned."""
     tuned_at = TUNED_AT[alpha]
     best = chosen(found, f"tune, alpha {tuned_at:g}", _tried(tuned_at), "holdout_accuracy", LAST)
-    tuned = {label: spec for label, spec in best.items() if spec}
-    return {"FIPA in the span of gradients": SPAN} | tuned if tuned else {}
+    return {label: spec for label, spec in best.items() if spec}
 
 
 def then(found):
-    """Every rule as tuned, beside FIPA as it is."""
-    chosen_ones = {alpha: _chosen(found, alpha) for alpha in TUNED_AT}
-    return {_place(alpha): _run(alpha, methods.values(), 60) for alpha, methods in chosen_ones.items() if methods}
+    """Every rule as tuned."""
+    tuned = {alpha: _chosen(found, alpha) for alpha in TUNED_AT}
+    runs = {_place(alpha): _run(alpha, methods.values(), ROUNDS) for alpha, methods in tuned.items() if methods}
+    if tuned[EIGHT_AT]:
+        runs[EIGHT.format(_place(EIGHT_AT))] = _run(EIGHT_AT, _in_eight(found).values(), ROUNDS)
+    return runs
+
+
+def _in_eight(found):
+    """{label: method} of rules whose updates travel in 8 bits."""
+    tuned = _chosen(found, EIGHT_AT)
+    return {EIGHT.format(label): f"{tuned[label]}:local.compress.name=few_bits" for label in IN_EIGHT if label in tuned}
 
 
 def _reaches(found, run, spec, target):
@@ -108,7 +123,7 @@ def _words(rounds):
     return number(rounds) if not never else f"not on {never} of {rounds.size}"
 
 
-def _row(found, run, label, spec, target):
+def _row(found, run, spec, label, target):
     own = ":".join(part for part in spec.split(":") if part.partition("=")[0] in OWN)
     return {
         "method": label,
@@ -118,47 +133,49 @@ def _row(found, run, label, spec, target):
         "seconds of a round": f"{seconds(found, run, spec):.2g}",
         "megabytes up": Spread(sent(found, run, spec, ("bytes_up",)) / 1e6, number),
         "up and down": Spread(sent(found, run, spec) / 1e6, number),
-        "chosen": f"`{own}`" if label in RULES else "nothing",
+        "chosen": "nothing" if label in FIPA else f"`{own}`",
     }
 
 
 def _lines(found, alpha):
-    """{label: method} of what has run."""
-    return {label: spec for label, spec in _chosen(found, alpha).items() if sent(found, _place(alpha), spec).size}
+    """{label: (run, method)} of what has run, FIPA first."""
+    lines = {label: (_nothing_tuned(alpha), spec) for label, spec in FIPA.items()}
+    lines |= {label: (_place(alpha), spec) for label, spec in _chosen(found, alpha).items()}
+    if alpha == EIGHT_AT:
+        lines |= {label: (EIGHT.format(_place(alpha)), spec) for label, spec in _in_eight(found).items()}
+    return {label: line for label, line in lines.items() if sent(found, *line).size}
 
 
 def tables(found):
     """Accuracy, loss, bytes and seconds; and how soon the best first-order rule's final accuracy is there."""
     made = []
     for alpha in TUNED_AT:
-        run, methods = _place(alpha), _lines(found, alpha)
-        ends = {label: final(found, run, spec, "test_accuracy", last=LAST).mean() for label, spec in methods.items()}
+        lines = _lines(found, alpha)
+        ends = {label: final(found, *line, "test_accuracy", last=LAST).mean() for label, line in lines.items()}
         target = max([end for label, end in ends.items() if label in RULES], default=np.inf)
         words = (
-            f"{run}, 60 rounds: mean of the last three evaluations, and the standard deviation over seeds. The rounds "
-            "are those to the end of the best first-order rule, by evaluations in every second round."
+            f"{_place(alpha)}, {ROUNDS} rounds: mean of the last three evaluations, and the standard deviation over "
+            "seeds. The rounds are those to the end of the best first-order rule, by evaluations in every second round."
         )
-        rows = [_row(found, run, label, spec, target) for label, spec in methods.items()]
+        rows = [_row(found, *line, label, target) for label, line in lines.items()]
         made += [Table(words, rows)] if rows or not made else []
     return made
 
 
 def draw(found, path):
     """The accuracies by rounds."""
-    lines = {
-        _place(alpha): [(_place(alpha), spec, label) for label, spec in _lines(found, alpha).items()]
+    panels = {
+        _place(alpha): [(*line, label) for label, line in lines.items()]
         for alpha in TUNED_AT
-        if _lines(found, alpha)
+        if (lines := _lines(found, alpha))
     }
-    draw_lines(lines or {_place(0.3): []}, "test_accuracy", path, found)
+    draw_lines(panels or {_place(0.3): []}, "test_accuracy", path, found)
 
 
 STUDY = Study(
     words=__doc__,
-    runs={
-        f"tune, alpha {alpha:g}": _run(alpha, every(_tried(alpha)), TUNING, seeds=(9,))
-        for alpha in sorted(set(TUNED_AT.values()), reverse=True)
-    },
+    runs={f"tune, alpha {alpha:g}": _run(alpha, every(_tried(alpha)), TUNING, seeds=(9,)) for alpha in GRIDS}
+    | {_nothing_tuned(alpha): _run(alpha, FIPA.values(), ROUNDS) for alpha in TUNED_AT},
     then=then,
     tables=tables,
     draw=draw,

@@ -9,12 +9,17 @@ less with their age: over the rounds k, of n_k examples and with age a_k,
     E = sum_k decay^{a_k} n_k Q_k Q_k^T            by how many examples each direction has been measured
     Hs = E^{-1/2} K E^{-1/2}                       the mean core, direction by direction
     step = -(Hs + beta I)^{-1} g                   beta: the least eigenvalue of Hs among the directions measured
-           -max(beta, beta')^{-1} g'               beta': the mean curvature of the directions that were new last
+           -max(beta, h(u))^{-1} g'                u = g' / |g'|
 
 of the part g of sum_m w_m g_m within the span and the part g' outside. Each direction is averaged over the rounds in
-which it was in the basis. No damping is tuned: the least curvature that is known stands for what is as weak, and the
-curvature that the newest directions turned out to have for g', where the next new ones come from. Where the basis is
-full, K and E are cut to the directions of most curvature, and what was known of the others is forgotten.
+which it was in the basis. About a direction q that is new nobody has answered yet, and a few clients that are asked
+first may have none of its curvature: they would make it look flat. So there is a guess,
+
+    h(q) = c sum_m w_m (q^T g_m)^2
+
+c such that what clients last said of new directions was guessed right in the mean. It enters K and E as if `prior`
+cohorts had answered. No damping is tuned: the least curvature that is known stands for what is as weak. Where the basis
+is full, K and E are cut to the directions of most curvature, and what was known of the others is forgotten.
 """
 
 from collections.abc import Callable
@@ -43,10 +48,11 @@ INFO_OF_SPAN = {
     "explained": "[], the share of the mean gradient's length that lies in the span",
     "fedavg_cosine": "[], cosine of the step and the clients' mean update",
     "fedavg_norm_ratio": "[], the step's length over that of the mean update",
-    "new_curvature": "[], beta': the mean curvature of the directions that were new last",
+    "guess": "[], h(u), the curvature that is guessed outside of the span",
     "spectrum": "[s], eigenvalues of Hs, descending; zero where nothing is known",
 }
 LEAST_MEASURED = 1e-5  # of the largest eigenvalue of E: below it is rounding, and a direction has not been measured
+OF_GUESSES = 0.9  # by which what c is made of counts for less with each round
 LEAST_DAMPING = 100  # times the rounding of the largest eigenvalue of Hs: below it an eigenvalue is not known
 BOUND = Limits(max_step=0.0, max_divergence=0.5, explosion=0.0, trace_cap=0.0)
 
@@ -57,6 +63,7 @@ class SpanOptions(NamedTuple):
     columns: int = 100  # s, directions at most
     fresh: int = 5  # of them from the last round's gradients: all of a cohort of so many, else the leading ones
     decay: float = 0.99  # by which answers count for less with each round, at most 1
+    prior: float = 0.3  # of a new direction's curvature: how many cohorts' answers the guess counts for; 0 for none
     bits: int = 8  # of an entry of the basis as it is sent, rounded at random: 2 to 16; 0 for floating point
     seed: int = 0  # of the rounding
 
@@ -70,7 +77,10 @@ class SpanState(NamedTuple):
     new: jax.Array  # [] int32, of these the last so many are new
     core_sum: jax.Array  # [s, s], Q^T K Q
     measured: jax.Array  # [s, s], Q^T E Q
-    new_curvature: jax.Array  # [], beta'
+    # Of c, of directions that were new: curvature as the first clients found it, and squared gradients.
+    found: jax.Array  # []
+    squares: jax.Array  # []
+    squares_of_new: jax.Array  # [], of those that are new now
     round: jax.Array  # [] int32
 
 
@@ -114,7 +124,8 @@ def from_span(
     """
     lookup(WEIGHTINGS, weighting, "aggregator.weighting")
     _check(span, limits)
-    numbers = {"damping": damping, "limits.max_divergence": limits.max_divergence, "span.decay": span.decay}
+    numbers = {"damping": damping, "limits.max_divergence": limits.max_divergence}
+    numbers |= {"span.decay": span.decay, "span.prior": span.prior}
     contracts.at_least(0, **numbers)
 
     def init(params):
@@ -123,7 +134,7 @@ def from_span(
         hyper = {name: jnp.asarray(value, theta.dtype) for name, value in numbers.items()}
         blank = jnp.zeros([columns, columns], theta.dtype)
         basis = jnp.zeros([theta.size, columns], theta.dtype)
-        return SpanState(hyper, basis, zero, zero, blank, blank, blank[0, 0], zero)
+        return SpanState(hyper, basis, zero, zero, blank, blank, *[blank[0, 0]] * 3, zero)
 
     def apply(received: Received, before: SpanState, params):
         cores = _cores_of(received, before)
@@ -135,8 +146,13 @@ def from_span(
             state = _with_answers(before, total, jnp.sum(counts))
             known = mean_core(state.core_sum, state.measured, state.active)
             directions = _rotated(state.basis, known.rotation)
-            step, info = _step(weights @ gradients, known, directions, state)
+
+            def squares(vectors):  # [P, n] -> [n], f(q)
+                return weights @ (gradients @ vectors) ** 2
+
+            step, info = _step(weights @ gradients, known, directions, state, squares)
             after = _next(state, known, directions, weights[:, None] * gradients, span.fresh)
+            after = _with_guess(after, squares(after.basis), size)
         after = jax.tree.map(lambda new, old: jnp.where(size > 0, new, old), after, before)
         return ravel_pytree(params)[1](step), after, info | {"columns": before.active}
 
@@ -182,15 +198,37 @@ def _with_answers(state: SpanState, total: jax.Array, number: jax.Array) -> Span
       total: [s, s], the sum of the cores that have come, each times the number that its client counts for.
       number: [], the sum of these numbers; 0 where no client has answered.
     """
-    decay, columns = state.hyper["span.decay"], jnp.arange(total.shape[0])
-    in_use = columns < state.active
-    is_new = in_use & (columns >= state.active - state.new)
-    curvature = ratio(jnp.sum(jnp.where(is_new, jnp.diagonal(total), 0)), number * state.new)
+    decay, in_use = state.hyper["span.decay"], (jnp.arange(total.shape[0]) < state.active).astype(total.dtype)
+    found = ratio(jnp.sum(_is_new(state) * jnp.diagonal(total)), number)
+    heard = (number > 0) & (state.new > 0)
     return state._replace(
         core_sum=decay * state.core_sum + (total + total.T) / 2,
-        measured=decay * state.measured + number * jnp.diag(in_use.astype(total.dtype)),
-        new_curvature=jnp.where((number > 0) & (state.new > 0), curvature, state.new_curvature),
+        measured=decay * state.measured + number * jnp.diag(in_use),
+        found=jnp.where(heard, OF_GUESSES * state.found + found, state.found),
+        squares=jnp.where(heard, OF_GUESSES * state.squares + state.squares_of_new, state.squares),
     )
+
+
+def _with_guess(state: SpanState, squares: jax.Array, size: jax.Array) -> SpanState:
+    """The state with the guess of its new directions' curvature, once clients have answered about some.
+
+    Args:
+      squares: [s], sum_m w_m (q^T g_m)^2 of its columns.
+      size: [], of the cohort, by which `weights_of` scales the clients' numbers.
+    """
+    squares = _is_new(state) * squares
+    number = jnp.where(state.found > 0, state.hyper["span.prior"] * size, 0)
+    return state._replace(
+        core_sum=state.core_sum + number * jnp.diag(ratio(state.found, state.squares) * squares),
+        measured=state.measured + number * jnp.diag(_is_new(state)),
+        squares_of_new=jnp.sum(squares),
+    )
+
+
+def _is_new(state: SpanState) -> jax.Array:
+    """[s], 1 for the columns that are new and 0 for the others."""
+    columns = jnp.arange(state.basis.shape[1])
+    return ((columns < state.active) & (columns >= state.active - state.new)).astype(state.basis.dtype)
 
 
 def mean_core(core_sum: jax.Array, measured: jax.Array, active: jax.Array | int) -> Known:
@@ -215,14 +253,17 @@ def mean_core(core_sum: jax.Array, measured: jax.Array, active: jax.Array | int)
     return Known(values, rotation[:, ::-1], count)
 
 
-def _step(mean: jax.Array, known: Known, directions: jax.Array, state: SpanState) -> tuple[jax.Array, Info]:
-    """(the step [P], what to say of it) of the mean update -g [P]."""
+def _step(
+    mean: jax.Array, known: Known, directions: jax.Array, state: SpanState, squares: Callable
+) -> tuple[jax.Array, Info]:
+    """(the step [P], what to say of it) of the mean update -g [P]; `squares` gives f of vectors [P, n]."""
     directions = directions * (jnp.arange(known.values.size) < known.count)[None]
     inside, outside = directions.T @ mean, _orthogonal_part(directions, mean)
     least = known.values[jnp.maximum(known.count - 1, 0)]
     rounding = LEAST_DAMPING * jnp.finfo(mean.dtype).eps * known.values[0]
     beta = jnp.maximum(jnp.maximum(state.hyper["damping"], least), rounding)
-    full = directions @ ratio(inside, known.values + beta) + ratio(outside, jnp.maximum(beta, state.new_curvature))
+    guess = ratio(state.found, state.squares) * squares(ratio(outside, trees.length(outside))[:, None])[0]
+    full = directions @ ratio(inside, known.values + beta) + ratio(outside, jnp.maximum(beta, guess))
     full = jnp.where(known.count > 0, full, 0)
     most, curve = state.hyper["limits.max_divergence"], jnp.vdot(full, mean)
     over = (most > 0) & (curve > 2 * most)
@@ -235,7 +276,7 @@ def _step(mean: jax.Array, known: Known, directions: jax.Array, state: SpanState
         "explained": ratio(trees.length(inside), length),
         "fedavg_cosine": ratio(jnp.vdot(step, mean), trees.length(step) * length),
         "fedavg_norm_ratio": ratio(trees.length(step), length),
-        "new_curvature": state.new_curvature,
+        "guess": guess,
         "spectrum": known.values,
     }
     return step, info

@@ -155,6 +155,7 @@ def phase(rounds: int, aggregator_name: str) -> ConfigDict:
     group.cache_body = False  # where only the head is trained: run it on features that are computed once
     group.cache_views = 0  # random views of each example whose features are kept, to train on; 0 for the plain one
     group.least_clients = 1  # a round in which fewer are left of its clients is skipped
+    group.most_bytes_up = 0.0  # that all clients may send in all: then the phase ends, after one round at least; 0: any
     group.max_skips = 10  # so many skipped rounds in a row end the run; 0 for never
     group.local = local()
     group.term = term()
@@ -322,6 +323,7 @@ def _span() -> ConfigDict:
             "columns": 100,  # s, directions about which clients are asked; at most
             "fresh": 5,  # of them from the last round's gradients
             "decay": 0.99,  # by which answers count for less with each round
+            "prior": 0.3,  # by how many cohorts' answers the guess of a new direction's curvature counts; 0 for none
             "bits": 8,  # of an entry of the basis as it is sent, 2 to 16; 0 for floating point
             "seed": 0,  # of its rounding
         }

@@ -151,6 +151,10 @@ def check(settings: ConfigDict) -> None:
     if settings.late.share or has_faults(settings):
         field = "late.share" if settings.late.share else "faults"
         raise ValueError(f"{field}: draws delays or faults for a study; a real federation has its own, set it to 0")
+    if settings.most_bytes_up:
+        raise ValueError(
+            "most_bytes_up: ends a simulation's phase; stop a server when its rows say so, and set it to 0"
+        )
     if settings.sketch.budget:
         raise ValueError("sketch.budget: needs a second exchange in a round, which is not built; set it to 0")
     for field in ("pooled", "cache_body"):

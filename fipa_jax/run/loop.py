@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
@@ -31,8 +32,26 @@ from fipa_jax.run.programs import tuned_chunk
 from fipa_jax.saving.journal import Journal
 
 RowsAndInfos = list[tuple[dict, dict]]  # of each round (its row of the metrics file, its info)
-# (state, first round k, count) -> after `count` rounds from k
-Advance = Callable[[State, int, int], tuple[State, RowsAndInfos]]
+# (state, first round k, count, the phase's last round as far as is known) -> after `count` rounds from k
+Advance = Callable[[State, int, int, int], tuple[State, RowsAndInfos]]
+
+
+class Uplink(NamedTuple):
+    """The bytes that all clients of a phase have sent."""
+
+    total: int = 0
+    largest: int = 0  # of a round
+
+    def with_rows(self, rows: RowsAndInfos) -> "Uplink":
+        """After these rounds too."""
+        each = [row.get("bytes_up", 0) for row, _ in rows]
+        return Uplink(self.total + sum(each), max(self.largest, *each))
+
+    def affords(self, most: float) -> float:
+        """How many more rounds stay within so many bytes, each as large as the largest; one at first."""
+        if not most:
+            return float("inf")
+        return 1 if not self.largest else (most - self.total) // self.largest
 
 
 class Phase(NamedTuple):
@@ -77,7 +96,7 @@ def run_phase(
     phase = Phase(experiment, settings, parts, rates, first, first + budget.rounds - 1, budget.of_row)
     in_one_call = experiment.config.rounds_per_call > 1
     advance = in_blocks(phase, state) if in_one_call else by_stage(phase, journal.asked)
-    return rounds_of(phase, name, advance, state, journal, note.get("skipped", 0), at_checkpoint).params
+    return rounds_of(phase, name, advance, state, journal, note, at_checkpoint).params
 
 
 def rounds_of(
@@ -86,21 +105,23 @@ def rounds_of(
     advance: Advance,
     state: State,
     journal: Journal,
-    skipped: int,
+    note: dict,
     at_checkpoint: Callable[[], Any] = lambda: None,
 ) -> State:
     """Advances to the phase's end, and writes down every round; returns the last state.
 
     Args:
-      skipped: rounds in a row up to this one that were skipped.
+      note: of the checkpoint that it goes on from: rounds in a row that were skipped, bytes that have been sent.
     """
-    k, last, warned = int(state.round), phase.last, Counter()
+    k, warned, most = int(state.round), Counter(), phase.settings.most_bytes_up
+    skipped, uplink = note.get("skipped", 0), Uplink(*note.get("uplink", ()))
     with console.Progress(name, phase.settings.rounds, k - phase.first) as bar:
-        while k <= last:
-            state, rows = advance(state, k, min(count_to(phase.experiment.config, k), last + 1 - k))
+        while k <= (last := int(min(phase.last, k - 1 + uplink.affords(most)))):
+            state, rows = advance(state, k, min(count_to(phase.experiment.config, k), last + 1 - k), last)
+            uplink = uplink.with_rows(rows)
             for row, info in rows:
                 row = phase.shown(row, info)
-                row |= own_models(phase, state.params) if row["round"] == phase.last else {}
+                row |= own_models(phase, state.params) if row["round"] == last else {}
                 console.attempt("a warning", console.warn, name, row["round"], info, warned)
                 row = metrics.jsonable({"run": name} | row)
                 journal.write(row)
@@ -108,9 +129,12 @@ def rounds_of(
                 check_progress(name, row, skipped, phase.settings.max_skips)
             console.attempt("the progress", bar.advance, len(rows), row)
             k += len(rows)
-            note = {"first": phase.first, "chunk": phase.parts.chunk, "skipped": skipped}
-            if journal.keep(name, state, row, note, ended=k > last) and k <= last:
+            note = {"first": phase.first, "chunk": phase.parts.chunk, "skipped": skipped, "uplink": [*uplink]}
+            ended = k > min(phase.last, k - 1 + uplink.affords(most))
+            if journal.keep(name, state, row, note, ended=ended) and not ended:
                 at_checkpoint()
+    if k <= phase.last:
+        logging.warning("%s: its clients have sent the bytes that they may, after %d rounds", name, k - phase.first)
     return state
 
 
@@ -147,7 +171,7 @@ def by_stage(phase: Phase, asked: Callable[[], bool] = lambda: False) -> Advance
 
     cohort_of = Ahead(fetch, phase.last) if isinstance(people, OnHost) else fetch
 
-    def one(state: State, k: int, clock: "Clock"):
+    def one(state: State, k: int, last: int, clock: "Clock"):
         cohort = clock("fetch", cohort_of(k))
         seen = state_lib.fetch(state, cohort.ids)
         work = round_lib.by_clients(phase.parts, stages.train, stages.sketch, clock)
@@ -155,13 +179,13 @@ def by_stage(phase: Phase, asked: Callable[[], bool] = lambda: False) -> Advance
         sent = programs.traffic_of(state, results, sketches, phase.parts)
         seen, info = clock("aggregate", stages.serve(seen, phase.rates, cohort, results, sketches))
         state = state_lib.keep(state, seen, cohort.ids)
-        return state, (info, clock("evaluate", figures_of(phase, state, k)), sent)
+        return state, (info, clock("evaluate", figures_of(phase, state, k, last)), sent)
 
-    def advance(state: State, k: int, count: int):
+    def advance(state: State, k: int, count: int, last: int):
         rounds, clocks, whole = [], [], Clock()
         while len(rounds) < count and not (rounds and asked()):
             clocks.append(Clock(config.stage_seconds))
-            state, outcome = one(state, k + len(rounds), clocks[-1])
+            state, outcome = one(state, k + len(rounds), last, clocks[-1])
             rounds.append(outcome)
         infos, figures, sent = zip(*rounds, strict=True)
         infos, figures = whole("round", jax.device_get((infos, figures)))
@@ -177,10 +201,10 @@ def row_of(k: int, figures: dict, info: dict, sent: Callable[[dict], dict], seco
     return {"round": k} | figures | console.figures(info) | sent(info) | seconds
 
 
-def figures_of(phase: Phase, state: State, k: int) -> dict:
-    """The figures that are due after round k."""
+def figures_of(phase: Phase, state: State, k: int, last: int) -> dict:
+    """The figures that are due after round k, of rounds up to `last`."""
     experiment, params = phase.experiment, state.params
-    test, clients = due(experiment.config.eval, k, phase.last)
+    test, clients = due(experiment.config.eval, k, last)
     figures = on_test(experiment, experiment.held, params) if test else {}
     figures |= on_belief(experiment, phase.parts, experiment.held, state) if test else {}
     return figures | (on_clients(experiment, experiment.population, experiment.held, params) if clients else {})
@@ -203,13 +227,13 @@ def in_blocks(phase: Phase, state: State) -> Advance:
     Args:
       state: any of the phase.
     """
-    experiment, parts, last = phase.experiment, phase.parts, phase.last
+    experiment, parts = phase.experiment, phase.parts
     config, people, root = experiment.config, experiment.population, experiment.root
     name = f"block of {programs.key_of(phase.settings, parts)}"
     run = experiment.compiled.setdefault(name, jax.jit(_block(experiment, parts), donate_argnums=0))
     sent = programs.traffic_of(state, *_shapes_of_work(phase, state), parts)
 
-    def advance(state: State, k: int, count: int):
+    def advance(state: State, k: int, count: int, last: int):
         clock = Clock()
         state, outcome = run(state, phase.rates, people, experiment.held, root, count, last)
         infos, figures = jax.device_get(clock("round", outcome))

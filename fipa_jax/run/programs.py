@@ -32,7 +32,7 @@ from fipa_jax.federation.state import State, fetch
 from fipa_jax.run.phase_checks import has_faults
 from fipa_jax.run.phase_parts import TRACED
 
-STEERING = ("rounds", "max_skips")  # fields of a phase that steer the loop alone
+STEERING = ("rounds", "most_bytes_up", "max_skips")  # fields of a phase that steer the loop alone
 
 
 class Programs(NamedTuple):

@@ -12,6 +12,7 @@ import numpy as np
 from fipa_jax.reporting import curves, metrics
 
 NOTHING: Mapping = MappingProxyType({})
+SENT = curves.SENT  # columns of bytes, up and down
 
 
 class Run(NamedTuple):
@@ -119,7 +120,7 @@ def final(found: Found, run: str, method: str, figure: str, *, last: int = 1, ro
     return np.array(values)
 
 
-def sent(found: Found, run: str, method: str, columns: Sequence[str] = curves.SENT) -> np.ndarray:
+def sent(found: Found, run: str, method: str, columns: Sequence[str] = SENT) -> np.ndarray:
     """[S], bytes that a method's clients and server have sent, or those of some columns."""
     mine = [[row for row in rows if row["run"] == method] for rows in found.runs.get(run, {}).values()]
     return np.array([sum(row[column] for row in rows for column in columns) for rows in mine if rows])

@@ -16,7 +16,7 @@ SIZE, CLIENTS = 12, 2
 PARAMS = {"w": np.zeros([3, 3]), "b": np.zeros([3])}  # "b" comes first, as jax.tree.leaves has it
 NUMBERS = np.array([3, 5])
 WEIGHTS = NUMBERS / 8
-EXACT = {"bits": 0, "fresh": CLIENTS}
+EXACT = {"bits": 0, "fresh": CLIENTS, "prior": 0.0}
 UNBOUNDED = BOUND._replace(max_divergence=0.0)
 
 
@@ -148,6 +148,46 @@ def test_directions_of_most_curvature_stay_and_those_of_gradients_come_in(x64):
     gradients = clients.gradients(theta).T
     np.testing.assert_allclose(basis @ (basis.T @ gradients), gradients, atol=1e-12)
     assert info["columns"] == 6
+
+
+def test_a_new_directions_curvature_is_guessed_from_the_gradients_along_it(x64):
+    """By c, curvature over squared gradients, as the directions that were new before turned out."""
+    clients, prior = Federation(), 0.3
+    rule, state = begin(prior=prior, decay=1.0)
+    draw, found, squares, waiting = np.random.default_rng(1), 0.0, 0.0, 0.0
+    for k in range(4):
+        said = clients.answers(rule, state, theta := draw.normal(size=SIZE))
+        new = np.asarray(state.basis)[:, int(state.active - state.new) : int(state.active)]
+        _, after, _ = one_round(rule, state, said)
+        if new.size:
+            found = 0.9 * found + np.trace(new.T @ clients.total @ new)
+            squares = 0.9 * squares + waiting
+        fresh = np.asarray(after.basis)[:, int(after.active - after.new) : int(after.active)]
+        along = WEIGHTS @ (clients.gradients(theta) @ fresh) ** 2
+        waiting = along.sum()
+        measured = np.asarray(after.basis @ after.measured @ after.basis.T)
+        guessed = np.asarray(after.basis @ after.core_sum @ after.basis.T)
+        for q, square in zip(fresh.T, along, strict=True):
+            np.testing.assert_allclose(q @ measured @ q, prior * 8 * (k > 0), atol=1e-9)
+            np.testing.assert_allclose(q @ guessed @ q, prior * 8 * square * found / squares if k else 0, atol=1e-9)
+        state = after
+    assert clients.asked[-1].shape[1] == 6 and new.shape[1] == 2
+
+
+def test_outside_of_the_span_the_guess_stands_for_the_curvature(x64):
+    clients = Federation()
+    rule, state = begin(prior=0.0)
+    theta, state, _, _ = run(rule, state, clients, 3)
+    theta, state = theta + np.random.default_rng(1).normal(size=SIZE), state._replace(found=100 * state.found)
+    known = np.asarray(state.basis)[:, : int(state.active)]
+    step, after, info = one_round(rule, state, clients.answers(rule, state, theta))
+    outside = WEIGHTS @ clients.gradients(theta)
+    outside = outside - known @ (known.T @ outside)
+    unit = outside / np.linalg.norm(outside)
+    guess = float(after.found / after.squares) * (WEIGHTS @ (clients.gradients(theta) @ unit) ** 2)
+    np.testing.assert_allclose(info["guess"], guess, rtol=1e-8)
+    assert guess > info["damping"]
+    np.testing.assert_allclose(step - known @ (known.T @ step), -outside / guess, rtol=1e-8)
 
 
 def test_until_somebody_has_answered_there_is_no_step(x64):
@@ -296,6 +336,7 @@ def test_the_basis_travels_in_few_bits_rounded_anew_each_round(x64):
         ({"span": SpanOptions(columns=3, fresh=4)}, r"aggregator\.span\.fresh: needs at least 1, and at most columns"),
         ({"span": SpanOptions(fresh=0)}, r"aggregator\.span\.fresh"),
         ({"span": SpanOptions(decay=1.5)}, r"aggregator\.span\.decay: needs a number in \[0, 1\]"),
+        ({"span": SpanOptions(prior=-1.0)}, r"span\.prior"),
         ({"span": SpanOptions(bits=1)}, r"aggregator\.span\.bits: needs 2 to 16 bits"),
         ({"limits": Limits(max_step=5.0)}, r"aggregator\.limits\.max_step: the rule 'span' bounds its step by"),
         ({"damping": -1.0}, r"damping"),

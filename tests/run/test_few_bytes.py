@@ -76,3 +76,38 @@ def test_within_the_span_the_bytes_are_those_of_gradients_cores_and_the_columns_
 def test_what_does_not_fit_names_its_field(spec, words):
     with pytest.raises(ValueError, match=words):
         experiment.build(tiny(compare=(spec,)))
+
+
+@pytest.mark.parametrize("rounds_per_call", [1, 3])
+def test_a_phase_ends_when_its_bytes_are_sent_and_is_evaluated_then(tmp_path, rounds_per_call):
+    """Both methods; one more round of either would be too much. A run that goes on knows what was sent before."""
+    config = tiny(
+        compare=("fedavg", "fipa_span:aggregator.span.columns=6:aggregator.span.fresh=4"), fipa={"rounds": 90}
+    )
+    config.rounds_per_call, config.eval.every = rounds_per_call, 4
+    config.fipa.most_bytes_up = 1500.0
+    whole_run.run(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for method in config.compare:
+        mine = [row for row in rows if row["run"] == method]
+        sent = [row["bytes_up"] for row in mine]
+        assert 3 < len(mine) < 90 and sum(sent) <= 1500 < sum(sent) + max(sent)
+        assert "test_mse" in mine[-1]
+
+
+@pytest.mark.slow
+def test_asking_half_of_the_clients_keeps_the_way_down(tmp_path):
+    """Each of four clients knows a part of the line, and what it has not seen looks flat to it: a guess is needed."""
+
+    def ends(prior, seed):
+        spec = f"fipa_span:aggregator.span.columns=6:aggregator.span.fresh=4:aggregator.span.prior={prior}"
+        spec += ":aggregator.span.bits=8:sketch.share=0.5"
+        config = tiny(compare=(spec,), fipa={"rounds": 60}, seed=seed)
+        config.task.num_clients, config.rounds_per_call, config.eval.every = CLIENTS, 60, 5
+        folder = tmp_path / f"{prior} {seed}"
+        whole_run.run(config, folder)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return max(row["test_mse"] for row in rows[-20:] if "test_mse" in row)
+
+    guessed, without = ([ends(prior, seed) for seed in range(3)] for prior in (0.3, 0.0))
+    assert max(guessed) < 0.05 < max(without)
