@@ -134,7 +134,8 @@ def from_span(
         hyper = {name: jnp.asarray(value, theta.dtype) for name, value in numbers.items()}
         blank = jnp.zeros([columns, columns], theta.dtype)
         basis = jnp.zeros([theta.size, columns], theta.dtype)
-        return SpanState(hyper, basis, zero, zero, blank, blank, *[blank[0, 0]] * 3, zero)
+        none = blank[0, 0]
+        return SpanState(hyper, basis, zero, zero, blank, blank, none, none, none, zero)
 
     def apply(received: Received, before: SpanState, params):
         cores = _cores_of(received, before)
