@@ -6,20 +6,21 @@ answers with its gradient and with the core M_m = Q^T H_m Q, s (s + 1) / 2 numbe
 less with their age: over the rounds k, of n_k examples and with age a_k,
 
     K = sum_k decay^{a_k} n_k Q_k M_k Q_k^T        sum of the cores, M_k = sum_m w_m M_m
-    E = sum_k decay^{a_k} n_k Q_k Q_k^T            by how many examples each direction has been measured
+    E = sum_k decay^{a_k} n_k Q_k Q_k^T            by how many examples each direction is known
     Hs = E^{-1/2} K E^{-1/2}                       the mean core, direction by direction
-    step = -(Hs + beta I)^{-1} g                   beta: the least eigenvalue of Hs among the directions measured
+    step = -(Hs + beta I)^{-1} g                   beta: the least eigenvalue of Hs among the directions known
            -max(beta, h(u))^{-1} g'                u = g' / |g'|
 
 of the part g of sum_m w_m g_m within the span and the part g' outside. Each direction is averaged over the rounds in
 which it was in the basis. About a direction q that is new nobody has answered yet, and a few clients that are asked
 first may have none of its curvature: they would make it look flat. So there is a guess,
 
-    h(q) = c sum_m w_m (q^T g_m)^2
+    h(q) = c f(q),    f(q) = sum_m w_m (q^T g_m)^2 / sum_m w_m |g_m|^2
 
-c such that what clients last said of new directions was guessed right in the mean. It enters K and E as if `prior`
-cohorts had answered. No damping is tuned: the least curvature that is known stands for what is as weak. Where the basis
-is full, K and E are cut to the directions of most curvature, and what was known of the others is forgotten.
+f being the share of the cohort's squared gradients that lies along q, and c such that what clients last said of new
+directions was guessed right in the mean. It enters K and E as if `prior` cohorts had answered. No damping is tuned: the
+least curvature that is known stands for what is as weak. Where the basis is full, K and E are cut to the directions of
+most curvature, and what was known of the others is forgotten.
 """
 
 from collections.abc import Callable
@@ -52,7 +53,7 @@ INFO_OF_SPAN = {
     "spectrum": "[s], eigenvalues of Hs, descending; zero where nothing is known",
 }
 LEAST_MEASURED = 1e-5  # of the largest eigenvalue of E: below it is rounding, and a direction has not been measured
-OF_GUESSES = 0.9  # by which what c is made of counts for less with each round
+OF_GUESSES = 0.9  # by which what c is made of counts for less with each round that adds to it
 LEAST_DAMPING = 100  # times the rounding of the largest eigenvalue of Hs: below it an eigenvalue is not known
 BOUND = Limits(max_step=0.0, max_divergence=0.5, explosion=0.0, trace_cap=0.0)
 
@@ -77,15 +78,15 @@ class SpanState(NamedTuple):
     new: jax.Array  # [] int32, of these the last so many are new
     core_sum: jax.Array  # [s, s], Q^T K Q
     measured: jax.Array  # [s, s], Q^T E Q
-    # Of c, of directions that were new: curvature as the first clients found it, and squared gradients.
+    # c is found / shares, of directions that were new: their curvature by the first answers, and their f.
     found: jax.Array  # []
-    squares: jax.Array  # []
-    squares_of_new: jax.Array  # [], of those that are new now
+    shares: jax.Array  # []
+    shares_of_new: jax.Array  # [], of those that are new now
     round: jax.Array  # [] int32
 
 
 class Known(NamedTuple):
-    """Hs = V diag(lam) V^T, of the directions that clients have answered about."""
+    """Hs = V diag(lam) V^T, of the directions about which clients have answered, or there is a guess."""
 
     values: jax.Array  # [s], lam, descending; zero where nothing is known
     rotation: jax.Array  # [s, s], orthogonal; V = Q rotation
@@ -148,12 +149,12 @@ def from_span(
             known = mean_core(state.core_sum, state.measured, state.active)
             directions = _rotated(state.basis, known.rotation)
 
-            def squares(vectors):  # [P, n] -> [n], f(q)
-                return weights @ (gradients @ vectors) ** 2
+            def shares(vectors):  # f of [P, n]
+                return ratio(weights @ (gradients @ vectors) ** 2, weights @ jnp.sum(gradients**2, axis=1))
 
-            step, info = _step(weights @ gradients, known, directions, state, squares)
+            step, info = _step(weights @ gradients, known, directions, state, shares)
             after = _next(state, known, directions, weights[:, None] * gradients, span.fresh)
-            after = _with_guess(after, squares(after.basis), size)
+            after = _with_guess(after, shares(after.basis), size)
         after = jax.tree.map(lambda new, old: jnp.where(size > 0, new, old), after, before)
         return ravel_pytree(params)[1](step), after, info | {"columns": before.active}
 
@@ -206,23 +207,23 @@ def _with_answers(state: SpanState, total: jax.Array, number: jax.Array) -> Span
         core_sum=decay * state.core_sum + (total + total.T) / 2,
         measured=decay * state.measured + number * jnp.diag(in_use),
         found=jnp.where(heard, OF_GUESSES * state.found + found, state.found),
-        squares=jnp.where(heard, OF_GUESSES * state.squares + state.squares_of_new, state.squares),
+        shares=jnp.where(heard, OF_GUESSES * state.shares + state.shares_of_new, state.shares),
     )
 
 
-def _with_guess(state: SpanState, squares: jax.Array, size: jax.Array) -> SpanState:
+def _with_guess(state: SpanState, shares: jax.Array, size: jax.Array) -> SpanState:
     """The state with the guess of its new directions' curvature, once clients have answered about some.
 
     Args:
-      squares: [s], sum_m w_m (q^T g_m)^2 of its columns.
+      shares: [s], f of its columns.
       size: [], of the cohort, by which `weights_of` scales the clients' numbers.
     """
-    squares = _is_new(state) * squares
+    shares = _is_new(state) * shares
     number = jnp.where(state.found > 0, state.hyper["span.prior"] * size, 0)
     return state._replace(
-        core_sum=state.core_sum + number * jnp.diag(ratio(state.found, state.squares) * squares),
+        core_sum=state.core_sum + number * jnp.diag(ratio(state.found, state.shares) * shares),
         measured=state.measured + number * jnp.diag(_is_new(state)),
-        squares_of_new=jnp.sum(squares),
+        shares_of_new=jnp.sum(shares),
     )
 
 
@@ -235,7 +236,7 @@ def _is_new(state: SpanState) -> jax.Array:
 def mean_core(core_sum: jax.Array, measured: jax.Array, active: jax.Array | int) -> Known:
     """The eigenpairs of E^{-1/2} K E^{-1/2} in the range of E, the largest first.
 
-    Behind them come the columns in use about which no client has answered yet, then those not in use.
+    Behind them come the columns in use about which nothing is known yet, then those not in use.
 
     Args:
       core_sum: K [s, s], symmetric.
@@ -255,15 +256,15 @@ def mean_core(core_sum: jax.Array, measured: jax.Array, active: jax.Array | int)
 
 
 def _step(
-    mean: jax.Array, known: Known, directions: jax.Array, state: SpanState, squares: Callable
+    mean: jax.Array, known: Known, directions: jax.Array, state: SpanState, shares: Callable
 ) -> tuple[jax.Array, Info]:
-    """(the step [P], what to say of it) of the mean update -g [P]; `squares` gives f of vectors [P, n]."""
+    """(the step [P], what to say of it) of the mean update -g [P]; `shares` gives f of vectors [P, n]."""
     directions = directions * (jnp.arange(known.values.size) < known.count)[None]
     inside, outside = directions.T @ mean, _orthogonal_part(directions, mean)
     least = known.values[jnp.maximum(known.count - 1, 0)]
     rounding = LEAST_DAMPING * jnp.finfo(mean.dtype).eps * known.values[0]
     beta = jnp.maximum(jnp.maximum(state.hyper["damping"], least), rounding)
-    guess = ratio(state.found, state.squares) * squares(ratio(outside, trees.length(outside))[:, None])[0]
+    guess = ratio(state.found, state.shares) * shares(ratio(outside, trees.length(outside))[:, None])[0]
     full = directions @ ratio(inside, known.values + beta) + ratio(outside, jnp.maximum(beta, guess))
     full = jnp.where(known.count > 0, full, 0)
     most, curve = state.hyper["limits.max_divergence"], jnp.vdot(full, mean)

@@ -155,7 +155,7 @@ def phase(rounds: int, aggregator_name: str) -> ConfigDict:
     group.cache_body = False  # where only the head is trained: run it on features that are computed once
     group.cache_views = 0  # random views of each example whose features are kept, to train on; 0 for the plain one
     group.least_clients = 1  # a round in which fewer are left of its clients is skipped
-    group.most_bytes_up = 0.0  # that all clients may send in all: then the phase ends, after one round at least; 0: any
+    group.most_bytes_up = 0.0  # that a phase's clients may send: it ends where another round might be too much; 0: any
     group.max_skips = 10  # so many skipped rounds in a row end the run; 0 for never
     group.local = local()
     group.term = term()

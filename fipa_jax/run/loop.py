@@ -36,24 +36,6 @@ RowsAndInfos = list[tuple[dict, dict]]  # of each round (its row of the metrics 
 Advance = Callable[[State, int, int, int], tuple[State, RowsAndInfos]]
 
 
-class Uplink(NamedTuple):
-    """The bytes that all clients of a phase have sent."""
-
-    total: int = 0
-    largest: int = 0  # of a round
-
-    def with_rows(self, rows: RowsAndInfos) -> "Uplink":
-        """After these rounds too."""
-        each = [row.get("bytes_up", 0) for row, _ in rows]
-        return Uplink(self.total + sum(each), max(self.largest, *each))
-
-    def affords(self, most: float) -> float:
-        """How many more rounds stay within so many bytes, each as large as the largest; one at first."""
-        if not most:
-            return float("inf")
-        return 1 if not self.largest else (most - self.total) // self.largest
-
-
 class Phase(NamedTuple):
     """A phase of a run, made real."""
 
@@ -63,6 +45,7 @@ class Phase(NamedTuple):
     rates: Rates
     first: int  # number of its first round
     last: int
+    largest: int  # bytes that all clients of a round send at most; 0 where nobody asks
     shown: Callable[[dict, dict], dict]  # (row, info) -> the row as it may be shown
 
 
@@ -93,7 +76,10 @@ def run_phase(
     if experiment.config.chunk < 0:
         chunk = note["chunk"] if note else tuned_chunk(experiment, settings, parts, state, rates)
         parts = parts._replace(chunk=chunk)
-    phase = Phase(experiment, settings, parts, rates, first, first + budget.rounds - 1, budget.of_row)
+    largest = largest_upload(experiment, parts, rates, state) if settings.most_bytes_up else 0
+    if largest > settings.most_bytes_up:
+        raise ValueError(f"most_bytes_up: a round may take {largest:,} bytes, got {settings.most_bytes_up:,.0f}")
+    phase = Phase(experiment, settings, parts, rates, first, first + budget.rounds - 1, largest, budget.of_row)
     in_one_call = experiment.config.rounds_per_call > 1
     advance = in_blocks(phase, state) if in_one_call else by_stage(phase, journal.asked)
     return rounds_of(phase, name, advance, state, journal, note, at_checkpoint).params
@@ -111,17 +97,19 @@ def rounds_of(
     """Advances to the phase's end, and writes down every round; returns the last state.
 
     Args:
-      note: of the checkpoint that it goes on from: rounds in a row that were skipped, bytes that have been sent.
+      note: of the checkpoint that it goes on from: rounds in a row that were skipped, bytes that clients have sent.
     """
-    k, warned, most = int(state.round), Counter(), phase.settings.most_bytes_up
-    skipped, uplink = note.get("skipped", 0), Uplink(*note.get("uplink", ()))
+    k, warned = int(state.round), Counter()
+    skipped, bytes_up = note.get("skipped", 0), note.get("bytes_up", 0)
     with console.Progress(name, phase.settings.rounds, k - phase.first) as bar:
-        while k <= (last := int(min(phase.last, k - 1 + uplink.affords(most)))):
+        while k <= (last := last_within(phase, k, bytes_up)):
             state, rows = advance(state, k, min(count_to(phase.experiment.config, k), last + 1 - k), last)
-            uplink = uplink.with_rows(rows)
+            bytes_up += sum(row["bytes_up"] for row, _ in rows)
+            ended = k + len(rows) > last_within(phase, k + len(rows), bytes_up)
             for row, info in rows:
                 row = phase.shown(row, info)
-                row |= own_models(phase, state.params) if row["round"] == last else {}
+                if ended and row["round"] == k + len(rows) - 1:
+                    row |= own_models(phase, state.params)
                 console.attempt("a warning", console.warn, name, row["round"], info, warned)
                 row = metrics.jsonable({"run": name} | row)
                 journal.write(row)
@@ -129,13 +117,29 @@ def rounds_of(
                 check_progress(name, row, skipped, phase.settings.max_skips)
             console.attempt("the progress", bar.advance, len(rows), row)
             k += len(rows)
-            note = {"first": phase.first, "chunk": phase.parts.chunk, "skipped": skipped, "uplink": [*uplink]}
-            ended = k > min(phase.last, k - 1 + uplink.affords(most))
+            note = {"first": phase.first, "chunk": phase.parts.chunk, "skipped": skipped, "bytes_up": bytes_up}
             if journal.keep(name, state, row, note, ended=ended) and not ended:
                 at_checkpoint()
     if k <= phase.last:
-        logging.warning("%s: its clients have sent the bytes that they may, after %d rounds", name, k - phase.first)
+        logging.warning("%s: another round might send more bytes than all may; it ends after %d", name, k - phase.first)
     return state
+
+
+def last_within(phase: Phase, k: int, bytes_up: int) -> int:
+    """The last round that is sure to stay within `most_bytes_up`, where round k is next and so much has been sent."""
+    if not phase.largest:
+        return phase.last
+    return min(phase.last, k - 1 + int((phase.settings.most_bytes_up - bytes_up) // phase.largest))
+
+
+def largest_upload(experiment: Experiment, parts: Parts, rates: Rates, state: State) -> int:
+    """The bytes that all clients of a round send at most: every one its curvature, with all pairs or columns."""
+    stages = programs.jitted(parts)
+    ids, orders = stages.draw(state.round, rates, experiment.root)
+    cohort = experiment.population.cohort(ids)._replace(orders=orders)
+    work = round_lib.by_clients(parts, stages.train, stages.sketch)
+    results, sketches = jax.eval_shape(work, state_lib.fetch(state, ids), rates, cohort, experiment.root)
+    return programs.traffic_of(state, results, sketches, parts)(programs.most_curvature(sketches))["bytes_up"]
 
 
 def start(experiment: Experiment, parts: Parts, params: Any, first: int) -> State:

@@ -131,6 +131,17 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     return sent_in
 
 
+def most_curvature(sketches: Any) -> dict:
+    """The info of a round in which all of its clients have sent all that they may, by the shapes of their sketches."""
+    if isinstance(sketches, Sketch):
+        clients, pairs = sketches.eigenvalues.shape
+        return {"sketches_sent": clients, "sketch_pairs": clients * pairs}
+    if isinstance(sketches, Core):
+        clients, columns = sketches.values.shape[:2]
+        return {"sketches_sent": clients, "columns": columns}
+    return {}
+
+
 def _bytes_of_columns(parts: Parts, size: int, itemsize: int):
     """Functions of the columns in use, of `size` entries each: the bytes of the basis, and of a core."""
     vector_bytes = parts.sketcher.vector_bytes

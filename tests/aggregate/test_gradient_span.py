@@ -151,25 +151,29 @@ def test_directions_of_most_curvature_stay_and_those_of_gradients_come_in(x64):
 
 
 def test_a_new_directions_curvature_is_guessed_from_the_gradients_along_it(x64):
-    """By c, curvature over squared gradients, as the directions that were new before turned out."""
+    """By c, curvature over shares of squared gradients, as the directions that were new before turned out."""
     clients, prior = Federation(), 0.3
     rule, state = begin(prior=prior, decay=1.0)
-    draw, found, squares, waiting = np.random.default_rng(1), 0.0, 0.0, 0.0
+    draw, found, shares, waiting = np.random.default_rng(1), 0.0, 0.0, 0.0
     for k in range(4):
         said = clients.answers(rule, state, theta := draw.normal(size=SIZE))
         new = np.asarray(state.basis)[:, int(state.active - state.new) : int(state.active)]
         _, after, _ = one_round(rule, state, said)
         if new.size:
             found = 0.9 * found + np.trace(new.T @ clients.total @ new)
-            squares = 0.9 * squares + waiting
+            shares = 0.9 * shares + waiting
         fresh = np.asarray(after.basis)[:, int(after.active - after.new) : int(after.active)]
-        along = WEIGHTS @ (clients.gradients(theta) @ fresh) ** 2
+        along = (
+            WEIGHTS
+            @ (clients.gradients(theta) @ fresh) ** 2
+            / (WEIGHTS @ np.sum(clients.gradients(theta) ** 2, axis=1))
+        )
         waiting = along.sum()
         measured = np.asarray(after.basis @ after.measured @ after.basis.T)
         guessed = np.asarray(after.basis @ after.core_sum @ after.basis.T)
-        for q, square in zip(fresh.T, along, strict=True):
+        for q, share in zip(fresh.T, along, strict=True):
             np.testing.assert_allclose(q @ measured @ q, prior * 8 * (k > 0), atol=1e-9)
-            np.testing.assert_allclose(q @ guessed @ q, prior * 8 * square * found / squares if k else 0, atol=1e-9)
+            np.testing.assert_allclose(q @ guessed @ q, prior * 8 * share * found / shares if k else 0, atol=1e-9)
         state = after
     assert clients.asked[-1].shape[1] == 6 and new.shape[1] == 2
 
@@ -184,7 +188,9 @@ def test_outside_of_the_span_the_guess_stands_for_the_curvature(x64):
     outside = WEIGHTS @ clients.gradients(theta)
     outside = outside - known @ (known.T @ outside)
     unit = outside / np.linalg.norm(outside)
-    guess = float(after.found / after.squares) * (WEIGHTS @ (clients.gradients(theta) @ unit) ** 2)
+    gradients = clients.gradients(theta)
+    share = WEIGHTS @ (gradients @ unit) ** 2 / (WEIGHTS @ np.sum(gradients**2, axis=1))
+    guess = float(after.found / after.shares) * share
     np.testing.assert_allclose(info["guess"], guess, rtol=1e-8)
     assert guess > info["damping"]
     np.testing.assert_allclose(step - known @ (known.T @ step), -outside / guess, rtol=1e-8)

@@ -7,7 +7,8 @@ from helpers.runs import tiny
 
 from fipa_jax.curvature import few_bits
 from fipa_jax.curvature.common_basis import bytes_of_core
-from fipa_jax.run import experiment, whole_run
+from fipa_jax.reporting import metrics
+from fipa_jax.run import experiment, loop, whole_run
 
 CLIENTS, ROUNDS, RANK, BITS = 4, 3, 3, 8
 SPARING = f"fipa_few_bytes:sketch.rank={RANK}:sketch.bits={BITS}:sketch.share=0.25"
@@ -78,21 +79,45 @@ def test_what_does_not_fit_names_its_field(spec, words):
         experiment.build(tiny(compare=(spec,)))
 
 
-@pytest.mark.parametrize("rounds_per_call", [1, 3])
-def test_a_phase_ends_when_its_bytes_are_sent_and_is_evaluated_then(tmp_path, rounds_per_call):
-    """Both methods; one more round of either would be too much. A run that goes on knows what was sent before."""
-    config = tiny(
-        compare=("fedavg", "fipa_span:aggregator.span.columns=6:aggregator.span.fresh=4"), fipa={"rounds": 90}
-    )
-    config.rounds_per_call, config.eval.every = rounds_per_call, 4
-    config.fipa.most_bytes_up = 1500.0
+SPAN = "fipa_span:aggregator.span.columns=10:aggregator.span.fresh=4:aggregator.span.bits=8:sketch.share=1"
+
+
+@pytest.mark.parametrize("how", [{"rounds_per_call": 1}, {"rounds_per_call": 50}, {"stage_seconds": True}])
+def test_a_phase_ends_before_its_clients_send_too_much_and_is_evaluated_then(tmp_path, how):
+    """However many rounds run before the host looks, and though the cores of the first rounds are small."""
+    most, config = 4000, tiny(compare=("fedavg", SPAN), fipa={"rounds": 90})
+    config.task.num_clients, config.eval.every, config.fipa.most_bytes_up = CLIENTS, 50, float(most)
+    config.update(how)
     whole_run.run(config, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for method in config.compare:
         mine = [row for row in rows if row["run"] == method]
         sent = [row["bytes_up"] for row in mine]
-        assert 3 < len(mine) < 90 and sum(sent) <= 1500 < sum(sent) + max(sent)
+        assert 5 < len(mine) < 90 and sum(sent) <= most < sum(sent) + max(sent)
         assert "test_mse" in mine[-1]
+
+
+def test_a_run_that_goes_on_knows_what_was_sent_before(tmp_path, monkeypatch):
+    config = tiny(compare=(SPAN,), fipa={"rounds": 90})
+    config.task.num_clients, config.fipa.most_bytes_up, config.checkpoint.seconds = CLIENTS, 4000.0, 0.0
+    whole_run.run(config, tmp_path / "whole")
+    calls = iter(range(4))
+    monkeypatch.setattr(loop, "check_progress", lambda *_: next(calls))  # which ends it in the middle
+    with pytest.raises(StopIteration):
+        whole_run.run(config, tmp_path / "parts")
+    monkeypatch.undo()
+    whole_run.run(config, tmp_path / "parts")
+    whole, parts = (
+        [row["bytes_up"] for row in metrics.read(tmp_path / name / "metrics.jsonl")] for name in ("whole", "parts")
+    )
+    assert whole == parts
+
+
+def test_bytes_that_do_not_suffice_for_a_round_are_refused(tmp_path):
+    config = tiny(compare=(SPAN,))
+    config.task.num_clients, config.fipa.most_bytes_up = CLIENTS, 100.0
+    with pytest.raises(ValueError, match=r"most_bytes_up: a round may take \d+ bytes, got 100"):
+        whole_run.run(config, tmp_path)
 
 
 @pytest.mark.slow
