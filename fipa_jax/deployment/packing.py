@@ -79,7 +79,8 @@ def unpacked(arrays: Arrays, bits: Bits, forms: Forms) -> dict[str, np.ndarray]:
     if bits.update and (paths := _paths(forms)):
         shapes = [forms[path].shape for path in paths]
         sizes = [int(np.prod(shape)) for shape in shapes]
-        whole = _vectors(read, DELTA, sum(sizes), bits.update, forms[paths[0]].dtype, 1)[0]
+        dtype = np.result_type(*(forms[path].dtype for path in paths))
+        whole = _vectors(read, DELTA, sum(sizes), bits.update, dtype, 1)[0]
         parts = np.split(whole, np.cumsum(sizes)[:-1])
         read |= {
             path: part.reshape(shape).astype(forms[path].dtype)
@@ -111,11 +112,12 @@ def _of_core(core: np.ndarray, bits: int) -> dict[str, np.ndarray]:
 
 
 def _core(read: dict, form: Any, bits: int) -> np.ndarray:
-    """[s, s], of what came of it, which is taken out of `read`."""
-    if {*read}.isdisjoint((CORE, DIAGONAL)):
+    """[s, s], of what came of it, which is taken out of `read`; zero where nothing did."""
+    name = DIAGONAL if bits else CORE
+    part = read.pop(name, None)
+    if part is None:
         return np.zeros(form.shape, form.dtype)
-    name, part = (DIAGONAL, read.pop(DIAGONAL, np.zeros(0))) if bits else (CORE, read.pop(CORE))
-    columns = len(part) if bits else (math.isqrt(8 * part.size + 1) - 1) // 2
+    columns = part.size if bits else (math.isqrt(8 * part.size + 1) - 1) // 2
     shape = (columns,) if bits else (columns * (columns + 1) // 2,)
     if part.dtype != form.dtype or part.shape != shape or columns > form.shape[0]:
         raise Malformed(f"{name}: it has sent {part.dtype} {[*part.shape]}, asked for {form.dtype} of {[*form.shape]}")
@@ -143,15 +145,19 @@ def _paths(arrays: Mapping[str, Any]) -> list[str]:
 
 def _integers(name: str, vectors: np.ndarray, bits: int) -> dict[str, np.ndarray]:
     """{name: array} of rounded vectors [K, size]. A block with a number that is not finite has a scale that is NaN."""
-    (number, size), levels = vectors.shape, levels_of(bits)
-    filled = size + -size % BLOCK
-    blocks = np.pad(vectors, [(0, 0), (0, filled - size)]).reshape(number, filled // BLOCK, BLOCK)
-    scales = np.max(np.abs(blocks), axis=2, initial=0)
-    scales = np.where(np.isfinite(scales), scales, np.nan)
-    divisor = np.where(scales > 0, scales, 1)[..., None]
-    places = np.rint(levels * np.where(np.isnan(scales)[..., None], 0, blocks) / divisor).astype(np.int32)
-    written = _bit_by_bit(places.reshape(number, filled)[:, :size] + levels, bits)
-    return {f"{name}/integers": written, f"{name}/scales": scales.astype(np.float32)}
+    number, size = vectors.shape
+    integers = np.zeros([number, -(-size * bits // 8)], np.uint8)
+    scales = np.zeros([number, -(-size // BLOCK)], np.float32)
+    for vector, written, scale in zip(vectors, integers, scales, strict=True):  # one by one, for the memory
+        blocks = np.pad(vector.astype(np.float64), (0, -size % BLOCK)).reshape(-1, BLOCK)
+        longest = np.max(np.abs(blocks), axis=1, initial=0)
+        usable = np.isfinite(longest) & (longest > 0)
+        places = np.rint(
+            levels_of(bits) * (np.where(usable[:, None], blocks, 0) / np.where(usable, longest, 1)[:, None])
+        )
+        written[:] = _bit_by_bit(places.reshape(-1)[:size].astype(np.int32) + levels_of(bits), bits)
+        scale[:] = np.where(np.isfinite(longest), longest, np.nan)
+    return {f"{name}/integers": integers, f"{name}/scales": scales}
 
 
 def _vectors(read: dict, name: str, size: int, bits: int, dtype: Any, most: int, fewer: bool = False) -> np.ndarray:
@@ -161,8 +167,7 @@ def _vectors(read: dict, name: str, size: int, bits: int, dtype: Any, most: int,
       most: K.
       fewer: whether there may be less of them.
     """
-    levels, parts = levels_of(bits), ("integers", "scales")
-    got = {part: read.pop(f"{name}/{part}", np.zeros(0)) for part in parts}
+    got = {part: read.pop(f"{name}/{part}", np.zeros(0)) for part in ("integers", "scales")}
     number = got["scales"].shape[0] if fewer and got["scales"].ndim == 2 else most
     needed = {
         "integers": ((number, -(-size * bits // 8)), np.dtype(np.uint8)),
@@ -172,26 +177,27 @@ def _vectors(read: dict, name: str, size: int, bits: int, dtype: Any, most: int,
         if number > most or (array.shape, array.dtype) != needed[part]:
             what = f"{array.dtype} {[*array.shape]}, asked for {needed[part][1]} {[most, needed[part][0][1]]}"
             raise Malformed(f"{name}/{part}: it has sent {what}{' or less' if fewer else ''}")
-    places = _whole(got["integers"], size, bits) - levels
-    if np.any(places > levels) or np.any(got["scales"] < 0):
-        raise Malformed(f"{name}: an integer or a scale is out of its range")
-    scales = np.repeat(got["scales"].astype(dtype), BLOCK, axis=1)[:, :size]
-    return scales * (places / levels).astype(dtype)
+    vectors, levels = np.zeros([number, size], dtype), levels_of(bits)
+    for vector, integers, scales in zip(vectors, got["integers"], got["scales"], strict=True):
+        places = _whole(integers, size, bits) - levels
+        if np.any(places > levels) or np.any(scales < 0) or np.any(np.isinf(scales)):
+            raise Malformed(f"{name}: an integer or a scale is out of its range")
+        vector[:] = np.repeat(scales.astype(np.float64), BLOCK)[:size] * (places / levels)
+    return vectors
 
 
 def _bit_by_bit(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """[K, n] uint8, of integers [K, size] of so many bits."""
+    """[n] uint8, of integers [size] of so many bits."""
     if bits == 8:
         return numbers.astype(np.uint8)
-    number, size = numbers.shape
-    wide = numbers.astype(">u2")[..., None].view(np.uint8)  # [K, size, 2]
-    return np.packbits(np.unpackbits(wide, axis=-1)[..., 16 - bits :].reshape(number, size * bits), axis=-1)
+    wide = numbers.astype(">u2")[:, None].view(np.uint8)  # [size, 2]
+    return np.packbits(np.unpackbits(wide, axis=-1)[:, 16 - bits :])
 
 
 def _whole(written: np.ndarray, size: int, bits: int) -> np.ndarray:
-    """[K, size] int32, what `_bit_by_bit` was given."""
+    """[size] int32, what `_bit_by_bit` was given."""
     if bits == 8:
         return written.astype(np.int32)
-    each = np.unpackbits(written, axis=-1)[:, : size * bits].reshape(len(written), size, bits)
-    wide = np.packbits(np.pad(each, [(0, 0), (0, 0), (16 - bits, 0)]), axis=-1)
-    return np.ascontiguousarray(wide).view(">u2")[..., 0].astype(np.int32)
+    each = np.unpackbits(written)[: size * bits].reshape(size, bits)
+    wide = np.packbits(np.pad(each, [(0, 0), (16 - bits, 0)]), axis=-1)
+    return np.ascontiguousarray(wide).view(">u2")[:, 0].astype(np.int32)

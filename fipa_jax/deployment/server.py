@@ -117,6 +117,7 @@ class Server:
             self._state, note = self._journal.resumed(agreement.name, blank, None)
         self._skipped, self._number = note.get("skipped", 0), int(self._state.round)
         self._said: dict[bool, bytes] = {}  # {whether it asks for curvature: the round's broadcast}
+        self._drawn: list[int] = []  # the clients of the round, once they have been given broadcasts
         self._down = 0  # bytes of the broadcasts that have been given out
 
     @property
@@ -160,9 +161,15 @@ class Server:
         round, as in a simulation.
 
         Args:
-          clients: their numbers, or other whole numbers that tell them apart.
+          clients: all of the round at once, by their numbers, or other numbers below 2^31 that tell them apart.
+
+        Raises:
+          ValueError: with such a share, a second call in a round names other clients: the draw is among all of them.
         """
-        clients = [*clients]
+        clients = sorted(clients)
+        if self.agreement.in_turns and self._drawn not in ([], clients):
+            raise ValueError(f"clients: this round's are {self._drawn}, and all are drawn from at once; got {clients}")
+        self._drawn = clients
         due = dict.fromkeys(clients, True)
         if self.agreement.in_turns and clients:
             with self.agreement.precision():
@@ -267,7 +274,7 @@ class Server:
         """Writes the round's row, and keeps what the next ones need."""
         name, journal, note = self.agreement.name, self._journal, {"first": self._first, "chunk": 1}
         row = self.last = metrics.jsonable({"run": name, "round": self._number} | figures)
-        self._number, self._said, self._down = self._number + 1, {}, 0
+        self._number, self._said, self._drawn, self._down = self._number + 1, {}, [], 0
         self._skipped = self._skipped + 1 if row.get("skipped") else 0
         journal.write(row)
         check_progress(name, row, self._skipped, self.agreement.max_skips)

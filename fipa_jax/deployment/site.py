@@ -67,11 +67,16 @@ class Site:
         return wire.pack(wire.Message("upload", broadcast.fingerprint, broadcast.round, self._client, arrays))
 
     def warm_up(self) -> None:
-        """Compiles what a round needs, by one on the first model, so that the first message need not wait for it."""
+        """Compiles what rounds need, by one of each kind on the first model: the first message need not wait for it."""
         agreement = self._agreement
         with agreement.precision():
-            first = broadcast_of(agreement, agreement.params, first_rule(agreement.parts, agreement.params), 0)
-        self.work(first)
+            rule = first_rule(agreement.parts, agreement.params)
+            kinds = [
+                broadcast_of(agreement, agreement.params, rule, 0, due)
+                for due in (True, False)[: 1 + agreement.in_turns]
+            ]
+        for blob in kinds:
+            self.work(blob)
 
     def _seen(self, broadcast: wire.Message):
         """(whether it asks for curvature, the state as it tells it) of a broadcast."""

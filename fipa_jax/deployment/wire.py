@@ -20,7 +20,7 @@ The arrays of a `Message`, by name:
                 sketch/report/...               of the sketch; its residuals are those of the K pairs
                 diagonal/values                 [P]
                 image/values                    [P, s], of the common basis
-                core/values                     [s, s], within it
+                core/values                     [k (k + 1) / 2], within it: the upper half, by rows, of k columns in use
                 layers/inputs/PATH, outputs/PATH  halves of a layer's symmetric factors, see `curvature.LayerFactors`
 
 What is sent in few bits has two arrays for one, NAME/integers and NAME/scales: see `deployment.packing`.

@@ -109,13 +109,13 @@ def by_run(open_series: Callable[[Run], Series], runs: dict[str, Run]) -> Writer
 
     Rows of a method that is compared no more, as before a resume, are passed over.
     """
-    name, last, series = "", -1, None
+    name, last, series = "", {}, None
 
     def close() -> None:
         nonlocal series
         if series is not None:
             ended, series = series, None
-            ended.close(last >= runs[name].last)
+            ended.close(last["round"] >= runs[name].last or last.get("ended_early", False))
 
     def write(row: dict) -> None:
         nonlocal name, last, series
@@ -124,8 +124,8 @@ def by_run(open_series: Callable[[Run], Series], runs: dict[str, Run]) -> Writer
         if series is None or row["run"] != name:
             close()
             name, series = row["run"], open_series(runs[row["run"]])
-        last = row["round"]
-        series.write(last, figures(row))
+        last = row
+        series.write(row["round"], figures(row))
 
     return Writer(write, close)
 

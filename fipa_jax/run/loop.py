@@ -99,7 +99,7 @@ def rounds_of(
     Args:
       note: of the checkpoint that it goes on from: rounds in a row that were skipped, bytes that clients have sent.
     """
-    k, warned = int(state.round), Counter()
+    k, warned, asked = int(state.round), Counter(), phase.first + phase.settings.rounds - 1
     skipped, bytes_up = note.get("skipped", 0), note.get("bytes_up", 0)
     with console.Progress(name, phase.settings.rounds, k - phase.first) as bar:
         while k <= (last := last_within(phase, k, bytes_up)):
@@ -109,7 +109,7 @@ def rounds_of(
             for row, info in rows:
                 row = phase.shown(row, info)
                 if ended and row["round"] == k + len(rows) - 1:
-                    row |= own_models(phase, state.params)
+                    row |= own_models(phase, state.params) | ({"ended_early": True} if row["round"] < asked else {})
                 console.attempt("a warning", console.warn, name, row["round"], info, warned)
                 row = metrics.jsonable({"run": name} | row)
                 journal.write(row)
@@ -120,7 +120,7 @@ def rounds_of(
             note = {"first": phase.first, "chunk": phase.parts.chunk, "skipped": skipped, "bytes_up": bytes_up}
             if journal.keep(name, state, row, note, ended=ended) and not ended:
                 at_checkpoint()
-    if k <= phase.last:
+    if phase.first < k <= phase.last:
         logging.warning("%s: another round might send more bytes than all may; it ends after %d", name, k - phase.first)
     return state
 

@@ -1,6 +1,7 @@
 """Numbers in few bits travel as few bits: what arrives is what a simulation has, in as many bytes as it counts."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.deployed import Deployed, config_of, gap
@@ -8,6 +9,7 @@ from helpers.deployed import Deployed, config_of, gap
 from fipa_jax.curvature import few_bits
 from fipa_jax.curvature.common_basis import Core, in_few_bits
 from fipa_jax.deployment import packing, wire
+from fipa_jax.deployment.agreement import work_of
 from fipa_jax.deployment.packing import Bits, packed, unpacked
 
 SPAN = "fipa_span:aggregator.span.columns=6:aggregator.span.fresh=2:aggregator.span.bits=3:sketch.share=0.4"
@@ -88,6 +90,7 @@ def faults(sent):
     yield "flat", sent | {"delta/integers": integers[0]}
     yield "an integer that no rounding makes", sent | {"delta/integers": integers | 0xFF}
     yield "a negative scale", sent | {"delta/scales": -scales}
+    yield "a scale without end", sent | {"delta/scales": np.full_like(scales, np.inf)}
 
 
 def test_what_no_client_packs_is_refused():
@@ -109,6 +112,40 @@ def test_cores_and_bases_that_are_too_large_are_refused():
     for name, bits in ((packing.BASIS, Bits(curvature=8)), (packing.ASKED, Bits(asked=8))):
         with pytest.raises(wire.Malformed, match=name):
             unpacked(packed({name: basis}, bits), bits, {name: basis[:, :2]})
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+def test_a_core_that_is_none_is_refused(bits):
+    core = np.eye(3, dtype=np.float32)
+    sent = packed({packing.CORE: core}, Bits(curvature=bits))
+    name = packing.DIAGONAL if bits else packing.CORE
+    for wrong in (np.ones((), np.float32), np.ones([2, 2], np.float32), np.ones(5, np.float32), np.ones(3)):
+        with pytest.raises(wire.Malformed, match="core"):
+            unpacked(sent | {name: wrong}, Bits(curvature=bits), {packing.CORE: core})
+
+
+def test_a_client_that_sends_another_cores_arrays_is_left_out():
+    for bits, more in ((0, {packing.DIAGONAL: np.ones(2)}), (8, {packing.DIAGONAL: np.ones(())})):
+        deployed = Deployed(config_of(), f"{SPAN}:sketch.bits={bits}:sketch.share=1")
+        server = deployed.server()
+        server.round(deployed.answers(server))
+        sent = deployed.answers(server)
+        message = wire.unpack(sent[0])
+        arrays = {name: array for name, array in message.arrays.items() if not name.startswith("core")} | more
+        server.round(sent | {0: wire.pack(message._replace(arrays=arrays))})
+        assert set(server.wrong) == {0}
+
+
+def test_large_numbers_and_half_precision_arrive():
+    huge = np.full(300, 3e37, np.float32)
+    for bits in (8, 16):
+        got = unpacked(packed({"delta/a": huge}, Bits(update=bits)), Bits(update=bits), {"delta/a": huge})
+        np.testing.assert_allclose(got["delta/a"], huge, rtol=RTOL)
+    half, full = np.asarray(jnp.full(200, 0.3, jnp.bfloat16)), rounded(0, 100, 12)
+    update = {"delta/a": half, "delta/b": full}
+    got = unpacked(packed(update, Bits(update=12)), Bits(update=12), update)
+    assert got["delta/a"].dtype == half.dtype and got["delta/b"].dtype == full.dtype
+    np.testing.assert_allclose(got["delta/a"].astype(float), 0.3, rtol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -151,3 +188,21 @@ def test_where_clients_take_turns_no_broadcast_is_for_all():
     server = Deployed(config_of(clients=5), SPAN).server()
     with pytest.raises(ValueError, match=r"call broadcasts\(clients\)"):
         server.broadcast()
+
+
+def test_who_is_asked_is_drawn_among_all_clients_of_the_round():
+    server = Deployed(config_of(clients=5), SPAN).server()
+    blobs = server.broadcasts([3, 1, 2, 0, 4])
+    assert server.broadcasts(range(5)) == blobs
+    with pytest.raises(ValueError, match="all are drawn from at once"):
+        server.broadcasts([1])
+
+
+def test_a_warm_site_has_compiled_both_kinds_of_work():
+    deployed = Deployed(config_of(clients=5), SPAN)
+    deployed.sites[0].warm_up()
+    programs = work_of._cache_size()
+    server = deployed.server()
+    for _ in range(4):
+        server.round(deployed.answers(server))
+    assert work_of._cache_size() == programs
