@@ -48,7 +48,9 @@ def from_one_start(sketcher: Sketcher) -> Sketcher:
     return sketcher._replace(drawn_by=jnp.zeros_like)
 
 
-def sent_seldom(sketcher: Sketcher, share: float, *, full: int = 1, start: int = 0, scaled: bool = True) -> Sketcher:
+def sent_seldom(
+    sketcher: Sketcher, share: float, *, full: int = 1, start: int = 0, scaled: bool = True, least: int = 0
+) -> Sketcher:
     """The sketcher of which in a round only a part of the cohort is asked; all others send no pair and do no work.
 
     In each of the first `full` rounds everybody sends a sketch. Then `share` of all do, their number in a round as even
@@ -65,12 +67,15 @@ def sent_seldom(sketcher: Sketcher, share: float, *, full: int = 1, start: int =
       start: the number of the phase's first round.
       scaled: whether eigenvalues come divided by p, so that the mean of what arrives, zeros included, is that of all
         clients' curvature. A rule that takes the mean over those who have sent needs them as they are.
+      least: clients of a round that are asked even so; with `scaled`, 0.
 
     Raises:
-      ValueError: the share is not in (0, 1].
+      ValueError: the share is not in (0, 1]; a least number of clients whose sketches are scaled.
     """
     if not 0 < share <= 1:
         raise ValueError(f"sketch.share: needs a number above 0 and at most 1, got {share}")
+    if scaled and least:
+        raise ValueError(f"least: with scaled sketches needs 0, as their mean would not be that of all, got {least}")
     contracts.at_least(0, full=full)
 
     def of_cohort(messages, round):
@@ -82,14 +87,14 @@ def sent_seldom(sketcher: Sketcher, share: float, *, full: int = 1, start: int =
         scale = jnp.where(round - start < full, 1, 1 / share) if scaled else jnp.ones([])
         return sketches._replace(eigenvalues=sketches.eigenvalues * scale.astype(sketches.eigenvalues.dtype))
 
-    return sketcher._replace(of_cohort=of_cohort, due=functools.partial(due, share, full, start))
+    return sketcher._replace(of_cohort=of_cohort, due=functools.partial(due, share, full, start, least))
 
 
-def due(share: float, full: int, start: int, round: jax.Array, key: jax.Array, ids: jax.Array) -> jax.Array:
+def due(share: float, full: int, start: int, least: int, round: jax.Array, key: jax.Array, ids: jax.Array) -> jax.Array:
     """[C] bool: which of the clients `ids` [C] send a sketch in a round, see `sent_seldom`; the key is the round's."""
     clients, after = ids.shape[0], jnp.maximum(round - start - full, -1)
     until = jnp.floor(clients * share * jnp.stack([after, after + 1]) + 0.5)
-    number = jnp.where(after < 0, clients, until[1] - until[0])
+    number = jnp.where(after < 0, clients, jnp.maximum(until[1] - until[0], least))
     lots = jax.vmap(lambda id_: jax.random.uniform(jax.random.fold_in(key, id_)))(ids)
     return jnp.argsort(jnp.argsort(lots)) < number
 

@@ -158,9 +158,10 @@ def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task, start:
     sketcher = on_views(sketcher, task.augment) if settings.views else sketcher
     sketcher = from_one_start(sketcher) if settings.common_start else sketcher
     if settings.share != 1:  # a rule of gradients takes the mean over those who have sent a sketch
-        scaled = not aggregator.needs.gradient
-        start += aggregator.needs.curvature == "core"  # in the first round there is no direction to ask about
-        sketcher = sent_seldom(sketcher, settings.share, full=settings.full, start=start, scaled=scaled)
+        scaled, of_cores = not aggregator.needs.gradient, aggregator.needs.curvature == "core"
+        start += of_cores  # in the first round there is no direction to ask about
+        how = {"full": settings.full, "start": start, "scaled": scaled, "least": int(of_cores)}
+        sketcher = sent_seldom(sketcher, settings.share, **how)
     return within_budget(sketcher, settings.budget, start) if settings.budget else sketcher
 
 

@@ -101,6 +101,15 @@ def test_what_seldom_comes_stands_for_the_rest():
     assert own.of_cohort(sketches_of(values), jnp.int32(9)).eigenvalues.tolist() == values
 
 
+def test_one_client_of_a_round_at_least_is_asked_where_that_is_wanted():
+    """Of three clients a tenth would be one in three rounds of ten."""
+    seldom = curvature.sent_seldom(curvature.plain(None), 0.1, scaled=False, least=1)
+    numbers = [int(seldom.due(jnp.int32(k), jax.random.key(k), jnp.arange(3)).sum()) for k in range(12)]
+    assert numbers == [3] + [1] * 11
+    with pytest.raises(ValueError, match="with scaled sketches needs 0"):
+        curvature.sent_seldom(curvature.plain(None), 0.1, least=1)
+
+
 def test_a_budget_buys_the_largest_pairs_and_is_kept_to():
     values = [[9.0, 4.0, 1.0], [8.0, 2.0, 0.5]]
     price, numbers = 4 * 8, 4 * 3  # float32: a vector; the eigenvalues
