@@ -4,7 +4,7 @@ Tiny-ImageNet-50, balanced Dirichlet splits, the whole CNN, from the last model 
 rule has three settings of its step sizes, chosen on the held-out images of seed 9 after 40 rounds, at alpha 0.3 and
 0.1; those of 0.1 serve at 0.05 too. FIPA in the span of gradients (`fipa_span`) has none: its damping is the least
 curvature that it knows. To make its rounds cheap a client that is asked for curvature sees one direction of each
-example's loss Hessian. Two first-order rules are shown with updates in 8 bits too, as many bytes as FIPA sends up.
+example's loss Hessian.
 """
 
 import numpy as np
@@ -26,8 +26,6 @@ from evidence.records import (
 WHOLE = "trainable=.*:cache_body=False"
 CHEAP = "sketch.solver=rows:sketch.loss_rank=1:sketch.micro_batch=5:local.micro_batch=5"
 FIPA = {"FIPA in the span of gradients": f"fipa_span:{WHOLE}:{CHEAP}"}
-EIGHT = "{}, updates in 8 bits"  # of these rules at this alpha
-IN_EIGHT, EIGHT_AT = ("FedAvg", "FedAdam"), 0.1
 RULES = {  # label -> method, of which two numbers are filled in
     "FedAvg": "local.lr={}:server.lr={}",
     "FedAvgM": "server.optimizer=momentum:local.lr={}:server.lr={}",
@@ -95,16 +93,7 @@ def _chosen(found, alpha):
 def then(found):
     """Every rule as tuned."""
     tuned = {alpha: _chosen(found, alpha) for alpha in TUNED_AT}
-    runs = {_place(alpha): _run(alpha, methods.values(), ROUNDS) for alpha, methods in tuned.items() if methods}
-    if tuned[EIGHT_AT]:
-        runs[EIGHT.format(_place(EIGHT_AT))] = _run(EIGHT_AT, _in_eight(found).values(), ROUNDS)
-    return runs
-
-
-def _in_eight(found):
-    """{label: method} of rules whose updates travel in 8 bits."""
-    tuned = _chosen(found, EIGHT_AT)
-    return {EIGHT.format(label): f"{tuned[label]}:local.compress.name=few_bits" for label in IN_EIGHT if label in tuned}
+    return {_place(alpha): _run(alpha, methods.values(), ROUNDS) for alpha, methods in tuned.items() if methods}
 
 
 def _reaches(found, run, spec, target):
@@ -141,8 +130,6 @@ def _lines(found, alpha):
     """{label: (run, method)} of what has run, FIPA first."""
     lines = {label: (_nothing_tuned(alpha), spec) for label, spec in FIPA.items()}
     lines |= {label: (_place(alpha), spec) for label, spec in _chosen(found, alpha).items()}
-    if alpha == EIGHT_AT:
-        lines |= {label: (EIGHT.format(_place(alpha)), spec) for label, spec in _in_eight(found).items()}
     return {label: line for label, line in lines.items() if sent(found, *line).size}
 
 
