@@ -110,7 +110,8 @@ def sketch(
 def due_of(parts: Parts, round: jax.Array, ids: jax.Array, root: jax.Array) -> jax.Array:
     """[C] bool, which of a round's clients `ids` [C] send curvature, where not all of them do."""
     key = jax.random.fold_in(_keys_of(round, root)[2], DUE)
-    return contracts.given(contracts.given(parts.sketcher, "parts.sketcher").due, "sketcher.due")(round, key, ids)
+    due = contracts.given(parts.sketcher, "parts.sketcher").due
+    return contracts.given(due, "sketcher.due, as not all send any")(round, key, ids)
 
 
 def by_clients(parts: Parts, train: Callable, sketch: Callable, clock: Callable = lambda stage, result: result):

@@ -15,12 +15,9 @@ from fipa_jax import files, trees
 from fipa_jax.client.examples import Client
 from fipa_jax.config.checks import validate
 from fipa_jax.data import partition
-from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation.parallel import make_mesh, replicate
 from fipa_jax.federation.parts import Parts
 from fipa_jax.federation.population import OnHost, Resident
-from fipa_jax.federation.round import by_clients
-from fipa_jax.federation.state import fetch
 from fipa_jax.reporting import metrics, plots
 from fipa_jax.run import head_features, personal_stage, phase_checks, phase_parts, private_checks, programs
 from fipa_jax.saving.model_files import load
@@ -142,7 +139,7 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
         experiment = head_features.cached(experiment, experiment.params, settings.cache_views, by_shapes=True)
     if settings.pooled:
         experiment = pooled(experiment)
-    config, people, params, root = experiment.config, experiment.population, experiment.params, experiment.root
+    config, people, params = experiment.config, experiment.population, experiment.params
     personal_stage.check(experiment, settings)
     rates = phase_parts.make_rates(settings, config.precision, experiment.problem.public)
     parts = parts_of(experiment, settings)
@@ -150,14 +147,11 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     phase_checks.check_needs(settings, parts, params, people.data, name)
     store_on_host(config, parts, params)
     check_room(parts, params)
-    state = parts_lib.init(parts, params, on_host=True)
-    state = fetch(state, np.arange(parts.cohort))  # the cohort's stores alone
     stages = programs.compiled(experiment.compiled, settings, parts)
-    _, orders = stages.draw.eval_shape(state.round, rates, root)
-    cohort = people.shapes(parts.cohort)._replace(orders=orders)
-    work = by_clients(parts, stages.train.eval_shape, stages.sketch.eval_shape)
-    results, sketches = work(state, rates, cohort, root)
-    stages.serve.eval_shape(state, rates, cohort, results, sketches)
+    shapes = programs.shapes_of_round(stages, experiment, parts, rates)
+    stages.serve.eval_shape(shapes.state, rates, shapes.cohort, shapes.results, shapes.sketches)
+    if settings.most_bytes_up:
+        programs.largest_upload(settings, shapes, parts)
 
 
 def store_on_host(config: ConfigDict, parts: Parts, params: Any) -> bool:

@@ -76,9 +76,10 @@ def run_phase(
     if experiment.config.chunk < 0:
         chunk = note["chunk"] if note else tuned_chunk(experiment, settings, parts, state, rates)
         parts = parts._replace(chunk=chunk)
-    largest = largest_upload(experiment, parts, rates, state) if settings.most_bytes_up else 0
-    if largest > settings.most_bytes_up:
-        raise ValueError(f"most_bytes_up: a round may take {largest:,} bytes, got {settings.most_bytes_up:,.0f}")
+    largest = 0
+    if settings.most_bytes_up:
+        shapes = programs.shapes_of_round(programs.jitted(parts), experiment, parts, rates)
+        largest = programs.largest_upload(settings, shapes, parts)
     phase = Phase(experiment, settings, parts, rates, first, first + budget.rounds - 1, largest, budget.of_row)
     in_one_call = experiment.config.rounds_per_call > 1
     advance = in_blocks(phase, state) if in_one_call else by_stage(phase, journal.asked)
@@ -130,16 +131,6 @@ def last_within(phase: Phase, k: int, bytes_up: int) -> int:
     if not phase.largest:
         return phase.last
     return min(phase.last, k - 1 + int((phase.settings.most_bytes_up - bytes_up) // phase.largest))
-
-
-def largest_upload(experiment: Experiment, parts: Parts, rates: Rates, state: State) -> int:
-    """The bytes that all clients of a round send at most: every one its curvature, with all pairs or columns."""
-    stages = programs.jitted(parts)
-    ids, orders = stages.draw(state.round, rates, experiment.root)
-    cohort = experiment.population.cohort(ids)._replace(orders=orders)
-    work = round_lib.by_clients(parts, stages.train, stages.sketch)
-    results, sketches = jax.eval_shape(work, state_lib.fetch(state, ids), rates, cohort, experiment.root)
-    return programs.traffic_of(state, results, sketches, parts)(programs.most_curvature(sketches))["bytes_up"]
 
 
 def start(experiment: Experiment, parts: Parts, params: Any, first: int) -> State:
@@ -235,7 +226,8 @@ def in_blocks(phase: Phase, state: State) -> Advance:
     config, people, root = experiment.config, experiment.population, experiment.root
     name = f"block of {programs.key_of(phase.settings, parts)}"
     run = experiment.compiled.setdefault(name, jax.jit(_block(experiment, parts), donate_argnums=0))
-    sent = programs.traffic_of(state, *_shapes_of_work(phase, state), parts)
+    shapes = programs.shapes_of_round(programs.jitted(parts), experiment, parts, phase.rates)
+    sent = programs.traffic_of(state, shapes.results, shapes.sketches, parts)
 
     def advance(state: State, k: int, count: int, last: int):
         clock = Clock()
@@ -276,20 +268,6 @@ def _block(experiment: Experiment, parts: Parts) -> Callable:
         return lax.fori_loop(0, count, body, (state, empty))
 
     return block
-
-
-def _shapes_of_work(phase: Phase, state: State):
-    """The shapes of a round's (results, sketches)."""
-    experiment = phase.experiment
-    stages = programs.jitted(phase.parts)
-
-    def work(state, rates, people, root):
-        ids, orders = stages.draw(state.round, rates, root)
-        cohort = people.cohort(ids)._replace(orders=orders)
-        by_clients = round_lib.by_clients(phase.parts, stages.train, stages.sketch)
-        return by_clients(state_lib.fetch(state, ids), rates, cohort, root)
-
-    return jax.eval_shape(work, state, phase.rates, experiment.population, experiment.root)
 
 
 def _if(condition: jax.Array, figures: Callable[[Any], dict], params: Any) -> dict:

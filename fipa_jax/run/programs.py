@@ -131,15 +131,47 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     return sent_in
 
 
-def most_curvature(sketches: Any) -> dict:
-    """The info of a round in which all of its clients have sent all that they may, by the shapes of their sketches."""
-    if isinstance(sketches, Sketch):
-        clients, pairs = sketches.eigenvalues.shape
-        return {"sketches_sent": clients, "sketch_pairs": clients * pairs}
-    if isinstance(sketches, Core):
-        clients, columns = sketches.values.shape[:2]
-        return {"sketches_sent": clients, "columns": columns}
-    return {}
+class Shapes(NamedTuple):
+    """The shapes of a round, as its server has them."""
+
+    state: State
+    cohort: Cohort
+    results: Any  # of the clients' training
+    sketches: Any
+
+
+def shapes_of_round(stages: Programs, experiment: Any, parts: Parts, rates: Rates) -> Shapes:
+    """Goes through the clients' part of a round by shapes alone.
+
+    Args:
+      stages: over the parts.
+      experiment: an `experiment.Experiment`; nothing of its data is looked at.
+    """
+    root, people = experiment.root, experiment.population
+    state = fetch(parts_lib.init(parts, experiment.params, on_host=True), np.arange(parts.cohort))  # its stores alone
+    _, orders = stages.draw.eval_shape(state.round, rates, root)
+    cohort = people.shapes(parts.cohort)._replace(orders=orders)
+    work = by_clients(parts, stages.train.eval_shape, stages.sketch.eval_shape)
+    return Shapes(state, cohort, *work(state, rates, cohort, root))
+
+
+def largest_upload(settings: ConfigDict, shapes: Shapes, parts: Parts) -> int:
+    """The bytes that all clients of a round send at most: every one its curvature, with all pairs or columns.
+
+    Raises:
+      ValueError: they are more than `most_bytes_up` allows all rounds.
+    """
+    most: dict = {}
+    if isinstance(shapes.sketches, Sketch):
+        clients, pairs = shapes.sketches.eigenvalues.shape
+        most = {"sketches_sent": clients, "sketch_pairs": clients * pairs}
+    elif isinstance(shapes.sketches, Core):
+        clients, columns = shapes.sketches.values.shape[:2]
+        most = {"sketches_sent": clients, "columns": columns}
+    largest = traffic_of(shapes.state, shapes.results, shapes.sketches, parts)(most)["bytes_up"]
+    if largest > settings.most_bytes_up:
+        raise ValueError(f"most_bytes_up: a round may take {largest:,} bytes, got {settings.most_bytes_up:,.0f}")
+    return largest
 
 
 def _bytes_of_columns(parts: Parts, size: int, itemsize: int):

@@ -118,6 +118,7 @@ def test_bytes_that_do_not_suffice_for_a_round_are_refused(tmp_path):
     config.task.num_clients, config.fipa.most_bytes_up = CLIENTS, 100.0
     with pytest.raises(ValueError, match=r"most_bytes_up: a round may take \d+ bytes, got 100"):
         whole_run.run(config, tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists(), "it shows before the first round"
 
 
 @pytest.mark.slow
