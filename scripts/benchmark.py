@@ -8,6 +8,7 @@ head       the last layer's sketch in closed form, beside the same through the n
 merge      the server's merge: errors against float64, seconds and peak memory, beside one copy of the uploads
 gauss_newton   how close FIPA stays to the centralised Gauss-Newton trajectory, by rank and number of rounds
 step       a network's training step beside the floor of its operations, and its memory
+convolution    GFLOP/s of a ResNet's convolutions within a loop: ours, XLA's, and XLA's with transposes by hand
 startup    seconds to the first round, with nothing compiled before and with the cache of compiled programs
 population time and memory of a round beside the number of all clients, of which a hundred take part
 scaling    the same rounds, or the merge, on 1, 2, 4 devices, two processes: seconds, memory, whether a bit differs

@@ -1,11 +1,18 @@
-"""Five of a hundred clients and a network of 203k parameters: is FIPA ahead with nothing to tune?
+"""Five of a hundred clients and networks of 200k parameters: is FIPA ahead with nothing to tune?
 
-Tiny-ImageNet-50, balanced Dirichlet splits, the whole CNN, from the last model of a FedRCL warm-up. Every first-order
-rule has three settings of its step sizes, chosen on the held-out images of seed 9 after 40 rounds, at alpha 0.3 and
-0.1; those of 0.1 serve at 0.05 too. FIPA in the span of gradients (`fipa_span`) has none: its damping is the least
-curvature that it knows. To make its rounds cheap a client that is asked for curvature sees one direction of each
-example's loss Hessian.
+Tiny-ImageNet-50 and parts of CIFAR-10, balanced Dirichlet splits, whole networks, from the last model of a warm-up (by
+FedRCL on Tiny-ImageNet-50, by FedAvg on CIFAR-10). Every first-order rule has three settings of its step sizes, chosen
+on the held-out images of seed 9 after 40 rounds; a split that was not tuned takes the settings of the one at alpha 0.1,
+and ResNet-20 those of the CNN. FIPA in the span of gradients (`fipa_span`) has none: its damping is the least curvature
+that it knows. To make its rounds cheap a client that is asked for curvature sees one direction of each example's loss
+Hessian. At equal bytes all rules go on until clients have sent what 60 rounds of plain FedAvg send, updates in 8 bits.
+
+The ceiling is SGD with all clients' images in one place, an epoch a round, at the better of two step sizes on the same
+held-out images.
 """
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from evidence.records import (
@@ -13,6 +20,7 @@ from evidence.records import (
     Spread,
     Study,
     Table,
+    best,
     chosen,
     draw_lines,
     every,
@@ -25,7 +33,8 @@ from evidence.records import (
 
 WHOLE = "trainable=.*:cache_body=False"
 CHEAP = "sketch.solver=rows:sketch.loss_rank=1:sketch.micro_batch=5:local.micro_batch=5"
-FIPA = {"FIPA in the span of gradients": f"fipa_span:{WHOLE}:{CHEAP}"}
+NOTHING_TUNED = "FIPA in the span of gradients"
+FIPA = f"fipa_span:{WHOLE}:{CHEAP}"
 RULES = {  # label -> method, of which two numbers are filled in
     "FedAvg": "local.lr={}:server.lr={}",
     "FedAvgM": "server.optimizer=momentum:local.lr={}:server.lr={}",
@@ -35,65 +44,136 @@ RULES = {  # label -> method, of which two numbers are filled in
     "FedDyn": "term.name=dyn:server.lr=0.3:local.lr={}:term.mu={}",
     "SCAFFOLD": "term.name=scaffold:local.lr={}:server.lr={}",
 }
-GRIDS = {  # alpha -> what each rule is tried at, in the order of `RULES`
-    0.3: (
-        [(0.1, 0.3), (0.1, 0.1), (0.03, 0.3)],
-        [(0.1, 0.1), (0.1, 0.03), (0.03, 0.1)],
-        [(0.1, 0.003), (0.1, 0.001), (0.03, 0.001)],
-        [(0.1, 0.3), (0.03, 0.3), (0.03, 1)],
-        [(0.1, 0.3), (0.1, 0.1), (0.03, 0.3)],
-        [(0.1, 0.1), (0.1, 0.01), (0.03, 0.01)],
-        [(0.1, 0.3), (0.03, 0.3), (0.03, 1)],
-    ),
-    0.1: (
-        [(0.1, 0.1), (0.03, 0.3), (0.01, 1)],
-        [(0.1, 0.03), (0.03, 0.1), (0.01, 0.3)],
-        [(0.1, 0.001), (0.03, 0.001), (0.01, 0.001)],
-        [(0.1, 0.1), (0.03, 0.3), (0.01, 1)],
-        [(0.1, 0.1), (0.03, 0.3), (0.01, 1)],
-        [(0.03, 0.1), (0.03, 0.01), (0.01, 0.01)],
-        [(0.1, 0.1), (0.03, 0.3), (0.01, 1)],
-    ),
+WITH_ALL = "all images in one place"
+CEILING = f"fedavg:pooled=True:least_clients=1:{WHOLE}:server.lr=1:local.epochs=1:local.lr={{}}"
+IMAGENET, IMAGES = "Tiny-ImageNet-50, alpha {:g}", "Half of CIFAR-10, alpha {:g}"
+RESNET = "A fifth of CIFAR-10, ResNet-20, alpha 0.1"
+STEPS = [(0.1, 0.1), (0.03, 0.3), (0.01, 1)]
+GRIDS = {  # where it is tuned -> what each rule is tried at
+    IMAGENET.format(0.3): {
+        "FedAvg": [(0.1, 0.3), (0.1, 0.1), (0.03, 0.3)],
+        "FedAvgM": [(0.1, 0.1), (0.1, 0.03), (0.03, 0.1)],
+        "FedAdam": [(0.1, 0.003), (0.1, 0.001), (0.03, 0.001)],
+        "FedVARP": [(0.1, 0.3), (0.03, 0.3), (0.03, 1)],
+        "FedRCL": [(0.1, 0.3), (0.1, 0.1), (0.03, 0.3)],
+        "FedDyn": [(0.1, 0.1), (0.1, 0.01), (0.03, 0.01)],
+        "SCAFFOLD": [(0.1, 0.3), (0.03, 0.3), (0.03, 1)],
+    },
+    IMAGENET.format(0.1): {
+        "FedAvg": STEPS,
+        "FedAvgM": [(0.1, 0.03), (0.03, 0.1), (0.01, 0.3)],
+        "FedAdam": [(0.1, 0.001), (0.03, 0.001), (0.01, 0.001)],
+        "FedVARP": STEPS,
+        "FedRCL": STEPS,
+        "FedDyn": [(0.03, 0.1), (0.03, 0.01), (0.01, 0.01)],
+        "SCAFFOLD": STEPS,
+    },
+    IMAGES.format(0.1): {
+        "FedAvg": STEPS,
+        "FedAdam": [(0.1, 0.003), (0.1, 0.001), (0.03, 0.001)],
+        "FedVARP": STEPS,
+        "FedRCL": STEPS,
+    },
 }
-TUNED_AT = {0.3: 0.3, 0.1: 0.1, 0.05: 0.1}  # alpha -> of which split the settings are
+
+
+class Place(NamedTuple):
+    """What is trained, and by which settings."""
+
+    config: str
+    fields: Mapping[str, Any]
+    tuned_at: str  # a key of `GRIDS`
+    rounds: int = 60
+
+
+def _part_of_cifar10(share, model, alpha, warmup=100):
+    images = {"data.train_split": f"train[:{share}%]", "data.test_split": "test[:2000]", "model.name": model}
+    return images | {"warmup.rounds": warmup, "partition.alpha": alpha}
+
+
+TINY = {"config": "tiny_imagenet:cpu"}
+PLACES = {
+    IMAGENET.format(0.3): Place(**TINY, fields={"partition.alpha": 0.3}, tuned_at=IMAGENET.format(0.3)),
+    IMAGENET.format(0.1): Place(**TINY, fields={"partition.alpha": 0.1}, tuned_at=IMAGENET.format(0.1)),
+    IMAGENET.format(0.05): Place(**TINY, fields={"partition.alpha": 0.05}, tuned_at=IMAGENET.format(0.1)),
+    **{
+        IMAGES.format(alpha): Place("cifar10", _part_of_cifar10(50, "cnn_200k", alpha), IMAGES.format(0.1))
+        for alpha in (0.3, 0.1, 0.05)
+    },
+    RESNET: Place("cifar10", _part_of_cifar10(20, "resnet20", 0.1, warmup=40), IMAGES.format(0.1), rounds=40),
+}
+AT_EQUAL_BYTES = (IMAGENET.format(0.1),)
+IN_8_BITS = ("FedVARP", "FedRCL")  # of the rules, those that go on there
+BYTES = 2.44e8  # that all clients may send: those of 60 rounds of plain FedAvg
 OWN = ("local.lr", "server.lr", "term.mu")  # what is chosen
-LAST, TUNING, ROUNDS = 3, 40, 60  # evaluations; rounds
+LAST, TUNING, EPOCHS = 3, 40, 50  # evaluations; rounds; of the ceiling
 
 
-def _place(alpha):
-    return f"Tiny-ImageNet-50, alpha {alpha:g}"
+def _nothing_tuned(place):
+    return f"{place}, FIPA"
 
 
-def _nothing_tuned(alpha):
-    return f"{_place(alpha)}, FIPA"
+def _equal(place):
+    return f"{place}, at equal bytes"
 
 
-def _tried(alpha):
+def _ceiling(place):
+    return f"{place}, {WITH_ALL}"
+
+
+def _tried(place):
     """{label: its settings}."""
     return {
-        label: [f"fedavg:{WHOLE}:{method.format(*numbers)}" for numbers in grid]
-        for (label, method), grid in zip(RULES.items(), GRIDS[alpha], strict=True)
+        label: [f"fedavg:{WHOLE}:{RULES[label].format(*numbers)}" for numbers in grid]
+        for label, grid in GRIDS[place].items()
     }
 
 
-def _run(alpha, methods, rounds, **others):
-    fields = {"partition.alpha": alpha, "eval.every": 2, "eval.clients_every": 0}
-    warm = Run("tiny_imagenet:cpu", fields | {"fipa.rounds": 0}, seeds=(0,))
-    fields |= {"compare": tuple(methods), "fipa.rounds": rounds}
-    return Run("tiny_imagenet:cpu", fields, start=warm, **others)
+def _run(place, methods, rounds=0, **others):
+    config, fields, _, usual = PLACES[place]
+    fields = {**fields, "eval.every": 2, "eval.clients_every": 0}
+    warm = Run(config, fields | {"fipa.rounds": 0}, seeds=(0,))
+    fields |= {"compare": tuple(methods), "fipa.rounds": rounds or usual}
+    return Run(config, fields, start=warm, **others)
 
 
-def _chosen(found, alpha):
+def _runs():
+    for place in GRIDS:
+        yield f"tune, {place}", _run(place, every(_tried(place)), rounds=TUNING, seeds=(9,))
+    for place in PLACES:
+        yield _nothing_tuned(place), _run(place, [FIPA])
+    for place in (IMAGENET.format(0.3), IMAGENET.format(0.1), IMAGES.format(0.1)):
+        yield _ceiling(place), _run(place, _ceilings(), rounds=EPOCHS, seeds=(9,))
+
+
+def _ceilings():
+    return [CEILING.format(rate) for rate in (0.1, 0.03)]
+
+
+def _chosen(found, place):
     """{label: method} of the rules as tuned."""
-    tuned_at = TUNED_AT[alpha]
-    best = chosen(found, f"tune, alpha {tuned_at:g}", _tried(tuned_at), "holdout_accuracy", LAST)
-    return {label: spec for label, spec in best.items() if spec}
+    tuned_at = PLACES[place].tuned_at
+    tuned = chosen(found, f"tune, {tuned_at}", _tried(tuned_at), "holdout_accuracy", LAST)
+    return {label: spec for label, spec in tuned.items() if spec}
+
+
+def _long(found, place):
+    """{label: method} that go on until so much is sent; FIPA's updates have 8 bits as it is."""
+    most = f"rounds=2000:most_bytes_up={BYTES:g}"
+    eight = {label: f"{spec}:local.compress.name=few_bits:{most}" for label, spec in _chosen(found, place).items()}
+    long = {f"{label} in 8 bits": eight[label] for label in IN_8_BITS if label in eight}
+    return long and {NOTHING_TUNED: f"{FIPA}:{most}"} | long
 
 
 def then(found):
-    """Every rule as tuned."""
-    tuned = {alpha: _chosen(found, alpha) for alpha in TUNED_AT}
-    return {_place(alpha): _run(alpha, methods.values(), ROUNDS) for alpha, methods in tuned.items() if methods}
+    """Every rule as tuned, and at equal bytes."""
+    runs = {}
+    for place in PLACES:
+        if methods := _chosen(found, place):
+            runs[place] = _run(place, methods.values())
+        if place in AT_EQUAL_BYTES and methods:
+            runs[_equal(place)] = _run(place, _long(found, place).values())
+    return runs
 
 
 def _reaches(found, run, spec, target):
@@ -122,52 +202,68 @@ def _row(found, run, spec, label, target):
         "seconds of a round": f"{seconds(found, run, spec):.2g}",
         "megabytes up": Spread(sent(found, run, spec, ("bytes_up",)) / 1e6, number),
         "up and down": Spread(sent(found, run, spec) / 1e6, number),
-        "chosen": "nothing" if label in FIPA else f"`{own}`",
+        "chosen": "nothing" if label == NOTHING_TUNED else f"`{own}`",
     }
 
 
-def _lines(found, alpha):
+def _lines(found, place):
     """{label: (run, method)} of what has run, FIPA first."""
-    lines = {label: (_nothing_tuned(alpha), spec) for label, spec in FIPA.items()}
-    lines |= {label: (_place(alpha), spec) for label, spec in _chosen(found, alpha).items()}
+    lines = {NOTHING_TUNED: (_nothing_tuned(place), FIPA)}
+    lines |= {label: (place, spec) for label, spec in _chosen(found, place).items()}
+    lines[WITH_ALL] = _ceiling(place), best(found, _ceiling(place), _ceilings(), "holdout_accuracy", LAST)
+    return _that_ran(found, lines)
+
+
+def _lines_at_equal_bytes(found, place):
+    return _that_ran(found, {label: (_equal(place), spec) for label, spec in _long(found, place).items()})
+
+
+def _that_ran(found, lines):
     return {label: line for label, line in lines.items() if sent(found, *line).size}
+
+
+def _table(found, words, lines):
+    ends = {label: final(found, *line, "test_accuracy", last=LAST).mean() for label, line in lines.items()}
+    target = max([end for label, end in ends.items() if label not in (NOTHING_TUNED, WITH_ALL)], default=np.inf)
+    words = f"{words}: mean of the last three evaluations, and the standard deviation over seeds. "
+    words += "The rounds are those to the end of the best first-order rule, by evaluations in every second round."
+    return Table(words, [_row(found, *line, label, target) for label, line in lines.items()])
 
 
 def tables(found):
     """Accuracy, loss, bytes and seconds; and how soon the best first-order rule's final accuracy is there."""
     made = []
-    for alpha in TUNED_AT:
-        lines = _lines(found, alpha)
-        ends = {label: final(found, *line, "test_accuracy", last=LAST).mean() for label, line in lines.items()}
-        target = max([end for label, end in ends.items() if label in RULES], default=np.inf)
-        words = (
-            f"{_place(alpha)}, {ROUNDS} rounds: mean of the last three evaluations, and the standard deviation over "
-            "seeds. The rounds are those to the end of the best first-order rule, by evaluations in every second round."
-        )
-        rows = [_row(found, *line, label, target) for label, line in lines.items()]
-        made += [Table(words, rows)] if rows or not made else []
+    for place in PLACES:
+        if (lines := _lines(found, place)) or not made:
+            made.append(_table(found, f"{place}, {PLACES[place].rounds} rounds", lines))
+        if place in AT_EQUAL_BYTES and (lines := _lines_at_equal_bytes(found, place)):
+            made.append(_table(found, f"{place}, {BYTES / 1e6:g} MB up", lines))
     return made
 
 
 def draw(found, path):
-    """The accuracies by rounds."""
-    panels = {
-        _place(alpha): [(*line, label) for label, line in lines.items()]
-        for alpha in TUNED_AT
-        if (lines := _lines(found, alpha))
+    """The accuracies by rounds, and by bytes up."""
+    panels = {place: [(*line, label) for label, line in _lines(found, place).items()] for place in PLACES}
+    panels |= {
+        _equal(place): [(*line, label) for label, line in _lines_at_equal_bytes(found, place).items()]
+        for place in AT_EQUAL_BYTES
     }
-    draw_lines(panels or {_place(0.3): []}, "test_accuracy", path, found)
+    draw_lines(
+        {place: lines for place, lines in panels.items() if lines} or {IMAGENET.format(0.3): []},
+        "test_accuracy",
+        path,
+        found,
+    )
 
 
 STUDY = Study(
     words=__doc__,
-    runs={f"tune, alpha {alpha:g}": _run(alpha, every(_tried(alpha)), TUNING, seeds=(9,)) for alpha in GRIDS}
-    | {_nothing_tuned(alpha): _run(alpha, FIPA.values(), ROUNDS) for alpha in TUNED_AT},
+    runs=dict(_runs()),
     then=then,
     tables=tables,
     draw=draw,
     caption="Test accuracy by round, mean and one standard deviation over the seeds",
-    data=("tiny_imagenet",),
+    data=("tiny_imagenet", "cifar10"),
     gigabytes=5,
-    hours=6,
+    hours=12,
 )

@@ -24,6 +24,7 @@ COMMANDS = {
     "merge": "merge --parts=size --size=300 --clients=2 --rank=2 --size-methods=gram --stores=float32 --repeats=1",
     "gauss_newton": "gauss_newton --ranks 2 --rounds 2 4 --substeps=2 --plot=gap.png",
     "step": "step --model=cnn_6k --side=32 --classes=10 --batch=4 --repeats=1",
+    "convolution": "convolution --batch=2 --layers=1 --repeats=1",
     "startup": "startup --models sine --methods fedavg",
     "population": "population --populations 20 --cohort=2 --pool=50 --model=cnn_6k --terms scaffold --rounds=2",
     "scaling": "scaling --model=sine --methods fedavg --clients=2 --examples=8 --rounds=2 --places 1x2",
