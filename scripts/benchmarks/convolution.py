@@ -17,6 +17,7 @@ from fipa_jax.models.convolution import LAYOUT, conv
 
 ONES, SAME = (1, 1), ((1, 1), (1, 1))
 STEPS = 3  # of the loop
+BUDGET = 2.0  # seconds, after which a way takes no further turn: some are slow
 LAYERS = ((32, 16), (16, 32), (8, 64), (32, 64), (16, 128), (8, 256), (4, 512))  # side, channels in and out
 
 
@@ -41,14 +42,14 @@ def measure(args, side: int, channels: int) -> dict:
     images, kernel = (jax.random.normal(jax.random.key(0), shape) for shape in shapes.values())
     operands = images, kernel, images  # the result is as large as the images
     calls = {
-        f"{part}, {way}": functools.partial(timing.wall_seconds, in_a_loop(part, way), *operands)
+        f"{part}, {way}": functools.partial(
+            timing.wall_seconds, in_a_loop(part, way).lower(*operands).compile(), *operands
+        )
         for part in PARTS
         for way in PARTS[part]
     }
-    for call in calls.values():
-        call()  # compiles
     flops = 2 * images.size * kernel.size // channels
-    seconds = timing.in_turns(calls, args.repeats)
+    seconds = timing.in_turns(calls, args.repeats, budget=BUDGET)
     rates = {name: flops * STEPS / sorted(each)[len(each) // 2] / 1e9 for name, each in seconds.items()}
     return {"side": side, "channels": channels} | rates
 
