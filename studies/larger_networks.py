@@ -47,7 +47,7 @@ RULES = {  # label -> method, of which two numbers are filled in
 }
 WITH_ALL = "all images in one place"
 CEILING = f"fedavg:pooled=True:least_clients=1:{WHOLE}:server.lr=1:local.epochs=1:local.lr={{}}"
-IMAGENET, IMAGES = "Tiny-ImageNet-50, alpha {:g}", "Half of CIFAR-10, alpha {:g}"
+IMAGENET, CIFAR = "Tiny-ImageNet-50, alpha {:g}", "Half of CIFAR-10, alpha {:g}"
 STEPS = [(0.1, 0.1), (0.03, 0.3), (0.01, 1)]
 GRIDS = {  # where it is tuned -> what each rule is tried at
     IMAGENET.format(0.3): {
@@ -68,7 +68,7 @@ GRIDS = {  # where it is tuned -> what each rule is tried at
         "FedDyn": [(0.03, 0.1), (0.03, 0.01), (0.01, 0.01)],
         "SCAFFOLD": STEPS,
     },
-    IMAGES.format(0.1): {
+    CIFAR.format(0.1): {
         "FedAvg": STEPS,
         "FedAdam": [(0.1, 0.003), (0.1, 0.001), (0.03, 0.001)],
         "FedVARP": STEPS,
@@ -85,17 +85,19 @@ class Place(NamedTuple):
     tuned_at: str  # a key of `GRIDS`
 
 
-HALF = {
+HALF = {  # of the images, and a network as large as that of Tiny-ImageNet-50
     "data.train_split": "train[:50%]",
     "data.test_split": "test[:2000]",
     "model.name": "cnn_200k",
     "warmup.rounds": 100,
 }
-ALPHAS = (0.3, 0.1, 0.05)
 PLACES = {
-    IMAGENET.format(alpha): Place("tiny_imagenet:cpu", {"partition.alpha": alpha}, IMAGENET.format(max(alpha, 0.1)))
-    for alpha in ALPHAS
-} | {IMAGES.format(alpha): Place("cifar10", HALF | {"partition.alpha": alpha}, IMAGES.format(0.1)) for alpha in ALPHAS}
+    IMAGENET.format(alpha): Place("tiny_imagenet:cpu", {"partition.alpha": alpha}, IMAGENET.format(tuned_at))
+    for alpha, tuned_at in ((0.3, 0.3), (0.1, 0.1), (0.05, 0.1))
+} | {
+    CIFAR.format(alpha): Place("cifar10", HALF | {"partition.alpha": alpha}, CIFAR.format(0.1))
+    for alpha in (0.3, 0.1, 0.05)
+}
 AT_EQUAL_BYTES = (IMAGENET.format(0.1),)
 IN_8_BITS = ("FedVARP", "FedRCL")  # of the rules, those that go on there
 BYTES = 2.44e8  # that all clients may send: those of 60 rounds of plain FedAvg
@@ -136,7 +138,7 @@ def _runs():
         yield f"tune, {place}", _run(place, every(_tried(place)), rounds=TUNING, seeds=(9,))
     for place in PLACES:
         yield _nothing_tuned(place), _run(place, [FIPA])
-    for place in (IMAGENET.format(0.3), IMAGENET.format(0.1), IMAGES.format(0.1)):
+    for place in (IMAGENET.format(0.3), IMAGENET.format(0.1), CIFAR.format(0.1)):
         yield _ceiling(place), _run(place, _ceilings(), rounds=EPOCHS, seeds=(9,))
 
 

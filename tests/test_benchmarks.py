@@ -69,6 +69,17 @@ def test_a_measurement_runs(name, tmp_path):
 NETWORKS = {"cnn": models.CNN((3, 4), 10, hidden=5), "resnet": models.ResNet((4, 8), 1, 10)}
 
 
+def test_every_way_to_convolve_gives_the_same(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    draw, parts = np.random.default_rng(0), importlib.import_module("benchmarks.convolution").PARTS
+    images, cotangent = draw.normal(size=(2, 3, 6, 6, 4)).astype(np.float32)
+    kernel = draw.normal(size=(3, 3, 4, 4)).astype(np.float32)
+    for ways in parts.values():
+        ours, *others = (np.asarray(way(images, kernel, cotangent)) for way in ways.values())
+        for other in others:
+            np.testing.assert_allclose(other, ours, rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture
 def one_client(monkeypatch):
     """The round benchmark, found as the scripts find it, and its options for one client of six images."""

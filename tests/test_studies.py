@@ -1,6 +1,7 @@
 """Studies: their records fit together, their runs are done once and go on, and their pages say what there is."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import runpy
@@ -200,6 +201,30 @@ def test_a_study_runs_when_it_is_tiny(name, tmp_path, evidence):
     assert page.is_relative_to(tmp_path) and "Not run yet" not in page.read_text()
     picture = page.parent.parent / "pictures" / f"study_{name}.svg"
     assert picture.is_file() == bool(study_of(name).draw)
+
+
+@pytest.mark.parametrize(("number", "across", "down"), [(1, 1, 1), (4, 4, 1), (5, 3, 2), (7, 4, 2)])
+def test_panels_fill_even_rows(number, across, down, tmp_path, evidence, monkeypatch):
+    """As even as they can be, four in a row at most; there is no frame without lines."""
+    from fipa_jax.reporting import plots
+
+    made, picture = [], plots.picture
+
+    @contextlib.contextmanager
+    def kept(path, *size):
+        with picture(path, *size) as (figure, axes):
+            made.append((figure, size))
+            yield figure, axes
+
+    monkeypatch.setattr(plots, "picture", kept)
+    rows = [{"run": "fipa", "round": k, "test_mse": 1 / (k + 1)} for k in range(3)]
+    found = evidence.records.Found({"sine": {0: rows}}, [], [])
+    panels = {f"panel {i}": [("sine", "fipa", "FIPA")] for i in range(number)}
+    evidence.records.draw_lines(panels, "test_mse", tmp_path / "lines.png", found)
+    ((figure, (width, height, rows, columns)),) = made
+    assert (columns, rows) == (across, down)
+    assert width / across == pytest.approx(3.4) and height / down == pytest.approx(3.2)
+    assert [axis.get_title() for axis in figure.axes] == list(panels)
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path):

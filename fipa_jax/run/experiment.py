@@ -147,9 +147,9 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     phase_checks.check_needs(settings, parts, params, people.data, name)
     store_on_host(config, parts, params)
     check_room(parts, params)
-    stages = programs.compiled(experiment.compiled, settings, parts)
-    shapes = programs.shapes_of_round(stages, experiment, parts, rates)
-    stages.serve.eval_shape(shapes.state, rates, shapes.cohort, shapes.results, shapes.sketches)
+    shapes = programs.shapes_of_round(experiment, settings, parts, rates)
+    serve = programs.compiled(experiment.compiled, settings, parts).serve
+    serve.eval_shape(shapes.state, rates, shapes.cohort, shapes.results, shapes.sketches)
     if settings.most_bytes_up:
         programs.largest_upload(settings, shapes, parts)
 

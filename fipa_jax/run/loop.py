@@ -78,7 +78,7 @@ def run_phase(
         parts = parts._replace(chunk=chunk)
     largest = 0
     if settings.most_bytes_up:
-        shapes = programs.shapes_of_round(programs.jitted(parts), experiment, parts, rates)
+        shapes = programs.shapes_of_round(experiment, settings, parts, rates)
         largest = programs.largest_upload(settings, shapes, parts)
     phase = Phase(experiment, settings, parts, rates, first, first + budget.rounds - 1, largest, budget.of_row)
     in_one_call = experiment.config.rounds_per_call > 1
@@ -226,7 +226,7 @@ def in_blocks(phase: Phase, state: State) -> Advance:
     config, people, root = experiment.config, experiment.population, experiment.root
     name = f"block of {programs.key_of(phase.settings, parts)}"
     run = experiment.compiled.setdefault(name, jax.jit(_block(experiment, parts), donate_argnums=0))
-    shapes = programs.shapes_of_round(programs.jitted(parts), experiment, parts, phase.rates)
+    shapes = programs.shapes_of_round(experiment, phase.settings, parts, phase.rates)
     sent = programs.traffic_of(state, shapes.results, shapes.sketches, parts)
 
     def advance(state: State, k: int, count: int, last: int):

@@ -140,14 +140,15 @@ class Shapes(NamedTuple):
     sketches: Any
 
 
-def shapes_of_round(stages: Programs, experiment: Any, parts: Parts, rates: Rates) -> Shapes:
+def shapes_of_round(experiment: Any, settings: ConfigDict, parts: Parts, rates: Rates) -> Shapes:
     """Goes through the clients' part of a round by shapes alone.
 
     Args:
-      stages: over the parts.
       experiment: an `experiment.Experiment`; nothing of its data is looked at.
+      settings: the phase's fields.
+      parts, rates: the phase's.
     """
-    root, people = experiment.root, experiment.population
+    stages, root, people = compiled(experiment.compiled, settings, parts), experiment.root, experiment.population
     state = fetch(parts_lib.init(parts, experiment.params, on_host=True), np.arange(parts.cohort))  # its stores alone
     _, orders = stages.draw.eval_shape(state.round, rates, root)
     cohort = people.shapes(parts.cohort)._replace(orders=orders)

@@ -7,6 +7,8 @@ that JAX derives; `in forward form` is XLA's with the transposes written by hand
 
 import argparse
 import functools
+import statistics
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ LAYERS = ((32, 16), (16, 32), (8, 64), (32, 64), (16, 128), (8, 256), (4, 512)) 
 
 
 def run(options: list[str]) -> dict:
-    """Prints and returns GFLOP/s by layer, way and part."""
+    """Prints and returns GFLOP/s by layer, part and way."""
     parser = argparse.ArgumentParser(
         prog="benchmark.py convolution", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,33 +32,30 @@ def run(options: list[str]) -> dict:
     parser.add_argument("--layers", type=int, default=len(LAYERS), help="the first so many of the layers")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args(options)
-    rows = [measure(args, *layer) for layer in LAYERS[: args.layers]]
+    rows = [row for layer in LAYERS[: args.layers] for row in measure(args, *layer)]
     print(f"GFLOP/s of a convolution of 3 x 3 within a loop, {args.batch} images, on {jax.devices()[0]}")
     timing.table(rows)
     return {"setting": vars(args), "rows": rows}
 
 
-def measure(args, side: int, channels: int) -> dict:
-    """A line of the table."""
+def measure(args, side: int, channels: int) -> list[dict]:
+    """The lines of the table for a layer, one for each part."""
     shapes = {"images": (args.batch, side, side, channels), "kernel": (3, 3, channels, channels)}
     images, kernel = (jax.random.normal(jax.random.key(0), shape) for shape in shapes.values())
     operands = images, kernel, images  # the result is as large as the images
-    calls = {
-        f"{part}, {way}": functools.partial(
-            timing.wall_seconds, in_a_loop(part, way).lower(*operands).compile(), *operands
-        )
-        for part in PARTS
-        for way in PARTS[part]
-    }
     flops = 2 * images.size * kernel.size // channels
-    seconds = timing.in_turns(calls, args.repeats, budget=BUDGET)
-    rates = {name: flops * STEPS / sorted(each)[len(each) // 2] / 1e9 for name, each in seconds.items()}
-    return {"side": side, "channels": channels} | rates
+    rows = []
+    for part, ways in PARTS.items():
+        programs = {way: in_a_loop(one).lower(*operands).compile() for way, one in ways.items()}
+        calls = {way: functools.partial(timing.wall_seconds, program, *operands) for way, program in programs.items()}
+        seconds = timing.in_turns(calls, args.repeats, budget=BUDGET)
+        rates = {way: flops * STEPS / statistics.median(seconds[way]) / 1e9 if way in seconds else "" for way in WAYS}
+        rows.append({"side": side, "channels": channels, "part": part} | rates)
+    return rows
 
 
-def in_a_loop(part: str, way: str):
+def in_a_loop(one: Callable):
     """A jitted (images, kernel, cotangent) -> the same after some steps; no step can be moved out of the loop."""
-    one = PARTS[part][way]
 
     def step(operands, _):
         made = one(*operands)
@@ -72,6 +71,10 @@ def _ours(images, kernel):
 
 def _xla(images, kernel):
     return lax.conv_general_dilated(images, kernel, ONES, SAME, dimension_numbers=LAYOUT)
+
+
+def _forward(convolve):
+    return lambda images, kernel, cotangent: convolve(images, kernel)
 
 
 def _of_images(convolve):
@@ -93,8 +96,9 @@ def _kernel_by_hand(images, kernel, cotangent):
     return _xla(images, cotangent).transpose(1, 2, 0, 3)
 
 
-PARTS = {
-    "forward": {"ours": lambda x, w, y: _ours(x, w), "XLA's": lambda x, w, y: _xla(x, w)},
-    "images": {"ours": _of_images(_ours), "XLA's": _of_images(_xla), "in forward form": _images_by_hand},
-    "kernel": {"ours": _of_kernel(_ours), "XLA's": _of_kernel(_xla), "in forward form": _kernel_by_hand},
+OURS, XLA, BY_HAND = WAYS = "ours", "XLA's", "in forward form"
+PARTS = {  # part -> way -> (images, kernel, cotangent) -> what it gives
+    "forward": {OURS: _forward(_ours), XLA: _forward(_xla)},
+    "images": {OURS: _of_images(_ours), XLA: _of_images(_xla), BY_HAND: _images_by_hand},
+    "kernel": {OURS: _of_kernel(_ours), XLA: _of_kernel(_xla), BY_HAND: _kernel_by_hand},
 }

@@ -13,7 +13,7 @@ from fipa_jax.reporting import curves, metrics
 
 NOTHING: Mapping = MappingProxyType({})
 SENT = curves.SENT  # columns of bytes, up and down
-IN_A_ROW = 4  # panels of a picture
+IN_A_ROW = 4  # panels of a picture at most
 
 
 class Run(NamedTuple):
@@ -209,12 +209,13 @@ def draw_lines(
         for title, lines in panels.items()
     }
     looks = _looks([line for lines in panels.values() for line in lines])
-    columns = min(len(panels), IN_A_ROW)
-    rows = -(-len(panels) // columns)
+    rows = math.ceil(len(panels) / IN_A_ROW)
+    columns = math.ceil(len(panels) / rows)
     with plots.picture(path, 3.4 * columns, 3.2 * rows, rows, columns) as (picture, axes):
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+        shown, empty = np.split(axes.ravel(), [len(panels)])
+        for axis in empty:
+            axis.remove()
+        for axis, (title, lines) in zip(shown, panels.items(), strict=True):
             drawn = []
             for run, method, *label in lines:
                 line = curves.line(list(found.runs.get(run, {}).values()), method, figure, by)
@@ -228,7 +229,7 @@ def draw_lines(
             if "accuracy" in figure:
                 axis.yaxis.set_major_formatter(ticker.PercentFormatter(xmax=1, symbol=""))
             axis.grid(alpha=0.25, linewidth=0.6)
-        pairs = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat[: len(panels)]]
+        pairs = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in shown]
         handles = {label: line for line, label in itertools.chain.from_iterable(pairs)}
         curves.legend(picture, list(handles.values()), list(handles))
 
