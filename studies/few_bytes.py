@@ -25,10 +25,9 @@ from evidence.records import (
     every,
     fewer_images,
     final,
-    number,
     percent,
-    seconds,
     sent,
+    usual_row,
 )
 
 EIGHT, TWELVE = "local.compress.name=few_bits", "local.compress.name=few_bits:local.compress.bits=12"
@@ -207,17 +206,6 @@ def _long(found):
     return best and {SPAN: _span(FOUR_TIMES), ADAM: f"{best.rpartition(':')[0]}:rounds={rounds}"}
 
 
-def _row(found, run, label, spec):
-    return {
-        "method": label,
-        "test accuracy, %": Spread(final(found, run, spec, "test_accuracy", last=LAST), percent),
-        "test loss": Spread(final(found, run, spec, "test_loss", last=LAST), number),
-        "megabytes up": Spread(sent(found, run, spec, ("bytes_up",)) / 1e6, number),
-        "up and down": Spread(sent(found, run, spec) / 1e6, number),
-        "seconds of a round": f"{seconds(found, run, spec):.2g}",
-    }
-
-
 def _within(found, run, spec, most, columns):
     """The rounds of a method, on every seed, that `most` bytes allow."""
     each = [
@@ -230,11 +218,12 @@ def _within(found, run, spec, most, columns):
 def _tuned_row(found, run, label, spec, limits, columns=SENT):
     """A row, with the accuracies after so many bytes as well, by default up and down."""
     own = ":".join(part for part in spec.split(":") if part.partition("=")[0] in OWN)
-    after = {}
+    after: dict[str, str | Spread] = {}
     for most in limits:
         reached = final(found, run, spec, "test_accuracy", last=LAST, rounds=_within(found, run, spec, most, columns))
         after[f"after {most / 1e6:.3g} MB {'up and down' if len(columns) > 1 else 'up'}"] = Spread(reached, percent)
-    return _row(found, run, label, spec) | after | {"chosen": "nothing" if label in (SPAN, FEW_DOWN) else f"`{own}`"}
+    after["chosen"] = "nothing" if label in (SPAN, FEW_DOWN) else f"`{own}`"
+    return usual_row(found, run, spec, label, LAST) | after
 
 
 def tables(found):
@@ -250,14 +239,14 @@ def tables(found):
         limits = [times * BYTES["cifar10"] for times in (1, 2, 4)]
         rows = [_tuned_row(found, LONG, *line, limits, ("bytes_up",)) for line in (_long(found) or {}).items()]
         made.append(Table(f"{LONG}: what 50, 100 and 200 rounds of plain FedAvg send.", rows))
-    rows = [_row(found, "pieces", label, spec) for label, spec in PIECES.items()]
+    rows = [usual_row(found, "pieces", spec, label, LAST) for label, spec in PIECES.items()]
     made.append(Table("Digits, 40 rounds: FIPA with one piece changed.", rows))
     for config, (fields, pieces) in SPAN_TASKS.items():
         if found.runs.get(run := f"{config} span pieces"):
-            rows = [_row(found, run, label, spec) for label, spec in pieces.items()]
+            rows = [usual_row(found, run, spec, label, LAST) for label, spec in pieces.items()]
             if config == "cifar10" and found.runs.get(MORE):
                 label = "40 eigenpairs in 8 bits of one client in every other round, gradients in 8 bits, 50 rounds"
-                rows.append(_row(found, MORE, label, SELDOM))
+                rows.append(usual_row(found, MORE, SELDOM, label, LAST))
             made.append(Table(f"{config}, {fields['fipa.rounds']} rounds: the span with one piece changed.", rows))
     return made
 

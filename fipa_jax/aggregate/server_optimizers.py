@@ -109,6 +109,58 @@ def adaptive(
     return optax.GradientTransformation(init, update)
 
 
+class Averaged(NamedTuple):
+    """What `averaged` keeps."""
+
+    inner: optax.OptState  # of the optimiser
+    mean: Any  # of the parameters' shapes
+    weight: jax.Array  # [], of the models in it, where the last one counts 1
+    decay: jax.Array  # [], d
+
+
+def averaged(optimizer: optax.GradientTransformation, decay: float) -> optax.GradientTransformationExtraArgs:
+    """The optimiser, beside which the mean of the models theta_k that it has moved is kept, older ones counting less:
+
+        w_k = 1 + d w_{k-1},    mean_k = mean_{k-1} + (theta_k - mean_{k-1}) / w_k
+
+    Averages of iterates are Polyak and Juditsky's (1992), of late ones SWA (arXiv 1803.05407). Where a round's cohort
+    is a part of the clients, models go to and fro about a place that the mean is nearer to. Steps stay as they are.
+
+    Example:
+      optimizer = averaged(optax.identity(), 0.9)
+      mean = average_of(optimizer.init(params), params)   # before any step: params
+
+    Args:
+      optimizer: on the negative step.
+      decay: d in [0, 1]; about 1 / (1 - d) models count, with 1 all of them alike.
+    """
+    rule = optax.with_extra_args_support(optimizer)
+
+    def init(params):
+        zero = jnp.zeros([], trees.ravel(params).dtype)
+        return Averaged(rule.init(params), optax.tree.zeros_like(params), zero, zero + decay)
+
+    def update(updates, state, params=None, **sent):
+        updates, inner = rule.update(updates, state.inner, params, **sent)
+        return updates, Averaged(inner, *_with(state, params), state.decay)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def average_of(state: optax.OptState, params: Any) -> Any:
+    """The mean of the models so far, `params` being the last one, of their types; where none is kept, `params`."""
+    if not isinstance(state, Averaged):
+        return params
+    mean, _ = _with(state, trees.widened(params))
+    return jax.tree.map(lambda p, m: m.astype(p.dtype), params, mean)
+
+
+def _with(state: Averaged, params: Any) -> tuple[Any, jax.Array]:
+    """(the mean, the weight) with one more model."""
+    weight = 1 + state.decay * state.weight
+    return jax.tree.map(lambda m, p: m + (p - m) / weight.astype(m.dtype), state.mean, params), weight
+
+
 ServerOptimizer = Literal["acg", "adagrad", "adam", "eve", "exp", "momentum", "sgd", "yogi"]  # a name in `OPTIMIZERS`
 # name -> (momentum -> transform). FedAvgM (Hsu et al. 2019) is `momentum`. `acg` is FedACG (Kim et al. 2024), whose
 # lookahead theta + lambda m, held as the parameters, moves by Nesterov's momentum; its clients add the term `prox`.

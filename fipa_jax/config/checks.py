@@ -137,6 +137,7 @@ PHASE = {
     "aggregator.late.max_drift": NOT_NEGATIVE,
     "server.momentum": MOMENTUM,
     "server.lr": NOT_NEGATIVE,
+    "server.average": Range(0, 1),
     "late.share": PROBABILITY,
     "late.most": POSITIVE,
     "faults.drop": PROBABILITY,

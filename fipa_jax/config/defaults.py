@@ -338,6 +338,7 @@ def server() -> ConfigDict:
     group.optimizer = "sgd"
     group.momentum = 0.9
     group.lr = 1.0
+    group.average = 0.0  # decay of the mean of past models that a phase leaves in place of the last one; 0 for none
     return group
 
 

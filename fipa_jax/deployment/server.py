@@ -33,7 +33,7 @@ from fipa_jax.federation import round as round_lib
 from fipa_jax.federation.channel import Channel, Order
 from fipa_jax.federation.parts import Parts
 from fipa_jax.federation.population import Cohort
-from fipa_jax.federation.server import serve
+from fipa_jax.federation.server import result_of, serve
 from fipa_jax.reporting import console, metrics
 from fipa_jax.run.loop import check_progress
 from fipa_jax.saving import provenance
@@ -74,7 +74,7 @@ def opened(
         server = Server(agreement, journal, figures, config.first_round)
         yield server
         if server.done:
-            export(workdir / f"{stems([agreement.name])[agreement.name]}.msgpack", server.params)
+            export(workdir / f"{stems([agreement.name])[agreement.name]}.msgpack", server.result)
 
 
 class Server:
@@ -137,8 +137,14 @@ class Server:
 
     @property
     def params(self) -> Any:
-        """The model's parameters."""
+        """The model's parameters, from which the next round starts."""
         return self._state.params
+
+    @property
+    def result(self) -> Any:
+        """The parameters that the federation leaves: the last ones, or their mean, `config.fipa.server.average`."""
+        with self.agreement.precision():
+            return result_of(self.agreement.parts, self._state)
 
     def draw(self, among: Iterable[int] | None = None) -> list[int]:
         """The clients of the next round, ascending; those of a simulation where all clients can be reached.

@@ -9,6 +9,7 @@ import optax
 from fipa_jax import trees
 from fipa_jax.aggregate.aggregator import step_of
 from fipa_jax.aggregate.screening import Received, receive
+from fipa_jax.aggregate.server_optimizers import average_of
 from fipa_jax.aggregate.uploads import Message, Uploads
 from fipa_jax.client.local_solver import LocalResult
 from fipa_jax.client.terms import Served
@@ -101,6 +102,12 @@ def move(parts: Parts, state: State, rates: Rates, chosen: dict, step: Any, rece
     gradient = optax.tree.scale(-1, trees.widened(step))
     update, server = rule.update(gradient, state.server, trees.widened(chosen), **sent)
     return jax.tree.map(lambda p, u: (p - rates.server_lr * u).astype(p.dtype), chosen, update), server
+
+
+def result_of(parts: Parts, state: State) -> Any:
+    """The whole model's parameters that a phase leaves: the last ones, or a mean, see `server_optimizers.averaged`."""
+    last = trees.select(state.params, parts.trainable)
+    return trees.replace(state.params, average_of(state.server, last))
 
 
 def _says_something(said: Any) -> jax.Array:

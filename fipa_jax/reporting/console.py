@@ -225,7 +225,8 @@ def table(summary: dict) -> str:
     runs = {shortened(name, WIDTH - 2 * CELL - 2): result for name, result in summary["runs"].items()}
     if len(runs) < len(summary["runs"]):  # they differ only where they were cut
         runs = summary["runs"]
-    names = [name for name in next(iter(runs.values()))["final"] if name.startswith(("test_", "holdout_"))]
+    found = dict.fromkeys(name for result in runs.values() for name in result["final"])  # not all have a belief, say
+    names = [name for name in found if name.startswith(("test_", "holdout_"))]
     width = max(len(name) for name in ["method", *runs])
     side_by_side = max((WIDTH - width) // (2 * CELL + 2), 1)
     blocks = [names[i : i + side_by_side] for i in range(0, len(names), side_by_side)] or [[]]
@@ -277,10 +278,15 @@ def _block(runs: dict, width: int, names: list[str]) -> str:
     heads = "".join(f"  {'final':>{column - CELL}}{'best':>{CELL}}" for column in columns)
     lines = [" " * width + above, f"{'method':<{width}}" + heads]
     for run_name, result in runs.items():
-        pairs = [(_number(result["final"][name]), _number(result["best"][name])) for name in names]
+        pairs = [(_cell(result["final"], name), _cell(result["best"], name)) for name in names]
         cells = [f"  {final:>{c - CELL}}{best:>{CELL}}" for (final, best), c in zip(pairs, columns, strict=True)]
         lines.append(f"{run_name:<{width}}" + "".join(cells))
     return "\n".join(lines)
+
+
+def _cell(figures: dict, name: str) -> str:
+    """A figure of a method in the table, or that it has none such."""
+    return _number(figures[name]) if name in figures else "-"
 
 
 def _number(value: float | None) -> str:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from fipa_jax import trees
 from fipa_jax.aggregate.screening import REASONS
+from fipa_jax.aggregate.server_optimizers import Averaged
 from fipa_jax.client.examples import Client
 from fipa_jax.data import partition
 from fipa_jax.federation import parts as parts_lib
@@ -22,6 +23,7 @@ from fipa_jax.federation import state as state_lib
 from fipa_jax.federation.parallel import replicate
 from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.federation.population import Ahead, Cohort, OnHost, Resident
+from fipa_jax.federation.server import result_of
 from fipa_jax.federation.state import State
 from fipa_jax.reporting import console, metrics
 from fipa_jax.reporting.console import NOTED
@@ -83,7 +85,7 @@ def run_phase(
     phase = Phase(experiment, settings, parts, rates, first, first + budget.rounds - 1, largest, budget.of_row)
     in_one_call = experiment.config.rounds_per_call > 1
     advance = in_blocks(phase, state) if in_one_call else by_stage(phase, journal.asked)
-    return rounds_of(phase, name, advance, state, journal, note, at_checkpoint).params
+    return result_of(parts, rounds_of(phase, name, advance, state, journal, note, at_checkpoint))
 
 
 def rounds_of(
@@ -110,7 +112,8 @@ def rounds_of(
             for row, info in rows:
                 row = phase.shown(row, info)
                 if ended and row["round"] == k + len(rows) - 1:
-                    row |= own_models(phase, state.params) | ({"ended_early": True} if row["round"] < asked else {})
+                    row |= own_models(phase, result_of(phase.parts, state))
+                    row |= {"ended_early": True} if row["round"] < asked else {}
                 console.attempt("a warning", console.warn, name, row["round"], info, warned)
                 row = metrics.jsonable({"run": name} | row)
                 journal.write(row)
@@ -200,7 +203,7 @@ def figures_of(phase: Phase, state: State, k: int, last: int) -> dict:
     """The figures that are due after round k, of rounds up to `last`."""
     experiment, params = phase.experiment, state.params
     test, clients = due(experiment.config.eval, k, last)
-    figures = on_test(experiment, experiment.held, params) if test else {}
+    figures = on_test(experiment, phase.parts, experiment.held, state) if test else {}
     figures |= on_belief(experiment, phase.parts, experiment.held, state) if test else {}
     return figures | (on_clients(experiment, experiment.population, experiment.held, params) if clients else {})
 
@@ -252,7 +255,7 @@ def _block(experiment: Experiment, parts: Parts) -> Callable:
     def one(state, rates, people, held, root, last):
         test, clients = due(config.eval, state.round, last)
         state, info = round_lib.whole_round(parts, state, rates, *people, root)
-        figures = _if(test, lambda params: on_test(experiment, held, params), state.params)
+        figures = _if(test, lambda state: on_test(experiment, parts, held, state), state)
         figures |= _if(test, lambda state: on_belief(experiment, parts, held, state), state)
         return state, (info, figures | _if(clients, lambda p: on_clients(experiment, people, held, p), state.params))
 
@@ -286,8 +289,17 @@ def due(every: ConfigDict, k, last):
     return (k == last) | (k % every.every == 0), clients if every.clients_every else clients & False
 
 
-def on_test(experiment: Experiment, held: dict, params: Any) -> dict:
-    """The figures of the test set, and of the held-out one."""
+def on_test(experiment: Experiment, parts: Parts, held: dict, state: State) -> dict:
+    """The figures of the test set, and of the held-out one; `test_average_*` where past models are averaged."""
+    last = of_model(experiment, held, state.params)
+    if not isinstance(state.server, Averaged):
+        return last
+    held = {f"{prefix}_average": data for prefix, data in held.items()}
+    return last | of_model(experiment, held, result_of(parts, state))
+
+
+def of_model(experiment: Experiment, held: dict, params: Any) -> dict:
+    """The figures of one model on {what their names begin with: data}."""
     result, figures = {}, experiment.problem.task.figures
     for prefix, data in held.items():
         result |= metrics.overall(experiment.evaluate(params, data), prefix, figures)

@@ -64,6 +64,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     mesh = make_mesh(config.devices)
     aggregator = aggregator_of(settings, num_clients, mesh)
     server = server_optimizers.make(settings.server.optimizer, settings.server.momentum)
+    server = server_optimizers.averaged(server, settings.server.average) if settings.server.average else server
     compressor = compressor_of(Compression(**settings.local.compress))
     local = local_of(settings, aggregator, term, task, compressor)
     check_fit(settings, aggregator, term, cohort, num_clients)

@@ -247,7 +247,7 @@ def write_start(experiment: Experiment, workdir: Path) -> None:
     file = workdir / "start.json"
     if jax.process_count() == 1 and not file.exists():
         row = {"run": curves.START, "round": experiment.config.first_round - 1}
-        row |= metrics.jsonable(loop.on_test(experiment, experiment.held, experiment.params))
+        row |= metrics.jsonable(loop.of_model(experiment, experiment.held, experiment.params))
         constant = experiment.problem.baseline
         row |= {} if constant is None else {"constant": " ".join(console.baseline(constant).split())}
         files.write(file, f"{json.dumps(row)}\n".encode())

@@ -226,7 +226,7 @@ class Measure:
     def on_test(self, params):
         from fipa_jax.run import loop
 
-        return loop.on_test(self.view, self.view.held, params)
+        return loop.of_model(self.view, self.view.held, params)
 
     def frame(self, state, rates):
         """The round's coordinates by public inputs, as the run computes them."""
@@ -304,5 +304,5 @@ class Measure:
             return whole_round(self.parts, state, rates, *people, root)[0]
 
         state = jax.lax.fori_loop(0, rounds, body, state)
-        figures = loop.on_test(self.view, held, state.params)
+        figures = loop.of_model(self.view, held, state.params)
         return figures[self.names[0]], figures[self.names[1]]

@@ -135,6 +135,19 @@ def seconds(found: Found, run: str, method: str) -> float:
     return float(np.median(each)) if each else math.nan
 
 
+def usual_row(found: Found, run: str, method: str, label: str, last: int) -> dict[str, str | Spread]:
+    """A row of a table: the mean over a method's last evaluations, what was sent in all, and how long a round took."""
+    row: dict[str, str | Spread] = {
+        "method": label,
+        "test accuracy, %": Spread(final(found, run, method, "test_accuracy", last=last), percent),
+        "test loss": Spread(final(found, run, method, "test_loss", last=last), number),
+        "megabytes up": Spread(sent(found, run, method, ("bytes_up",)) / 1e6, number),
+        "up and down": Spread(sent(found, run, method) / 1e6, number),
+        "seconds of a round": f"{seconds(found, run, method):.2g}",
+    }
+    return row
+
+
 def best(found: Found, run: str, methods: Iterable[str], figure: str, last: int = 1) -> str:
     """The method with the best mean figure over the seeds of a run made for tuning: geometric for errors.
 

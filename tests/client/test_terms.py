@@ -317,6 +317,25 @@ def test_every_server_optimiser_learns(x64, optimizer):
     assert loss(states[-1]) - best < 0.2 * (loss(states[0]) - best)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.7, 1.0])
+def test_an_average_of_models_changes_no_step(x64, decay):
+    """It is the weighted mean of all models, the last one included, as NumPy has it; the momentum goes on inside."""
+    plain = server.make("momentum", 0.9)
+    rule, models, theta = server.averaged(plain, decay), [], {"w": jnp.asarray(_draw(1, 3))}
+    state, inner = rule.init(theta), plain.init(theta)
+    for k in range(4):
+        models.append(theta["w"])
+        weights = decay ** np.arange(k, -1, -1.0)
+        mean = np.average(np.stack(models), axis=0, weights=weights)
+        np.testing.assert_allclose(server.average_of(state, theta)["w"], mean, rtol=1e-12)
+        gradient = {"w": jnp.asarray(_draw(2 + k, 3))}
+        update, state = rule.update(gradient, state, theta, deltas=None, present=None)
+        wanted, inner = plain.update(gradient, inner)
+        np.testing.assert_array_equal(update["w"], wanted["w"])
+        theta = {"w": theta["w"] - 0.1 * update["w"]}
+    assert server.average_of(inner, theta) is theta
+
+
 def test_a_wrong_server_optimiser_names_the_field():
     with pytest.raises(
         ValueError, match=r"config\.server\.optimizer: unknown 'adma'; known: acg, adagrad, adam, .*yogi"

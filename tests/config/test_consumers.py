@@ -82,6 +82,7 @@ BY_THE_RUN = {
     "fipa.late.share": "by the channel's rates: federation.channel.ChannelRates",
     "fipa.aggregator.name": "an entry of aggregate.rules.AGGREGATORS",
     "fipa.server.optimizer": "`name` of server_optimizers.make",
+    "fipa.server.average": "`decay` of server_optimizers.averaged",
     "fipa.server.lr": "`server_lr` of federation.parts.Rates",
 }
 

@@ -73,7 +73,7 @@ class Deployed:
         while not server.done:
             server.round(self.answers(server))
             assert not server.wrong
-        return server.params, rows
+        return server.result, rows
 
     def whole_rounds(self):
         """The state after the same rounds, each in one program, as a loop of one's own would have them."""

@@ -23,6 +23,16 @@ def test_the_table_fits_80_columns_and_loses_no_figure(names):
     assert len(re.findall(r"1e\+09", text)) == 2 * len(names)  # the last figure of each method, final and best
 
 
+def test_a_figure_that_one_method_alone_has_is_shown():
+    """Such as its belief's, or those of an average of models, whichever method comes first."""
+    of_both, of_one = summary(["a"], ["test_loss"])["runs"]["a"], summary(["a"], ["test_loss", "test_average_loss"])
+    for runs in ({"a": of_one["runs"]["a"], "b": of_both}, {"b": of_both, "a": of_one["runs"]["a"]}):
+        blocks = console.table({"runs": runs}).replace("\n\n", "\n").splitlines()
+        assert any("test_average_loss" in line for line in blocks)
+        (line,) = (line for line in blocks if line.startswith("b"))
+        assert line.split() == ["b", "1", "1", "-", "-"]
+
+
 def test_each_clients_own_figures_are_shown_where_they_are_few():
     figures = {f"client_test_{name}": 0.5 for name in ("accuracy_mean", "loss_std")}
     found = {f"client_test_{name}/{client}": 0.25 for client in ("bern", "y" * 99) for name in ("accuracy", "loss")}

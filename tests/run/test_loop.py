@@ -110,6 +110,31 @@ def test_figures_are_due_by_the_rounds_number_and_in_the_last(every):
         np.testing.assert_array_equal(np.flatnonzero(found[1]), [0, 2, 4, 6, 7] if every else [])
 
 
+@pytest.mark.parametrize("per_call", [1, 4])
+def test_a_phase_leaves_the_average_of_its_models(monkeypatch, per_call):
+    """By the models of shorter runs; it is evaluated beside the last one, and no step is another."""
+    rule, decay = "fipa:trainable=^Dense_1/", 0.5
+    config = tiny(rounds_per_call=per_call)
+    config.fipa.rounds = 3
+    with jax.enable_x64(True):
+        models = [experiment.build(config).params]
+    for rounds_ in (1, 2, 3):
+        wanted, _, params = _phase(config, monkeypatch, f"{rule}:rounds={rounds_}")
+        models.append(params)
+    found, _, left = _phase(config, monkeypatch, f"{rule}:server.average={decay}")
+    weights = decay ** np.arange(3, -1, -1)
+    mean = jax.tree.map(lambda *leaves: np.average(np.stack(leaves), axis=0, weights=weights), *models)
+    chex.assert_trees_all_close(left, mean, rtol=1e-12, atol=1e-14)
+    chex.assert_trees_all_equal(left["Dense_0"], models[0]["Dense_0"])
+    with jax.enable_x64(True):
+        built = experiment.build(config)
+        figures = jax.device_get(loop.of_model(built, {"test": built.problem.test}, left))
+    last = found[-1]
+    np.testing.assert_allclose(last["test_average_mse"], figures["test_mse"], rtol=1e-9)
+    np.testing.assert_allclose([row["test_mse"] for row in found], [row["test_mse"] for row in wanted], rtol=1e-9)
+    assert abs(last["test_average_mse"] / last["test_mse"] - 1) > 1e-6
+
+
 def test_stores_on_the_host_and_many_rounds_in_a_call_do_not_go_together():
     """Which is said before anything runs."""
     with jax.enable_x64(True), pytest.raises(ValueError, match=r"config\.rounds_per_call.*client_store = 'device'"):
