@@ -106,6 +106,8 @@ PHASE = {
     "sketch.bits": Range(0, 16),
     "sketch.share": Range(0, 1, "share", "(]"),
     "sketch.budget": NOT_NEGATIVE,
+    "sketch.link": NOT_NEGATIVE,
+    "sketch.deadline": NOT_NEGATIVE,
     "sketch.full": NOT_NEGATIVE,
     "aggregator.damping": NOT_NEGATIVE,
     "aggregator.rcond": NOT_NEGATIVE,

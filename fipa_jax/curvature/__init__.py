@@ -20,7 +20,7 @@ from fipa_jax.curvature.sketch import (
     truncate,
     with_rank_by_gradient,
 )
-from fipa_jax.curvature.sketchers import from_one_start, on_views, sent_seldom, within_budget
+from fipa_jax.curvature.sketchers import from_one_start, on_views, sent_seldom, within_budget, within_link
 
 __all__ = [
     "Core",
@@ -58,4 +58,5 @@ __all__ = [
     "truncate",
     "with_rank_by_gradient",
     "within_budget",
+    "within_link",
 ]

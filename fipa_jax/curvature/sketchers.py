@@ -1,7 +1,7 @@
 """How else may a cohort be sketched? Wrappers of a `Sketcher`.
 
-On random views, from one start for all clients, seldom (by few of the cohort, so that most send no curvature), or
-within a budget of bytes.
+On random views, from one start for all clients, seldom (by few of the cohort, so that most send no curvature), within
+a budget of bytes, or within what a link carries in time.
 """
 
 import functools
@@ -16,6 +16,7 @@ from fipa_jax.curvature import contracts
 from fipa_jax.curvature.common_basis import Core
 from fipa_jax.curvature.sketch import Sketch, Sketcher, truncate
 
+BYTES_OF_MBIT = 125_000
 Augment = Callable[[jax.Array, Any], Any]  # (key, batch) -> a random view of the batch
 
 
@@ -136,15 +137,69 @@ def pairs_for(sketcher: Sketcher, sketches: Sketch, budget: float, round: jax.Ar
     Raises:
       ValueError: it does not pay for the eigenvalues.
     """
-    clients = sketches.eigenvalues.shape[0]
-    asked = trees.nbytes((sketches.eigenvalues, sketches.report)) // clients
-    size = sketches.basis.shape[1]
-    price = sketcher.vector_bytes(size) if sketcher.vector_bytes else sketches.basis.dtype.itemsize * size
+    clients, (asked, price) = sketches.eigenvalues.shape[0], _bytes_of(sketcher, sketches)
     if budget <= asked:
         raise ValueError(f"sketch.budget: eigenvalues and report take {asked} bytes already, got {budget}")
     bought = clients * (budget - asked) / price  # a round
     until = jnp.floor(bought * jnp.stack([round, round + 1]))
     return (until[1] - until[0]).astype(jnp.int32)
+
+
+def within_link(sketcher: Sketcher, rate: float, seconds: float, update_bytes: Callable[[int], int]) -> Sketcher:
+    """The sketcher of whose pairs a client sends at most those that its link carries in time, the largest first.
+
+    Other than within a budget, which is the cohort's, no client sends more, and nothing is said before. The update goes
+    first. Headers of messages, single numbers and the link's latency are not counted.
+
+    Example:
+      within_link(plain(make), 1.0, 2.0, lambda size: 4 * size)   # 250 kB a client and round
+
+    Args:
+      sketcher: gives sketches.
+      rate: of a client's uplink, in Mbit/s (10^6 bits a second); above 0.
+      seconds: for all that it sends in a round; above 0.
+      update_bytes: P -> the bytes of its update.
+
+    Raises:
+      ValueError: a number is not above 0; in a round, the update and one pair take longer.
+    """
+    for name, value in {"link": rate, "deadline": seconds}.items():
+        if not value > 0:
+            raise ValueError(f"sketch.{name}: a link and a deadline go together, needs a number above 0, got {value}")
+    most = BYTES_OF_MBIT * rate * seconds
+
+    def of_cohort(messages, round):
+        sketches = sketcher.of_cohort(messages, round)
+        if not isinstance(sketches, Sketch):
+            raise ValueError(f"sketch.link: needs sketches, got {type(sketches).__name__}")
+        number = pairs_within(sketcher, sketches, most, update_bytes(sketches.basis.shape[1]))
+        keep = jnp.arange(sketches.eigenvalues.shape[1]) < number
+        return jax.vmap(truncate, in_axes=(0, None))(sketches, keep)
+
+    return sketcher._replace(of_cohort=of_cohort)
+
+
+def pairs_within(sketcher: Sketcher, sketches: Sketch, most: float, update: int) -> int:
+    """The pairs that `most` bytes of one client hold beside its `update` of so many, of stacked sketches [C, ...].
+
+    Raises:
+      ValueError: not one.
+    """
+    said, price = _bytes_of(sketcher, sketches)
+    if most < update + said + price:
+        raise ValueError(
+            f"sketch.deadline: until then the link carries {most:,.0f} bytes; an update takes {update:,}, eigenvalues "
+            f"and report {said:,}, an eigenvector {price:,}. Allow more seconds, or send fewer bits (local.compress, "
+            "sketch.bits)"
+        )
+    return int((most - update - said) // price)
+
+
+def _bytes_of(sketcher: Sketcher, sketches: Sketch) -> tuple[int, int]:
+    """(the bytes of one client's eigenvalues and report, those of one eigenvector) of stacked sketches [C, ...]."""
+    said = trees.nbytes((sketches.eigenvalues, sketches.report)) // sketches.eigenvalues.shape[0]
+    size = sketches.basis.shape[1]
+    return said, sketcher.vector_bytes(size) if sketcher.vector_bytes else sketches.basis.dtype.itemsize * size
 
 
 def _largest(values: jax.Array, number: jax.Array) -> jax.Array:

@@ -257,7 +257,7 @@ def _check_span(settings: ConfigDict) -> None:
 
 def _check_no_pairs(settings: ConfigDict) -> None:
     """Refuses what is done to eigenpairs where clients send none."""
-    of_pairs = ("energy", "gradient_scale", "store", "budget")
+    of_pairs = ("energy", "gradient_scale", "store", "budget", "link", "deadline")
     if found := [name for name in of_pairs if settings.sketch[name]]:
         nothing = "''" if found[0] == "store" else "0"
         raise ValueError(

@@ -24,7 +24,7 @@ from fipa_jax.client.compression import Compression, Compressor, compressed, com
 from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
 from fipa_jax.config.methods import method
 from fipa_jax.curvature import common_basis, few_bits, layer_factors, sketch
-from fipa_jax.curvature.sketchers import from_one_start, on_views, sent_seldom, within_budget
+from fipa_jax.curvature.sketchers import from_one_start, on_views, sent_seldom, within_budget, within_link
 from fipa_jax.federation.channel import Channel, ChannelRates, FaultRates, chain, faulty, late
 from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.federation.parts import Parts, Rates
@@ -67,13 +67,14 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     server = server_optimizers.averaged(server, settings.server.average) if settings.server.average else server
     compressor = compressor_of(Compression(**settings.local.compress))
     local = local_of(settings, aggregator, term, task, compressor)
+    update_bytes = functools.partial(_update_bytes, compressor, term, jnp.dtype(config.precision).itemsize)
     check_fit(settings, aggregator, term, cohort, num_clients)
     adaptive = aggregator.needs.curvature == "sketch" and settings.local.adaptive.scale > 0
     return Parts(
         task=task,
         local=private_run.local_in_frame(local, settings),
         term=term,
-        sketcher=sketcher_of(settings.sketch, aggregator, task, first_round(config, settings)),
+        sketcher=sketcher_of(settings, aggregator, task, first_round(config, settings), update_bytes),
         aggregator=aggregator,
         server=server,
         num_clients=num_clients,
@@ -151,8 +152,17 @@ def local_of(
     return with_initial_loss(local, task.loss, settings.local.weight_decay)
 
 
-def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task, start: int = 0) -> sketch.Sketcher | None:
+def _update_bytes(compressor: Compressor | None, term: terms.Term, itemsize: int, size: int) -> int:
+    """The bytes of an update of P = `size` entries, and of what a term sends beside it."""
+    in_full = itemsize * size
+    return (compressor.bytes_of(size) if compressor else in_full) + (in_full if term.travels else 0)
+
+
+def sketcher_of(
+    phase: ConfigDict, aggregator: Aggregator, task: Task, start: int, update_bytes: Callable[[int], int]
+) -> sketch.Sketcher | None:
     """What the clients say of their curvature, as the rule needs it, from round `start`; None if it needs nothing."""
+    settings = phase.sketch
     sketcher = _sketcher_of_examples(settings, aggregator, task)
     if sketcher is None:
         return None
@@ -163,6 +173,8 @@ def sketcher_of(settings: ConfigDict, aggregator: Aggregator, task: Task, start:
         start += of_cores  # in the first round there is no direction to ask about
         how = {"full": settings.full, "start": start, "scaled": scaled, "least": int(of_cores)}
         sketcher = sent_seldom(sketcher, settings.share, **how)
+    if settings.link or settings.deadline:
+        sketcher = within_link(sketcher, settings.link, settings.deadline, update_bytes)
     return within_budget(sketcher, settings.budget, start) if settings.budget else sketcher
 
 

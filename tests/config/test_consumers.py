@@ -78,6 +78,8 @@ BY_THE_RUN = {
     "fipa.sketch.share": "of sketchers.sent_seldom",
     "fipa.sketch.full": "of sketchers.sent_seldom",
     "fipa.sketch.budget": "of sketchers.within_budget",
+    "fipa.sketch.link": "`rate` of sketchers.within_link",
+    "fipa.sketch.deadline": "`seconds` of sketchers.within_link",
     "fipa.sketch.store": "`dtype` of sketch.stored_as",
     "fipa.late.share": "by the channel's rates: federation.channel.ChannelRates",
     "fipa.aggregator.name": "an entry of aggregate.rules.AGGREGATORS",

@@ -124,9 +124,32 @@ def test_a_budget_buys_the_largest_pairs_and_is_kept_to():
         np.testing.assert_array_equal(np.sort(kept[kept > 0])[::-1], largest)
 
 
+@pytest.mark.parametrize("vector_bytes", [None, lambda size: 10 + size])
+def test_a_link_carries_the_largest_pairs_of_each_client_until_the_deadline(vector_bytes):
+    """At one byte less there is one pair less; the bytes are those of the update, all eigenvalues and the vectors."""
+    values = [[9.0, 4.0, 1.0], [8.0, 2.0, 0.5]]
+    plain = curvature.plain(None)._replace(vector_bytes=vector_bytes)
+    update, said, vector = 4 * 8, 4 * 3, 4 * 8 if vector_bytes is None else 18
+    for pairs in (1, 2, 3):
+        needed = update + said + pairs * vector
+        for size, wanted in ((needed, pairs), (needed - 1, pairs - 1)):
+            linked = curvature.within_link(plain, 0.5, size / 62_500, lambda size: 4 * size)
+            if not wanted:
+                with pytest.raises(ValueError, match=r"sketch\.deadline: .* an update takes 32, eigenvalues"):
+                    linked.of_cohort(sketches_of(values), 0)
+                continue
+            kept = np.asarray(linked.of_cohort(sketches_of(values), 0).eigenvalues)
+            np.testing.assert_array_equal(kept, np.where(np.arange(3) < wanted, values, 0))
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (
+            lambda: curvature.within_link(curvature.plain(None), 0.0, 1.0, int),
+            r"sketch\.link: a link and a",
+        ),
+        (lambda: curvature.within_link(curvature.plain(None), 1.0, 0.0, int), r"sketch\.deadline: a link and"),
         (lambda: curvature.sent_seldom(curvature.plain(None), 0.0), r"sketch\.share: needs a number above 0"),
         (lambda: curvature.within_budget(curvature.plain(None), 0.0), r"sketch\.budget: needs more than 0"),
         (

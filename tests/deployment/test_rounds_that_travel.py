@@ -38,6 +38,7 @@ KINDS = {
     "bfloat16": ("fipa:sketch.store=bfloat16", {}),
     "cohort": ("fipa", {"clients": 5, "cohort": 2}),
     "kfac": ("fedfisher_kfac:aggregator.damping=0.1:aggregator.past.kind=prior", {}),
+    "linked": ("fipa:sketch.link=0.008:sketch.deadline=0.24", {}),
     "averaged": ("fedavg:server.average=0.5", {}),
     "posterior": ("fedivon:aggregator.posterior.start=10", {}),
 }

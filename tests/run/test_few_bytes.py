@@ -33,6 +33,22 @@ def test_the_bytes_are_those_of_gradients_and_of_the_sketches_that_are_due(tmp_p
     assert rows[-1]["test_mse"] < rows[0]["test_mse"]
 
 
+@pytest.mark.parametrize("rest", ["", ":sketch.budget=100", ":term.name=scaffold"])
+def test_no_client_sends_more_than_its_link_carries_in_time(tmp_path, rest):
+    """Two pairs of the three, beside the update, and controls where there are some; fewer where a budget says so."""
+    size, itemsize = 10, 4
+    said = RANK * itemsize + 4 * RANK + 4 + 1 + 4 + 4 + 8  # eigenvalues and report, see above
+    bytes_ = size * itemsize * (2 if "scaffold" in rest else 1) + said + 2 * size * itemsize
+    spec = f"fipa:sketch.rank={RANK}:sketch.link=0.008:sketch.deadline={bytes_ / 1000}{rest}"
+    config = tiny(compare=(spec,), fipa={"rounds": ROUNDS})
+    config.task.num_clients = CLIENTS
+    whole_run.run(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert 0 < row["bytes_up"] <= CLIENTS * bytes_
+        assert row["sketch_pairs"] == 2 * CLIENTS or ("budget" in rest and 0 < row["sketch_pairs"] <= 2 * CLIENTS)
+
+
 @pytest.mark.parametrize("bits", [0, 8])
 def test_within_the_span_the_bytes_are_those_of_gradients_cores_and_the_columns_shown(tmp_path, bits):
     """At first four directions come in, of at most six; all clients are asked about those, half of them later on."""
@@ -62,6 +78,9 @@ def test_within_the_span_the_bytes_are_those_of_gradients_cores_and_the_columns_
     [
         ("fipa_span:local.optimizer=sgd", r"config\.fipa\.local\.optimizer: the rule 'span' asks about directions"),
         ("fipa_span:late.share=0.5", r"config\.fipa\.late\.share: the rule 'span' asks about the present basis"),
+        ("fipa:sketch.link=1", r"sketch\.deadline: a link and a deadline go together"),
+        ("fipa:sketch.link=1e-5:sketch.deadline=1", r"sketch\.deadline: until then the link carries 1 bytes"),
+        ("fipa_span:sketch.link=1:sketch.deadline=1", r"sketch\.link: is of eigenpairs, and under the rule 'span'"),
         ("fipa_span:sketch.budget=100", r"config\.fipa\.sketch\.budget: is of eigenpairs, and under the rule 'span'"),
         ("fipa_span:sketch.store=bfloat16", r"sketch\.store: is of eigenpairs, .* set it to ''"),
         ("fipa_span:sketch.bits=1", r"sketch\.bits: needs 2 to 16 bits"),
