@@ -72,7 +72,8 @@ def _top_k(how: Compression) -> Compressor:
 
     def apply(key, update):
         places = jax.lax.top_k(jnp.abs(update), kept(update.size))[1]
-        return jnp.zeros_like(update).at[places].set(update[places])
+        values = update[places].astype(jnp.float32).astype(update.dtype)
+        return jnp.zeros_like(update).at[places].set(values)
 
     return Compressor(apply, lambda size: 8 * kept(size), keeps_rest=True)  # an int32 and a float32 for each
 

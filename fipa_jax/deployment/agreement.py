@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from fipa_jax import trees
 from fipa_jax.aggregate.uploads import Uploads
+from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
 from fipa_jax.config.checks import validate
 from fipa_jax.config.methods import method
@@ -32,6 +33,9 @@ from fipa_jax.run.phase_checks import has_faults, naming
 from fipa_jax.run.phase_parts import make_parts, make_rates
 from fipa_jax.tasks.task import Task
 
+SHARED = (
+    "the server must know what clients keep from round to round (SCAFFOLD, FedDyn, IVON-ADMM); that does not travel"
+)
 WARMUP = "warmup"  # the phase of this name, instead of a method
 
 
@@ -55,6 +59,11 @@ class Agreement(NamedTuple):
         """A context with jax's precision as this federation needs it; a thread begins with jax's own."""
         wide = [leaf.dtype == np.float64 for leaf in jax.tree.leaves(self.params)]
         return jax.enable_x64(any(wide))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the server keeps something of each client, by which one could speak for another."""
+        return self.parts.aggregator.needs.ids or self.parts.term.remember is not None
 
     @property
     def in_turns(self) -> bool:
@@ -157,6 +166,8 @@ def check(settings: ConfigDict) -> None:
         )
     if settings.sketch.budget:
         raise ValueError("sketch.budget: needs a second exchange in a round, which is not built; set it to 0")
+    if settings.term.name == "duals":  # which the rule follows by itself
+        raise ValueError(f"term.name: {SHARED}")
     for field in ("pooled", "cache_body"):
         if settings[field]:
             raise ValueError(f"{field}: needs all clients' data in one place, which a real federation has not")
@@ -170,15 +181,17 @@ def _check_parts(parts: Parts, late: int) -> None:
         )
     if parts.sketcher is not None and parts.sketcher.sends_gradient:
         raise ValueError("sketch.gradient_scale: needs a second exchange in a round, which is not built; set it to 0")
-    if jax.tree.leaves(parts.term.init({"one": np.zeros(1, np.float32)})):
-        raise ValueError("term.name: keeps something at each client from round to round, which does not travel yet")
+    term = parts.term
+    if term.travels or (term.remember is None and term.correct is not terms.none().correct):
+        raise ValueError(f"term.name: {SHARED}")
 
 
 def _bits_of(settings: ConfigDict) -> Bits:
     """In how many bits entries travel, by a phase's fields."""
     compress, rule = settings.local.compress, settings.aggregator
     update = compress.bits if compress.name == "few_bits" else 0
-    return Bits(update, settings.sketch.bits, rule.span.bits if rule.name == "span" else 0)
+    kept = compress.share if compress.name == "top_k" else 0.0
+    return Bits(update, settings.sketch.bits, rule.span.bits if rule.name == "span" else 0, kept)
 
 
 def _channel(most: int) -> Channel:
@@ -194,13 +207,16 @@ def fingerprint_of(parts: Parts, params: Any) -> str:
 
 @functools.partial(jax.jit, static_argnums=0)
 def work_of(parts: Parts, state: State, rates: Rates, cohort: Cohort, root: jax.Array):
-    """(the uploads of a cohort [C, ...], their mean training losses [C]), compiled once for all that share `parts`."""
+    """(the uploads of a cohort [C, ...], their mean training losses [C], what their terms keep [C, ...]).
+
+    It is compiled once for all that share `parts`.
+    """
 
     def stage(function):
         return lambda *args: function(parts, *args)
 
     results, sketches = by_clients(parts, stage(train), stage(sketch))(state, rates, cohort, root)
-    return uploads_of(parts, cohort, results, sketches)._replace(ids=None), results.loss
+    return uploads_of(parts, cohort, results, sketches)._replace(ids=None), results.loss, results.store
 
 
 def said_of(parts: Parts, rule: Any) -> tuple[dict, tuple]:
@@ -224,10 +240,20 @@ def broadcast_of(agreement: Agreement, params: Any, rule: Any, number: int, due:
     return wire.pack(wire.Message("broadcast", agreement.fingerprint, number, wire.NOBODY, arrays))
 
 
-def client_state(agreement: Agreement, params: Any, said: tuple[dict, tuple], round: Any) -> State:
-    """What a client sees of the state: the whole model's parameters, what it is told and asked, the round's number."""
+def client_state(agreement: Agreement, params: Any, said: tuple[dict, tuple], round: Any, store: Any = None) -> State:
+    """What a client sees of the state: the whole model's parameters, what it is told and asked, the round's number.
+
+    Args:
+      store: what its term keeps, [1, ...]; None before its first round.
+    """
+    store = first_store(agreement, params) if store is None else store
+    return State(params, said, (), store, jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), store), round)
+
+
+def first_store(agreement: Agreement, params: Any) -> Any:
+    """What a client's term keeps before its first round, [1, ...]."""
     blank = agreement.parts.term.init(trees.select(params, agreement.parts.trainable))
-    return State(params, said, (), blank, blank, round)
+    return jax.tree.map(lambda leaf: leaf[None], blank)
 
 
 def first_rule(parts: Parts, params: Any) -> Any:
@@ -244,7 +270,7 @@ def _shapes(draft: Agreement, example: Mapping[str, Any]) -> tuple[Uploads, Any]
 
     def work(params, said, round, clients, ids, data, rates, root):
         cohort = Cohort(ids, clients, data)
-        return work_of(draft.of_clients(), client_state(draft, params, said, round), rates, cohort, root)
+        return work_of(draft.of_clients(), client_state(draft, params, said, round), rates, cohort, root)[:2]
 
     numbers = whole((), np.int32), clients, whole((1,), np.int32)
     given = draft.params, draft.said, *numbers, fields, draft.rates, draft.root

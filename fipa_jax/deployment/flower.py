@@ -127,7 +127,7 @@ class Fipa:
 
     Raises:
       ImportError: Flower is not installed.
-      ValueError: the rule remembers clients (`past.kind = "latest"`), and nothing proves who they are.
+      ValueError: the method remembers clients (FedVARP, `past.kind = "latest"`), and nothing proves who they are.
     """
 
     def __init__(
@@ -143,9 +143,9 @@ class Fipa:
         from flwr.serverapp.strategy import Strategy
 
         Strategy.register(Fipa)  # whose loop has no resume, no late answers, and waits for a lost node in each round
-        if server.agreement.parts.aggregator.needs.ids and who is None:
+        if server.agreement.remembers and who is None:
             raise ValueError(
-                "who: the rule remembers each client, so that one could speak for another; start the SuperLink with "
+                "who: the method remembers each client, so that one could speak for another; start the SuperLink with "
                 "node authentication, and say here which node is which client"
             )
         self.server = server

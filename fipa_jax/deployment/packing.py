@@ -1,5 +1,7 @@
 """How do numbers that were rounded to few bits travel? As their integers, bit by bit, and a float32 for each block.
 
+An update of few entries travels as these, and their places.
+
 `curvature.few_bits` rounds, and gives what arrives, as a simulation needs it. From that the integers q and the blocks'
 largest entries m can be read again: a block's largest entry always has the largest integer. Messages are packed behind
 whatever made them, and unpacked before whatever reads them; neither knows of it. Instead of an array NAME there are
@@ -9,7 +11,8 @@ whatever made them, and unpacked before whatever reads them; neither knows of it
 
 of these vectors:
 
-    delta           the whole update, K = 1: all parameters one after another
+    delta           the whole update, K = 1: all parameters one after another; of few entries, delta/places [k] int32,
+                    ascending, and delta/values [k] float32 of those that are not zero
     sketch/basis    its K columns
     core/values     K = 1: M_ij / sqrt(M_ii M_jj) above the diagonal, row by row; core/diagonal [k] beside it
     asked/0         the columns of the common basis that are in use
@@ -28,6 +31,7 @@ from fipa_jax.curvature.few_bits import BLOCK, levels_of
 from fipa_jax.deployment.wire import Malformed
 
 DELTA, BASIS, CORE, DIAGONAL, ASKED = "delta", "sketch/basis", "core/values", "core/diagonal", "asked/0"
+PLACES, VALUES = "delta/places", "delta/values"
 Arrays = Mapping[str, np.ndarray]  # {name on the wire: array}
 Forms = Mapping[str, Any]  # {name on the wire: what has a shape and a dtype}
 
@@ -38,6 +42,7 @@ class Bits(NamedTuple):
     update: int = 0
     curvature: int = 0  # of a sketch's basis, or of a core
     asked: int = 0  # of the common basis
+    kept: float = 0.0  # the share of an update's entries that travel at most, the others being zero; 0 for all
 
 
 def packed(arrays: Arrays, bits: Bits) -> dict[str, np.ndarray]:
@@ -51,9 +56,9 @@ def packed(arrays: Arrays, bits: Bits) -> dict[str, np.ndarray]:
       bits: see `Bits`.
     """
     sent = dict(arrays)
-    if bits.update and (paths := _paths(arrays)):
+    if (bits.update or bits.kept) and (paths := _paths(arrays)):
         whole = np.concatenate([sent.pop(path).reshape(-1) for path in paths])
-        sent |= _integers(DELTA, whole[None], bits.update)
+        sent |= _integers(DELTA, whole[None], bits.update) if bits.update else _entries(whole)
     if bits.curvature and BASIS in sent:
         sent |= _integers(BASIS, sent.pop(BASIS).T, bits.curvature)
     if CORE in sent:
@@ -76,11 +81,14 @@ def unpacked(arrays: Arrays, bits: Bits, forms: Forms) -> dict[str, np.ndarray]:
       wire.Malformed: what came is not what `packed` makes of arrays of these forms.
     """
     read = dict(arrays)
-    if bits.update and (paths := _paths(forms)):
+    if (bits.update or bits.kept) and (paths := _paths(forms)):
         shapes = [forms[path].shape for path in paths]
         sizes = [int(np.prod(shape)) for shape in shapes]
         dtype = np.result_type(*(forms[path].dtype for path in paths))
-        whole = _vectors(read, DELTA, sum(sizes), bits.update, dtype, 1)[0]
+        if bits.update:
+            whole = _vectors(read, DELTA, sum(sizes), bits.update, dtype, 1)[0]
+        else:
+            whole = _of_entries(read, sum(sizes), bits.kept, dtype)
         parts = np.split(whole, np.cumsum(sizes)[:-1])
         read |= {
             path: part.reshape(shape).astype(forms[path].dtype)
@@ -141,6 +149,26 @@ def _lengths(diagonal: np.ndarray) -> np.ndarray:
 def _paths(arrays: Mapping[str, Any]) -> list[str]:
     """The names of an update's arrays, in the order in which `ravel` has them."""
     return sorted(name for name in arrays if name.startswith(f"{DELTA}/"))
+
+
+def _entries(whole: np.ndarray) -> dict[str, np.ndarray]:
+    """{name: array} of the entries of an update [P] that are not zero."""
+    places = np.flatnonzero(whole)
+    return {PLACES: places.astype(np.int32), VALUES: whole[places].astype(np.float32)}
+
+
+def _of_entries(read: dict, size: int, share: float, dtype: Any) -> np.ndarray:
+    """[size], of arrays that are taken out of `read`."""
+    places, values = (read.pop(name, np.zeros(0)) for name in (PLACES, VALUES))
+    most = math.ceil(share * size)
+    if places.dtype != np.int32 or values.dtype != np.float32 or places.shape != values.shape or places.ndim != 1:
+        got = f"{places.dtype} {[*places.shape]} and {values.dtype} {[*values.shape]}"
+        raise Malformed(f"{PLACES}: it has sent {got}, asked for places int32 and as many values float32")
+    if places.size > most or np.any(np.diff(places, prepend=-1) <= 0) or np.any(places >= size):
+        raise Malformed(f"{PLACES}: needed at most {most} places, ascending, of {size}")
+    whole = np.zeros(size, dtype)
+    whole[places] = values
+    return whole
 
 
 def _integers(name: str, vectors: np.ndarray, bits: int) -> dict[str, np.ndarray]:

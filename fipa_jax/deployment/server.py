@@ -34,6 +34,7 @@ from fipa_jax.federation.channel import Channel, Order
 from fipa_jax.federation.parts import Parts
 from fipa_jax.federation.population import Cohort
 from fipa_jax.federation.server import result_of, serve
+from fipa_jax.federation.state import fetch, keep
 from fipa_jax.reporting import console, metrics
 from fipa_jax.run.loop import check_progress
 from fipa_jax.saving import provenance
@@ -293,9 +294,10 @@ def _serve(parts: Parts, state, rates, uploads: Uploads, losses: jax.Array, orde
     clients = Client(jnp.zeros([len(losses), 1], jnp.int32), uploads.num_examples)
     cohort, here = Cohort(uploads.ids, clients, {}, orders), ~jnp.isnan(losses)
     mean_loss = trees.ratio(jnp.sum(jnp.where(here, losses, 0)), jnp.sum(here))
-    results = LocalResult(uploads.delta, state.store, jnp.where(here, losses, 0), uploads.loss, uploads.damping)
-    state, info = serve(parts, state, rates, cohort, results, uploads.sketch)
-    return state, info | {"local_loss": mean_loss}
+    seen = fetch(state, cohort.ids)
+    results = LocalResult(uploads.delta, seen.store, jnp.where(here, losses, 0), uploads.loss, uploads.damping)
+    seen, info = serve(parts, seen, rates, cohort, results, uploads.sketch)
+    return keep(state, seen, cohort.ids), info | {"local_loss": mean_loss}
 
 
 def upload_of(arrays: Mapping[str, np.ndarray], like: tuple[Uploads, Any], bits: packing.Bits) -> tuple[Uploads, float]:

@@ -1,7 +1,8 @@
 """What does a client of a real federation do? It answers a broadcast by what it has made of it beside its own data."""
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,24 @@ from fipa_jax.curvature.common_basis import Core, Image
 from fipa_jax.curvature.layer_factors import LayerFactors
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.deployment import packing, wire
-from fipa_jax.deployment.agreement import Agreement, broadcast_of, client_state, first_rule, work_of
+from fipa_jax.deployment.agreement import Agreement, broadcast_of, client_state, first_rule, first_store, work_of
 from fipa_jax.federation.population import Cohort
+from fipa_jax.saving.model_files import export, load
+
+
+class Kept(NamedTuple):
+    """What a client's term keeps."""
+
+    round: Any  # [] int32, that it has answered last
+    before: Any  # [1, ...], before that round
+    after: Any  # [1, ...]
 
 
 class Site:
-    """A client beside its data. It keeps nothing between two rounds but compiled programs.
+    """A client beside its data. Between two rounds it keeps compiled programs, and what its term keeps.
+
+    A broadcast that comes again is answered as before: what the term has kept in a round counts from the next one on.
+    The server does not say whose answer came too late, so that an update that is lost counts as sent.
 
     Example:
       site = Site(agreement, client=2, data={"x": x, "y": y})
@@ -31,12 +44,21 @@ class Site:
       data: {field: [N, ...]}, its own examples.
       width: to how many examples its draws are padded, N or more; 0 for N. A simulation pads to its largest client: the
         same width draws the same batches.
+      memory: a file that keeps what its term keeps, where the process may be started anew (`feedback`, `moon`); None
+        for none.
 
     Raises:
-      ValueError: there is no such client, or fields differ in their lengths.
+      ValueError: there is no such client, or fields differ in their lengths; the file is another model's, or damaged.
     """
 
-    def __init__(self, agreement: Agreement, client: int, data: Mapping[str, Any], width: int = 0):
+    def __init__(
+        self,
+        agreement: Agreement,
+        client: int,
+        data: Mapping[str, Any],
+        width: int = 0,
+        memory: str | Path | None = None,
+    ):
         if not 0 <= client < agreement.parts.num_clients:
             raise ValueError(f"client: needed 0 to {agreement.parts.num_clients - 1}, got {client}")
         lengths = {len(field) for field in data.values()}
@@ -50,6 +72,10 @@ class Site:
             rows = np.minimum(np.arange(indices.shape[1]), number - 1)  # sites of the same width share a program
             fields = {name: jnp.asarray(np.asarray(field)[rows]) for name, field in data.items()}
             self._cohort = Cohort(jnp.asarray([client], jnp.int32), clients, fields)
+            first = first_store(agreement, agreement.params)
+            self._kept, self._file = Kept(np.int32(wire.NOBODY), first, first), memory and Path(memory)
+            if jax.tree.leaves(first) and self._file and self._file.is_file():
+                self._kept = Kept(**load(self._file, self._kept._asdict()))
 
     def work(self, blob: bytes) -> bytes:
         """The upload that answers a broadcast.
@@ -60,9 +86,13 @@ class Site:
         broadcast = wire.expect(blob, "broadcast", self._agreement.fingerprint)
         agreement = self._agreement
         with agreement.precision():
-            due, state = self._seen(broadcast)
-            uploads, loss = work_of(agreement.of_clients(due), state, agreement.rates, self._cohort, agreement.root)
+            before = self._kept.before if broadcast.round == self._kept.round else self._kept.after
+            due, state = self._seen(broadcast, before)
+            uploads, loss, store = work_of(
+                agreement.of_clients(due), state, agreement.rates, self._cohort, agreement.root
+            )
             one, loss = jax.tree.map(lambda leaf: np.asarray(leaf)[0], (uploads, loss))
+            self._keep(Kept(np.int32(broadcast.round), before, store))
         arrays = packing.packed(arrays_of(one, loss), agreement.bits)
         return wire.pack(wire.Message("upload", broadcast.fingerprint, broadcast.round, self._client, arrays))
 
@@ -75,11 +105,19 @@ class Site:
                 broadcast_of(agreement, agreement.params, rule, 0, due)
                 for due in (True, False)[: 1 + agreement.in_turns]
             ]
+        kept, file, self._file = self._kept, self._file, None
         for blob in kinds:
             self.work(blob)
+        self._kept, self._file = kept, file
 
-    def _seen(self, broadcast: wire.Message):
-        """(whether it asks for curvature, the state as it tells it) of a broadcast."""
+    def _keep(self, kept: "Kept") -> None:
+        """Remembers what the term keeps, in the file too."""
+        self._kept = kept
+        if self._file and jax.tree.leaves(kept.after):
+            export(self._file, kept._asdict())
+
+    def _seen(self, broadcast: wire.Message, store: Any):
+        """(whether it asks for curvature, the state as it tells it) of a broadcast, for a client that keeps `store`."""
         agreement, arrays = self._agreement, broadcast.arrays
         told, asked = agreement.said
         forms = {"params": trees.select(agreement.params, agreement.parts.trainable), "told": told, "asked": asked}
@@ -95,7 +133,8 @@ class Site:
         except ValueError as error:
             raise wire.Malformed(f"its arrays: {error}") from None
         params = trees.replace(agreement.params, got["params"])
-        return due, client_state(agreement, params, (got["told"], got["asked"]), jnp.int32(broadcast.round))
+        said = got["told"], got["asked"]
+        return due, client_state(agreement, params, said, jnp.int32(broadcast.round), store)
 
 
 def arrays_of(one: Uploads, loss: Any) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers.deployed import Deployed, bits, config_of
 
+from fipa_jax.client import terms
 from fipa_jax.deployment import flower, wire, worker
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install -e '.[flower]'")
@@ -229,8 +230,10 @@ def test_who_tells_clients_by_their_nodes(federation):
     assert got == by_hand(federation, {(number, 1) for number in range(3)})
 
 
-def test_rules_that_remember_clients_ask_who_they_are(federation):
-    server = types.SimpleNamespace(agreement=federation.agreement._replace(parts=with_ids(federation)), cohort=3)
+@pytest.mark.parametrize("of", ["rule", "term"])
+def test_rules_that_remember_clients_ask_who_they_are(federation, of):
+    parts = with_ids(federation) if of == "rule" else federation.agreement.parts._replace(term=terms.varp())
+    server = types.SimpleNamespace(agreement=federation.agreement._replace(parts=parts), cohort=3)
     with pytest.raises(ValueError, match="node authentication"):
         flower.Fipa(server)
     flower.Fipa(server, who=lambda node: 0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers.deployed import Deployed, config_of, gap
 
+from fipa_jax.client import compression
 from fipa_jax.curvature import few_bits
 from fipa_jax.curvature.common_basis import Core, in_few_bits
 from fipa_jax.deployment import packing, wire
@@ -100,6 +101,37 @@ def test_what_no_client_packs_is_refused():
         with pytest.raises(wire.Malformed, match="delta"):
             unpacked(arrays, Bits(update=3), {"delta/a": vector})
             pytest.fail(what)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_few_entries_arrive_in_the_bytes_that_are_counted_and_no_more_than_were_asked_for(dtype):
+    compressor = compression.compressor_of(compression.Compression("top_k", share=0.1))
+    with jax.enable_x64(dtype == "float64"):
+        vector = jnp.asarray(np.random.default_rng(0).normal(size=95), dtype)
+        update = np.asarray(compressor.apply(jax.random.key(0), vector))
+    forms = {"delta/a": update[:40].reshape(5, 8), "delta/b": update[40:]}
+    bits = Bits(kept=0.1)
+    sent = packed(forms, bits)
+    assert sum(array.nbytes for array in sent.values()) == compressor.bytes_of(95) == 8 * 10
+    for name, array in unpacked(sent, bits, forms).items():
+        np.testing.assert_array_equal(array, forms[name])
+        assert array.dtype == dtype
+    places, values = sent[packing.PLACES], sent[packing.VALUES]
+    more = np.arange(11, dtype=np.int32)
+    for wrong in (
+        {packing.PLACES: places[::-1].copy()},
+        {packing.PLACES: places + 95},
+        {packing.PLACES: places - 95},
+        {packing.PLACES: places.astype(np.int64)},
+        {packing.PLACES: places[:-1]},
+        {packing.PLACES: more, packing.VALUES: more.astype(np.float32)},
+        {packing.VALUES: values.astype(np.float64)},
+        {packing.VALUES: values[None]},
+    ):
+        with pytest.raises(wire.Malformed, match="delta/places"):
+            unpacked(sent | wrong, bits, forms)
+    with pytest.raises(wire.Malformed, match="delta/places"):
+        unpacked({}, bits, forms)
 
 
 def test_cores_and_bases_that_are_too_large_are_refused():

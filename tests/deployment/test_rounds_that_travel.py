@@ -22,6 +22,7 @@ from fipa_jax.saving.journal import Rows
 
 OF_SPAN = "aggregator.span.columns=6:aggregator.span.fresh=2:aggregator.span.bits=0"
 FEW_BITS = "fipa_span:aggregator.span.columns=6:aggregator.span.fresh=2:aggregator.span.bits=3:sketch.share=0.4"
+TOP_K = "fedavg:local.compress.name=top_k:local.compress.share=0.2:term.name=feedback"
 KINDS = {
     "mean": ("fedavg", {}),
     "fipa": ("fipa", {}),
@@ -36,6 +37,10 @@ KINDS = {
     "few_bytes": ("fipa_few_bytes:sketch.rank=2:sketch.share=0.5:local.compress.name=few_bits", {}),
     "averages_in_few_bits": ("fedavg:local.compress.name=few_bits:local.compress.bits=5", {}),
     "bfloat16": ("fipa:sketch.store=bfloat16", {}),
+    "varp": ("fedavg:term.name=varp:server.lr=0.5", {"clients": 5, "cohort": 2, "fipa": {"rounds": 5}}),
+    "mifa": ("fedavg:term.name=mifa", {"clients": 5, "cohort": 2, "fipa": {"rounds": 5}}),
+    "moon": ("fedavg:term.name=moon:term.mu=1:local.steps=2", {"clients": 5, "cohort": 3, "fipa": {"rounds": 5}}),
+    "top_k": (TOP_K, {"clients": 5, "cohort": 3, "fipa": {"rounds": 5}}),
     "cohort": ("fipa", {"clients": 5, "cohort": 2}),
     "kfac": ("fedfisher_kfac:aggregator.damping=0.1:aggregator.past.kind=prior", {}),
     "linked": ("fipa:sketch.link=0.008:sketch.deadline=0.24", {}),
@@ -78,7 +83,7 @@ def test_a_round_over_the_wire_is_that_of_a_simulation(federation):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_rule_over_the_wire_is_that_of_a_simulation(kind, precision, bound):
     spec, fields = KINDS[kind]
-    if kind == "few_bytes":  # the scales of a basis, which is made of length one, are float32 on the wire
+    if kind in ("few_bytes", "top_k"):  # scales of a basis, which is made of length one, and entries: float32 there
         bound = max(bound, 1e-6)
     if kind in IN_FEW_BITS and precision == "float32":
         pytest.skip("what is rounded at random turns on a float32's last digit, in which two programs differ")
@@ -296,8 +301,32 @@ def test_what_only_a_simulation_can_do_is_refused(federation, field, value, word
 
 
 def test_duals_of_beliefs_do_not_travel(federation):
-    with pytest.raises(ValueError, match=r"config\.fipa\.term\.name: keeps something at each client"):
+    with pytest.raises(ValueError, match=r"config\.fipa\.term\.name: the server must know what clients keep"):
         agree(config_of(), federation.problem.task, 3, federation.problem.test, spec="ivon_admm")
+
+
+@pytest.mark.parametrize("kept", ["memory", "file", "nothing"])
+def test_a_client_goes_on_from_what_it_has_left_out(kept, tmp_path):
+    """The second of two rounds, by the same site, by one that was started anew with its file, or without."""
+    federation = Deployed(config_of(), TOP_K)
+    server, file = federation.server(), None if kept == "nothing" else tmp_path / "kept.msgpack"
+
+    def site():
+        return Site(federation.agreement, 0, federation.data(0), federation.width, memory=file)
+
+    mine, first = site(), server.broadcast()
+    mine.warm_up()
+    sent = mine.work(first)
+    assert sent == mine.work(first) == federation.sites[0].work(first)
+    server.round({0: sent, **{one: federation.sites[one].work(first) for one in (1, 2)}})
+    assert not server.wrong
+    again = mine if kept == "memory" else site()
+    second = server.broadcast()
+    assert (again.work(second) == federation.sites[0].work(second)) is (kept != "nothing")
+    if kept == "file":
+        file.write_bytes(file.read_bytes()[:-5])
+        with pytest.raises(ValueError, match=r"kept\.msgpack"):
+            site()
 
 
 def test_late_answers_count_with_their_age():
