@@ -152,7 +152,9 @@ def tables(found):
     for place in PLACES:
         rows = []
         for rule, (run, spec) in _lines(found, place).items():
-            mean, loss = (final(found, run, spec, f"test_average_{figure}") for figure in ("accuracy", "loss"))
+            mean, loss = (
+                final(found, run, spec, f"test_average_{figure}", last=LAST) for figure in ("accuracy", "loss")
+            )
             rows.append(
                 usual_row(found, run, spec, rule, LAST)
                 | {"accuracy of the average": Spread(mean, percent), "its loss": Spread(loss, number)}

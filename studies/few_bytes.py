@@ -2,7 +2,7 @@
 
 FIPA sends gradients in 12 bits and few eigenpairs in 8 or 4 (`fipa_few_bytes`), or no eigenpair: gradients in 8 bits
 and the curvature within the span of past gradients (`fipa_span`). Averaging and FedAdam send updates in 8 bits (QSGD,
-FedPAQ) or a tenth of the entries (top-k with error feedback), FedVARP and averaging all bits. Every rule takes as many
+FedPAQ) or a tenth of the entries (top-k with error feedback), FedVARP 8 or all bits. Every rule takes as many
 rounds as the bytes allow: on digits what 40 rounds of FIPA with a budget send, on CIFAR-10 what 50 rounds of plain
 FedAvg send. Each has six settings on digits and four on CIFAR-10, chosen on the held-out images of seeds 9 to 11, on
 CIFAR-10 of seed 9 at alpha 0.1, after as many bytes. Where they lie was seen before: FIPA's few pairs and bits on seed
@@ -41,8 +41,9 @@ RULES = {  # label -> method; the numbers of its own follow
     "FedAvg, a tenth of the entries": "fedavg:" + TOP + ":local.lr={}:server.lr={}",
     "FedVARP in float32": "fedavg:term.name=varp:local.lr={}:server.lr={}",
     "FedAvg in float32": "fedavg:local.lr={}:server.lr={}",
+    "FedVARP in 8 bits": "fedavg:term.name=varp:" + EIGHT + ":local.lr={}:server.lr={}",
 }
-ROUNDS = {"digits": (40, 270, 270, 340, 68, 68), "cifar10": (56, 200, 200, 250, 50, 50)}
+ROUNDS = {"digits": (40, 270, 270, 340, 68, 68, 270), "cifar10": (56, 200, 200, 250, 50, 50, 200)}
 BYTES = {"digits": 1.38e6, "cifar10": 23.71e6}  # that all clients may send
 SPAN, FEW_DOWN = "FIPA in the span of gradients", "FIPA in the span, 50 directions in 3 bits"
 FEW = "aggregator.span.columns=50:aggregator.span.bits=3:"
@@ -138,7 +139,7 @@ OFTEN = {"eval.every": 5, "eval.clients_every": 0}
 def _tried(config):
     """{label: its settings}."""
     natural, plain, adam = GRIDS[config]
-    grids = natural, plain, adam, plain, plain, plain
+    grids = natural, plain, adam, plain, plain, plain, plain
     return {
         label: [_for(rounds, method.format(*numbers)) for numbers in grid]
         for (label, method), rounds, grid in zip(RULES.items(), ROUNDS[config], grids, strict=True)

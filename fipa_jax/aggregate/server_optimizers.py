@@ -115,7 +115,7 @@ class Averaged(NamedTuple):
     inner: optax.OptState  # of the optimiser
     mean: Any  # of the parameters' shapes
     weight: jax.Array  # [], of the models in it, where the last one counts 1
-    decay: jax.Array  # [], d
+    decay: jax.Array  # [], d, as it was last
 
 
 def averaged(optimizer: optax.GradientTransformation, decay: float) -> optax.GradientTransformationExtraArgs:
@@ -142,6 +142,7 @@ def averaged(optimizer: optax.GradientTransformation, decay: float) -> optax.Gra
 
     def update(updates, state, params=None, **sent):
         updates, inner = rule.update(updates, state.inner, params, **sent)
+        state = state._replace(decay=jnp.zeros_like(state.decay) + decay)  # the run that goes on may have another
         return updates, Averaged(inner, *_with(state, params), state.decay)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -238,7 +238,7 @@ def sketch() -> ConfigDict:
     group.share = 1.0  # of a cohort that sends one, in the mean over the rounds: curvature.sketchers.sent_seldom
     group.budget = 0.0  # bytes of curvature for a client and round, spent on the cohort's best pairs; 0: all are sent
     group.link = 0.0  # Mbit/s of a client's uplink: only the pairs are sent that arrive before `deadline`; 0: all are
-    group.deadline = 0.0  # seconds for all that a client sends in a round
+    group.deadline = 0.0  # seconds for all that a client sends in a round; nothing else of it is left out
     group.full = 1  # first rounds of the phase in which all do even so
     group.views = False  # of random views of the examples, where config.data.augment is set
     group.sharing = "expand"  # kronecker: how the positions count at which a layer's weights are used: expand, reduce

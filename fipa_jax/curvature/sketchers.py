@@ -148,8 +148,8 @@ def pairs_for(sketcher: Sketcher, sketches: Sketch, budget: float, round: jax.Ar
 def within_link(sketcher: Sketcher, rate: float, seconds: float, update_bytes: Callable[[int], int]) -> Sketcher:
     """The sketcher of whose pairs a client sends at most those that its link carries in time, the largest first.
 
-    Other than within a budget, which is the cohort's, no client sends more, and nothing is said before. The update goes
-    first. Headers of messages, single numbers and the link's latency are not counted.
+    Unlike a budget, which is the cohort's, it bounds each client, and nothing is said before. The update goes first.
+    Headers of messages, single numbers and the link's latency are not counted.
 
     Example:
       within_link(plain(make), 1.0, 2.0, lambda size: 4 * size)   # 250 kB a client and round
@@ -163,36 +163,48 @@ def within_link(sketcher: Sketcher, rate: float, seconds: float, update_bytes: C
     Raises:
       ValueError: a number is not above 0; in a round, the update and one pair take longer.
     """
-    for name, value in {"link": rate, "deadline": seconds}.items():
-        if not value > 0:
-            raise ValueError(f"sketch.{name}: a link and a deadline go together, needs a number above 0, got {value}")
+    check_link(rate, seconds)
     most = BYTES_OF_MBIT * rate * seconds
 
     def of_cohort(messages, round):
         sketches = sketcher.of_cohort(messages, round)
         if not isinstance(sketches, Sketch):
             raise ValueError(f"sketch.link: needs sketches, got {type(sketches).__name__}")
-        number = pairs_within(sketcher, sketches, most, update_bytes(sketches.basis.shape[1]))
-        keep = jnp.arange(sketches.eigenvalues.shape[1]) < number
-        return jax.vmap(truncate, in_axes=(0, None))(sketches, keep)
+        size, itemsize = sketches.basis.shape[1], sketches.basis.dtype.itemsize
+        update = update_bytes(size) + (itemsize * size if sketcher.sends_gradient else 0)
+        pairs = pairs_within(sketcher, sketches, most, update)
+        report = sketches.report
+        if report is not None:
+            report = report._replace(residuals=report.residuals[:, :pairs])
+        return Sketch(sketches.eigenvalues[:, :pairs], sketches.basis[:, :, :pairs], report)
 
     return sketcher._replace(of_cohort=of_cohort)
 
 
+def check_link(rate: float, seconds: float) -> None:
+    """Refuses, with a ValueError, a link without a rate or a deadline, see `within_link`."""
+    for name, value in {"link": rate, "deadline": seconds}.items():
+        if not value > 0:
+            raise ValueError(f"sketch.{name}: a link and a deadline go together, needs a number above 0, got {value}")
+
+
 def pairs_within(sketcher: Sketcher, sketches: Sketch, most: float, update: int) -> int:
-    """The pairs that `most` bytes of one client hold beside its `update` of so many, of stacked sketches [C, ...].
+    """The pairs that `most` bytes of one client hold beside its `update` of so many, of stacked sketches [C, R, ...].
 
     Raises:
       ValueError: not one.
     """
-    said, price = _bytes_of(sketcher, sketches)
-    if most < update + said + price:
+    said, vector = _bytes_of(sketcher, sketches)
+    clients, rank = sketches.eigenvalues.shape
+    numbers = [sketches.eigenvalues] + ([] if sketches.report is None else [sketches.report.residuals])
+    pair = vector + trees.nbytes(numbers) // (clients * rank)
+    fixed = update + said - trees.nbytes(numbers) // clients
+    if most < fixed + pair:
         raise ValueError(
-            f"sketch.deadline: until then the link carries {most:,.0f} bytes; an update takes {update:,}, eigenvalues "
-            f"and report {said:,}, an eigenvector {price:,}. Allow more seconds, or send fewer bits (local.compress, "
-            "sketch.bits)"
+            f"sketch.deadline: until then the link carries {most:,.0f} bytes; update and report take {fixed:,}, an "
+            f"eigenpair {pair:,}. Allow more seconds, or send fewer bits (local.compress, sketch.bits)"
         )
-    return int((most - update - said) // price)
+    return int(min((most - fixed) // pair, rank))
 
 
 def _bytes_of(sketcher: Sketcher, sketches: Sketch) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from fipa_jax.federation.population import Cohort
 from fipa_jax.federation.round import by_clients, sketch, train
 from fipa_jax.federation.server import uploads_of
 from fipa_jax.federation.state import State
-from fipa_jax.run.experiment import first_params
+from fipa_jax.run.experiment import first_params, store_on_host
 from fipa_jax.run.phase_checks import has_faults, naming
 from fipa_jax.run.phase_parts import make_parts, make_rates
 from fipa_jax.tasks.task import Task
@@ -36,6 +36,7 @@ from fipa_jax.tasks.task import Task
 SHARED = (
     "the server must know what clients keep from round to round (SCAFFOLD, FedDyn, IVON-ADMM); that does not travel"
 )
+RUN = 8  # bytes that tell a server's runs apart
 WARMUP = "warmup"  # the phase of this name, instead of a method
 
 
@@ -48,6 +49,7 @@ class Agreement(NamedTuple):
     params: Any  # the whole model's, that the first round starts from
     root: jax.Array  # the key from which all random numbers derive
     rounds: int
+    store_on_host: bool  # whether what a term keeps of clients lies on the server's host
     max_skips: int  # so many skipped rounds in a row end the run; 0 for never
     late: int  # rounds after which an answer may still come in; 0 where only those of this round count
     bits: Bits  # in how many bits entries travel
@@ -61,6 +63,12 @@ class Agreement(NamedTuple):
         return jax.enable_x64(any(wide))
 
     @property
+    def keeps(self) -> bool:
+        """Whether clients keep something from round to round."""
+        chosen = trees.select(self.params, self.parts.trainable)
+        return self.parts.term.remember is None and bool(jax.tree.leaves(jax.eval_shape(self.parts.term.init, chosen)))
+
+    @property
     def remembers(self) -> bool:
         """Whether the server keeps something of each client, by which one could speak for another."""
         return self.parts.aggregator.needs.ids or self.parts.term.remember is not None
@@ -69,6 +77,11 @@ class Agreement(NamedTuple):
     def in_turns(self) -> bool:
         """Whether in a round only some of the clients send curvature."""
         return self.parts.sketcher is not None and self.parts.sketcher.due is not None
+
+    def of_server(self) -> Parts:
+        """The parts as the server has them: what clients keep is theirs alone."""
+        term = self.parts.term
+        return self.parts if term.remember else self.parts._replace(term=term._replace(init=terms.none().init))
 
     def of_clients(self, due: bool = True) -> Parts:
         """The parts as a client has them: what the server says takes the place of the rule's state.
@@ -125,8 +138,9 @@ def agree(
         parts = parts._replace(channel=_channel(late), chunk=1, mesh=None)
         root = jax.random.key(config.seed)
         params = first_params(config, task, root) if params is None else params
-        steering, mark = (settings.rounds, settings.max_skips, late), fingerprint_of(parts, params)
+        mark = fingerprint_of(parts, params)
         said = jax.eval_shape(lambda params: said_of(parts, first_rule(parts, params)), params)
+        steering = settings.rounds, store_on_host(config, parts, params), settings.max_skips, late
         draft = Agreement(spec, parts, rates, params, root, *steering, _bits_of(settings), None, said, mark)
         return draft._replace(like=_shapes(draft, example))
 
@@ -224,11 +238,14 @@ def said_of(parts: Parts, rule: Any) -> tuple[dict, tuple]:
     return parts.announce(rule), tuple(parts.aggregator.asks(rule))
 
 
-def broadcast_of(agreement: Agreement, params: Any, rule: Any, number: int, due: bool = True) -> bytes:
+def broadcast_of(
+    agreement: Agreement, params: Any, rule: Any, number: int, due: bool = True, run: bytes = bytes(RUN)
+) -> bytes:
     """What clients of a round are sent, from the whole model's parameters and the rule's state.
 
     Args:
       due: whether they send curvature: of the others nothing is asked.
+      run: `RUN` bytes that tell the server's runs apart, for clients that keep something.
     """
     chosen = trees.select(params, agreement.parts.trainable)
     with agreement.precision():
@@ -236,6 +253,7 @@ def broadcast_of(agreement: Agreement, params: Any, rule: Any, number: int, due:
     leaves = trees.paths({"params": chosen, "told": told} | ({"asked": asked} if due else {}))
     arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
     arrays |= {"due": np.asarray(due)} if agreement.in_turns else {}
+    arrays |= {"run": np.frombuffer(run, np.uint8)} if agreement.keeps else {}
     arrays = packed(arrays, agreement.bits)
     return wire.pack(wire.Message("broadcast", agreement.fingerprint, number, wire.NOBODY, arrays))
 
@@ -252,7 +270,7 @@ def client_state(agreement: Agreement, params: Any, said: tuple[dict, tuple], ro
 
 def first_store(agreement: Agreement, params: Any) -> Any:
     """What a client's term keeps before its first round, [1, ...]."""
-    blank = agreement.parts.term.init(trees.select(params, agreement.parts.trainable))
+    blank = agreement.parts.term.init(trees.widened(trees.select(params, agreement.parts.trainable)))
     return jax.tree.map(lambda leaf: leaf[None], blank)
 
 

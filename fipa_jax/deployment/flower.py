@@ -155,7 +155,7 @@ class Fipa:
         self._client: dict[int, int] = {}  # node -> client, as far as is known
 
     def start(self, grid: "Grid") -> Any:
-        """Runs the rounds that are left; returns the model's parameters.
+        """Runs the rounds that are left; returns the parameters that the federation leaves.
 
         Raises:
           TimeoutError: within `timeout` not a node came.
@@ -164,7 +164,7 @@ class Fipa:
             self._gather(grid)
         while not self.server.done:
             self._round(grid)
-        return self.server.params
+        return self.server.result
 
     def summary(self) -> None:
         """Logs what is about to run."""

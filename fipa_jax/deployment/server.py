@@ -6,6 +6,7 @@ simulation. A client that is silent, late beyond what is allowed, or sends what 
 
 import contextlib
 import functools
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from fipa_jax import files, trees
+from fipa_jax.aggregate.server_optimizers import Averaged
 from fipa_jax.aggregate.uploads import Message, Uploads, collect
 from fipa_jax.client.examples import Client
 from fipa_jax.client.local_solver import LocalResult
@@ -26,7 +28,7 @@ from fipa_jax.curvature.common_basis import Core, Image
 from fipa_jax.curvature.layer_factors import LayerFactors
 from fipa_jax.curvature.sketch import Diagonal, Report, Sketch
 from fipa_jax.deployment import packing, wire
-from fipa_jax.deployment.agreement import Agreement, broadcast_of, only
+from fipa_jax.deployment.agreement import RUN, Agreement, broadcast_of, only
 from fipa_jax.deployment.site import name_of
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as round_lib
@@ -34,7 +36,7 @@ from fipa_jax.federation.channel import Channel, Order
 from fipa_jax.federation.parts import Parts
 from fipa_jax.federation.population import Cohort
 from fipa_jax.federation.server import result_of, serve
-from fipa_jax.federation.state import fetch, keep
+from fipa_jax.federation.state import State, fetch, keep
 from fipa_jax.reporting import console, metrics
 from fipa_jax.run.loop import check_progress
 from fipa_jax.saving import provenance
@@ -114,8 +116,10 @@ class Server:
         cohort, clients = agreement.parts.cohort, agreement.parts.num_clients
         self._slots = min(clients, cohort * (1 + agreement.late))  # so many uploads a round can hold; compiled once
         with agreement.precision():
-            blank = parts_lib.init(agreement.parts, jax.tree.map(jnp.asarray, agreement.params), first)
+            self._parts, first_params = agreement.of_server(), jax.tree.map(jnp.asarray, agreement.params)
+            blank = parts_lib.init(self._parts, first_params, first, agreement.store_on_host)
             self._state, note = self._journal.resumed(agreement.name, blank, None)
+        self._run = note.get("run") or secrets.token_hex(RUN)  # another in each run that begins anew
         self._skipped, self._number = note.get("skipped", 0), int(self._state.round)
         self._said: dict[bool, bytes] = {}  # {whether it asks for curvature: the round's broadcast}
         self._drawn: list[int] = []  # the clients of the round, once they have been given broadcasts
@@ -145,7 +149,7 @@ class Server:
     def result(self) -> Any:
         """The parameters that the federation leaves: the last ones, or their mean, `config.fipa.server.average`."""
         with self.agreement.precision():
-            return result_of(self.agreement.parts, self._state)
+            return result_of(self._parts, self._state)
 
     def draw(self, among: Iterable[int] | None = None) -> list[int]:
         """The clients of the next round, ascending; those of a simulation where all clients can be reached.
@@ -201,7 +205,7 @@ class Server:
         """The broadcast for clients that send curvature, or do not; made once a round."""
         if due not in self._said:
             given = self.agreement, self.params, self._state.aggregator, self._number
-            self._said[due] = broadcast_of(*given, due)
+            self._said[due] = broadcast_of(*given, due, bytes.fromhex(self._run))
         return self._said[due]
 
     def round(self, sent: Sent, seconds: Mapping[str, float] | None = None) -> dict:
@@ -225,11 +229,11 @@ class Server:
             uploads, losses, ages = self._read(sent)
             reading = time.perf_counter()
             orders = Order(age=jnp.asarray(ages)) if self.agreement.late else Order()
-            given = self.agreement.rates, uploads, losses, orders
-            state, info = _serve(self.agreement.parts, self._state, *given)
-            self._state, info = state, jax.device_get(info)
+            seen = fetch(self._state, uploads.ids)
+            seen, info = _serve(self._parts, seen, self.agreement.rates, uploads, losses, orders)
+            self._state, info = keep(self._state, seen, uploads.ids), jax.device_get(info)
             own = {"seconds_read": reading - start, "seconds_aggregate": time.perf_counter() - reading}
-            figures = self._figures(state.params)
+            figures = self._figures_of(self._state)
         traffic = {"bytes_down": down, "bytes_up": sum(len(blob or b"") for blob in sent.values())}
         self._write(figures | console.figures(info) | traffic | own | dict(seconds or {}))
         return info
@@ -285,7 +289,14 @@ class Server:
         self._skipped = self._skipped + 1 if row.get("skipped") else 0
         journal.write(row)
         check_progress(name, row, self._skipped, self.agreement.max_skips)
-        journal.keep(name, self._state, row, note | {"skipped": self._skipped}, ended=self.done)
+        note |= {"skipped": self._skipped, "run": self._run}
+        journal.keep(name, self._state, row, note, ended=self.done)
+
+    def _figures_of(self, state: State) -> dict:
+        """The figures of the model, and as `test_average_*` those of the average where there is one."""
+        mean = self._figures(result_of(self._parts, state)) if isinstance(state.server, Averaged) else {}
+        named = {f"test_average_{name.removeprefix('test_')}": value for name, value in mean.items()}
+        return self._figures(state.params) | named
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -294,10 +305,9 @@ def _serve(parts: Parts, state, rates, uploads: Uploads, losses: jax.Array, orde
     clients = Client(jnp.zeros([len(losses), 1], jnp.int32), uploads.num_examples)
     cohort, here = Cohort(uploads.ids, clients, {}, orders), ~jnp.isnan(losses)
     mean_loss = trees.ratio(jnp.sum(jnp.where(here, losses, 0)), jnp.sum(here))
-    seen = fetch(state, cohort.ids)
-    results = LocalResult(uploads.delta, seen.store, jnp.where(here, losses, 0), uploads.loss, uploads.damping)
-    seen, info = serve(parts, seen, rates, cohort, results, uploads.sketch)
-    return keep(state, seen, cohort.ids), info | {"local_loss": mean_loss}
+    results = LocalResult(uploads.delta, state.store, jnp.where(here, losses, 0), uploads.loss, uploads.damping)
+    state, info = serve(parts, state, rates, cohort, results, uploads.sketch)
+    return state, info | {"local_loss": mean_loss}
 
 
 def upload_of(arrays: Mapping[str, np.ndarray], like: tuple[Uploads, Any], bits: packing.Bits) -> tuple[Uploads, float]:

@@ -8,31 +8,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fipa_jax import trees
+from fipa_jax import files, trees
 from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.client.examples import Client
 from fipa_jax.curvature.common_basis import Core, Image
 from fipa_jax.curvature.layer_factors import LayerFactors
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.deployment import packing, wire
-from fipa_jax.deployment.agreement import Agreement, broadcast_of, client_state, first_rule, first_store, work_of
+from fipa_jax.deployment.agreement import RUN, Agreement, broadcast_of, client_state, first_rule, first_store, work_of
 from fipa_jax.federation.population import Cohort
 from fipa_jax.saving.model_files import export, load
 
+REWOUND = 3  # rounds that can be answered again: a server that was killed may come back some rounds earlier
+
 
 class Kept(NamedTuple):
-    """What a client's term keeps."""
+    """What a client's term keeps while a server runs."""
 
-    round: Any  # [] int32, that it has answered last
-    before: Any  # [1, ...], before that round
-    after: Any  # [1, ...]
+    run: bytes  # by which runs of a server are told apart
+    before: dict[int, Any]  # {round: the store [1, ...] before it} of the last `REWOUND` that were answered
+    after: Any  # [1, ...], the store now
 
 
 class Site:
     """A client beside its data. Between two rounds it keeps compiled programs, and what its term keeps.
 
-    A broadcast that comes again is answered as before: what the term has kept in a round counts from the next one on.
-    The server does not say whose answer came too late, so that an update that is lost counts as sent.
+    That counts from the next round on: a broadcast that comes again is answered as before. With another run of the
+    server it begins anew. Whether an update has arrived and was taken the client does not hear: one that was lost, left
+    out, or of a round that was skipped, counts as sent.
 
     Example:
       site = Site(agreement, client=2, data={"x": x, "y": y})
@@ -44,20 +47,17 @@ class Site:
       data: {field: [N, ...]}, its own examples.
       width: to how many examples its draws are padded, N or more; 0 for N. A simulation pads to its largest client: the
         same width draws the same batches.
-      memory: a file that keeps what its term keeps, where the process may be started anew (`feedback`, `moon`); None
-        for none.
+      memory: a file of this client alone for what its term keeps (`feedback`, `moon`), where the process may be started
+        anew; "" for none.
 
     Raises:
-      ValueError: there is no such client, or fields differ in their lengths; the file is another model's, or damaged.
+      ValueError: there is no such client, or fields differ in their lengths; the file is damaged, or of another client,
+        method or model.
+      FileNotFoundError: the file's folder is not there.
     """
 
     def __init__(
-        self,
-        agreement: Agreement,
-        client: int,
-        data: Mapping[str, Any],
-        width: int = 0,
-        memory: str | Path | None = None,
+        self, agreement: Agreement, client: int, data: Mapping[str, Any], width: int = 0, memory: str | Path = ""
     ):
         if not 0 <= client < agreement.parts.num_clients:
             raise ValueError(f"client: needed 0 to {agreement.parts.num_clients - 1}, got {client}")
@@ -72,10 +72,9 @@ class Site:
             rows = np.minimum(np.arange(indices.shape[1]), number - 1)  # sites of the same width share a program
             fields = {name: jnp.asarray(np.asarray(field)[rows]) for name, field in data.items()}
             self._cohort = Cohort(jnp.asarray([client], jnp.int32), clients, fields)
-            first = first_store(agreement, agreement.params)
-            self._kept, self._file = Kept(np.int32(wire.NOBODY), first, first), memory and Path(memory)
-            if jax.tree.leaves(first) and self._file and self._file.is_file():
-                self._kept = Kept(**load(self._file, self._kept._asdict()))
+            self._first = first_store(agreement, agreement.params)
+            self._file = files.local(memory, "memory") if memory and agreement.keeps else None
+            self._kept = self._read() or Kept(b"", {}, self._first)
 
     def work(self, blob: bytes) -> bytes:
         """The upload that answers a broadcast.
@@ -83,18 +82,11 @@ class Site:
         Raises:
           wire.Malformed: it is none, or of a federation with other parameters.
         """
-        broadcast = wire.expect(blob, "broadcast", self._agreement.fingerprint)
-        agreement = self._agreement
-        with agreement.precision():
-            before = self._kept.before if broadcast.round == self._kept.round else self._kept.after
-            due, state = self._seen(broadcast, before)
-            uploads, loss, store = work_of(
-                agreement.of_clients(due), state, agreement.rates, self._cohort, agreement.root
-            )
-            one, loss = jax.tree.map(lambda leaf: np.asarray(leaf)[0], (uploads, loss))
-            self._keep(Kept(np.int32(broadcast.round), before, store))
-        arrays = packing.packed(arrays_of(one, loss), agreement.bits)
-        return wire.pack(wire.Message("upload", broadcast.fingerprint, broadcast.round, self._client, arrays))
+        upload, kept = self._answer(wire.expect(blob, "broadcast", self._agreement.fingerprint))
+        if self._agreement.keeps:
+            self._kept = kept
+            self._write()
+        return upload
 
     def warm_up(self) -> None:
         """Compiles what rounds need, by one of each kind on the first model: the first message need not wait for it."""
@@ -105,26 +97,69 @@ class Site:
                 broadcast_of(agreement, agreement.params, rule, 0, due)
                 for due in (True, False)[: 1 + agreement.in_turns]
             ]
-        kept, file, self._file = self._kept, self._file, None
         for blob in kinds:
-            self.work(blob)
-        self._kept, self._file = kept, file
+            self._answer(wire.expect(blob, "broadcast", agreement.fingerprint))
 
-    def _keep(self, kept: "Kept") -> None:
-        """Remembers what the term keeps, in the file too."""
-        self._kept = kept
-        if self._file and jax.tree.leaves(kept.after):
-            export(self._file, kept._asdict())
+    def _answer(self, broadcast: wire.Message) -> tuple[bytes, Kept]:
+        """(the upload that answers a broadcast, what is kept after it)."""
+        agreement, number = self._agreement, broadcast.round
+        with agreement.precision():
+            due, run, params, said = self._seen(broadcast)
+            kept = self._kept if self._kept.run == run else Kept(run, {}, self._first)
+            before = kept.before.get(number, kept.after)
+            state = client_state(agreement, params, said, jnp.int32(number), before)
+            uploads, loss, after = work_of(
+                agreement.of_clients(due), state, agreement.rates, self._cohort, agreement.root
+            )
+            one, loss = jax.tree.map(lambda leaf: np.asarray(leaf)[0], (uploads, loss))
+            after = after if bool(trees.is_finite((uploads.delta, loss[None], after))[0]) else before
+        earlier = {one: store for one, store in kept.before.items() if one < number}
+        last = dict(sorted(earlier.items())[1 - REWOUND :])
+        arrays = packing.packed(arrays_of(one, loss), agreement.bits)
+        upload = wire.pack(wire.Message("upload", broadcast.fingerprint, number, self._client, arrays))
+        return upload, Kept(run, last | {number: before}, after)
 
-    def _seen(self, broadcast: wire.Message, store: Any):
-        """(whether it asks for curvature, the state as it tells it) of a broadcast, for a client that keeps `store`."""
+    def _owner(self) -> str:
+        """Whose file it is."""
+        return f"client {self._client} of {self._agreement.name!r}, {self._agreement.fingerprint}"
+
+    def _write(self) -> None:
+        """Writes what is kept to the file, if there is one."""
+        if self._file:
+            before = {str(number): store for number, store in self._kept.before.items()}
+            words = {"owner": self._owner().encode(), "run": self._kept.run}
+            texts = {name: np.frombuffer(text, np.uint8) for name, text in words.items()}
+            export(self._file, texts | {"before": before, "after": self._kept.after})
+
+    def _read(self) -> Kept | None:
+        """What the file has kept; None where there is none."""
+        if self._file is None:
+            return None
+        if not self._file.parent.is_dir():
+            raise FileNotFoundError(f"memory: there is no folder {self._file.parent}")
+        if not self._file.is_file():
+            return None
+        held = load(self._file)
+        owner = bytes(held.get("owner", b"")).decode(errors="replace")
+        if owner != self._owner():
+            raise ValueError(f"memory: {self._file} is of {owner or 'something else'}, and this is {self._owner()}")
+        before = {int(number): self._fitted(store) for number, store in held["before"].items()}
+        return Kept(bytes(held["run"]), before, self._fitted(held["after"]))
+
+    def _fitted(self, store: Any) -> Any:
+        return jax.tree.map(jnp.asarray, trees.fitted(trees.paths(store), self._first))
+
+    def _seen(self, broadcast: wire.Message) -> tuple[bool, bytes, Any, tuple]:
+        """(whether it asks for curvature, the server's run, the model, what is told and asked) of a broadcast."""
         agreement, arrays = self._agreement, broadcast.arrays
         told, asked = agreement.said
         forms = {"params": trees.select(agreement.params, agreement.parts.trainable), "told": told, "asked": asked}
         if agreement.in_turns:
             forms["due"] = jax.ShapeDtypeStruct((), bool)
+        if agreement.keeps:
+            forms["run"] = jax.ShapeDtypeStruct((RUN,), np.uint8)
         arrays = packing.unpacked(arrays, agreement.bits, trees.paths(forms))
-        due = bool(np.all(arrays.get("due", True)))
+        due, run = bool(np.all(arrays.get("due", True))), bytes(arrays.get("run", b""))
         if not due:
             nothing = {path: np.zeros(form.shape, form.dtype) for path, form in trees.paths({"asked": asked}).items()}
             arrays = nothing | arrays
@@ -132,9 +167,7 @@ class Site:
             got = trees.fitted({path: jnp.asarray(array) for path, array in arrays.items()}, forms)
         except ValueError as error:
             raise wire.Malformed(f"its arrays: {error}") from None
-        params = trees.replace(agreement.params, got["params"])
-        said = got["told"], got["asked"]
-        return due, client_state(agreement, params, said, jnp.int32(broadcast.round), store)
+        return due, run, trees.replace(agreement.params, got["params"]), (got["told"], got["asked"])
 
 
 def arrays_of(one: Uploads, loss: Any) -> dict[str, np.ndarray]:

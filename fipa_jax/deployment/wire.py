@@ -9,6 +9,7 @@ The arrays of a `Message`, by name:
 
     broadcast   params/PATH   the trainable parameters
                 due           [] bool, where not all clients of a round send curvature: whether whoever reads this does
+                run           [8] uint8, where clients keep something from round to round: another in each run
                 told/NAME     what the rule announces: its damping [], or its belief, told/posterior/precision [P]
                 asked/0, ...  what a rule asks along: its common basis, and how many columns are in use
     upload      delta/PATH    the client's new minus the broadcast parameters
@@ -23,7 +24,8 @@ The arrays of a `Message`, by name:
                 core/values                     [k (k + 1) / 2], within it: the upper half, by rows, of k columns in use
                 layers/inputs/PATH, outputs/PATH  halves of a layer's symmetric factors, see `curvature.LayerFactors`
 
-What is sent in few bits has two arrays for one, NAME/integers and NAME/scales: see `deployment.packing`.
+What is sent in few bits has two arrays for one, NAME/integers and NAME/scales, an update of few entries delta/places
+and delta/values: see `deployment.packing`.
 """
 
 import hashlib

@@ -168,10 +168,11 @@ def _check_trains(settings: ConfigDict, term: terms.Term) -> None:
 
 
 def _check_trust(settings: ConfigDict, term: terms.Term, everyone: bool) -> None:
-    if not (everyone and settings.server.optimizer == "sgd" and term.correct is terms.none().correct):
+    plain = settings.server.optimizer == "sgd" and not settings.server.average
+    if not (everyone and plain and term.correct is terms.none().correct):
         raise ValueError(
-            "config.fipa.aggregator.trust: needs the losses of all clients in every round, server.optimizer = 'sgd' "
-            "and a term that leaves the server's step as it is; set config.cohort = 0, or trust to False"
+            "config.fipa.aggregator.trust: needs the losses of all clients in every round, server.optimizer = 'sgd', "
+            "no server.average and a term that leaves the step as it is; set config.cohort = 0, or trust to False"
         )
     if settings.late.share:
         raise ValueError("config.fipa.aggregator.trust: needs clients that are not late; set late.share = 0")

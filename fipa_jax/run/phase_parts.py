@@ -24,7 +24,7 @@ from fipa_jax.client.compression import Compression, Compressor, compressed, com
 from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
 from fipa_jax.config.methods import method
 from fipa_jax.curvature import common_basis, few_bits, layer_factors, sketch
-from fipa_jax.curvature.sketchers import from_one_start, on_views, sent_seldom, within_budget, within_link
+from fipa_jax.curvature.sketchers import check_link, from_one_start, on_views, sent_seldom, within_budget, within_link
 from fipa_jax.federation.channel import Channel, ChannelRates, FaultRates, chain, faulty, late
 from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.federation.parts import Parts, Rates
@@ -67,6 +67,8 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     server = server_optimizers.averaged(server, settings.server.average) if settings.server.average else server
     compressor = compressor_of(Compression(**settings.local.compress))
     local = local_of(settings, aggregator, term, task, compressor)
+    if settings.sketch.link or settings.sketch.deadline:
+        check_link(settings.sketch.link, settings.sketch.deadline)
     update_bytes = functools.partial(_update_bytes, compressor, term, jnp.dtype(config.precision).itemsize)
     check_fit(settings, aggregator, term, cohort, num_clients)
     adaptive = aggregator.needs.curvature == "sketch" and settings.local.adaptive.scale > 0
@@ -173,7 +175,7 @@ def sketcher_of(
         start += of_cores  # in the first round there is no direction to ask about
         how = {"full": settings.full, "start": start, "scaled": scaled, "least": int(of_cores)}
         sketcher = sent_seldom(sketcher, settings.share, **how)
-    if settings.link or settings.deadline:
+    if settings.link:
         sketcher = within_link(sketcher, settings.link, settings.deadline, update_bytes)
     return within_budget(sketcher, settings.budget, start) if settings.budget else sketcher
 

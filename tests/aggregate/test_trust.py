@@ -186,6 +186,7 @@ def _settings(**fields):
 @pytest.mark.parametrize(
     ("fields", "cohort", "message"),
     [
+        ({"aggregator": {"trust": True}, "server": {"average": 0.9}}, 0, "aggregator.trust: .*no server.average"),
         ({"aggregator": {"trust": True}}, 2, "aggregator.trust: needs the losses of all clients.*config.cohort = 0"),
         ({"aggregator": {"trust": True}, "server": {"optimizer": "adam"}}, 0, "server.optimizer = 'sgd'"),
         ({"aggregator": {"trust": True}, "local": {"optimizer": "sgd"}, "term": {"name": "dyn"}}, 0, "and a term that"),

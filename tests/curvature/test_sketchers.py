@@ -126,20 +126,27 @@ def test_a_budget_buys_the_largest_pairs_and_is_kept_to():
 
 @pytest.mark.parametrize("vector_bytes", [None, lambda size: 10 + size])
 def test_a_link_carries_the_largest_pairs_of_each_client_until_the_deadline(vector_bytes):
-    """At one byte less there is one pair less; the bytes are those of the update, all eigenvalues and the vectors."""
+    """At one byte less there is one pair less; the bytes are the update's, and of each pair its number and vector."""
     values = [[9.0, 4.0, 1.0], [8.0, 2.0, 0.5]]
     plain = curvature.plain(None)._replace(vector_bytes=vector_bytes)
-    update, said, vector = 4 * 8, 4 * 3, 4 * 8 if vector_bytes is None else 18
+    update, pair = 4 * 8, 4 + (4 * 8 if vector_bytes is None else 18)
     for pairs in (1, 2, 3):
-        needed = update + said + pairs * vector
+        needed = update + pairs * pair
         for size, wanted in ((needed, pairs), (needed - 1, pairs - 1)):
             linked = curvature.within_link(plain, 0.5, size / 62_500, lambda size: 4 * size)
             if not wanted:
-                with pytest.raises(ValueError, match=r"sketch\.deadline: .* an update takes 32, eigenvalues"):
+                with pytest.raises(ValueError, match=r"sketch\.deadline: .* update and report take 32, an eigenpair"):
                     linked.of_cohort(sketches_of(values), 0)
                 continue
-            kept = np.asarray(linked.of_cohort(sketches_of(values), 0).eigenvalues)
-            np.testing.assert_array_equal(kept, np.where(np.arange(3) < wanted, values, 0))
+            kept = linked.of_cohort(sketches_of(values), 0)
+            np.testing.assert_array_equal(kept.eigenvalues, np.asarray(values)[:, :wanted])
+            assert kept.basis.shape == (2, 8, wanted)
+    endless = curvature.within_link(plain, 1e9, 1e9, lambda size: 4 * size)
+    np.testing.assert_array_equal(endless.of_cohort(sketches_of(values), 0).eigenvalues, values)
+    asking = curvature.within_link(plain._replace(sends_gradient=True), 0.5, 2 * needed / 62_500, lambda size: 4 * size)
+    assert asking.of_cohort(sketches_of(values), 0).eigenvalues.shape[1] == 3
+    asking = curvature.within_link(plain._replace(sends_gradient=True), 0.5, needed / 62_500, lambda size: 4 * size)
+    assert asking.of_cohort(sketches_of(values), 0).eigenvalues.shape[1] < 3, "the gradient has its bytes too"
 
 
 @pytest.mark.parametrize(

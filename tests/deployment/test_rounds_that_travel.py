@@ -43,7 +43,7 @@ KINDS = {
     "top_k": (TOP_K, {"clients": 5, "cohort": 3, "fipa": {"rounds": 5}}),
     "cohort": ("fipa", {"clients": 5, "cohort": 2}),
     "kfac": ("fedfisher_kfac:aggregator.damping=0.1:aggregator.past.kind=prior", {}),
-    "linked": ("fipa:sketch.link=0.008:sketch.deadline=0.24", {}),
+    "linked": ("fipa:sketch.rank=5:sketch.link=0.008:sketch.deadline=0.21", {}),
     "averaged": ("fedavg:server.average=0.5", {}),
     "posterior": ("fedivon:aggregator.posterior.start=10", {}),
 }
@@ -305,14 +305,18 @@ def test_duals_of_beliefs_do_not_travel(federation):
         agree(config_of(), federation.problem.task, 3, federation.problem.test, spec="ivon_admm")
 
 
-@pytest.mark.parametrize("kept", ["memory", "file", "nothing"])
-def test_a_client_goes_on_from_what_it_has_left_out(kept, tmp_path):
-    """The second of two rounds, by the same site, by one that was started anew with its file, or without."""
-    federation = Deployed(config_of(), TOP_K)
-    server, file = federation.server(), None if kept == "nothing" else tmp_path / "kept.msgpack"
+KEEPING = [pytest.param(TOP_K, id="top_k"), pytest.param("fedavg:term.name=moon:term.mu=1:local.steps=2", id="moon")]
 
-    def site():
-        return Site(federation.agreement, 0, federation.data(0), federation.width, memory=file)
+
+@pytest.mark.parametrize("spec", KEEPING)
+@pytest.mark.parametrize("kept", ["memory", "file", "nothing"])
+def test_a_client_goes_on_from_what_it_has_kept(spec, kept, tmp_path):
+    """The second of two rounds, by the same site, by one that was started anew with its file, or without."""
+    federation = Deployed(config_of(), spec)
+    server, file = federation.server(), "" if kept == "nothing" else tmp_path / "kept.msgpack"
+
+    def site(client=0):
+        return Site(federation.agreement, client, federation.data(client), federation.width, memory=file)
 
     mine, first = site(), server.broadcast()
     mine.warm_up()
@@ -324,9 +328,44 @@ def test_a_client_goes_on_from_what_it_has_left_out(kept, tmp_path):
     second = server.broadcast()
     assert (again.work(second) == federation.sites[0].work(second)) is (kept != "nothing")
     if kept == "file":
+        with pytest.raises(ValueError, match=r"kept\.msgpack is of client 0 of .*, and this is client 1"):
+            site(1)
         file.write_bytes(file.read_bytes()[:-5])
         with pytest.raises(ValueError, match=r"kept\.msgpack"):
             site()
+        file = tmp_path / "none" / "kept.msgpack"
+        with pytest.raises(FileNotFoundError, match="memory: there is no folder"):
+            site()
+
+
+@pytest.mark.parametrize("spec", KEEPING)
+def test_what_a_client_keeps_is_of_one_run_and_of_rounds_that_can_be_asked_again(spec):
+    """Another run of the server finds it as at first; a server that comes back two rounds earlier finds it as then."""
+    federation = Deployed(config_of(fipa={"rounds": 4}), spec)
+    params, _ = federation.run()
+    again, _ = federation.run()
+    assert bits(again) == bits(params), "the same sites have served another run"
+    server, asked, answers = federation.server(), [], []
+    while not server.done:
+        asked.append(server.broadcast())
+        answers.append({one: site.work(asked[-1]) for one, site in enumerate(federation.sites)})
+        server.round(answers[-1])
+    for number in (1, 2, 3):
+        assert {one: site.work(asked[number]) for one, site in enumerate(federation.sites)} == answers[number]
+
+
+def test_a_round_that_is_not_finite_leaves_what_a_client_keeps():
+    federation = Deployed(config_of(), TOP_K)
+    server, site = federation.server(), federation.sites[0]
+    first = server.broadcast()
+    site.work(first)
+    arrays = wire.unpack(first).arrays
+    huge = {name: array * 1e200 if name.startswith("params/") else array for name, array in arrays.items()}
+    site.work(wire.pack(wire.unpack(first)._replace(arrays=huge, round=1)))
+    other = Deployed(config_of(), TOP_K).sites[0]
+    other.work(first)
+    third = wire.pack(wire.unpack(first)._replace(round=2))
+    assert site.work(third) == other.work(third)
 
 
 def test_late_answers_count_with_their_age():
@@ -362,3 +401,13 @@ def test_a_server_can_be_asked_for_figures(federation):
     server = Server(federation.agreement, rows := Rows(), lambda params: {"test_mse": np.float64(2.0)})
     server.round({})
     assert rows[0]["test_mse"] == 2.0 and rows[0]["bytes_up"] == 0
+    averaged = Deployed(config_of(), "fedavg:server.average=0.5")
+    server = Server(averaged.agreement, rows := Rows(), lambda params: {"test_first": first_of(params)})
+    while not server.done:
+        server.round(averaged.answers(server))
+        assert rows[-1]["test_first"] == first_of(server.params)
+        assert rows[-1]["test_average_first"] == first_of(server.result) != first_of(server.params)
+
+
+def first_of(params):
+    return float(np.asarray(jax.tree.leaves(params)[0]).reshape(-1)[0])

@@ -33,20 +33,25 @@ def test_the_bytes_are_those_of_gradients_and_of_the_sketches_that_are_due(tmp_p
     assert rows[-1]["test_mse"] < rows[0]["test_mse"]
 
 
-@pytest.mark.parametrize("rest", ["", ":sketch.budget=100", ":term.name=scaffold"])
+@pytest.mark.parametrize("rest", ["", ":sketch.budget=100", ":term.name=scaffold", ":sketch.gradient_scale=0.03"])
 def test_no_client_sends_more_than_its_link_carries_in_time(tmp_path, rest):
-    """Two pairs of the three, beside the update, and controls where there are some; fewer where a budget says so."""
+    """Two pairs of the three, beside the update, and controls or gradients; a budget buys among them."""
     size, itemsize = 10, 4
-    said = RANK * itemsize + 4 * RANK + 4 + 1 + 4 + 4 + 8  # eigenvalues and report, see above
-    bytes_ = size * itemsize * (2 if "scaffold" in rest else 1) + said + 2 * size * itemsize
+    sent = size * itemsize * (1 + ("scaffold" in rest) + ("gradient_scale" in rest))
+    report = 4 + 1 + 4 + 4 + 8  # without the residuals, see above
+    bytes_ = sent + report + 2 * (itemsize + 4 + size * itemsize)
     spec = f"fipa:sketch.rank={RANK}:sketch.link=0.008:sketch.deadline={bytes_ / 1000}{rest}"
-    config = tiny(compare=(spec,), fipa={"rounds": ROUNDS})
+    config = tiny(compare=(f"{spec}:most_bytes_up={ROUNDS * CLIENTS * bytes_}",), fipa={"rounds": ROUNDS})
     config.task.num_clients = CLIENTS
     whole_run.run(config, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == ROUNDS, "the link's bytes are the most that a round may take"
     for row in rows:
         assert 0 < row["bytes_up"] <= CLIENTS * bytes_
-        assert row["sketch_pairs"] == 2 * CLIENTS or ("budget" in rest and 0 < row["sketch_pairs"] <= 2 * CLIENTS)
+        if "gradient_scale" in rest or "budget" in rest:
+            assert 0 < row["sketch_pairs"] <= 2 * CLIENTS
+        else:
+            assert row["sketch_pairs"] == 2 * CLIENTS and row["bytes_up"] == CLIENTS * bytes_
 
 
 @pytest.mark.parametrize("bits", [0, 8])
@@ -79,6 +84,7 @@ def test_within_the_span_the_bytes_are_those_of_gradients_cores_and_the_columns_
         ("fipa_span:local.optimizer=sgd", r"config\.fipa\.local\.optimizer: the rule 'span' asks about directions"),
         ("fipa_span:late.share=0.5", r"config\.fipa\.late\.share: the rule 'span' asks about the present basis"),
         ("fipa:sketch.link=1", r"sketch\.deadline: a link and a deadline go together"),
+        ("fedavg:sketch.deadline=1", r"sketch\.link: a link and a deadline go together"),
         ("fipa:sketch.link=1e-5:sketch.deadline=1", r"sketch\.deadline: until then the link carries 1 bytes"),
         ("fipa_span:sketch.link=1:sketch.deadline=1", r"sketch\.link: is of eigenpairs, and under the rule 'span'"),
         ("fipa_span:sketch.budget=100", r"config\.fipa\.sketch\.budget: is of eigenpairs, and under the rule 'span'"),

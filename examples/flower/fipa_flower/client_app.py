@@ -1,4 +1,7 @@
-"""The ClientApp: relays to the warm worker beside its node; in a simulation it does the work itself."""
+"""The ClientApp: relays to the warm worker beside its node; in a simulation it does the work itself.
+
+What a client keeps (top-k, MOON) lives with the worker; without one it is forgotten when the process ends.
+"""
 
 import functools
 
