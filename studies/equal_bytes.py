@@ -160,13 +160,16 @@ def tables(found):
                 | {"accuracy of the average": Spread(mean, percent), "its loss": Spread(loss, number)}
                 | {"chosen": f"`{_own(spec)}`" if _own(spec) else "nothing"}
             )
-        made.append(Table(f"{place}: mean of the last three evaluations, and the standard deviation over seeds.", rows))
+        if rows:
+            words = f"{place}: mean of the last three evaluations, and the standard deviation over seeds."
+            made.append(Table(words, rows))
     return made
 
 
 def draw(found, path):
     """The accuracies by what the clients send."""
     panels = {place: [(*line, rule) for rule, line in _lines(found, place).items()] for place in PLACES}
+    panels = {place: lines for place, lines in panels.items() if lines} or {"nothing": []}
     draw_lines(panels, "test_accuracy", path, found, by=("bytes_up",))
 
 
