@@ -305,7 +305,8 @@ def test_duals_of_beliefs_do_not_travel(federation):
         agree(config_of(), federation.problem.task, 3, federation.problem.test, spec="ivon_admm")
 
 
-KEEPING = [pytest.param(TOP_K, id="top_k"), pytest.param("fedavg:term.name=moon:term.mu=1:local.steps=2", id="moon")]
+MOON = "fedavg:term.name=moon:term.mu=1:local.steps=2"
+KEEPING = [pytest.param(TOP_K, id="top_k"), pytest.param(MOON, id="moon", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("spec", KEEPING)

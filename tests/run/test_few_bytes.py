@@ -33,7 +33,15 @@ def test_the_bytes_are_those_of_gradients_and_of_the_sketches_that_are_due(tmp_p
     assert rows[-1]["test_mse"] < rows[0]["test_mse"]
 
 
-@pytest.mark.parametrize("rest", ["", ":sketch.budget=100", ":term.name=scaffold", ":sketch.gradient_scale=0.03"])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "",
+        ":sketch.gradient_scale=0.03",
+        pytest.param(":sketch.budget=100", marks=pytest.mark.slow),
+        pytest.param(":term.name=scaffold", marks=pytest.mark.slow),
+    ],
+)
 def test_no_client_sends_more_than_its_link_carries_in_time(tmp_path, rest):
     """Two pairs of the three, beside the update, and controls or gradients; a budget buys among them."""
     size, itemsize = 10, 4
