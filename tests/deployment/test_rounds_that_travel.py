@@ -23,6 +23,7 @@ from fipa_jax.saving.journal import Rows
 OF_SPAN = "aggregator.span.columns=6:aggregator.span.fresh=2:aggregator.span.bits=0"
 FEW_BITS = "fipa_span:aggregator.span.columns=6:aggregator.span.fresh=2:aggregator.span.bits=3:sketch.share=0.4"
 TOP_K = "fedavg:local.compress.name=top_k:local.compress.share=0.2:term.name=feedback"
+MOON = "fedavg:term.name=moon:term.mu=1:local.steps=2"
 KINDS = {
     "mean": ("fedavg", {}),
     "fipa": ("fipa", {}),
@@ -39,7 +40,7 @@ KINDS = {
     "bfloat16": ("fipa:sketch.store=bfloat16", {}),
     "varp": ("fedavg:term.name=varp:server.lr=0.5", {"clients": 5, "cohort": 2, "fipa": {"rounds": 5}}),
     "mifa": ("fedavg:term.name=mifa", {"clients": 5, "cohort": 2, "fipa": {"rounds": 5}}),
-    "moon": ("fedavg:term.name=moon:term.mu=1:local.steps=2", {"clients": 5, "cohort": 3, "fipa": {"rounds": 5}}),
+    "moon": (MOON, {"clients": 5, "cohort": 3, "fipa": {"rounds": 5}}),
     "top_k": (TOP_K, {"clients": 5, "cohort": 3, "fipa": {"rounds": 5}}),
     "cohort": ("fipa", {"clients": 5, "cohort": 2}),
     "kfac": ("fedfisher_kfac:aggregator.damping=0.1:aggregator.past.kind=prior", {}),
@@ -305,7 +306,6 @@ def test_duals_of_beliefs_do_not_travel(federation):
         agree(config_of(), federation.problem.task, 3, federation.problem.test, spec="ivon_admm")
 
 
-MOON = "fedavg:term.name=moon:term.mu=1:local.steps=2"
 KEEPING = [pytest.param(TOP_K, id="top_k"), pytest.param(MOON, id="moon", marks=pytest.mark.slow)]
 
 
