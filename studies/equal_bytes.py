@@ -23,6 +23,7 @@ from evidence.records import (
     every,
     final,
     number,
+    own_fields,
     percent,
     sent,
     usual_row,
@@ -133,17 +134,12 @@ def _lines(found, place):
     return {rule: line for rule, line in lines.items() if sent(found, *line).size}
 
 
-def _own(spec):
-    """The settings that are chosen."""
-    return ":".join(part for part in spec.split(":") if part.partition("=")[0] in OWN)
-
-
 def tables(found):
     """What was tuned; accuracy, loss, bytes and seconds at each place."""
     made = []
     for name, task in TASKS.items():
         rows = [
-            {"method": rule, "setting": f"`{_own(spec)}`", "held-out accuracy, %": Spread(values, percent)}
+            {"method": rule, "setting": own_fields(spec, OWN), "held-out accuracy, %": Spread(values, percent)}
             for rule, tried in _tried(task, HALF).items()
             for spec in tried
             if (values := final(found, _tune(task), spec, HELD_OUT, last=LAST)).size
@@ -158,7 +154,7 @@ def tables(found):
             rows.append(
                 usual_row(found, run, spec, rule, LAST)
                 | {"accuracy of the average": Spread(mean, percent), "its loss": Spread(loss, number)}
-                | {"chosen": f"`{_own(spec)}`" if _own(spec) else "nothing"}
+                | {"chosen": own_fields(spec, OWN)}
             )
         if rows:
             words = f"{place}: mean of the last three evaluations, and the standard deviation over seeds."

@@ -25,6 +25,7 @@ from evidence.records import (
     every,
     fewer_images,
     final,
+    own_fields,
     percent,
     sent,
     usual_row,
@@ -218,12 +219,11 @@ def _within(found, run, spec, most, columns):
 
 def _tuned_row(found, run, label, spec, limits, columns=SENT):
     """A row, with the accuracies after so many bytes as well, by default up and down."""
-    own = ":".join(part for part in spec.split(":") if part.partition("=")[0] in OWN)
     after: dict[str, str | Spread] = {}
     for most in limits:
         reached = final(found, run, spec, "test_accuracy", last=LAST, rounds=_within(found, run, spec, most, columns))
         after[f"after {most / 1e6:.3g} MB {'up and down' if len(columns) > 1 else 'up'}"] = Spread(reached, percent)
-    after["chosen"] = "nothing" if label in (SPAN, FEW_DOWN) else f"`{own}`"
+    after["chosen"] = "nothing" if label in (SPAN, FEW_DOWN) else own_fields(spec, OWN)
     return usual_row(found, run, spec, label, LAST) | after
 
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from evidence.records import (
-    SENT,
     Run,
     Spread,
     Study,
@@ -27,9 +26,9 @@ from evidence.records import (
     every,
     final,
     number,
-    percent,
-    seconds,
+    own_fields,
     sent,
+    usual_row,
 )
 
 WHOLE = "trainable=.*:cache_body=False"
@@ -189,18 +188,10 @@ def _words(rounds):
 
 
 def _row(found, run, spec, label, target):
-    own = ":".join(part for part in spec.split(":") if part.partition("=")[0] in OWN)
-    bytes_up, both = (sent(found, run, spec, columns) / 1e6 for columns in (("bytes_up",), SENT))
-    return {
-        "method": label,
-        "test accuracy, %": Spread(final(found, run, spec, "test_accuracy", last=LAST), percent),
-        "test loss": Spread(final(found, run, spec, "test_loss", last=LAST), number),
-        f"rounds to {100 * target:.1f} %": Spread(_reaches(found, run, spec, target), _words),
-        "seconds of a round": f"{seconds(found, run, spec):.2g}",
-        "megabytes up": Spread(bytes_up, number) if label != WITH_ALL else "",
-        "up and down": Spread(both, number) if label != WITH_ALL else "",
-        "chosen": "nothing" if label == NOTHING_TUNED else f"`{own}`",
-    }
+    reached = {f"rounds to {100 * target:.1f} %": Spread(_reaches(found, run, spec, target), _words)}
+    nothing_sent = {"megabytes up": "", "up and down": ""} if label == WITH_ALL else {}
+    row = usual_row(found, run, spec, label, LAST) | nothing_sent | reached
+    return row | {"chosen": own_fields(spec, OWN)}
 
 
 def _lines(found, place):

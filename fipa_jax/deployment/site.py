@@ -111,10 +111,11 @@ class Site:
             uploads, loss, after = work_of(
                 agreement.of_clients(due), state, agreement.rates, self._cohort, agreement.root
             )
+            if not trees.is_finite((uploads.delta, loss, after))[0]:  # the server leaves it out, too
+                after = before
             one, loss = jax.tree.map(lambda leaf: np.asarray(leaf)[0], (uploads, loss))
-            after = after if bool(trees.is_finite((uploads.delta, loss[None], after))[0]) else before
-        earlier = {one: store for one, store in kept.before.items() if one < number}
-        last = dict(sorted(earlier.items())[1 - REWOUND :])
+        earlier = sorted(round for round in kept.before if round < number)
+        last = {round: kept.before[round] for round in earlier[1 - REWOUND :]}
         arrays = packing.packed(arrays_of(one, loss), agreement.bits)
         upload = wire.pack(wire.Message("upload", broadcast.fingerprint, number, self._client, arrays))
         return upload, Kept(run, last | {number: before}, after)

@@ -317,8 +317,10 @@ def _decades(values: np.ndarray) -> float:
 
 def words_of(figure: str) -> str:
     """A figure's name in words, for an axis: `test_mse` is "test mean squared error"."""
-    of, _, name = figure.partition("_")
-    return f"{of} {METRICS.get(name, name.replace('_', ' '))}".strip()
+    for metric, words in METRICS.items():  # also of an average of models, or of a belief: `test_average_mse`
+        if figure.endswith(f"_{metric}"):
+            return f"{figure.removesuffix(metric).replace('_', ' ')}{words}"
+    return figure.replace("_", " ")
 
 
 def _label_lines(axis) -> None:

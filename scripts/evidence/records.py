@@ -137,7 +137,7 @@ def seconds(found: Found, run: str, method: str) -> float:
 
 def usual_row(found: Found, run: str, method: str, label: str, last: int) -> dict[str, str | Spread]:
     """A row of a table: the mean over a method's last evaluations, what was sent in all, and how long a round took."""
-    row: dict[str, str | Spread] = {
+    return {
         "method": label,
         "test accuracy, %": Spread(final(found, run, method, "test_accuracy", last=last), percent),
         "test loss": Spread(final(found, run, method, "test_loss", last=last), number),
@@ -145,7 +145,12 @@ def usual_row(found: Found, run: str, method: str, label: str, last: int) -> dic
         "up and down": Spread(sent(found, run, method) / 1e6, number),
         "seconds of a round": f"{seconds(found, run, method):.2g}",
     }
-    return row
+
+
+def own_fields(method: str, names: Sequence[str]) -> str:
+    """Of a method's fields those of these names, in a table's cell: "nothing" where it has none."""
+    fields = [field for field in method.split(":") if field.partition("=")[0] in names]
+    return f"`{':'.join(fields)}`" if fields else "nothing"
 
 
 def best(found: Found, run: str, methods: Iterable[str], figure: str, last: int = 1) -> str:

@@ -26,6 +26,18 @@ def svg(path):
     return path.with_suffix(".svg").read_text()
 
 
+def test_axes_say_in_words_what_they_show():
+    """The unit too, of an average of models and of a belief as of the last model."""
+    names = ["test_accuracy", "test_average_accuracy", "holdout_belief_calibration_error", "client_loss_std", "damping"]
+    assert [curves.words_of(name) for name in names] == [
+        "test accuracy (%)",
+        "test average accuracy (%)",
+        "holdout belief calibration error",
+        "client loss std",
+        "damping",
+    ]
+
+
 def test_a_method_looks_the_same_in_any_order_and_company():
     looks = curves.looks(METHODS)
     assert looks == curves.looks(METHODS[::-1]) and list(curves.looks(METHODS[::-1])) == METHODS[::-1]
