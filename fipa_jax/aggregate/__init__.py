@@ -2,6 +2,7 @@
 
 from fipa_jax.aggregate.adaptive_damping import adaptive
 from fipa_jax.aggregate.aggregator import Aggregator, Needs, compare, step_of, weights_of
+from fipa_jax.aggregate.curvature_budget import BudgetState, within_budget
 from fipa_jax.aggregate.fisher_informed import INFO, FipaState, fipa, fipa_step, from_solver
 from fipa_jax.aggregate.gradient_span import INFO_OF_SPAN, SpanOptions, from_span
 from fipa_jax.aggregate.late_updates import LateUpdates
@@ -34,6 +35,7 @@ __all__ = [
     "INFO_OF_SUMS",
     "REASONS",
     "Aggregator",
+    "BudgetState",
     "FipaState",
     "Kind",
     "LateUpdates",
@@ -85,4 +87,5 @@ __all__ = [
     "trimmed_mean",
     "trust_region",
     "weights_of",
+    "within_budget",
 ]

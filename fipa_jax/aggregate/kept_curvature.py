@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from fipa_jax.aggregate import merged_curvature
 from fipa_jax.aggregate.solvers import Messages, Now, Solution
 from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.curvature.sketchers import are_sent
 from fipa_jax.trees import ratio
 
 
@@ -43,7 +44,7 @@ def split(cohort: Messages, known: jax.Array, hyper: dict, senders: jax.Array) -
 
 def senders_of(cohort: Messages) -> jax.Array:
     """[C], the weights of those of the clients that have sent a sketch, not shared out."""
-    return jnp.where(jnp.any(cohort.sketch.eigenvalues > 0, axis=1), cohort.weights, 0)
+    return jnp.where(are_sent(cohort.sketch), cohort.weights, 0)
 
 
 def said_by_all(cohort: Messages, sketch: Sketch, remembered: jax.Array, now: Now, hyper: dict) -> list[Messages]:

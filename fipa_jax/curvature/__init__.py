@@ -20,7 +20,7 @@ from fipa_jax.curvature.sketch import (
     truncate,
     with_rank_by_gradient,
 )
-from fipa_jax.curvature.sketchers import from_one_start, on_views, sent_seldom, within_budget, within_link
+from fipa_jax.curvature.sketchers import above_level, from_one_start, on_views, sent_seldom, within_link
 
 __all__ = [
     "Core",
@@ -37,6 +37,7 @@ __all__ = [
     "SketchFunction",
     "Sketcher",
     "TaskOutputs",
+    "above_level",
     "check",
     "exact",
     "from_one_start",
@@ -57,6 +58,5 @@ __all__ = [
     "subspace",
     "truncate",
     "with_rank_by_gradient",
-    "within_budget",
     "within_link",
 ]

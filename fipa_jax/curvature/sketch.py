@@ -338,7 +338,6 @@ class Sketcher(NamedTuple):
     drawn_by: Callable[[jax.Array], jax.Array] = jnp.asarray  # ids [C] -> [C], those that their random keys are of
     due: Callable[..., jax.Array] | None = None  # (round [], key, ids [C]) -> [C] bool, who sends one; None for all
     vector_bytes: Callable[[int], int] | None = None  # entries -> bytes of a vector as it is sent; None for its array's
-    says_first: bool = False  # whether all eigenvalues are sent before the pairs that are then asked for
 
 
 def plain(make: SketchMaker) -> Sketcher:

@@ -17,6 +17,7 @@ from fipa_jax.curvature.common_basis import Core
 from fipa_jax.curvature.sketch import Sketch, Sketcher, truncate
 
 BYTES_OF_MBIT = 125_000
+VectorBytes = Callable[[int], int]  # entries -> bytes of a vector as it is sent
 Augment = Callable[[jax.Array, Any], Any]  # (key, batch) -> a random view of the batch
 
 
@@ -100,55 +101,74 @@ def due(share: float, full: int, start: int, least: int, round: jax.Array, key: 
     return jnp.argsort(jnp.argsort(lots)) < number
 
 
-def within_budget(sketcher: Sketcher, budget: float, start: int = 0) -> Sketcher:
-    """The sketcher of whose pairs only those are sent that so many bytes a client and round pay for, the best first.
+def above_level(sketcher: Sketcher, budget: float) -> Sketcher:
+    """The sketcher of whose pairs those are sent that reach the level which the server announces.
 
-    Every client that is asked says its eigenvalues, and how good they are; then the cohort's largest are asked for, as
-    many pairs as the bytes buy that are left. A pair's gain, log(1 + lam / beta) of the precision that it brings, and
-    its price are such that this is where the gain of another pair would be the same for all clients (water-filling).
-    What a round leaves over, less than a pair, the next one may spend. At most the sketcher's rank comes from one.
+    It is the clients' part of `aggregate.within_budget`. Where the level is 0 there is none yet, and a client sends its
+    largest pairs, as many as its own bytes buy.
 
     Args:
-      sketcher: gives sketches; of `sent_seldom`, if that is asked for too, it is inside: a client that is asked may
-        then send as much as if all were.
-      budget: bytes for curvature, a client and round; above 0.
-      start: the number of the phase's first round.
+      sketcher: gives sketches.
+      budget: bytes of curvature, a client and round; above 0.
 
     Raises:
-      ValueError: the budget is not above 0; in a round, it does not pay for the eigenvalues.
+      ValueError: the budget is not above 0; in a round, it does not buy a pair.
     """
     if not budget > 0:
         raise ValueError(f"sketch.budget: needs more than 0 bytes, got {budget}")
 
-    def of_cohort(messages, round):
-        sketches = sketcher.of_cohort(messages, round)
-        if not isinstance(sketches, Sketch):
-            raise ValueError(f"sketch.budget: needs sketches, got {type(sketches).__name__}")
-        values = sketches.eigenvalues
-        keep = _largest(values, pairs_for(sketcher, sketches, budget, round - start))
-        return jax.vmap(truncate)(sketches, keep)
+    def of_client(outputs, params, key, batch, mask, *asked):
+        *others, level = asked
+        message = sketcher.of_client(outputs, params, key, batch, mask, *others)
+        sketch, *rest = message if sketcher.sends_gradient else [message]
+        if not isinstance(sketch, Sketch):
+            raise ValueError(f"sketch.budget: needs sketches, got {type(sketch).__name__}")
+        values, first = sketch.eigenvalues, pairs_bought(sketch, budget, sketcher.vector_bytes)
+        cut = truncate(sketch, jnp.where(level > 0, values >= level, jnp.arange(values.size) < first))
+        return (cut, *rest) if rest else cut
 
-    return sketcher._replace(of_cohort=of_cohort, says_first=True)
+    return sketcher._replace(of_client=of_client)
 
 
-def pairs_for(sketcher: Sketcher, sketches: Sketch, budget: float, round: jax.Array) -> jax.Array:
-    """[] int32: the pairs that a cohort's budget pays for in the phase's round, of stacked sketches [C, ...].
+def pairs_bought(sketch: Sketch, budget: float, vector_bytes: VectorBytes | None) -> float:
+    """The whole pairs that `budget` bytes of one client buy, of its sketch or stacked ones; at least 1.
 
     Raises:
-      ValueError: it does not pay for the eigenvalues.
+      ValueError: not one.
     """
-    clients, (asked, price) = sketches.eigenvalues.shape[0], _bytes_of(sketcher, sketches)
-    if budget <= asked:
-        raise ValueError(f"sketch.budget: eigenvalues and report take {asked} bytes already, got {budget}")
-    bought = clients * (budget - asked) / price  # a round
-    until = jnp.floor(bought * jnp.stack([round, round + 1]))
-    return (until[1] - until[0]).astype(jnp.int32)
+    report, pair = prices(sketch, vector_bytes)
+    if budget < report + pair:
+        raise ValueError(
+            f"sketch.budget: {budget:g} bytes do not buy an eigenpair, which takes {pair:,} beside a report of {report}"
+        )
+    return (budget - report) // pair
+
+
+def prices(sketch: Sketch, vector_bytes: VectorBytes | None) -> tuple[int, int]:
+    """(the bytes of a client's report, those of a pair with its residual), of one sketch or stacked ones [C, ...]."""
+    size, rank = sketch.basis.shape[-2:]
+    clients = sketch.eigenvalues.size // rank
+    pair = vector_bytes(size) if vector_bytes else sketch.basis.dtype.itemsize * size
+    pair += sketch.eigenvalues.dtype.itemsize
+    if sketch.report is None:
+        return 0, pair
+    residuals = trees.nbytes(sketch.report.residuals)
+    return (trees.nbytes(sketch.report) - residuals) // clients, pair + residuals // (clients * rank)
+
+
+def are_sent(sketches: Sketch) -> jax.Array:
+    """[C] bool: which of stacked sketches [C, ...] a client has sent, if only to say that it keeps no pair.
+
+    Who was not asked has sent zeros alone. Without reports only those with a pair show.
+    """
+    leaves = jax.tree.leaves((sketches.eigenvalues, sketches.report))
+    return jnp.any(jnp.stack([jnp.any(leaf.reshape(leaf.shape[0], -1) != 0, axis=1) for leaf in leaves]), axis=0)
 
 
 def within_link(sketcher: Sketcher, rate: float, seconds: float, update_bytes: Callable[[int], int]) -> Sketcher:
     """The sketcher of whose pairs a client sends at most those that its link carries in time, the largest first.
 
-    Unlike a budget, which is the cohort's, it bounds each client, and nothing is said before. The update goes first.
+    Unlike a budget, which is the cohort's, it bounds each client in each round. The update goes first.
     Headers of messages, single numbers and the link's latency are not counted.
 
     Example:
@@ -194,27 +214,11 @@ def pairs_within(sketcher: Sketcher, sketches: Sketch, most: float, update: int)
     Raises:
       ValueError: not one.
     """
-    said, vector = _bytes_of(sketcher, sketches)
-    clients, rank = sketches.eigenvalues.shape
-    numbers = [sketches.eigenvalues] + ([] if sketches.report is None else [sketches.report.residuals])
-    pair = vector + trees.nbytes(numbers) // (clients * rank)
-    fixed = update + said - trees.nbytes(numbers) // clients
+    report, pair = prices(sketches, sketcher.vector_bytes)
+    fixed = update + report
     if most < fixed + pair:
         raise ValueError(
             f"sketch.deadline: until then the link carries {most:,.0f} bytes; update and report take {fixed:,}, an "
             f"eigenpair {pair:,}. Allow more seconds, or send fewer bits (local.compress, sketch.bits)"
         )
-    return int(min((most - fixed) // pair, rank))
-
-
-def _bytes_of(sketcher: Sketcher, sketches: Sketch) -> tuple[int, int]:
-    """(the bytes of one client's eigenvalues and report, those of one eigenvector) of stacked sketches [C, ...]."""
-    said = trees.nbytes((sketches.eigenvalues, sketches.report)) // sketches.eigenvalues.shape[0]
-    size = sketches.basis.shape[1]
-    return said, sketcher.vector_bytes(size) if sketcher.vector_bytes else sketches.basis.dtype.itemsize * size
-
-
-def _largest(values: jax.Array, number: jax.Array) -> jax.Array:
-    """[C, R] bool: the `number` largest of values [C, R]."""
-    places = jnp.argsort(jnp.argsort(-values.reshape(-1)))
-    return (places < number).reshape(values.shape)
+    return int(min((most - fixed) // pair, sketches.eigenvalues.shape[1]))

@@ -178,8 +178,6 @@ def check(settings: ConfigDict) -> None:
         raise ValueError(
             "most_bytes_up: ends a simulation's phase; stop a server when its rows say so, and set it to 0"
         )
-    if settings.sketch.budget:
-        raise ValueError("sketch.budget: needs a second exchange in a round, which is not built; set it to 0")
     if settings.term.name == "duals":  # which the rule follows by itself
         raise ValueError(f"term.name: {SHARED}")
     for field in ("pooled", "cache_body"):

@@ -15,6 +15,7 @@ from fipa_jax.client.local_solver import LocalResult
 from fipa_jax.client.terms import Served
 from fipa_jax.curvature.common_basis import Core
 from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.curvature.sketchers import are_sent
 from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.federation.population import Cohort
 from fipa_jax.federation.state import State, places
@@ -66,9 +67,9 @@ def serve(
     info |= delivered | {"ids": cohort.ids, "local_loss": jnp.mean(results.loss), "skipped": skipped}
     if isinstance(uploads.sketch, Sketch):
         info["sketch_pairs"] = jnp.sum(uploads.sketch.eigenvalues > 0)
-        info["sketches_sent"] = jnp.sum(_says_something((uploads.sketch.eigenvalues, uploads.sketch.report)))
+        info["sketches_sent"] = jnp.sum(are_sent(uploads.sketch))
     if isinstance(uploads.sketch, Core):
-        info["sketches_sent"] = jnp.sum(_says_something(uploads.sketch))
+        info["sketches_sent"] = jnp.sum(jnp.any(uploads.sketch.values != 0, axis=(1, 2)))
     return after._replace(history=history, round=state.round + 1), parts.channel.show(info)
 
 
@@ -108,12 +109,6 @@ def result_of(parts: Parts, state: State) -> Any:
     """The whole model's parameters that a phase leaves: the last ones, or a mean, see `server_optimizers.averaged`."""
     last = trees.select(state.params, parts.trainable)
     return trees.replace(state.params, average_of(state.server, last))
-
-
-def _says_something(said: Any) -> jax.Array:
-    """[C] bool: whether anything of what a client has sent, stacked [C, ...], is not zero."""
-    leaves = jax.tree.leaves(said)
-    return jnp.any(jnp.stack([jnp.any(leaf.reshape(leaf.shape[0], -1) != 0, axis=1) for leaf in leaves]), axis=0)
 
 
 def _all_finite(tree: Any) -> jax.Array:

@@ -69,6 +69,8 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
     if aggregator.needs.curvature == "core":
         _check_span(settings)
         _checkmatched(settings, aggregator)
+    if aggregator.needs.curvature not in ("none", "posterior", "sketch"):
+        _check_no_pairs(settings, aggregator)
     _check_beliefs(settings, aggregator, everyone=cohort == num_clients)
     if settings.also_trained:
         _check_trains(settings, term)
@@ -232,7 +234,6 @@ def _check_sums(settings: ConfigDict, aggregator: Aggregator) -> None:
             f"config.fipa.local.optimizer: aggregator.sums.form = {form!r} needs a local solver {needed}, got "
             f"{optimizer!r}"
         )
-    _check_no_pairs(settings)
 
 
 def _check_span(settings: ConfigDict) -> None:
@@ -253,12 +254,12 @@ def _check_span(settings: ConfigDict) -> None:
             "config.fipa.aggregator: the rule 'span' has no use for trust, own_damping and past.kind; set them to "
             "False, False and 'none', or compare the method 'fipa_span', which does"
         )
-    _check_no_pairs(settings)
 
 
-def _check_no_pairs(settings: ConfigDict) -> None:
+def _check_no_pairs(settings: ConfigDict, aggregator: Aggregator) -> None:
     """Refuses what is done to eigenpairs where clients send none."""
-    of_pairs = ("energy", "gradient_scale", "store", "budget", "link", "deadline")
+    of_pairs = ("budget", "link", "deadline")
+    of_pairs += ("energy", "gradient_scale", "store") if aggregator.needs.curvature in ("image", "core") else ()
     if found := [name for name in of_pairs if settings.sketch[name]]:
         nothing = "''" if found[0] == "store" else "0"
         raise ValueError(

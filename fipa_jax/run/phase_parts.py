@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from fipa_jax.aggregate import server_optimizers
 from fipa_jax.aggregate.aggregator import Aggregator, announce_nothing
+from fipa_jax.aggregate.curvature_budget import within_budget
 from fipa_jax.aggregate.gradient_span import SpanOptions
 from fipa_jax.aggregate.late_updates import LateUpdates
 from fipa_jax.aggregate.layerwise import LayerOptions
@@ -24,7 +25,15 @@ from fipa_jax.client.compression import Compression, Compressor, compressed, com
 from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
 from fipa_jax.config.methods import method
 from fipa_jax.curvature import common_basis, few_bits, layer_factors, sketch
-from fipa_jax.curvature.sketchers import check_link, from_one_start, on_views, sent_seldom, within_budget, within_link
+from fipa_jax.curvature.sketchers import (
+    VectorBytes,
+    above_level,
+    check_link,
+    from_one_start,
+    on_views,
+    sent_seldom,
+    within_link,
+)
 from fipa_jax.federation.channel import Channel, ChannelRates, FaultRates, chain, faulty, late
 from fipa_jax.federation.parallel import make_mesh
 from fipa_jax.federation.parts import Parts, Rates
@@ -131,7 +140,10 @@ def aggregator_of(settings: ConfigDict, num_clients: int, mesh: Mesh | None = No
         "spread": Spread(mesh),
     }
     make = lookup(AGGREGATORS, fields.name, "config.aggregator.name")
-    return make(**fields_for(make, {**fields, **groups}))
+    rule = make(**fields_for(make, {**fields, **groups}))
+    if not settings.sketch.budget or rule.needs.curvature != "sketch":
+        return rule
+    return within_budget(rule, settings.sketch.budget, _vector_bytes(settings.sketch))
 
 
 def local_of(
@@ -177,7 +189,7 @@ def sketcher_of(
         sketcher = sent_seldom(sketcher, settings.share, **how)
     if settings.link:
         sketcher = within_link(sketcher, settings.link, settings.deadline, update_bytes)
-    return within_budget(sketcher, settings.budget, start) if settings.budget else sketcher
+    return above_level(sketcher, settings.budget) if settings.budget else sketcher
 
 
 def _column_bytes(rule: ConfigDict) -> Callable[[int], int] | None:
@@ -224,11 +236,15 @@ def eigenpairs_of(settings: ConfigDict, task: Task) -> sketch.Sketcher:
 
     make(None, None)  # so that what is wrong with its fields shows now
     plain = sketch.plain(make)
-    if settings.bits:
-        plain = plain._replace(vector_bytes=functools.partial(few_bits.bytes_of, bits=settings.bits))
+    plain = plain._replace(vector_bytes=_vector_bytes(settings))
     if not settings.gradient_scale:
         return plain
     return sketch.with_rank_by_gradient(plain, task.loss, settings.gradient_scale)
+
+
+def _vector_bytes(settings: ConfigDict) -> VectorBytes | None:
+    """Entries -> bytes of an eigenvector as `sketch` sends it; None for its array's."""
+    return functools.partial(few_bits.bytes_of, bits=settings.bits) if settings.bits else None
 
 
 def channel_of(config: ConfigDict, settings: ConfigDict, task: Task, num_clients: int) -> Channel:

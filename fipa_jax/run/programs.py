@@ -21,6 +21,7 @@ from fipa_jax.client.examples import take
 from fipa_jax.config.process import user_cache
 from fipa_jax.curvature.common_basis import Core, bytes_of_core
 from fipa_jax.curvature.sketch import Sketch
+from fipa_jax.curvature.sketchers import prices
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as round_lib
 from fipa_jax.federation import server
@@ -86,7 +87,7 @@ def key_of(settings: ConfigDict, parts: Parts) -> str:
         group.pop(last, None)
     # Whether a number is there at all is not traced.
     does = {"late": settings.late.share > 0, "faults": has_faults(settings)}
-    first = parts.first if settings.sketch.share < 1 or settings.sketch.budget else 0  # from which a schedule counts
+    first = parts.first if settings.sketch.share < 1 else 0  # from which a schedule counts
     return json.dumps(static | {"chunk": parts.chunk, "channel": does, "first": first}, sort_keys=True)
 
 
@@ -104,16 +105,15 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     model = trees.nbytes(trees.select(state.params, parts.trainable))
     asked = jax.eval_shape(parts.aggregator.asks, state.aggregator)
     told = state.shared if term.travels else (), () if isinstance(sketches, Core) else asked
-    told += tuple(leaf for leaf in jax.tree.leaves(parts.announce(state.aggregator)) if leaf.ndim)  # no lone numbers
+    said = jax.tree.leaves((told, parts.announce(state.aggregator)))
+    told = [leaf for leaf in said if leaf.ndim]  # no lone numbers
     down = parts.cohort * (model + trees.nbytes(told))
     sent = [results.before if needs.loss else (), results.damping if needs.damping else ()]
     up, pair, report = trees.nbytes([*sent, results.store if term.travels else ()]), 0, 0
     shown = answered = _nothing
     up += _bytes_of_updates(parts, results.delta)
     if isinstance(sketches, Sketch):
-        pair = _bytes_of_pair(parts, sketches)
-        said = sketches.report, sketches.eigenvalues if parts.sketcher.says_first else ()
-        report = trees.nbytes(said) // parts.cohort
+        report, pair = prices(sketches, parts.sketcher.vector_bytes)
         up += parts.cohort * model if parts.sketcher.sends_gradient else 0
     elif isinstance(sketches, Core):
         shown, answered = _bytes_of_columns(parts, asked[0].shape[0], sketches.values.dtype.itemsize)
@@ -196,14 +196,6 @@ def _bytes_of_updates(parts: Parts, deltas: Any) -> int:
 
 def _nothing(columns: int) -> int:
     return 0
-
-
-def _bytes_of_pair(parts: Parts, sketches: Sketch) -> int:
-    """The bytes of one eigenpair as it is sent; of its vector alone, where eigenvalues are said before."""
-    number = 0 if parts.sketcher.says_first else sketches.eigenvalues.dtype.itemsize
-    if parts.sketcher.vector_bytes is not None:
-        return number + parts.sketcher.vector_bytes(sketches.basis.shape[1])
-    return number + trees.nbytes(sketches.basis) // sketches.eigenvalues.size
 
 
 WORSE = 1.1  # so much slower than the best so far ends the search

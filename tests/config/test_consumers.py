@@ -77,7 +77,7 @@ BY_THE_RUN = {
     "fipa.sketch.bits": "of few_bits.in_few_bits",
     "fipa.sketch.share": "of sketchers.sent_seldom",
     "fipa.sketch.full": "of sketchers.sent_seldom",
-    "fipa.sketch.budget": "of sketchers.within_budget",
+    "fipa.sketch.budget": "of curvature_budget.within_budget and sketchers.above_level",
     "fipa.sketch.link": "`rate` of sketchers.within_link",
     "fipa.sketch.deadline": "`seconds` of sketchers.within_link",
     "fipa.sketch.store": "`dtype` of sketch.stored_as",

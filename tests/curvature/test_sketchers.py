@@ -110,18 +110,21 @@ def test_one_client_of_a_round_at_least_is_asked_where_that_is_wanted():
         curvature.sent_seldom(curvature.plain(None), 0.1, least=1)
 
 
-def test_a_budget_buys_the_largest_pairs_and_is_kept_to():
-    values = [[9.0, 4.0, 1.0], [8.0, 2.0, 0.5]]
-    price, numbers = 4 * 8, 4 * 3  # float32: a vector; the eigenvalues
-    bought = 1.75  # pairs a round, of both clients
-    spare = curvature.within_budget(curvature.plain(None), numbers + bought * price / 2)
-    sent = 0
-    for k in range(8):
-        kept = np.asarray(spare.of_cohort(sketches_of(values), jnp.int32(k)).eigenvalues)
-        sent += np.count_nonzero(kept)
-        assert sent == np.floor(bought * (k + 1)), "no byte more than was bought, and less than a pair left over"
-        largest = np.sort(np.ravel(values))[::-1][: np.count_nonzero(kept)]
-        np.testing.assert_array_equal(np.sort(kept[kept > 0])[::-1], largest)
+def test_the_pairs_above_the_level_are_sent_and_at_first_as_many_as_the_bytes_buy():
+    values, pair = jnp.asarray([9.0, 4.0, 1.0]), 4 * 8 + 4
+    whole = curvature.Sketch(values, jnp.eye(8)[:, :3])
+    sketcher = curvature.Sketcher(lambda outputs, params, key, batch, mask: whole)
+
+    def sent(level, budget=2.5 * pair):
+        return curvature.above_level(sketcher, budget).of_client(None, None, None, None, None, jnp.asarray(level))
+
+    for level, number in ((0.0, 2), (0.5, 3), (1.0, 3), (1.5, 2), (9.0, 1), (9.5, 0)):
+        got, kept = sent(level), np.arange(3) < number
+        np.testing.assert_array_equal(got.eigenvalues, np.where(kept, values, 0))
+        np.testing.assert_array_equal(got.basis, np.where(kept, whole.basis, 0))
+    assert np.count_nonzero(sent(0.0, pair).eigenvalues) == 1
+    with pytest.raises(ValueError, match=r"sketch\.budget: 35 bytes do not buy an eigenpair, which takes 36"):
+        sent(0.0, pair - 1)
 
 
 @pytest.mark.parametrize("vector_bytes", [None, lambda size: 10 + size])
@@ -158,11 +161,7 @@ def test_a_link_carries_the_largest_pairs_of_each_client_until_the_deadline(vect
         ),
         (lambda: curvature.within_link(curvature.plain(None), 1.0, 0.0, int), r"sketch\.deadline: a link and"),
         (lambda: curvature.sent_seldom(curvature.plain(None), 0.0), r"sketch\.share: needs a number above 0"),
-        (lambda: curvature.within_budget(curvature.plain(None), 0.0), r"sketch\.budget: needs more than 0"),
-        (
-            lambda: curvature.within_budget(curvature.plain(None), 5.0).of_cohort(sketches_of([[1.0, 1.0]]), 0),
-            r"sketch\.budget: eigenvalues and report take 8 bytes",
-        ),
+        (lambda: curvature.above_level(curvature.plain(None), 0.0), r"sketch\.budget: needs more than 0"),
     ],
 )
 def test_mistakes_are_named(make, words):

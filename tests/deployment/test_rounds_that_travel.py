@@ -36,6 +36,7 @@ KINDS = {
     "span": (f"fipa_span:{OF_SPAN}:sketch.bits=0:local.compress.name=none", {}),
     "span_in_few_bits": (FEW_BITS, {"clients": 5, "fipa": {"rounds": 4}}),
     "few_bytes": ("fipa_few_bytes:sketch.rank=2:sketch.share=0.5:local.compress.name=few_bits", {}),
+    "budget": ("fipa_few_bytes:sketch.rank=3:sketch.bits=0:sketch.budget=250", {"fipa": {"rounds": 6}}),
     "averages_in_few_bits": ("fedavg:local.compress.name=few_bits:local.compress.bits=5", {}),
     "bfloat16": ("fipa:sketch.store=bfloat16", {}),
     "varp": ("fedavg:term.name=varp:server.lr=0.5", {"clients": 5, "cohort": 2, "fipa": {"rounds": 5}}),
