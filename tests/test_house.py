@@ -195,7 +195,7 @@ def test_preparing_the_process_keeps_what_the_user_has_set():
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FUNCTION, LONGEST_FILE, MOST_PARAMETERS, MOST_OF_A_FACADE = 60, 400, 8, 12
 LAMBDAS = 12  # in 1000 lines
-MOST_MODULES = 119
+MOST_MODULES = 120
 FLAX = ("conv",)  # its parameters are those that flax gives a convolution
 
 

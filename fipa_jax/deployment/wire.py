@@ -11,7 +11,8 @@ The arrays of a `Message`, by name:
                 due           [] bool, where not all clients of a round send curvature: whether whoever reads this does
                 run           [8] uint8, where clients keep something from round to round: another in each run
                 told/NAME     what the rule announces: its damping [], or its belief, told/posterior/precision [P]
-                asked/0, ...  what a rule asks along: its common basis, and how many columns are in use
+                asked/0, ...  what a rule asks along: its common basis, and how many columns are in use; with a budget
+                              the least eigenvalue that is sent, []
     upload      delta/PATH    the client's new minus the broadcast parameters
                 num_examples  [], of the client
                 local_loss    [], the mean training loss over its steps
