@@ -13,20 +13,18 @@ alpha 0.1 it goes on to four times the bytes, beside the best first-order rule.
 The ablations take one piece away at a time: of `fipa_few_bytes` at a damping of 0.01, of `fipa_span` as it is.
 """
 
-import numpy as np
 from evidence.records import (
     SENT,
     Run,
     Spread,
     Study,
     Table,
+    after_bytes,
     chosen,
     draw_lines,
     every,
     fewer_images,
-    final,
     own_fields,
-    percent,
     sent,
     usual_row,
 )
@@ -208,23 +206,12 @@ def _long(found):
     return best and {SPAN: _span(FOUR_TIMES), ADAM: f"{best.rpartition(':')[0]}:rounds={rounds}"}
 
 
-def _within(found, run, spec, most, columns):
-    """The rounds of a method, on every seed, that `most` bytes allow."""
-    each = [
-        [sum(row[column] for column in columns) for row in rows if row["run"] == spec]
-        for rows in found.runs[run].values()
-    ]
-    return min(int(np.searchsorted(np.cumsum(sizes), most, side="right")) for sizes in each if sizes)
-
-
 def _tuned_row(found, run, label, spec, limits, columns=SENT):
     """A row, with the accuracies after so many bytes as well, by default up and down."""
-    after: dict[str, str | Spread] = {}
+    row: dict[str, str | Spread] = usual_row(found, run, spec, label, LAST)
     for most in limits:
-        reached = final(found, run, spec, "test_accuracy", last=LAST, rounds=_within(found, run, spec, most, columns))
-        after[f"after {most / 1e6:.3g} MB {'up and down' if len(columns) > 1 else 'up'}"] = Spread(reached, percent)
-    after["chosen"] = "nothing" if label in (SPAN, FEW_DOWN) else own_fields(spec, OWN)
-    return usual_row(found, run, spec, label, LAST) | after
+        row |= after_bytes(found, run, spec, most, LAST, columns)
+    return row | {"chosen": "nothing" if label in (SPAN, FEW_DOWN) else own_fields(spec, OWN)}
 
 
 def tables(found):

@@ -147,6 +147,17 @@ def usual_row(found: Found, run: str, method: str, label: str, last: int) -> dic
     }
 
 
+def after_bytes(
+    found: Found, run: str, method: str, most: float, last: int, columns: Sequence[str] = SENT
+) -> dict[str, Spread]:
+    """A table's further cell: the accuracy after the rounds that so many bytes allow on every seed, up and down."""
+    each = [[row for row in rows if row["run"] == method] for rows in found.runs[run].values()]
+    sizes = [np.cumsum([sum(row[column] for column in columns) for row in rows]) for rows in each if rows]
+    rounds = min(int(np.searchsorted(of_seed, most, side="right")) for of_seed in sizes)
+    reached = final(found, run, method, "test_accuracy", last=last, rounds=rounds)
+    return {f"after {most / 1e6:.3g} MB {'up and down' if len(columns) > 1 else 'up'}": Spread(reached, percent)}
+
+
 def own_fields(method: str, names: Sequence[str]) -> str:
     """Of a method's fields those of these names, in a table's cell: "nothing" where it has none."""
     fields = [field for field in method.split(":") if field.partition("=")[0] in names]
