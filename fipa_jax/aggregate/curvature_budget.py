@@ -2,12 +2,15 @@
 
 A pair with eigenvalue lam brings log(1 + lam / beta) of precision, and all pairs have one price. So a budget of bytes
 buys most where all clients, in all rounds, send the pairs above one level and no other: water-filling. Which level
-spends the budget the server learns from what comes. With n pairs in a round, b bought by its bytes, and s left over
-from the rounds before,
+spends the budget the server learns from what comes. With eigenvalues v_1 >= v_2 >= ... in a round, n of them above the
+level, b bought by its bytes, and s left over from the rounds before,
 
-    level <- level min(max(n / (b + s / 4), 1/2), 2),    s <- s + b - n.
+    aim = max(b + s / 4, b / 4)
+    level <- level min((3 + n / aim) / 4, 2), at least v_aim, at most 2 v_1.
 
-In the first round there is no level, and each client sends its largest pairs, as many as its own bytes buy.
+So what was sent too much is saved by about four later rounds, and where much more came than was bought, or a budget
+that nothing had used up begins to bind, one round finds the level. In the first round there is none: each client sends
+its largest pairs, as many as its own bytes buy, and the median of the clients' smallest ones is the first level.
 """
 
 from typing import NamedTuple
@@ -22,7 +25,7 @@ from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.curvature.sketchers import VectorBytes, are_sent, prices
 
 PATIENCE = 4  # rounds over which what is left over is spent
-FASTEST = 2.0  # by which the level may change in a round
+FASTEST = 2.0  # by which the level may rise in a round
 LEAST = 1 / 4  # of a round's pairs that are aimed for at least, however much was overspent
 
 
@@ -38,7 +41,8 @@ def within_budget(rule: Aggregator, budget: float, vector_bytes: VectorBytes | N
     """The rule, asking its clients for the pairs above a level, such that so many bytes are sent.
 
     The clients' sketcher is a `curvature.sketchers.above_level` of the same budget. The bytes are kept to in the mean
-    over the rounds, not in each: one whose clients have much curvature takes more.
+    over the rounds, not in each: one whose clients have much curvature takes more. What was sent in a round that is
+    skipped is not counted.
 
     Example:
       rule = within_budget(fipa(), 20_000.0)
@@ -70,8 +74,11 @@ def within_budget(rule: Aggregator, budget: float, vector_bytes: VectorBytes | N
         asked = received.took_part & (are_sent(sketch) if sketch.report else True)  # else nobody can tell
         values = jnp.where(asked[:, None], sketch.eigenvalues, 0).astype(before.level.dtype)
         bought = (jnp.sum(received.took_part) * budget - jnp.sum(asked) * report) / pair
-        level, left = _next(before, values, bought.astype(before.level.dtype))
-        level = jnp.where(jnp.any(asked), level, before.level)
+        bought = jnp.asarray(bought, values.dtype)
+        aim = jnp.maximum(bought + before.left / PATIENCE, LEAST * bought)
+        level = jnp.where(before.level > 0, _moved(before.level, values, aim), _first(values))
+        level = jnp.where(jnp.any(asked) & (level > 0), level, before.level)
+        left = before.left + bought - jnp.sum(values > 0)
         return step, BudgetState(inner, level, left), info | {"sketch_level": before.level}
 
     def asks(state: BudgetState):
@@ -88,12 +95,17 @@ def within_budget(rule: Aggregator, budget: float, vector_bytes: VectorBytes | N
     )
 
 
-def _next(before: BudgetState, values: jax.Array, bought: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(the level, what is left over) after a round in which eigenvalues [C, R] have come, zero where none was sent."""
-    number = jnp.sum(values > 0)
-    left = before.left + bought - number
-    aim = jnp.maximum(bought + before.left / PATIENCE, LEAST * bought)
-    moved = before.level * jnp.clip(trees.ratio(number, aim), 1 / FASTEST, FASTEST)
-    first = jnp.min(values, where=values > 0, initial=jnp.inf)
-    level = jnp.where(before.level > 0, jnp.maximum(moved, jnp.finfo(moved.dtype).tiny), first)
-    return jnp.where(jnp.isfinite(level), level, before.level), left
+def _moved(level: jax.Array, values: jax.Array, aim: jax.Array) -> jax.Array:
+    """The level after a round in which eigenvalues [C, R] have come, zero where none was sent, and `aim` was wanted."""
+    number = jnp.sum((values >= level) & (values > 0))
+    moved = level * jnp.minimum((3 + trees.ratio(number, aim)) / 4, FASTEST)
+    descending = jnp.append(jnp.sort(values.reshape(-1))[::-1], 0)
+    enough = descending[jnp.clip(aim.astype(int) - 1, 0, values.size)]  # 0 where fewer have come
+    largest = jnp.where(number > 0, FASTEST * descending[0], jnp.inf)
+    return jnp.clip(moved, jnp.maximum(enough, jnp.finfo(moved.dtype).tiny), largest)
+
+
+def _first(values: jax.Array) -> jax.Array:
+    """The first level: the median of the clients' smallest eigenvalues, of [C, R]; 0 where none has come."""
+    smallest = jnp.min(values, axis=1, where=values > 0, initial=jnp.inf)
+    return jnp.nan_to_num(jnp.nanmedian(jnp.where(jnp.isfinite(smallest), smallest, jnp.nan)))

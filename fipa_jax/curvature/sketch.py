@@ -383,7 +383,7 @@ def with_rank_by_gradient(sketcher: Sketcher, loss: Loss, scale: float) -> Sketc
         kept = jax.vmap(above_gradient, (0, 0, None, None, None))(sketches, lengths, total, round + 1, scale)
         return jax.vmap(truncate)(sketches, kept)
 
-    return Sketcher(of_client, of_cohort, sends_gradient=True)
+    return sketcher._replace(of_client=of_client, of_cohort=of_cohort, sends_gradient=True)
 
 
 def apart(outputs: TaskOutputs) -> tuple[Outputs, Features]:

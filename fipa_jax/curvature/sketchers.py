@@ -119,15 +119,17 @@ def above_level(sketcher: Sketcher, budget: float) -> Sketcher:
 
     def of_client(outputs, params, key, batch, mask, *asked):
         *others, level = asked
-        message = sketcher.of_client(outputs, params, key, batch, mask, *others)
-        sketch, *rest = message if sketcher.sends_gradient else [message]
-        if not isinstance(sketch, Sketch):
-            raise ValueError(f"sketch.budget: needs sketches, got {type(sketch).__name__}")
-        values, first = sketch.eigenvalues, pairs_bought(sketch, budget, sketcher.vector_bytes)
-        cut = truncate(sketch, jnp.where(level > 0, values >= level, jnp.arange(values.size) < first))
-        return (cut, *rest) if rest else cut
+        return sketcher.of_client(outputs, params, key, batch, mask, *others), level
 
-    return sketcher._replace(of_client=of_client)
+    def of_cohort(messages, round):
+        sketches, levels = sketcher.of_cohort(messages[0], round), messages[1][:, None]
+        if not isinstance(sketches, Sketch):
+            raise ValueError(f"sketch.budget: needs sketches, got {type(sketches).__name__}")
+        values, first = sketches.eigenvalues, pairs_bought(sketches, budget, sketcher.vector_bytes)
+        keep = jnp.where(levels > 0, values >= levels, jnp.arange(values.shape[1]) < first)
+        return jax.vmap(truncate)(sketches, keep)
+
+    return sketcher._replace(of_client=of_client, of_cohort=of_cohort)
 
 
 def pairs_bought(sketch: Sketch, budget: float, vector_bytes: VectorBytes | None) -> float:
@@ -168,7 +170,7 @@ def are_sent(sketches: Sketch) -> jax.Array:
 def within_link(sketcher: Sketcher, rate: float, seconds: float, update_bytes: Callable[[int], int]) -> Sketcher:
     """The sketcher of whose pairs a client sends at most those that its link carries in time, the largest first.
 
-    Unlike a budget, which is the cohort's, it bounds each client in each round. The update goes first.
+    Unlike a budget, a mean of clients and rounds, it bounds each client in each round. The update goes first.
     Headers of messages, single numbers and the link's latency are not counted.
 
     Example:

@@ -104,9 +104,8 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     needs, term = parts.aggregator.needs, parts.term
     model = trees.nbytes(trees.select(state.params, parts.trainable))
     asked = jax.eval_shape(parts.aggregator.asks, state.aggregator)
-    told = state.shared if term.travels else (), () if isinstance(sketches, Core) else asked
-    said = jax.tree.leaves((told, parts.announce(state.aggregator)))
-    told = [leaf for leaf in said if leaf.ndim]  # no lone numbers
+    told = state.shared if term.travels else (), () if isinstance(sketches, Core | Sketch) else asked
+    told += tuple(leaf for leaf in jax.tree.leaves(parts.announce(state.aggregator)) if leaf.ndim)  # no lone numbers
     down = parts.cohort * (model + trees.nbytes(told))
     sent = [results.before if needs.loss else (), results.damping if needs.damping else ()]
     up, pair, report = trees.nbytes([*sent, results.store if term.travels else ()]), 0, 0

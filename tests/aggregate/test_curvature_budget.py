@@ -10,7 +10,8 @@ from helpers.rules import CLIENTS, SIZE, apply, as_tree, clients_of, uploads_of
 
 from fipa_jax import aggregate
 from fipa_jax.aggregate.curvature_budget import within_budget
-from fipa_jax.curvature.sketch import Diagonal, Report
+from fipa_jax.aggregate.screening import Received
+from fipa_jax.curvature.sketch import Diagonal, Report, Sketch
 
 RANK, PAIR, REPORT = SIZE, 8 * SIZE + 8 + 4, 14  # bytes: vector, eigenvalue, residual; the report below
 PARAMS = {name: np.asarray(leaf, np.float64) for name, leaf in as_tree(np.zeros(SIZE)).items()}
@@ -18,8 +19,8 @@ PARAMS = {name: np.asarray(leaf, np.float64) for name, leaf in as_tree(np.zeros(
 
 def cohort(seed, level=0.0, first=RANK, asked=True):
     """What clients send above a level, or their `first` pairs where there is none; nothing where they are not asked."""
-    deltas, counts, values, bases = clients_of(RANK, seed)
-    values = values * np.random.default_rng(seed).lognormal(sigma=0.5, size=(CLIENTS, 1))  # rounds and clients differ
+    deltas, counts, _, bases = clients_of(RANK, seed)
+    values = np.geomspace(1, 1e-3, RANK)[None] * np.random.default_rng(seed).lognormal(sigma=0.5, size=(CLIENTS, 1))
     kept = asked & (values >= level if level > 0 else np.arange(RANK)[None] < first)
     uploads = uploads_of(deltas, counts, values * kept, bases * kept[:, None, :])
     whole, number, flag = jnp.zeros([CLIENTS, RANK], jnp.float32), jnp.zeros(CLIENTS, jnp.float32), [False] * CLIENTS
@@ -49,17 +50,77 @@ def test_the_budget_is_spent_in_the_mean_and_soon_made_up_for(x64):
         assert sent[0] == int(pairs) * CLIENTS and levels[0] == 0 < levels[1]
         over = np.cumsum(sent) - bought * np.arange(1, 61)
         np.testing.assert_allclose(float(state.left), -over[-1], atol=1e-9)
-        assert np.max(np.abs(over)) <= 8 * bought, over
+        assert np.max(np.abs(over)) <= 4 * bought, over
         assert abs(np.mean(sent[10:]) / bought - 1) < 0.1
 
 
 def test_the_level_follows_its_equation(x64):
-    pairs, sent, levels = 2.0, *spend(2.0, 12)[:2]
-    left = 0.0
+    pairs, left = 2.0, 0.0
+    sent, levels, _ = spend(pairs, 12)
+    bought = pairs * CLIENTS
     for k in range(1, 11):
-        left += pairs * CLIENTS - sent[k - 1]
-        aim = max(pairs * CLIENTS + left / 4, pairs * CLIENTS / 4)
-        np.testing.assert_allclose(levels[k + 1], levels[k] * np.clip(sent[k] / aim, 0.5, 2), rtol=1e-12)
+        left += bought - sent[k - 1]
+        aim = max(bought + left / 4, bought / 4)
+        came = np.sort(np.ravel(cohort(k, levels[k]).sketch.eigenvalues))[::-1]
+        wanted = levels[k] * min((3 + sent[k] / aim) / 4, 2)
+        largest = 2 * came[0] if sent[k] else np.inf
+        np.testing.assert_allclose(levels[k + 1], np.clip(wanted, came[int(aim) - 1], largest), rtol=1e-12)
+
+
+def play(number, rounds, wanted, level=0.0):
+    """(pairs sent in each round, the levels) of clients whose eigenvalues [C, R] in round k are number(k)."""
+    rule, sent, levels = within_budget(TAKES_ALL, wanted * (4 * SIZE + 4)), [], []
+    state = rule.init(PARAMS)._replace(level=jnp.asarray(level))
+    for k in range(rounds):
+        values = number(k)
+        values = np.where(values >= float(state.level), values, 0)
+        deltas = jax.tree.map(lambda leaf: jnp.zeros([len(values), *leaf.shape]), PARAMS)
+        basis = jnp.zeros([len(values), SIZE, values.shape[1]], jnp.float32)
+        took_part = jnp.ones(len(values), bool)
+        received = Received(took_part, took_part, deltas, Sketch(jnp.asarray(values, jnp.float32), basis))
+        _, state, _ = rule.apply(received, state, PARAMS)
+        sent.append(np.count_nonzero(values))
+        levels.append(float(state.level))
+    return np.array(sent), np.array(levels)
+
+
+TAKES_ALL = aggregate.Aggregator(lambda params: (), lambda received, state, params: (params, state, {}))
+SPECTRUM = np.geomspace(1, 1e-3, 20)[None] * np.linspace(0.5, 2, 10)[:, None]  # of ten clients
+WANTED = 2.0  # pairs of a client, 20 of ten
+
+
+def test_a_budget_that_nothing_used_up_is_kept_to_when_it_binds():
+    """For forty rounds each client has one pair alone, and the level falls; then each has twenty."""
+    sent, _ = play(lambda k: SPECTRUM * (np.arange(20) < (1 if k < 40 else 20)), 80, WANTED, level=0.1)
+    assert np.all(sent[5:40] == 10) and sent[40] == 200
+    assert np.sum(sent) <= 80 * WANTED * 10 and np.all(sent[60:] <= 1.5 * WANTED * 10), sent[40:]
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-8])
+def test_one_weak_client_does_not_make_the_others_send_everything(scale):
+    weak = SPECTRUM * np.where(np.arange(10) == 3, scale, 1)[:, None]
+    sent, _ = play(lambda k: weak[:, : 2 if k == 0 else 20], 40, WANTED)
+    assert np.sum(sent) <= 1.1 * 40 * WANTED * 10 and np.max(sent) <= 3 * WANTED * 10, sent
+
+
+def test_steep_spectra_do_not_make_it_swing():
+    """Eigenvalues of which as many as level^-3 are above a level."""
+    steep = np.arange(1, 201).reshape(20, 10).T ** (-1 / 3)
+    sent, _ = play(lambda k: steep, 60, WANTED, level=0.9)
+    assert np.all(np.abs(sent[30:] / (WANTED * 10) - 1) < 0.3), sent
+
+
+def test_a_client_that_ignores_the_level_does_not_silence_the_others_for_long():
+    """Its twenty pairs are as many as are bought for all; when it stops, the others are heard at once."""
+
+    def values(k):
+        loud = np.full([1, 20], 100.0) if k < 60 else np.zeros([1, 20])
+        return np.concatenate([loud, SPECTRUM])
+
+    _, levels = play(values, 60, WANTED)
+    assert np.max(levels) <= 200
+    sent, _ = play(values, 80, WANTED)
+    assert np.any(sent[60:75] > 0)
 
 
 def test_who_is_not_asked_saves_bytes_for_later_rounds(x64):

@@ -116,7 +116,10 @@ def test_the_pairs_above_the_level_are_sent_and_at_first_as_many_as_the_bytes_bu
     sketcher = curvature.Sketcher(lambda outputs, params, key, batch, mask: whole)
 
     def sent(level, budget=2.5 * pair):
-        return curvature.above_level(sketcher, budget).of_client(None, None, None, None, None, jnp.asarray(level))
+        asked = curvature.above_level(sketcher, budget)
+        one = asked.of_client(None, None, None, None, None, jnp.asarray(level))
+        cohort = asked.of_cohort(jax.tree.map(lambda leaf: leaf[None], one), 0)
+        return jax.tree.map(lambda leaf: leaf[0], cohort)
 
     for level, number in ((0.0, 2), (0.5, 3), (1.0, 3), (1.5, 2), (9.0, 1), (9.5, 0)):
         got, kept = sent(level), np.arange(3) < number

@@ -159,7 +159,9 @@ def test_bytes_count_the_pairs_that_are_kept_and_what_their_choice_takes():
         assert up(sent) == model + 4 * (4 + size * bytes_each)
         assert up(sent, sketcher=plain._replace(sends_gradient=True)) == 2 * model + 4 * (4 + size * bytes_each)
     small = sketch.Report(jnp.zeros([clients, rank]), *[jnp.zeros(clients, jnp.int32)] * 4, {})
-    assert up(sketch.Sketch(0 * eigenvalues, sent.basis, small)) == model + clients * 4 * (rank + 4)
+    assert up(sketch.Sketch(0 * eigenvalues, sent.basis, small)) == model + clients * 4 * 4
+    with_residuals = model + clients * 4 * 4 + 4 * (4 + 4 + size * 2)
+    assert up(sketch.Sketch(eigenvalues, sent.basis, small)) == with_residuals
     results = results._replace(before=jnp.zeros(clients), damping=jnp.zeros(clients))  # sent to a rule that asks
     assert up(None) == model
     for needs, numbers in ((Needs(loss=True), 1), (Needs(damping=True), 1), (Needs(loss=True, damping=True), 2)):

@@ -57,9 +57,33 @@ def test_no_client_sends_more_than_its_link_carries_in_time(tmp_path, rest):
     for row in rows:
         assert 0 < row["bytes_up"] <= CLIENTS * bytes_
         if "gradient_scale" in rest or "budget" in rest:
-            assert 0 <= row["sketch_pairs"] <= 2 * CLIENTS
+            assert row["sketch_pairs"] <= 2 * CLIENTS
         else:
             assert row["sketch_pairs"] == 2 * CLIENTS and row["bytes_up"] == CLIENTS * bytes_
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "",
+        pytest.param(":sketch.share=0.5", marks=pytest.mark.slow),
+        pytest.param(":sketch.gradient_scale=1000", marks=pytest.mark.slow),
+    ],
+)
+def test_a_phase_keeps_to_its_budget_in_the_mean(tmp_path, rest):
+    """One of the three pairs, in few bits, whoever is asked and whatever else cuts their number."""
+    report, pair = 21, 4 + 4 + few_bits.bytes_of(10, BITS)
+    budget = report + pair
+    spec = f"fipa_few_bytes:sketch.rank={RANK}:sketch.bits={BITS}:sketch.budget={budget}{rest}"
+    config = tiny(compare=(spec,), fipa={"rounds": 30})
+    config.task.num_clients, config.rounds_per_call = CLIENTS, 30
+    whole_run.run(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    sent = [report * row["sketches_sent"] + pair * row["sketch_pairs"] for row in rows]
+    others = [row["bytes_up"] - bytes_ for row, bytes_ in zip(rows, sent, strict=True)]
+    assert others == [CLIENTS * 40 * (1 + ("gradient_scale" in rest))] * 30
+    assert rows[0]["sketch_level"] == 0 < rows[1]["sketch_level"]
+    assert abs(sum(sent) / (30 * CLIENTS * budget) - 1) < 0.15
 
 
 @pytest.mark.parametrize("bits", [0, 8])
