@@ -6,11 +6,13 @@ spends the budget the server learns from what comes. With eigenvalues v_1 >= v_2
 level, b bought by its bytes, and s left over from the rounds before,
 
     aim = max(b + s / 4, b / 4)
-    level <- level min((3 + n / aim) / 4, 2), at least v_aim, at most 2 v_1.
+    level <- v_aim                                  if n >= aim
+    level <- level max((n / aim)^(m / 2), 1 / 4)    else, m the mean of log(v_i / level) over these n, 1 / 8 at least
 
-So what was sent too much is saved by about four later rounds, and where much more came than was bought, or a budget
-that nothing had used up begins to bind, one round finds the level. In the first round there is none: each client sends
-its largest pairs, as many as its own bytes buy, and the median of the clients' smallest ones is the first level.
+The second would be where `aim` are found, but for the half, if as many eigenvalues were above any level as its power
+-1 / m. So what was sent too much is saved by about four later rounds, and where much more came than was bought, or a
+budget that nothing had used up begins to bind, one round finds the level. In the first round there is none: each client
+sends its largest pairs, as many as its own bytes buy, and the median of the clients' smallest ones is the first level.
 """
 
 from typing import NamedTuple
@@ -25,7 +27,8 @@ from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.curvature.sketchers import VectorBytes, are_sent, prices
 
 PATIENCE = 4  # rounds over which what is left over is spent
-FASTEST = 2.0  # by which the level may rise in a round
+FASTEST = 1 / 4  # by which the level may fall in a round; where nothing came it falls by the root
+CLOSEST = 1 / 8  # mean of log(v / level), of values that may all lie at the level by chance
 LEAST = 1 / 4  # of a round's pairs that are aimed for at least, however much was overspent
 
 
@@ -97,12 +100,14 @@ def within_budget(rule: Aggregator, budget: float, vector_bytes: VectorBytes | N
 
 def _moved(level: jax.Array, values: jax.Array, aim: jax.Array) -> jax.Array:
     """The level after a round in which eigenvalues [C, R] have come, zero where none was sent, and `aim` was wanted."""
-    number = jnp.sum((values >= level) & (values > 0))
-    moved = level * jnp.minimum((3 + trees.ratio(number, aim)) / 4, FASTEST)
-    descending = jnp.append(jnp.sort(values.reshape(-1))[::-1], 0)
-    enough = descending[jnp.clip(aim.astype(int) - 1, 0, values.size)]  # 0 where fewer have come
-    largest = jnp.where(number > 0, FASTEST * descending[0], jnp.inf)
-    return jnp.clip(moved, jnp.maximum(enough, jnp.finfo(moved.dtype).tiny), largest)
+    there = (values >= level) & (values > 0)
+    number = jnp.sum(there)
+    descending = jnp.sort(values.reshape(-1))[::-1]
+    enough = descending[jnp.clip(aim.astype(int) - 1, 0, values.size - 1)]
+    apart = trees.ratio(jnp.sum(jnp.where(there, jnp.log(jnp.where(there, values, level) / level), 0)), number)
+    lower = jnp.maximum(trees.ratio(number, aim) ** (jnp.maximum(apart, CLOSEST) / 2), FASTEST)
+    lower = level * jnp.where(number > 0, lower, FASTEST**0.5)
+    return jnp.where(number >= aim, enough, jnp.maximum(lower, jnp.finfo(level.dtype).tiny))
 
 
 def _first(values: jax.Array) -> jax.Array:

@@ -62,9 +62,12 @@ def test_the_level_follows_its_equation(x64):
         left += bought - sent[k - 1]
         aim = max(bought + left / 4, bought / 4)
         came = np.sort(np.ravel(cohort(k, levels[k]).sketch.eigenvalues))[::-1]
-        wanted = levels[k] * min((3 + sent[k] / aim) / 4, 2)
-        largest = 2 * came[0] if sent[k] else np.inf
-        np.testing.assert_allclose(levels[k + 1], np.clip(wanted, came[int(aim) - 1], largest), rtol=1e-12)
+        if sent[k] >= aim:
+            wanted = came[int(aim) - 1]
+        else:
+            apart = max(np.mean(np.log(came[: sent[k]] / levels[k])), 1 / 8) if sent[k] else 0
+            wanted = levels[k] * (max((sent[k] / aim) ** (apart / 2), 1 / 4) if sent[k] else 1 / 2)
+        np.testing.assert_allclose(levels[k + 1], wanted, rtol=1e-12)
 
 
 def play(number, rounds, wanted, level=0.0):
@@ -101,6 +104,13 @@ def test_one_weak_client_does_not_make_the_others_send_everything(scale):
     weak = SPECTRUM * np.where(np.arange(10) == 3, scale, 1)[:, None]
     sent, _ = play(lambda k: weak[:, : 2 if k == 0 else 20], 40, WANTED)
     assert np.sum(sent) <= 1.1 * 40 * WANTED * 10 and np.max(sent) <= 3 * WANTED * 10, sent
+
+
+def test_values_that_all_lie_at_the_level_do_not_hold_it():
+    """One pair of each client is as large as the level, and the others a thousandth of it."""
+    spectrum = np.concatenate([np.ones([10, 1]), np.full([10, 19], 1e-3)], axis=1)
+    sent, _ = play(lambda k: spectrum, 120, WANTED, level=1.0)
+    assert np.max(sent[:5]) == 10 and np.max(sent) == 200
 
 
 def test_steep_spectra_do_not_make_it_swing():

@@ -66,7 +66,7 @@ def test_no_client_sends_more_than_its_link_carries_in_time(tmp_path, rest):
     "rest",
     [
         "",
-        pytest.param(":sketch.share=0.5", marks=pytest.mark.slow),
+        pytest.param(":sketch.share=0.75", marks=pytest.mark.slow),
         pytest.param(":sketch.gradient_scale=1000", marks=pytest.mark.slow),
     ],
 )
