@@ -12,7 +12,8 @@ level, b bought by its bytes, and s left over from the rounds before,
 The second would be where `aim` are found, but for the half, if as many eigenvalues were above any level as its power
 -1 / m. So what was sent too much is saved by about four later rounds, and where much more came than was bought, or a
 budget that nothing had used up begins to bind, one round finds the level. In the first round there is none: each client
-sends its largest pairs, as many as its own bytes buy, and the median of the clients' smallest ones is the first level.
+sends its largest pairs, as many as its own bytes buy and one at least, and the median of the clients' smallest ones is
+the first level.
 """
 
 from typing import NamedTuple

@@ -236,9 +236,7 @@ def sketch() -> ConfigDict:
     group.bits = 0  # of an entry of the basis, or core, as it is sent, rounded at random: 2 to 16; 0 for `store`
     group.examples = 0  # of a client that enter its sketch; 0 for all
     group.share = 1.0  # of a cohort that sends one, in the mean over the rounds: curvature.sketchers.sent_seldom
-    group.budget = (
-        0.0  # bytes of curvature, the mean of clients and rounds, for the largest pairs of all; 0: all are sent
-    )
+    group.budget = 0.0  # bytes of curvature, a mean of clients and rounds, for the largest pairs; 0: all are sent
     group.link = 0.0  # Mbit/s of a client's uplink: only the pairs are sent that arrive before `deadline`; 0: all are
     group.deadline = 0.0  # seconds for all that a client sends in a round; nothing else of it is left out
     group.full = 1  # first rounds of the phase in which all do even so

@@ -105,14 +105,14 @@ def above_level(sketcher: Sketcher, budget: float) -> Sketcher:
     """The sketcher of whose pairs those are sent that reach the level which the server announces.
 
     It is the clients' part of `aggregate.within_budget`. Where the level is 0 there is none yet, and a client sends its
-    largest pairs, as many as its own bytes buy.
+    largest pairs, as many as its own bytes buy, one at least.
 
     Args:
       sketcher: gives sketches.
       budget: bytes of curvature, a client and round; above 0.
 
     Raises:
-      ValueError: the budget is not above 0; in a round, it does not buy a pair.
+      ValueError: the budget is not above 0; in a round, it buys no more than the report.
     """
     if not budget > 0:
         raise ValueError(f"sketch.budget: needs more than 0 bytes, got {budget}")
@@ -132,18 +132,16 @@ def above_level(sketcher: Sketcher, budget: float) -> Sketcher:
     return sketcher._replace(of_client=of_client, of_cohort=of_cohort)
 
 
-def pairs_bought(sketch: Sketch, budget: float, vector_bytes: VectorBytes | None) -> float:
-    """The whole pairs that `budget` bytes of one client buy, of its sketch or stacked ones; at least 1.
+def pairs_bought(sketch: Sketch, budget: float, vector_bytes: VectorBytes | None) -> int:
+    """The whole pairs that `budget` bytes of one client buy, of its sketch or stacked ones; one at least.
 
     Raises:
-      ValueError: not one.
+      ValueError: there is nothing left beside the report.
     """
     report, pair = prices(sketch, vector_bytes)
-    if budget < report + pair:
-        raise ValueError(
-            f"sketch.budget: {budget:g} bytes do not buy an eigenpair, which takes {pair:,} beside a report of {report}"
-        )
-    return (budget - report) // pair
+    if budget <= report:
+        raise ValueError(f"sketch.budget: {budget:g} bytes, of which a client's report alone takes {report}")
+    return int(max((budget - report) // pair, 1))
 
 
 def prices(sketch: Sketch, vector_bytes: VectorBytes | None) -> tuple[int, int]:

@@ -35,7 +35,7 @@ def spend(pairs, rounds, asked=lambda k: True):
     state, sent, levels, compiled = rule.init(PARAMS), [], [], jax.jit(functools.partial(apply, rule))
     for k in range(rounds):
         (level,) = rule.asks(state)
-        uploads = cohort(k, float(level), int(pairs), asked(k))
+        uploads = cohort(k, float(level), max(int(pairs), 1), asked(k))
         _, state, info = compiled(uploads, state, PARAMS)
         assert info["sketch_level"] == level
         sent.append(np.count_nonzero(uploads.sketch.eigenvalues))
@@ -44,10 +44,10 @@ def spend(pairs, rounds, asked=lambda k: True):
 
 
 def test_the_budget_is_spent_in_the_mean_and_soon_made_up_for(x64):
-    for pairs in (1.5, 4.0):
+    for pairs in (0.5, 1.5, 4.0):
         sent, levels, state = spend(pairs, 60)
         bought = pairs * CLIENTS
-        assert sent[0] == int(pairs) * CLIENTS and levels[0] == 0 < levels[1]
+        assert sent[0] == max(int(pairs), 1) * CLIENTS and levels[0] == 0 < levels[1]
         over = np.cumsum(sent) - bought * np.arange(1, 61)
         np.testing.assert_allclose(float(state.left), -over[-1], atol=1e-9)
         assert np.max(np.abs(over)) <= 4 * bought, over

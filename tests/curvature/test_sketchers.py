@@ -126,8 +126,12 @@ def test_the_pairs_above_the_level_are_sent_and_at_first_as_many_as_the_bytes_bu
         np.testing.assert_array_equal(got.eigenvalues, np.where(kept, values, 0))
         np.testing.assert_array_equal(got.basis, np.where(kept, whole.basis, 0))
     assert np.count_nonzero(sent(0.0, pair).eigenvalues) == 1
-    with pytest.raises(ValueError, match=r"sketch\.budget: 35 bytes do not buy an eigenpair, which takes 36"):
-        sent(0.0, pair - 1)
+    assert np.count_nonzero(sent(0.0, 1).eigenvalues) == 1, "a level needs one"
+    report = curvature.Report(jnp.zeros(3, np.float32), *[jnp.ones([], np.float32)] * 4, {})
+    whole = whole._replace(report=report)
+    sketcher = curvature.Sketcher(lambda outputs, params, key, batch, mask: whole)
+    with pytest.raises(ValueError, match=r"sketch\.budget: 16 bytes, of which a client's report alone takes 16"):
+        sent(0.0, 16)
 
 
 @pytest.mark.parametrize("vector_bytes", [None, lambda size: 10 + size])
