@@ -106,6 +106,7 @@ def test_one_weak_client_does_not_make_the_others_send_everything(scale):
     assert np.sum(sent) <= 1.1 * 40 * WANTED * 10 and np.max(sent) <= 3 * WANTED * 10, sent
 
 
+@pytest.mark.slow
 def test_values_that_all_lie_at_the_level_do_not_hold_it():
     """One pair of each client is as large as the level, and the others a thousandth of it."""
     spectrum = np.concatenate([np.ones([10, 1]), np.full([10, 19], 1e-3)], axis=1)
@@ -142,6 +143,7 @@ def test_who_is_not_asked_saves_bytes_for_later_rounds(x64):
     assert abs(np.sum(sent[30:]) / bought - 1) < 0.15
 
 
+@pytest.mark.slow
 def test_the_step_is_the_inner_rules(x64):
     inner = aggregate.fipa()
     rule = within_budget(inner, 2.0 * PAIR)
