@@ -195,5 +195,5 @@ STUDY = Study(
     caption="Test accuracy by the bytes that clients send up, mean and one standard deviation over the seeds",
     data=("cifar10", "tiny_imagenet"),
     gigabytes=5,
-    hours=4,
+    hours=13,
 )

@@ -8,6 +8,7 @@ level, b bought by its bytes, and s left over from the rounds before,
     aim = max(b + s / 4, b / 4)
     level <- v_aim                                  if n >= aim
     level <- level max((n / aim)^(m / 2), 1 / 4)    else, m the mean of log(v_i / level) over these n, 1 / 8 at least
+    level <- level / 2                              if n = 0
 
 The second would be where `aim` are found, but for the half, if as many eigenvalues were above any level as its power
 -1 / m. So what was sent too much is saved by about four later rounds, and where much more came than was bought, or a
@@ -28,7 +29,8 @@ from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.curvature.sketchers import VectorBytes, are_sent, prices
 
 PATIENCE = 4  # rounds over which what is left over is spent
-FASTEST = 1 / 4  # by which the level may fall in a round; where nothing came it falls by the root
+FASTEST = 1 / 4  # to which part of itself the level may fall in a round
+UNHEARD = 1 / 2  # to which it falls where nothing came
 CLOSEST = 1 / 8  # mean of log(v / level), of values that may all lie at the level by chance
 LEAST = 1 / 4  # of a round's pairs that are aimed for at least, however much was overspent
 
@@ -107,11 +109,11 @@ def _moved(level: jax.Array, values: jax.Array, aim: jax.Array) -> jax.Array:
     enough = descending[jnp.clip(aim.astype(int) - 1, 0, values.size - 1)]
     apart = trees.ratio(jnp.sum(jnp.where(there, jnp.log(jnp.where(there, values, level) / level), 0)), number)
     lower = jnp.maximum(trees.ratio(number, aim) ** (jnp.maximum(apart, CLOSEST) / 2), FASTEST)
-    lower = level * jnp.where(number > 0, lower, FASTEST**0.5)
+    lower = level * jnp.where(number > 0, lower, UNHEARD)
     return jnp.where(number >= aim, enough, jnp.maximum(lower, jnp.finfo(level.dtype).tiny))
 
 
 def _first(values: jax.Array) -> jax.Array:
     """The first level: the median of the clients' smallest eigenvalues, of [C, R]; 0 where none has come."""
-    smallest = jnp.min(values, axis=1, where=values > 0, initial=jnp.inf)
-    return jnp.nan_to_num(jnp.nanmedian(jnp.where(jnp.isfinite(smallest), smallest, jnp.nan)))
+    sent = jnp.where(values > 0, values, jnp.nan)
+    return jnp.nan_to_num(jnp.nanmedian(jnp.nanmin(sent, axis=1)))

@@ -182,7 +182,15 @@ def test_large_numbers_and_half_precision_arrive():
 
 @pytest.mark.parametrize(
     "spec",
-    [SPAN, "fipa_few_bytes:sketch.rank=2:sketch.share=0.4:local.compress.name=few_bits", f"{SPAN}:sketch.bits=0"],
+    [
+        SPAN,
+        "fipa_few_bytes:sketch.rank=2:sketch.share=0.4:local.compress.name=few_bits",
+        pytest.param(
+            "fipa_few_bytes:sketch.rank=3:sketch.share=0.4:sketch.budget=120",
+            marks=pytest.mark.slow,
+        ),
+        f"{SPAN}:sketch.bits=0",
+    ],
 )
 def test_as_many_bytes_travel_as_a_simulation_counts(spec):
     """What comes on top are the headers, the numbers of each client and flags of its report."""
