@@ -62,14 +62,8 @@ def test_no_client_sends_more_than_its_link_carries_in_time(tmp_path, rest):
             assert row["sketch_pairs"] == 2 * CLIENTS and row["bytes_up"] == CLIENTS * bytes_
 
 
-@pytest.mark.parametrize(
-    "rest",
-    [
-        "",
-        pytest.param(":sketch.share=0.75", marks=pytest.mark.slow),
-        pytest.param(":sketch.gradient_scale=1000", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rest", ["", ":sketch.share=0.75", ":sketch.gradient_scale=1000"])
 def test_a_phase_keeps_to_its_budget_in_the_mean(tmp_path, rest):
     """One of the three pairs, in few bits, whoever is asked and whatever else cuts their number."""
     report, pair = 21, 4 + 4 + few_bits.bytes_of(10, BITS)
