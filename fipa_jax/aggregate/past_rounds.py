@@ -20,7 +20,7 @@ minimises
     sum_s n_s decay^{k - s} |theta - target_s|^2_{A_s}
 
 over the cohorts' sizes n_s, and for the prior over a message at the first parameters. With H_s = I the prior is FedAvg
-with the server's learning rate 1 - decay. The third, at decay 1, with `transport` and steps that the damped form
+with the server's learning rate 1 - decay. `latest`, at decay 1, with `transport` and steps that the damped form
 undoes, is the step of all clients once they have taken part. The server keeps R' P numbers for each message, which its
 checkpoints hold too.
 """
@@ -50,7 +50,7 @@ class PastRounds(NamedTuple):
 
     kind: PastKind = "none"  # see the head of this module
     rank: int = 250  # R' of a message: R' P numbers for each of 1, length or all clients
-    decay: float = 0.9  # by which a message's weight falls with each round; below 1, for `latest` up to 1
+    decay: float = 0.9  # by which a message's weight falls with each round; below 1; for `latest` and `curvature` up to 1
     length: int = 8  # L, the cohorts that `targets` remembers
     num_clients: int = 0  # T, all clients, of which `latest` remembers one message each
     adaptive: bool = False  # the damping follows how successive steps agree, see `adaptive_damping`
@@ -90,7 +90,7 @@ def remembering(inner: Solver, past: Kind, *, decay: Number = 0.9) -> Solver:
     1 - decay. What one client says, see `limits.capped`, then weighs for about 1 / (1 - decay) rounds.
 
     Args:
-      past: `prior(...)`, `targets(...)` or `latest(...)`.
+      past: `prior(...)`, `targets(...)`, `latest(...)` or `curvature(...)`.
       decay: by which the weight of a message falls with each round.
 
     Raises:

@@ -375,7 +375,7 @@ def with_rank_by_gradient(sketcher: Sketcher, loss: Loss, scale: float) -> Sketc
     def of_cohort(messages, round) -> Sketch:
         sketches, gradients = sketcher.of_cohort(messages[0], round), messages[1]
         if not isinstance(sketches, Sketch):
-            raise ValueError(f"sketch.truncation: needs sketches, got {type(sketches).__name__}")
+            raise ValueError(f"sketch.gradient_scale: needs sketches, got {type(sketches).__name__}")
         # A client of NaN, which the aggregator sets aside, must not undo the others' sketches.
         gradients = trees.zero_unless(trees.is_finite(gradients), gradients)
         lengths, total = jnp.linalg.norm(gradients, axis=1), jnp.linalg.norm(jnp.sum(gradients, axis=0))
