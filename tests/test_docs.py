@@ -15,7 +15,7 @@ from fipa_jax import config as config_lib
 from fipa_jax.client import terms
 from fipa_jax.config import methods
 from fipa_jax.models import networks
-from fipa_jax.run import experiment
+from fipa_jax.run import experiment, phase_parts
 from fipa_jax.tasks import pde
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +34,7 @@ SNIPPETS = [
     )
     if not fragment and code not in README  # which has its own test
 ]
-TABLES = {"logistic": tasks.TASKS, "ridge": terms.TERMS, "median": aggregate.AGGREGATORS, "heat": pde.EQUATIONS}
+TABLES = {"logistic": tasks.TASKS, "ridge": terms.TERMS, "my_median": aggregate.AGGREGATORS, "sign": phase_parts.LOCAL_SOLVERS, "heat": pde.EQUATIONS}
 
 
 @pytest.fixture
