@@ -4,16 +4,18 @@ import importlib.util
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.runs import tiny
 
+from fipa_jax.federation.state import State
 from fipa_jax.privacy import accounting, mechanism
 from fipa_jax.privacy.noisy_sum import PrivacyRates
 from fipa_jax.reporting import console
-from fipa_jax.run import experiment, private_run, whole_run
+from fipa_jax.run import experiment, phase_parts, private_run, whole_run
 from fipa_jax.saving.journal import SECRETS
 from fipa_jax.saving.model_files import load
 from fipa_jax.tasks.task import Task
@@ -88,6 +90,48 @@ def test_a_run_that_goes_on_has_the_same_noise_and_no_other_budget(tmp_path, sec
     whole_run.run(config, tmp_path / "cut")
     figures = [[(row["test_mse"], row["epsilon"]) for row in rows_in(tmp_path / name)] for name in ("whole", "cut")]
     assert figures[0] == figures[1]
+
+
+def begun(config, history=None):
+    """The channel's state with which the phase begins, or goes on from `history` after two rounds."""
+    people = SimpleNamespace(num_examples=np.ones(config.task.num_clients))
+    channel = private_run.channel_of(config, config.fipa, None, config.task.num_clients)
+    history = channel.init({"a": jnp.zeros([2, 1])}) if history is None else history._replace(rounds=jnp.int32(2))
+    given, rates = SimpleNamespace(config=config, population=people), phase_parts.make_rates(config.fipa, "float32")
+    return private_run.begin(given, config.fipa, rates, State(*[()] * 6, history=history), lambda: 1)[1].history
+
+
+SAMPLED = {"fipa.privacy.sampling": "poisson", "task.num_clients": 100, "cohort": 80}
+RELEASED = {"fipa.privacy.whitening": "release"}
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "words"),
+    [
+        ({}, {"fipa.privacy.noise_multiplier": 2.0}, "the noise multiplier 1, and would now have 2"),
+        ({}, {"fipa.privacy.delta": 1e-3}, "the delta 0.01, and would now have 0.001"),
+        (SAMPLED, {"cohort": 2}, "the clients' share 0.8, and would now have 0.02"),
+        (SAMPLED, {"fipa.rounds": 10**9}, "a cohort's room of 9., and would now have 100"),
+        (RELEASED, {"fipa.privacy.release_share": 0.8}, "the release's mu"),
+    ],
+)
+def test_a_run_goes_on_by_the_plan_that_its_rounds_are_counted_by_alone(monkeypatch, was, now, words):
+    monkeypatch.setattr(accounting, "affordable", lambda epsilon, most, plan: most)  # not what is tested, and slow
+    monkeypatch.setattr(private_run, "second_moments", lambda *_: None)
+    monkeypatch.setattr(mechanism, "released_frame", lambda *_: ())
+    config = private(**{"fipa.privacy.noise_multiplier": 1.0, **was})
+    history = begun(config)
+    assert history.plan.noise == begun(config, history).plan.noise == 1
+    config.update_from_flattened_dict(now)
+    with pytest.raises(ValueError, match=f"--resume: the run's rounds so far had {words}"):
+        begun(config, history)
+
+
+def test_a_private_method_does_not_go_on_from_a_warm_up_without_privacy():
+    journal = SimpleNamespace(started_from=lambda params: params, start={"a": 1})
+    with pytest.raises(ValueError, match="--resume: the methods began with the model of the run's warm-up"):
+        whole_run.started_from(SimpleNamespace(config=private(), params={}), journal)
+    assert whole_run.started_from(SimpleNamespace(config=tiny(), params={}), journal) == {}
 
 
 def test_the_phase_stops_when_the_budget_is_spent(tmp_path):
