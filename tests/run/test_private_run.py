@@ -144,6 +144,11 @@ def test_the_phase_stops_when_the_budget_is_spent(tmp_path):
     assert len(rows) == affords and rows[-1]["epsilon"] <= 4 < accounting.epsilon_of(plan, affords + 1)
 
 
+def test_a_method_beside_private_ones_may_do_without():
+    """By a budget of 0 of its own, whatever else it has from the private phase."""
+    phase_parts.check(private(compare=("fedavg", "fipa:privacy.epsilon=0"), **{"fipa.privacy.clip_decay": 0.9}))
+
+
 def test_a_model_of_public_data_gives_a_part_of_the_first_model(tmp_path, ended):
     config = private(init_from=str(ended[0] / "fedavg.msgpack"), init_paths="Dense_0")
     fresh, started = (experiment.build(one).params for one in (private(), config))
@@ -231,6 +236,12 @@ def test_sampled_clients(tmp_path):
         ({"cohort": 2}, r"cohort: with privacy\.sampling = 'poisson'"),
         ({"fipa.privacy.sampling": "poisson"}, r"cohort: with privacy\.sampling = 'poisson'"),
         ({"fipa.privacy.sampling": "some"}, r"privacy\.sampling"),
+        *(
+            ({"fipa.privacy.epsilon": 0.0, "fipa.privacy.delta": 1e-3, f"fipa.privacy.{name}": value}, f"{name}: got")
+            for name, value in {"noise_multiplier": 1.0, "sampling": "poisson", "whitening": "bogus", "clip": 1}.items()
+        ),
+        ({"compare": ("fedavg:privacy.epsilon=0:privacy.clip=3",)}, r"config\.fipa\.privacy\.clip: got 3.0, but"),
+        ({"warmup.rounds": 1, "warmup.privacy.clip": 3.0}, r"config\.warmup\.privacy\.clip: got 3.0, but without"),
         ({"compare": (f"{WHITENED}:local.weight_decay=0.1",)}, r"weight_decay: it would pull the whitened"),
         ({"compare": (f"{WHITENED}:trainable=Dense_0",)}, r"privacy\.whitening: needs trainable to name all"),
         ({"compare": ("fedavg:privacy.whitening=release",)}, r"privacy\.whitening: 'release' is of the features"),
