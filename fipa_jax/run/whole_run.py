@@ -84,7 +84,7 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes", on_row: hooks.Ho
     with jax.enable_x64(config.precision == "float64"):
         experiment = build(config)
         origin = {
-            "data": provenance.of_data(experiment.problem, experiment.params),
+            "data": provenance.of_data(experiment.problem, experiment.params, experiment.people),
             "code": provenance.of_code(),
         }
         try:

@@ -16,9 +16,12 @@ from fipa_jax.privacy import accounting, mechanism
 from fipa_jax.privacy.noisy_sum import PrivacyRates
 from fipa_jax.reporting import console
 from fipa_jax.run import experiment, phase_parts, private_run, whole_run
-from fipa_jax.saving.journal import SECRETS
+from fipa_jax.run.personal_stage import People
+from fipa_jax.saving import provenance
+from fipa_jax.saving.journal import SECRETS, Journal
 from fipa_jax.saving.model_files import load
-from fipa_jax.tasks.task import Task
+from fipa_jax.saving.signals import Signals
+from fipa_jax.tasks.task import Problem, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,6 +93,31 @@ def test_a_run_that_goes_on_has_the_same_noise_and_no_other_budget(tmp_path, sec
     whole_run.run(config, tmp_path / "cut")
     figures = [[(row["test_mse"], row["epsilon"]) for row in rows_in(tmp_path / name)] for name in ("whole", "cut")]
     assert figures[0] == figures[1]
+
+
+X, LISTS = {"x": np.zeros([4, 2])}, [np.arange(2), np.arange(2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        *((name, {"x": np.ones([4, 2])}) for name in ("train", "test", "holdout", "public")),
+        *((name, LISTS[::-1]) for name in ("clients", "test_clients", "owned", "tests")),
+        *((name, [np.arange(1), np.arange(1, 4)]) for name in ("clients", "test_clients")),
+    ],
+)
+def test_other_data_of_any_kind_have_other_noise(tmp_path, name, other):
+    """The same secret on the disk, of runs whose data differ in one thing alone, or in none."""
+    people, problem = People(LISTS, LISTS), Problem(None, X, X, X, LISTS, test_clients=LISTS, public=X)
+    of = {"people": people} if name in People._fields else {"problem": problem}
+    changed = {where: record._replace(**{name: other}) for where, record in of.items()}
+    secrets = []
+    for change in ({}, {"problem": problem._replace(train=dict(X))}, changed):
+        data = provenance.of_data(**{"problem": problem, "params": {}, "people": people} | change)
+        journal = Journal(tmp_path, tiny().checkpoint, None, None, {"data": data}, Signals())
+        secrets.append(journal.secret("fedavg"))
+        journal.close()
+    assert secrets[0] == secrets[1] != secrets[2]
 
 
 def begun(config, history=None):
