@@ -73,7 +73,7 @@ def run_phase(
     parts = parts_of(experiment, settings)
     rates = make_rates(settings, experiment.config.precision, experiment.problem.public)
     rates = replicate(rates, parts.mesh)
-    state, note = journal.resumed(name, start(experiment, parts, params, first), parts.mesh)
+    state, note = journal.resumed(name, start(experiment, parts, params, first), parts)
     rates, state, budget = private_run.begin(experiment, settings, rates, state, lambda: journal.secret(name))
     if experiment.config.chunk < 0:
         chunk = note["chunk"] if note else tuned_chunk(experiment, settings, parts, state, rates)
