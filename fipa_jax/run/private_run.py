@@ -178,7 +178,8 @@ IN_WORDS = "the noise multiplier", "the delta", "the clients' share", "the relea
 
 def _goes_on(state: State, plan: Plan) -> State:
     """The state as it was, whose rounds so far must have had the plan that all of them are counted by."""
-    for words, before, now in zip(IN_WORDS, map(float, state.history.plan), plan, strict=True):
+    for words, kept, now in zip(IN_WORDS, state.history.plan, plan, strict=True):
+        before, now = float(kept), float(jnp.asarray(now, kept.dtype))
         if not math.isclose(before, now, rel_tol=1e-5):
             raise ValueError(
                 f"--resume: the run's rounds so far had {words} {before:.6g}, and would now have {now:.6g}; epsilon "
