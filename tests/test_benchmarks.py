@@ -39,7 +39,7 @@ COMMANDS = {
     "messages": "messages --models cnn_6k --examples=4 --ranks 2 --samples=1 --micro-batch=2 --repeats=1",
     "private": (
         "private --config=FILE:private --epsilons 8 --rounds 1 --clips 1 --rates 0.1 --server-rates 1 --adam-rates 0.1 "
-        "--dampings 0.1 --whitened-rates 0.1 --keys 1 --choosing-keys 1 --batch 1"
+        "--dampings 0.1 --keys 1 --further-keys 1 --batch 1"
     ),
     "robust": "robust --size=20 --rank=4",
     "round": f"round --model=cnn_6k --examples=8 --clients=2 --batch=4 --repeats=1 --torch-python={sys.executable}",

@@ -70,6 +70,7 @@ RUN = {
     "data.side": NOT_NEGATIVE,
     "data.rotation": Range(0, 180, "number of degrees"),
 }
+NOT_EMPTY = ("personal.examples", "personal.steps", "personal.strengths")
 PHASE = {
     "rounds": NOT_NEGATIVE,
     "cache_views": NOT_NEGATIVE,
@@ -188,6 +189,9 @@ def validate(config: ConfigDict) -> None:
     for path in PATHS:
         files.local(fields.value(config, path), f"config.{path}")
     _check_ranges("config", config, RUN)
+    for path in NOT_EMPTY:
+        if not fields.value(config, path):
+            raise ValueError(f"config.{path}: needs one number at least, got ()")
     _check_lacking(config)
     _check_images(config)
     _check_compare(config)

@@ -118,7 +118,7 @@ class Server:
         with agreement.precision():
             self._parts, first_params = agreement.of_server(), jax.tree.map(jnp.asarray, agreement.params)
             blank = parts_lib.init(self._parts, first_params, first, agreement.store_on_host)
-            self._state, note = self._journal.resumed(agreement.name, blank, None)
+            self._state, note = self._journal.resumed(agreement.name, blank, self._parts)
         self._run = note.get("run") or secrets.token_hex(RUN)  # another in each run that begins anew
         self._skipped, self._number = note.get("skipped", 0), int(self._state.round)
         self._said: dict[bool, bytes] = {}  # {whether it asks for curvature: the round's broadcast}

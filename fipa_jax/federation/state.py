@@ -1,6 +1,7 @@
 """What does the next round need? The state of a run, a pytree; what clients keep may be in a store on the host."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,6 +92,12 @@ def restored(state: State, leaves: dict[str, np.ndarray], mesh: Mesh | None = No
     fitted = trees.fitted(of_state, state._replace(store=store.blank_of(clients_seen)))
     store.put(fitted.store["ids"], fitted.store["rows"])
     return jax.tree.map(jnp.copy, placed(fitted._replace(store=()), mesh))._replace(store=store)
+
+
+def numbers_of(rule: Any, names: Sequence[str]) -> dict[str, jax.Array]:
+    """{path: []} of the numbers that a rule's state has by these names, those of `Aggregator.hyper`."""
+    leaves = trees.with_paths(rule)
+    return {trees.in_words(path): leaf for path, leaf in leaves if path and getattr(path[-1], "key", None) in names}
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -25,6 +25,7 @@ class Plan(NamedTuple):
     delta: float
     rate: float = 1.0  # q, the probability with which a client takes part in a round; 1: all do
     released: float = 0.0  # mu = 1 / z of one further sum over all clients, such as a covariance; 0 for none
+    room: float = 0.0  # clients that a sampled round has room for, see `room_for`; 0 where all take part
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:

@@ -15,6 +15,7 @@ from fipa_jax import trees
 from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.client.local_solver import LocalResult, LocalSolver
 from fipa_jax.federation.channel import Channel, ChannelRates, Order
+from fipa_jax.privacy.accounting import Plan
 from fipa_jax.privacy.mechanism import Frame, noisy_sum, out_of, plain_frame
 
 SAMPLED, NOISE = 0x5A3B, 0x401E  # streams of the secret key
@@ -37,7 +38,7 @@ class Spent(NamedTuple):
     """What a private channel keeps from round to round."""
 
     rounds: jax.Array  # [] int32, rounds released so far
-    noise: jax.Array  # [], their noise multiplier
+    plan: Plan  # by which they are counted, of [] each
     frame: Frame | tuple = ()  # released once, before the first round; () where there is none
 
 
@@ -73,7 +74,8 @@ def private(expected: float, sampled: bool = False, frame_of: FrameOf = no_frame
     def init(params):
         dtype = jnp.result_type(*jax.tree.leaves(params))
         inputs = trees.ravel(params).size // jax.tree.leaves(params)[0].shape[-1]
-        return Spent(jnp.int32(0), jnp.zeros([], dtype), plain_frame(inputs, inputs, dtype) if released else ())
+        plan = Plan(*[jnp.zeros([], dtype)] * len(Plan._fields))
+        return Spent(jnp.int32(0), plan, plain_frame(inputs, inputs, dtype) if released else ())
 
     def draw(order: Order, key, ids, rates: ChannelRates) -> Order:
         if not sampled:

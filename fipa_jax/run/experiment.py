@@ -140,9 +140,9 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     if settings.pooled:
         experiment = pooled(experiment)
     config, people, params = experiment.config, experiment.population, experiment.params
-    personal_stage.check(experiment, settings)
     rates = phase_parts.make_rates(settings, config.precision, experiment.problem.public)
     parts = parts_of(experiment, settings)
+    personal_stage.check(experiment, settings, parts)
     private_checks.check_people(experiment, settings, parts)
     phase_checks.check_needs(settings, parts, params, people.data, name)
     store_on_host(config, parts, params)

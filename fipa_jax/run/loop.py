@@ -73,7 +73,7 @@ def run_phase(
     parts = parts_of(experiment, settings)
     rates = make_rates(settings, experiment.config.precision, experiment.problem.public)
     rates = replicate(rates, parts.mesh)
-    state, note = journal.resumed(name, start(experiment, parts, params, first), parts.mesh)
+    state, note = journal.resumed(name, start(experiment, parts, params, first), parts)
     rates, state, budget = private_run.begin(experiment, settings, rates, state, lambda: journal.secret(name))
     if experiment.config.chunk < 0:
         chunk = note["chunk"] if note else tuned_chunk(experiment, settings, parts, state, rates)
@@ -112,7 +112,8 @@ def rounds_of(
             for row, info in rows:
                 row = phase.shown(row, info)
                 if ended and row["round"] == k + len(rows) - 1:
-                    row |= own_models(phase, result_of(phase.parts, state))
+                    own = phase, result_of(phase.parts, state)
+                    row |= console.attempt("the figures of the clients' own models", own_models, *own) or {}
                     row |= {"ended_early": True} if row["round"] < asked else {}
                 console.attempt("a warning", console.warn, name, row["round"], info, warned)
                 row = metrics.jsonable({"run": name} | row)

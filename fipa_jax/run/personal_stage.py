@@ -22,7 +22,7 @@ from fipa_jax.federation.parts import Parts, model_of
 from fipa_jax.federation.population import Resident
 from fipa_jax.lookup import lookup
 from fipa_jax.reporting import metrics
-from fipa_jax.run.personal_ways import WAYS, Trained, Way
+from fipa_jax.run.personal_ways import BY_CURVATURE, WAYS, Trained, Way
 from fipa_jax.run.phase_parts import eigenpairs_of
 from fipa_jax.tasks.task import Problem
 
@@ -78,12 +78,12 @@ def set_apart(problem: Problem, settings: ConfigDict, seed: int) -> tuple[Proble
     return problem._replace(clients=clients, test_clients=old_tests, names=names), People(owned, tests)
 
 
-def check(experiment, settings: ConfigDict) -> None:
+def check(experiment, settings: ConfigDict, parts: Parts) -> None:
     """Refuses what `figures` could not do, before anything is trained.
 
     Args:
       experiment: `experiment.Experiment`.
-      settings: the phase's fields.
+      settings, parts: of the phase.
 
     Raises:
       ValueError: names the field of `config.personal`.
@@ -99,6 +99,15 @@ def check(experiment, settings: ConfigDict) -> None:
         personal.proximity(trees.select(experiment.params, settings.trainable), wanted.own)
     except ValueError as error:
         raise ValueError(f"config.personal.own: {error}") from None
+    if _by_curvature(wanted):
+        sizes = [len(rows) for rows in experiment.problem.clients]
+        shapes = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ([len(sizes), max(sizes)], [len(sizes)]))
+        given = experiment.params, experiment.population.data, Client(*shapes), experiment.root
+        try:
+            jax.eval_shape(_tell(settings, parts), *given)
+        except ValueError as error:
+            asking = f"config.personal.compare: {_by_curvature(wanted)[0]!r} takes the clients' sketches"
+            raise ValueError(f"{error} ({asking})") from error
 
 
 def figures(experiment, settings: ConfigDict, parts: Parts, params: Any) -> dict:
@@ -180,20 +189,10 @@ def _stacked(parts: list[tuple[np.ndarray, np.ndarray]], width: int) -> Client:
 
 def _trained(experiment, settings: ConfigDict, parts: Parts, params: Any) -> Trained:
     """What the ways start from; with the sketches of the clients in training, at the trained model."""
-    sketcher = eigenpairs_of(settings.sketch, parts.task)
     clients = Client(*map(jnp.asarray, partition.pad(experiment.problem.clients)))
-    keys = jax.random.split(jax.random.fold_in(experiment.root, 2**31 + 2), len(experiment.problem.clients))
-
-    def one(params, data, client, key):
-        chosen, outputs = model_of(parts, params)
-        client = subsample(key, client, settings.sketch.examples)
-        return sketcher.of_client(outputs, chosen, key, gather(data, own_indices(client)), present(client))
-
-    def all_(params, data, clients, keys):
-        return sketcher.of_cohort(map_clients(one, (params, data), clients, keys, chunk=parts.chunk), jnp.int32(0))
-
-    data = experiment.population.data
-    told = jax.jit(all_)(params, data, clients, keys)
+    data, told = experiment.population.data, None
+    if _by_curvature(experiment.config.personal):
+        told = jax.jit(_tell(settings, parts))(params, data, clients, experiment.root)
     first, last = (trees.select(of, settings.trainable) for of in (experiment.params, params))
 
     def moves_of(way: Way) -> jax.Array:
@@ -202,6 +201,27 @@ def _trained(experiment, settings: ConfigDict, parts: Parts, params: Any) -> Tra
         return trees.ravel_stacked(thetas) - trees.ravel(last)[None]
 
     return Trained(experiment.config.personal, parts.task, first, last, told, clients.num_examples, moves_of)
+
+
+def _by_curvature(wanted: ConfigDict) -> list[str]:
+    """Those of the ways asked for that the clients' sketches have a say in."""
+    return [name for name in wanted.compare if name in BY_CURVATURE]
+
+
+def _tell(settings: ConfigDict, parts: Parts) -> Callable:
+    """Builds `tell(params, data, clients, root)`: the sketches of clients, [C, ...]."""
+    sketcher = eigenpairs_of(settings.sketch, parts.task)
+
+    def one(params, data, client, key):
+        chosen, outputs = model_of(parts, params)
+        client = subsample(key, client, settings.sketch.examples)
+        return sketcher.of_client(outputs, chosen, key, gather(data, own_indices(client)), present(client))
+
+    def tell(params, data, clients, root):
+        keys = jax.random.split(jax.random.fold_in(root, 2**31 + 2), clients.num_examples.shape[0])
+        return sketcher.of_cohort(map_clients(one, (params, data), clients, keys, chunk=parts.chunk), jnp.int32(0))
+
+    return tell
 
 
 def _hyper(way: Way, number: float) -> Hyper:

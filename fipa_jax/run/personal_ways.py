@@ -16,6 +16,7 @@ from fipa_jax.client.personal import Prior
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.tasks.task import Task, unaugmented
 
+BY_CURVATURE = ("curvature", "laplace", "spread")  # ways that the clients' sketches have a say in
 OF_OTHERS = 3.0  # the strength of the curvature with which the models are fitted whose spread is a prior
 
 
@@ -37,7 +38,7 @@ class Trained(NamedTuple):
     task: Task
     first: dict  # the parameters before any training
     params: dict  # those of the trained model
-    told: Sketch  # of the clients in training, stacked [C, ...]
+    told: Sketch | None  # of the clients in training, stacked [C, ...]; for those of `BY_CURVATURE`
     num_examples: jax.Array  # [C], theirs
     moves_of: Callable[[Way], jax.Array]  # -> [C, P], how far models of theirs, by all they have, are from that model
 

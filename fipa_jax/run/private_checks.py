@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from fipa_jax import trees
+from fipa_jax.config.defaults import privacy
 from fipa_jax.data import loading
 from fipa_jax.federation.parts import Parts
 from fipa_jax.federation.population import OnHost
@@ -34,6 +35,7 @@ def check(config: ConfigDict, settings: ConfigDict) -> None:
       ValueError: names the config field, and what to set it to.
     """
     if not is_private(settings):
+        _check_no_wish(config, settings)
         return
     lookup(SAMPLINGS, settings.privacy.sampling, "config.fipa.privacy.sampling")
     lookup(WHITENINGS, settings.privacy.whitening, "config.fipa.privacy.whitening")
@@ -42,6 +44,18 @@ def check(config: ConfigDict, settings: ConfigDict) -> None:
     for field, (is_wrong, words) in wrong.items():
         if is_wrong:
             raise ValueError(f"config.{field}: {words} (config.fipa.privacy.epsilon asks for privacy)")
+
+
+def _check_no_wish(config: ConfigDict, settings: ConfigDict) -> None:
+    """Refuses fields of privacy in a phase without a budget, but those that it has from the private FIPA phase."""
+    plain = privacy()
+    inherited = config.fipa.privacy if is_private(config.fipa) else plain
+    for name, value in settings.privacy.items():
+        if value not in (plain[name], inherited[name]):
+            raise ValueError(
+                f"config.fipa.privacy.{name}: got {value!r}, but without a budget nothing is private; set "
+                f"privacy.epsilon above 0, or this to {plain[name]!r}"
+            )
 
 
 def _by_single_clients(settings: ConfigDict) -> dict[str, tuple[bool, str]]:

@@ -110,7 +110,7 @@ def begin(experiment: Any, settings: ConfigDict, rates: Rates, state: State, ent
       entropy: the secret of the phase, the same whenever it goes on.
 
     Raises:
-      ValueError: the phase was stopped with another noise than it would go on with.
+      ValueError: the phase was stopped with another plan than it would go on with.
     """
     if not is_private(settings):
         return rates, state, unlimited(settings)
@@ -144,7 +144,8 @@ def plan_of(experiment: Any, settings: ConfigDict) -> Plan:
     rate = experiment.config.cohort / clients if given.sampling == "poisson" else 1.0
     delta = given.delta * (1 - accounting.RESERVE) if rate < 1 else given.delta
     share = given.release_share if given.whitening == "release" else 0.0
-    plan = Plan(given.noise_multiplier, delta, rate, math.sqrt(share) * accounting.mu_for(given.epsilon, delta))
+    room = float(cohort_of(experiment.config, settings, clients)) if rate < 1 else 0.0
+    plan = Plan(given.noise_multiplier, delta, rate, math.sqrt(share) * accounting.mu_for(given.epsilon, delta), room)
     if plan.noise:
         return plan
     return plan._replace(noise=accounting.noise_for(given.epsilon, settings.rounds, plan))
@@ -172,14 +173,19 @@ def _key_of(secret: int) -> jax.Array:
     return jax.random.wrap_key_data(jnp.asarray([secret >> 32, secret & 0xFFFFFFFF], jnp.uint32))
 
 
+IN_WORDS = "the noise multiplier", "the delta", "the clients' share", "the release's mu", "a cohort's room of"
+
+
 def _goes_on(state: State, plan: Plan) -> State:
-    """The state as it was, whose noise must be what the budget is counted by."""
-    noise = float(state.history.noise)
-    if not math.isclose(noise, plan.noise, rel_tol=1e-5):
-        raise ValueError(
-            f"--resume: the run's rounds so far had the noise multiplier {noise:.6g}, and would now have "
-            f"{plan.noise:.6g}; set the fields of fipa.privacy, fipa.rounds and config.cohort to what they were"
-        )
+    """The state as it was, whose rounds so far must have had the plan that all of them are counted by."""
+    for words, kept, now in zip(IN_WORDS, state.history.plan, plan, strict=True):
+        before, now = float(kept), float(jnp.asarray(now, kept.dtype))
+        if not math.isclose(before, now, rel_tol=1e-5):
+            raise ValueError(
+                f"--resume: the run's rounds so far had {words} {before:.6g}, and would now have {now:.6g}; epsilon "
+                "counts all rounds by one plan: set the fields of fipa.privacy, fipa.rounds and config.cohort to what "
+                "they were, or begin anew with --resume=no"
+            )
     return state
 
 
@@ -190,7 +196,8 @@ def _begun(experiment: Any, settings: ConfigDict, plan: Plan, numbers: PrivacyRa
         moments = second_moments(experiment, settings)
         key = jax.random.fold_in(numbers.secret, RELEASE)
         frame = mechanism.released_frame(key, moments, 1 / plan.released, numbers.damping)
-    return state._replace(history=Spent(state.history.rounds, numbers.noise, frame))
+    kept = Plan(*(jnp.asarray(number, numbers.noise.dtype) for number in plan))
+    return state._replace(history=Spent(state.history.rounds, kept, frame))
 
 
 def second_moments(experiment: Any, settings: ConfigDict) -> jax.Array:

@@ -88,7 +88,8 @@ def key_of(settings: ConfigDict, parts: Parts) -> str:
     # Whether a number is there at all is not traced.
     does = {"late": settings.late.share > 0, "faults": has_faults(settings)}
     first = parts.first if settings.sketch.share < 1 else 0  # from which a schedule counts
-    return json.dumps(static | {"chunk": parts.chunk, "channel": does, "first": first}, sort_keys=True)
+    counts = {"chunk": parts.chunk, "cohort": parts.cohort, "first": first}  # a private cohort's depends on the rounds
+    return json.dumps(static | counts | {"channel": does}, sort_keys=True)
 
 
 def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Callable[[dict], dict]:

@@ -84,7 +84,7 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes", on_row: hooks.Ho
     with jax.enable_x64(config.precision == "float64"):
         experiment = build(config)
         origin = {
-            "data": provenance.of_data(experiment.problem, experiment.params),
+            "data": provenance.of_data(experiment.problem, experiment.params, experiment.people),
             "code": provenance.of_code(),
         }
         try:
@@ -120,7 +120,7 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
     if not journal.saved:
         console.attempt("the time that it takes", say_if_long, experiment, list(settings_of.values()))
     show = refreshing(phases, workdir)
-    names, start = list(phases), journal.started_from(experiment.params)
+    names, start = list(phases), started_from(experiment, journal)
     going_on = journal.saved.note["phase"] if journal.saved else names[0]
     if going_on not in names:
         raise ValueError(f"--resume: the run was stopped in {going_on!r}, which config.compare has no more")
@@ -142,6 +142,21 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
         if warmup:
             start = journal.start = params
     return summary
+
+
+def started_from(experiment: Experiment, journal: Journal) -> Any:
+    """The model that the methods start from where the run goes on after its warm-up, else the run's first.
+
+    Raises:
+      ValueError: a method is private, and that warm-up was not.
+    """
+    start = journal.started_from(experiment.params)
+    if journal.start and any_private(experiment.config):
+        raise ValueError(
+            "--resume: the methods began with the model of the run's warm-up, which had no privacy; begin anew with "
+            "--resume=no"
+        )
+    return start
 
 
 def any_private(config: ConfigDict) -> bool:

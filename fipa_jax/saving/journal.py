@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from fipa_jax import trees
 from fipa_jax.federation import state as state_lib
+from fipa_jax.federation.parts import Parts
 from fipa_jax.federation.state import State
 from fipa_jax.files import replacing, write
 from fipa_jax.reporting import metrics
@@ -55,6 +56,7 @@ class Journal:
         self._checkpoints, self._seconds, self._saved_at = checkpoints, settings.seconds, time.monotonic()
         self._described = checkpoints is None
         self._rows = saved.step if saved else 0
+        self._numbers: dict[str, float] = {}  # of the phase's rule, as the config has them
         size = saved.note["metrics_bytes"] if saved and checkpoints else 0
         self._writer = metrics.Writer(workdir / "metrics.jsonl", size)
         if saved is None:
@@ -71,13 +73,16 @@ class Journal:
             self.start = params = jax.tree.map(jnp.asarray, _fitting(trees.fitted, leaves, params))
         return params
 
-    def resumed(self, phase: str, state: State, mesh) -> tuple[State, dict]:
+    def resumed(self, phase: str, state: State, parts: Parts) -> tuple[State, dict]:
         """(the state where this phase goes on, what was noted of it), or the blank state of its start as it came.
+
+        The rule's numbers that the config has changed since are the new ones; a rule has moved others by itself.
 
         Raises:
           ValueError: the phase is not the one that was saved.
         """
-        saved = self.saved
+        saved, numbers = self.saved, state_lib.numbers_of(state.aggregator, parts.aggregator.hyper)
+        self._numbers = {path: float(number) for path, number in numbers.items()}
         if not saved or saved.note["phase"] != phase:
             return state, {}
         if saved.note["first"] != int(state.round):
@@ -86,7 +91,9 @@ class Journal:
                 f"{int(state.round)}; set config.first_round and config.warmup.rounds to what they were"
             )
         self.saved = saved._replace(leaves={})  # it may be large
-        return _fitting(state_lib.restored, state, saved.leaves, mesh), saved.note
+        found, before = _fitting(state_lib.restored, state, saved.leaves, parts.mesh), saved.note.get("numbers", {})
+        changed = {path: numbers[path] for path, now in self._numbers.items() if before.get(path, now) != now}
+        return found._replace(aggregator=trees.replace(found.aggregator, changed)), saved.note
 
     def write(self, row: dict) -> None:
         """Writes a round's row, and tells whoever is to know."""
@@ -163,6 +170,7 @@ class Journal:
         self._checkpoints.wait()
         score = score_of(row)
         note = note | {"phase": phase, "round": row["round"], "score": score, "origin": self._origin}
+        note["numbers"] = self._numbers
         note["metrics_bytes"] = self._writer.sync()
         tree = state_lib.snapshot(state)._asdict() | {"start": self.start}
         self._checkpoints.save(self._rows, tree, note, self._names_of(phase, score, ended))
@@ -191,7 +199,7 @@ class Rows(list):
 
     write = list.append
 
-    def resumed(self, phase: str, state: State, mesh) -> tuple[State, dict]:
+    def resumed(self, phase: str, state: State, parts: Parts) -> tuple[State, dict]:
         """The state as it came: there is nothing to go on from."""
         return state, {}
 

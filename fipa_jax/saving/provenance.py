@@ -1,11 +1,11 @@
 """What a run comes from, its config, data and code, and how they differ from another run's."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import jax
-import jaxlib
 import numpy as np
 
 import fipa_jax
@@ -27,21 +27,36 @@ FREE = (
 )
 
 
-def of_data(problem, params) -> dict:
-    """{name: digest} of the problem's arrays, of who owns what, and of the parameters that the run starts from."""
-    clients = problem.clients
-    sizes = np.fromiter(map(len, clients), np.int64, len(clients))
-    flat = clients.flat if isinstance(clients, Ragged) else np.concatenate(list(clients))
-    fields = {"train": problem.train, "test": problem.test, "holdout": problem.holdout or {}, "params": params}
-    arrays = trees.paths(fields) | {"clients": sizes, "examples": flat}
+def of_data(problem, params, people=None) -> dict:
+    """{name: digest} of the problem's arrays, of who owns what, and of the parameters that the run starts from.
+
+    Args:
+      problem: a `tasks.task.Problem`.
+      params: as they are before the first round.
+      people: a `run.personal_stage.People`, who get models of their own; None for nobody.
+    """
+    sets = {name: getattr(problem, name) or {} for name in ("train", "test", "holdout", "public")}
+    arrays = trees.paths(sets | {"params": params})
+    owners = {"clients": problem.clients, "test_clients": problem.test_clients}
+    owners |= {f"people.{name}": lists for name, lists in (people._asdict() if people else {}).items()}
+    for name, lists in owners.items():
+        arrays |= {} if lists is None else _of_lists(name, lists)
     return {name: _digest(array) for name, array in arrays.items()}
+
+
+def _of_lists(name: str, lists: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Two arrays that say of each client which examples it owns."""
+    sizes = np.fromiter(map(len, lists), np.int64, len(lists))
+    flat = lists.flat if isinstance(lists, Ragged) else np.concatenate([np.zeros(0, np.int64), *lists])
+    return {f"{name}.sizes": sizes, f"{name}.examples": flat}
 
 
 def of_code() -> dict:
     """The versions that a result may depend on, and a digest of this package's source."""
     folder = Path(fipa_jax.__file__).parent
     source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))).hexdigest()
-    versions = {"fipa_jax": fipa_jax.__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    versions = {"fipa_jax": fipa_jax.__version__}
+    versions |= {name: metadata.version(name) for name in ("jax", "jaxlib", "optax", "flax")}
     return versions | {"source": source[:16], "device": jax.devices()[0].device_kind}
 
 

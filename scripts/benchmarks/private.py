@@ -296,7 +296,7 @@ class Measure:
         if self.moments is not None:
             frame = mechanism.released_frame(jax.random.fold_in(root, 9), self.moments, 1 / released, damping)
         frame = self.frame(state, rates) if self.public else frame
-        state = state._replace(history=Spent(state.history.rounds, noise, frame))
+        state = state._replace(history=Spent(state.history.rounds, state.history.plan, frame))
 
         def body(_, state):
             if self.public:

@@ -1,5 +1,7 @@
 """How a phase is run changes nothing: many rounds in one call, and all examples in one client's hands."""
 
+from types import SimpleNamespace
+
 import chex
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from fipa_jax import config as config_lib
 from fipa_jax import tasks
 from fipa_jax.config import methods as compared
 from fipa_jax.federation import round as rounds
+from fipa_jax.federation.state import State
 from fipa_jax.reporting import metrics
 from fipa_jax.run import experiment, loop, whole_run
 from fipa_jax.saving.journal import Rows
@@ -133,6 +136,20 @@ def test_a_phase_leaves_the_average_of_its_models(monkeypatch, per_call):
     np.testing.assert_allclose(last["test_average_mse"], figures["test_mse"], rtol=1e-9)
     np.testing.assert_allclose([row["test_mse"] for row in found], [row["test_mse"] for row in wanted], rtol=1e-9)
     assert abs(last["test_average_mse"] / last["test_mse"] - 1) > 1e-6
+
+
+def test_figures_of_the_clients_own_models_that_fail_cost_no_row_and_no_model(monkeypatch, caplog):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loop, "own_models", fails)
+    monkeypatch.setattr(loop, "result_of", lambda parts, state: None)
+    built = SimpleNamespace(config=runs.tiny())
+    phase = loop.Phase(built, built.config.fipa, SimpleNamespace(chunk=1), None, 0, 1, 0, lambda row, info: row)
+    advance = lambda state, k, *_: (state._replace(round=k + 1), [({"round": k, "bytes_up": 0}, {})])
+    journal, state = Rows(), State(*[()] * 5, round=0)
+    assert loop.rounds_of(phase, "fedavg", advance, state, journal, {}).round == 2
+    assert [row["round"] for row in journal] == [0, 1] and "own models" in caplog.text
 
 
 def test_stores_on_the_host_and_many_rounds_in_a_call_do_not_go_together():

@@ -183,11 +183,28 @@ def test_newcomers_are_in_no_round_and_alone_get_models():
         ({"newcomers": 0.01}, r"config.personal.newcomers: 0 of 5 clients"),
         ({"compare": (), "newcomers": 0.5}, r"config.personal.newcomers: keeps clients out"),
         ({"own": "nonesuch"}, r"config.personal.own: .*no parameter path matches 'nonesuch'"),
+        *(({name: ()}, f"config.personal.{name}: needs one number") for name in ("examples", "steps", "strengths")),
     ],
 )
 def test_a_mistake_shows_before_anything_is_trained(file, fields, message):
     with jax.enable_x64(True), pytest.raises(ValueError, match=message):
         experiment.build(config_of(file, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"rank": 20}, r"sketch.rank: 20 is above"), ({"energy": 0.9, "probes": 0}, r"sketch.energy: needs the trace")],
+)
+def test_sketches_that_fail_show_before_anything_is_trained_where_a_way_takes_them(file, fields, message):
+    """After a rule that has no sketches of its own."""
+    config = config_of(file, compare=("ditto", "curvature"))
+    config.compare = ("fedavg",)
+    config.fipa.sketch.update(fields)
+    with jax.enable_x64(True):
+        with pytest.raises(ValueError, match=rf"{message}.*personal.compare: 'curvature' takes the clients' sketches"):
+            experiment.build(config)
+        config.personal.compare = ("ditto",)
+        experiment.build(config)
 
 
 def test_clients_without_test_examples_of_their_own_are_refused():

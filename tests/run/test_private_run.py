@@ -4,19 +4,24 @@ import importlib.util
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.runs import tiny
 
+from fipa_jax.federation.state import State
 from fipa_jax.privacy import accounting, mechanism
 from fipa_jax.privacy.noisy_sum import PrivacyRates
 from fipa_jax.reporting import console
-from fipa_jax.run import experiment, private_run, whole_run
-from fipa_jax.saving.journal import SECRETS
+from fipa_jax.run import experiment, phase_parts, private_run, whole_run
+from fipa_jax.run.personal_stage import People
+from fipa_jax.saving import provenance
+from fipa_jax.saving.journal import SECRETS, Journal
 from fipa_jax.saving.model_files import load
-from fipa_jax.tasks.task import Task
+from fipa_jax.saving.signals import Signals
+from fipa_jax.tasks.task import Problem, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,6 +95,73 @@ def test_a_run_that_goes_on_has_the_same_noise_and_no_other_budget(tmp_path, sec
     assert figures[0] == figures[1]
 
 
+X, LISTS = {"x": np.zeros([4, 2])}, [np.arange(2), np.arange(2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        *((name, {"x": np.ones([4, 2])}) for name in ("train", "test", "holdout", "public")),
+        *((name, LISTS[::-1]) for name in ("clients", "test_clients", "owned", "tests")),
+        *((name, [np.arange(1), np.arange(1, 4)]) for name in ("clients", "test_clients")),
+    ],
+)
+def test_other_data_of_any_kind_have_other_noise(tmp_path, name, other):
+    """The same secret on the disk, of runs whose data differ in one thing alone, or in none."""
+    people, problem = People(LISTS, LISTS), Problem(None, X, X, X, LISTS, test_clients=LISTS, public=X)
+    of = {"people": people} if name in People._fields else {"problem": problem}
+    changed = {where: record._replace(**{name: other}) for where, record in of.items()}
+    secrets = []
+    for change in ({}, {"problem": problem._replace(train=dict(X))}, changed):
+        data = provenance.of_data(**{"problem": problem, "params": {}, "people": people} | change)
+        journal = Journal(tmp_path, tiny().checkpoint, None, None, {"data": data}, Signals())
+        secrets.append(journal.secret("fedavg"))
+        journal.close()
+    assert secrets[0] == secrets[1] != secrets[2]
+
+
+def begun(config, history=None):
+    """The channel's state with which the phase begins, or goes on from `history` after two rounds."""
+    people = SimpleNamespace(num_examples=np.ones(config.task.num_clients))
+    channel = private_run.channel_of(config, config.fipa, None, config.task.num_clients)
+    history = channel.init({"a": jnp.zeros([2, 1])}) if history is None else history._replace(rounds=jnp.int32(2))
+    given, rates = SimpleNamespace(config=config, population=people), phase_parts.make_rates(config.fipa, "float32")
+    return private_run.begin(given, config.fipa, rates, State(*[()] * 6, history=history), lambda: 1)[1].history
+
+
+SAMPLED = {"fipa.privacy.sampling": "poisson", "task.num_clients": 100, "cohort": 80}
+RELEASED = {"fipa.privacy.whitening": "release"}
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "words"),
+    [
+        ({}, {"fipa.privacy.noise_multiplier": 2.0}, "the noise multiplier 1, and would now have 2"),
+        ({}, {"fipa.privacy.delta": 1e-3}, "the delta 0.01, and would now have 0.001"),
+        (SAMPLED, {"cohort": 2}, "the clients' share 0.8, and would now have 0.02"),
+        (SAMPLED, {"fipa.rounds": 10**9}, "a cohort's room of 9., and would now have 100"),
+        (RELEASED, {"fipa.privacy.release_share": 0.8}, "the release's mu"),
+    ],
+)
+def test_a_run_goes_on_by_the_plan_that_its_rounds_are_counted_by_alone(monkeypatch, was, now, words):
+    monkeypatch.setattr(accounting, "affordable", lambda epsilon, most, plan: most)  # not what is tested, and slow
+    monkeypatch.setattr(private_run, "second_moments", lambda *_: None)
+    monkeypatch.setattr(mechanism, "released_frame", lambda *_: ())
+    config = private(**{"fipa.privacy.noise_multiplier": 1.0, **was})
+    history = begun(config)
+    assert history.plan.noise == begun(config, history).plan.noise == 1
+    config.update_from_flattened_dict(now)
+    with pytest.raises(ValueError, match=f"--resume: the run's rounds so far had {words}"):
+        begun(config, history)
+
+
+def test_a_private_method_does_not_go_on_from_a_warm_up_without_privacy():
+    journal = SimpleNamespace(started_from=lambda params: params, start={"a": 1})
+    with pytest.raises(ValueError, match="--resume: the methods began with the model of the run's warm-up"):
+        whole_run.started_from(SimpleNamespace(config=private(), params={}), journal)
+    assert whole_run.started_from(SimpleNamespace(config=tiny(), params={}), journal) == {}
+
+
 def test_the_phase_stops_when_the_budget_is_spent(tmp_path):
     config = private(compare=("fedavg",), **{"fipa.privacy.noise_multiplier": 1.0, "fipa.privacy.epsilon": 4.0})
     plan = accounting.Plan(1.0, 1e-2)
@@ -98,6 +170,11 @@ def test_the_phase_stops_when_the_budget_is_spent(tmp_path):
     whole_run.run(config, tmp_path)
     rows = rows_in(tmp_path)
     assert len(rows) == affords and rows[-1]["epsilon"] <= 4 < accounting.epsilon_of(plan, affords + 1)
+
+
+def test_a_method_beside_private_ones_may_do_without():
+    """By a budget of 0 of its own, whatever else it has from the private phase."""
+    phase_parts.check(private(compare=("fedavg", "fipa:privacy.epsilon=0"), **{"fipa.privacy.clip_decay": 0.9}))
 
 
 def test_a_model_of_public_data_gives_a_part_of_the_first_model(tmp_path, ended):
@@ -187,6 +264,12 @@ def test_sampled_clients(tmp_path):
         ({"cohort": 2}, r"cohort: with privacy\.sampling = 'poisson'"),
         ({"fipa.privacy.sampling": "poisson"}, r"cohort: with privacy\.sampling = 'poisson'"),
         ({"fipa.privacy.sampling": "some"}, r"privacy\.sampling"),
+        *(
+            ({"fipa.privacy.epsilon": 0.0, "fipa.privacy.delta": 1e-3, f"fipa.privacy.{name}": value}, f"{name}: got")
+            for name, value in {"noise_multiplier": 1.0, "sampling": "poisson", "whitening": "bogus", "clip": 1}.items()
+        ),
+        ({"compare": ("fedavg:privacy.epsilon=0:privacy.clip=3",)}, r"config\.fipa\.privacy\.clip: got 3.0, but"),
+        ({"warmup.rounds": 1, "warmup.privacy.clip": 3.0}, r"config\.warmup\.privacy\.clip: got 3.0, but without"),
         ({"compare": (f"{WHITENED}:local.weight_decay=0.1",)}, r"weight_decay: it would pull the whitened"),
         ({"compare": (f"{WHITENED}:trainable=Dense_0",)}, r"privacy\.whitening: needs trainable to name all"),
         ({"compare": ("fedavg:privacy.whitening=release",)}, r"privacy\.whitening: 'release' is of the features"),

@@ -96,6 +96,7 @@ def test_methods_share_a_key_where_traced_numbers_alone_differ(spec, problem):
         begins = {"late.share", *(f"faults.{kind}" for kind in FAULTS)}
         assert shared == (traced | set(STEERING)) - begins
     assert key_of(settings, parts._replace(chunk=7)) != key
+    assert key_of(settings, parts._replace(cohort=7)) != key
 
 
 @pytest.mark.parametrize("spec", METHODS)

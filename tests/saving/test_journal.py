@@ -6,15 +6,21 @@ import signal
 import threading
 
 import jax
+import jax.numpy as jnp
 import pytest
 from helpers.runs import tiny
 
+from fipa_jax import trees
+from fipa_jax.config.methods import method
+from fipa_jax.federation import parts as parts_lib
+from fipa_jax.federation import state as state_lib
 from fipa_jax.reporting import console as report
 from fipa_jax.reporting import metrics
-from fipa_jax.run import loop, whole_run
+from fipa_jax.run import loop, phase_parts, whole_run
 from fipa_jax.saving import checkpoints as checkpoint
 from fipa_jax.saving import journal, resume
 from fipa_jax.saving import signals as stopping
+from fipa_jax.tasks.task import Task
 
 METHODS = ("fipa:term.name=scaffold:server.optimizer=adam:server.lr=0.01", "fedavg:local.lr_decay=0.9")
 EVERY_ROUND = {"seconds": 0.0, "keep": 3}
@@ -258,6 +264,38 @@ def test_a_stopped_run_of_another_origin_is_refused_field_by_field(monkeypatch, 
         *(("warmup", k) for k in (0, 1)),
         *((method, k) for method in METHODS for k in (2, 3, 4)),
     ]
+
+
+class InMemory:
+    """Checkpoints of which the last one is at hand."""
+
+    named, check, wait = dict, lambda self: None, lambda self: None
+
+    def save(self, step, tree, note, names):
+        self.saved = checkpoint.Saved(step, trees.paths(tree), note)
+
+
+@pytest.mark.parametrize("spec", ["fipa", "fipa:sketch.budget=1e3", "fisher_diagonal", "fedpm", "fipa_sums"])
+def test_a_rules_number_that_the_config_changes_acts_in_the_run_that_goes_on(tmp_path, spec):
+    """One that the rule has moved by itself stays, if the config has it as it was."""
+    config, kept = tiny(), InMemory()
+
+    def going_on(saved, **fields):
+        settings = method(config, spec)
+        settings.aggregator.update(fields)
+        parts = phase_parts.make_parts(config, settings, Task(*[None] * 4), 2)
+        book = journal.Journal(tmp_path, config.checkpoint, kept, saved, {"config": {}}, stopping.Signals())
+        state, _ = book.resumed("fipa", parts_lib.init(parts, {"a": jnp.zeros([3, 2])}), parts)
+        return book, state, state_lib.numbers_of(state.aggregator, ("damping",))
+
+    book, state, (path,) = going_on(None)
+    moved = trees.replace(state.aggregator, {path: jnp.float32(5)})
+    book.keep("fipa", state._replace(aggregator=moved), {"round": 0}, {"first": 0}, ended=True)
+    book.close()
+    for fields, wanted in (({}, 5), ({"damping": 0.25}, 0.25)):
+        book, _, numbers = going_on(kept.saved, **fields)
+        book.close()
+        assert numbers == {path: wanted}
 
 
 @pytest.mark.slow
