@@ -110,7 +110,8 @@ def _run(place, methods, **others):
     """From a warm-up, one for each split."""
     task, alpha, _, seeded = place
     fields: dict[str, Any] = {"partition.alpha": alpha, "eval.every": 10, "eval.clients_every": 0}
-    warm = Run(task.config, fields | {"fipa.rounds": 0}, seeds=() if "partition.seed" in seeded else (0,), seeded=seeded)
+    of_each = () if "partition.seed" in seeded else (0,)
+    warm = Run(task.config, fields | {"fipa.rounds": 0}, seeds=of_each, seeded=seeded)
     return Run(task.config, fields | {"compare": tuple(methods)}, seeded=seeded, start=warm, **others)
 
 

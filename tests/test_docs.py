@@ -34,7 +34,13 @@ SNIPPETS = [
     )
     if not fragment and code not in README  # which has its own test
 ]
-TABLES = {"logistic": tasks.TASKS, "ridge": terms.TERMS, "my_median": aggregate.AGGREGATORS, "sign": phase_parts.LOCAL_SOLVERS, "heat": pde.EQUATIONS}
+TABLES = {
+    "logistic": tasks.TASKS,
+    "ridge": terms.TERMS,
+    "my_median": aggregate.AGGREGATORS,
+    "sign": phase_parts.LOCAL_SOLVERS,
+    "heat": pde.EQUATIONS,
+}
 
 
 @pytest.fixture
