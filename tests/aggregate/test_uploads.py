@@ -26,6 +26,7 @@ def test_what_does_not_fit_is_named():
         r"uploads\.delta: 'c' is no parameter": (delta | {"c": counts}, counts, Sketch(eigenvalues, basis)),
         r"uploads\.delta: needed floating-point arrays, got int32": (delta | {"b": jnp.ones((4, 4), int)}, counts),
         r"uploads\.num_examples: needed 4 real numbers, got bool": (delta, counts > 0),
+        r"uploads\.num_examples: needed 4 real numbers, got list": (delta, [1, 1, 1, 1]),
         r"uploads\.sketch: needed Sketch, .* or None, got tuple": (
             delta,
             counts,
