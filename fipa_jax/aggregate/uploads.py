@@ -125,10 +125,10 @@ def _checked(sketch: Message, clients: tuple[int], size: int) -> Message:
         raise ValueError(f"uploads.sketch: needed {KINDS}, got {type(sketch).__name__}")
     eigenvalues, basis = jnp.shape(sketch.eigenvalues), jnp.shape(sketch.basis)
     shapes = [(*clients, rows, *eigenvalues[1:]) for rows in (size, padded(size))]  # see `row_blocks`
-    if eigenvalues[:1] != clients or len(eigenvalues) != 2 or basis not in shapes:
+    if eigenvalues[:1] != clients or len(eigenvalues) != 2 or not eigenvalues[1] or basis not in shapes:
         raise ValueError(
-            f"uploads.sketch: needed eigenvalues [C, R] and basis [C, P, R] with C = {clients[0]}, P = {size}, "
-            f"got {eigenvalues} and {basis}"
+            f"uploads.sketch: needed eigenvalues [C, R] and basis [C, P, R] with C = {clients[0]}, P = {size}, R at "
+            f"least 1, got {eigenvalues} and {basis}"
         )
     contracts.floating((sketch.eigenvalues, sketch.basis), "uploads.sketch")
     return sketch._replace(eigenvalues=trees.widened(sketch.eigenvalues))
