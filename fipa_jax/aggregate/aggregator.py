@@ -12,7 +12,7 @@ import optax
 
 from fipa_jax import trees
 from fipa_jax.aggregate.late_updates import freshness
-from fipa_jax.aggregate.screening import Received
+from fipa_jax.aggregate.screening import Received, with_refused
 from fipa_jax.lookup import lookup
 
 State = Any  # what a rule's next round needs; a pytree of arrays
@@ -20,7 +20,7 @@ Params = Any  # parameter pytree
 Info = dict  # {name: array}, what a person needs; nothing reads it back
 Init = Callable[[Params], State]
 Apply = Callable[[Received, State, Params], tuple[Params, State, Info]]
-Admit = Callable[[Received, State], tuple[Received, Info]]  # leaves clients out
+Admit = Callable[[Received, State], tuple[Received, Info]]  # leaves clients out, see `screening.with_refused`
 Asks = Callable[[State], tuple]  # what the clients' sketches are asked along, further arguments of `Sketcher.of_client`
 Announce = Callable[[State], dict]  # {field of `Hyper`: value} that the clients are told
 Withdraws = Callable[[State], jax.Array | bool]  # of the new state: is the step the last one, taken back?
@@ -37,6 +37,7 @@ class Needs(NamedTuple):
     loss: bool = False  # their loss at the broadcast parameters
     damping: bool = False  # the damping of their own steps
     ids: bool = False  # the server tells the rule who they are
+    num_clients: int = 0  # below which their ids are; 0 where any may come
     spread: bool = False  # their long bases padded, so that devices can share the rows: see `row_blocks`
     gradient: bool = False  # their update is minus their gradient: the local solver `gradient`
 
@@ -99,7 +100,7 @@ def step_of(rule: Aggregator, received: Received, state: State, params: Params, 
     received, refused = rule.admit(received, state)
     step, state, told = rule.apply(received, state, trees.widened(params))
     step = jax.tree.map(lambda change, p: change.astype(jnp.result_type(p)), step, params)
-    return step, state, info | refused | told, received
+    return step, state, with_refused(info, refused) | told, received
 
 
 # How the clients are weighted: name -> of each client [C], in proportion to which it counts.

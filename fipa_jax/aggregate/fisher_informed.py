@@ -24,7 +24,7 @@ from fipa_jax.aggregate.limits import Limits, capped, limited
 from fipa_jax.aggregate.merged_curvature import Merge
 from fipa_jax.aggregate.past_rounds import PastRounds, kind_of, remembering
 from fipa_jax.aggregate.row_blocks import Spread, fill_up, padded
-from fipa_jax.aggregate.screening import Received, receive
+from fipa_jax.aggregate.screening import Received, receive, without_unknown
 from fipa_jax.aggregate.solvers import Form, Messages, Now, Solution, Solver
 from fipa_jax.aggregate.trust import trust_region
 from fipa_jax.aggregate.uploads import Uploads
@@ -95,7 +95,7 @@ def from_solver(
     """
     lookup(WEIGHTINGS, weighting, "aggregator.weighting")
     numbers = solver.hyper | {"late.max_drift": late.max_drift}
-    contracts.at_least(0, **numbers)
+    contracts.at_least(0, **numbers, **{"late.staleness": late.staleness})
 
     def init(params):
         theta = trees.ravel(trees.widened(contracts.floating(params, "params")))
@@ -104,7 +104,9 @@ def from_solver(
         return FipaState(hyper, solver.init(theta))
 
     def admit(received: Received, state: FipaState):
-        return without_drifted(received, state.hyper["late.max_drift"])
+        received, unknown = without_unknown(received, solver.needs.num_clients)
+        received, drifted = without_drifted(received, state.hyper["late.max_drift"])
+        return received, unknown | drifted
 
     def apply(received: Received, state: FipaState, params):
         sketch = _sketch_of(received, solver)
@@ -179,7 +181,8 @@ def fipa(
     Raises:
       ValueError: an unknown form, weighting, merge or kind of past; trust in a rule without damping or with a past;
         own_damping in another form than the damped one; past.adaptive with a relative damping or without the
-        prior; in `apply`, uploads without what the rule needs.
+        prior; `curvature` without the damped form and an absolute damping above 0; in `apply`, uploads without what
+        the rule needs, or of late clients where these are to send gradients.
 
     **The forms.** With the merged factor F = [sqrt(w_m) U_m diag(lam_m)^{1/2}]_m [P, D], so that H = F F^T and D = C R,
     and z = [sqrt(w_m) diag(lam_m)^{1/2} U_m^T delta_m]_m [D], so that F z = sum_m w_m H_m delta_m:
@@ -217,8 +220,7 @@ def fipa(
     This only composes: `from_solver(capped(remembering(limited(damped(...)), prior(...))))` and the like.
     """
     lookup(FORMS, form, "aggregator.form")
-    if own_damping and form != "damped":
-        raise ValueError(solvers.OWN_DAMPING)
+    _check(form, damping, relative, own_damping, past)
     options = {"explosion": limits.explosion, "merge": merge, "mesh": spread.mesh if spread else None}
     if form == "pinv":
         solver = alone = solvers.pinv(rcond, **options)
@@ -232,7 +234,8 @@ def fipa(
         solver = trust_region(solver)
     if past.kind != "none":
         solver = remembering(solver, kind_of(past, alone, late.transport), decay=past.decay)
-        solver = _adaptive(solver, relative, past) if past.adaptive else solver
+    if past.adaptive:
+        solver = adaptive(solver)
     solver = capped(solver, trace_cap=limits.trace_cap)
     return from_solver(solver, weighting=weighting, late=late, spread=spread is not None)
 
@@ -271,7 +274,7 @@ def fipa_step(
     """
     rule = fipa(form, damping=damping, relative=relative, rcond=rcond, limits=limits)
     like = jax.tree.map(lambda leaf: leaf[0], delta)
-    received, info = receive(Uploads(delta, num_examples, sketch), like)
+    received, info = receive(Uploads(delta, jnp.asarray(num_examples), sketch), like)
     step, _, info, _ = step_of(rule, received, rule.init(like), like, info)
     return step, info
 
@@ -279,12 +282,20 @@ def fipa_step(
 FORMS = {"damped": solvers.damped, "pinv": solvers.pinv, "tikhonov": solvers.tikhonov}
 
 
-def _adaptive(solver: Solver, relative: bool, past: PastRounds) -> Solver:
-    if past.kind != "prior":
+def _check(form: Form, damping: Number, relative: bool, own_damping: bool, past: PastRounds) -> None:
+    """Refuses, with a ValueError, forms and dampings with which some option cannot work."""
+    if own_damping and form != "damped":
+        raise ValueError(solvers.OWN_DAMPING)
+    undamped = isinstance(damping, int | float) and not damping > 0
+    if past.kind == "curvature" and (form != "damped" or relative or undamped):
+        raise ValueError(
+            "aggregator.damping: past.kind = 'curvature' divides gradients by it, it needs form = 'damped', relative = "
+            "False and damping above 0"
+        )
+    if past.adaptive and past.kind != "prior":
         raise ValueError(f"aggregator.past.adaptive: needs past.kind = 'prior', got {past.kind!r}; set it to False")
-    if relative:
+    if past.adaptive and relative:
         raise ValueError("aggregator.past.adaptive: finds an absolute damping; set aggregator.relative to False")
-    return adaptive(solver)
 
 
 def _sketch_of(received: Received, solver: Solver) -> Sketch:
@@ -295,6 +306,8 @@ def _sketch_of(received: Received, solver: Solver) -> Sketch:
         raise ValueError("fipa with trust needs uploads.loss [C], the clients' mean losses before their work")
     if solver.needs.ids and received.ids is None:
         raise ValueError("fipa with past.kind = 'latest' needs uploads.ids [C], who the clients are")
+    if solver.needs.gradient and received.age is not None:
+        raise ValueError("fipa with past.kind = 'curvature' needs clients that are not late: their gradients are old")
     if solver.needs.damping and received.damping is None:
         raise ValueError("fipa with own_damping needs uploads.damping [C], that of the clients' own steps")
     return received.sketch

@@ -35,7 +35,7 @@ from fipa_jax.aggregate.aggregator import (
 )
 from fipa_jax.aggregate.late_updates import LateUpdates
 from fipa_jax.aggregate.limits import Limits, median_trace
-from fipa_jax.aggregate.past_rounds import PastRounds
+from fipa_jax.aggregate.past_rounds import PastRounds, check_decay
 from fipa_jax.aggregate.screening import Received
 from fipa_jax.aggregate.solvers import Form
 from fipa_jax.curvature import contracts
@@ -138,7 +138,7 @@ def kronecker(
       ValueError: a name is not known, or a number out of its range; in `apply`, uploads without layer factors.
     """
     kind = lookup(KINDS, layers.kind, "aggregator.layers.kind")
-    _check(layers, form, weighting, past)
+    _check(layers, form, weighting, past, late.staleness)
     numbers = {"limits.max_step": limits.max_step, "limits.max_divergence": limits.max_divergence}
     numbers |= {"damping": damping, "rcond": rcond, "limits.explosion": limits.explosion}
     numbers |= {"past.decay": past.decay} if past.kind == "prior" else {}
@@ -184,18 +184,20 @@ class _Kind(NamedTuple):
 KINDS = {"foof": _Kind(), "kfac": _Kind(needs_outputs=True), "regmean": _Kind(shrinks=True)}
 
 
-def _check(layers: LayerOptions, form: Form, weighting: Weighting, past: PastRounds) -> None:
+def _check(layers: LayerOptions, form: Form, weighting: Weighting, past: PastRounds, staleness: float) -> None:
     """Refuses, with a ValueError, names that are not known and what such a rule cannot do."""
     lookup(FORMS, form, "aggregator.form")
     lookup(WEIGHTINGS, weighting, "aggregator.weighting")
-    contracts.at_least(0, shrink=layers.shrink)
+    contracts.at_least(0, **{"shrink": layers.shrink, "late.staleness": staleness})
     contracts.at_least(1, iterations=layers.iterations)
     if past.kind not in ("none", "prior"):
         raise ValueError(
             f"aggregator.past.kind: 'kronecker' remembers decayed sums, 'prior', or 'none', got {past.kind!r}"
         )
-    if past.kind == "prior" and isinstance(past.decay, int | float) and not 0 <= past.decay < 1:
-        raise ValueError(f"aggregator.past.decay: needs a number in [0, 1), got {past.decay}")
+    if past.kind == "prior":
+        check_decay(past.decay)
+    if past.adaptive:
+        raise ValueError("aggregator.past.adaptive: is for the rule 'fipa', not for 'kronecker'; set it to False")
 
 
 def _nothing_remembered(params: Any, outputs: bool, dtype) -> LayerPast:
@@ -221,7 +223,7 @@ def _capped(received: Received, weights, kind: _Kind, shrink: float, cap: float)
         return jnp.sum(diagonal_of(halves[path]), axis=-1) if path in halves else jnp.ones([])
 
     traces = trees.total(trace(inputs, path) * trace(outputs, path) for path in inputs)
-    most = cap * median_trace(traces, weights)
+    most = cap * median_trace(traces, jnp.where(traces > 0, weights, 0))  # of those who have sent any
     over = traces > most
     factor = jnp.where(over, trees.ratio(most, traces), 1)[:, None]
     return LayerFactors({path: factor * half for path, half in inputs.items()}, outputs), {"capped": over}

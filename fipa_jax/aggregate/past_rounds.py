@@ -50,7 +50,7 @@ class PastRounds(NamedTuple):
 
     kind: PastKind = "none"  # see the head of this module
     rank: int = 250  # R' of a message: R' P numbers for each of 1, length or all clients
-    decay: float = 0.9  # by which a message's weight falls with each round; below 1; for `latest` and `curvature` up to 1
+    decay: float = 0.9  # by which a message's weight falls with each round: below 1, of `latest`, `curvature` at most 1
     length: int = 8  # L, the cohorts that `targets` remembers
     num_clients: int = 0  # T, all clients, of which `latest` remembers one message each
     adaptive: bool = False  # the damping follows how successive steps agree, see `adaptive_damping`
@@ -78,7 +78,7 @@ class Kind(NamedTuple):
     init: Begin
     join: Join
     keep: Keep
-    needs_ids: bool = False
+    num_clients: int = 0  # whose ids it needs, each below this number
     needs_gradient: bool = False
     most_decay: float | None = None  # a decay beside those below 1
 
@@ -105,10 +105,7 @@ def remembering(inner: Solver, past: Kind, *, decay: Number = 0.9) -> Solver:
             "trust_region": "aggregator.trust: needs all clients in every round, where aggregator.past adds nothing",
         },
     )
-    if isinstance(decay, int | float) and not (0 <= decay < 1 or decay == past.most_decay):
-        raise ValueError(
-            f"aggregator.past.decay: needs a number in [0, 1), for 'latest' and 'curvature' up to 1, got {decay}"
-        )
+    check_decay(decay, past.most_decay)
 
     def init(theta):
         return past.init(theta), inner.init(theta)
@@ -124,9 +121,18 @@ def remembering(inner: Solver, past: Kind, *, decay: Number = 0.9) -> Solver:
     def withdraws(state):
         return inner.withdraws(state[1])
 
-    needs = inner.needs._replace(ids=inner.needs.ids or past.needs_ids, gradient=past.needs_gradient)
+    clients = {"ids": past.num_clients > 0, "num_clients": past.num_clients}
+    needs = inner.needs._replace(**clients, gradient=past.needs_gradient)
     hyper, wrappers = inner.hyper | {"past.decay": decay}, (*inner.wrappers, "remembering")
     return Solver(hyper, init, solve, needs, withdraws, wrappers)
+
+
+def check_decay(decay: Number, most: float | None = None) -> None:
+    """Refuses, with a ValueError, a decay that is not in [0, 1), nor `most`; one that is traced passes."""
+    if isinstance(decay, int | float) and not (0 <= decay < 1 or decay == most):
+        raise ValueError(
+            f"aggregator.past.decay: needs a number in [0, 1), for 'latest' and 'curvature' up to 1, got {decay}"
+        )
 
 
 def kind_of(options: PastRounds, alone: Solver, transport: bool) -> Kind:
@@ -256,7 +262,7 @@ def latest(rank: int, num_clients: int, transport: bool = True) -> Kind:
         faded = past._replace(weights=past.weights * hyper["past.decay"])
         return jax.tree.map(lambda old, new: old.at[ids].set(new, mode="drop"), faded, new)
 
-    return Kind(init, join, keep, needs_ids=True, most_decay=1)
+    return Kind(init, join, keep, num_clients=num_clients, most_decay=1)
 
 
 def curvature(rank: int = 250) -> Kind:

@@ -1,7 +1,7 @@
 """Rules that a few clients cannot steer, whatever they send: coordinate medians, trimmed means, Krum, geometric median.
 
 They use no curvature. Each is of those who take part; all count alike, but for the geometric median, which weighs them
-by their examples. What they give up is that the step of clients with different data is no mean any more: without
+as `weighting` says. What they give up is that the step of clients with different data is no mean any more: without
 faults, `mean` is better.
 """
 
@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax.aggregate.aggregator import Aggregator, compare, weights_of
+from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Weighting, compare, weights_of
 from fipa_jax.aggregate.screening import Received
 from fipa_jax.curvature import contracts
 from fipa_jax.curvature.contracts import Number
+from fipa_jax.lookup import lookup
 from fipa_jax.trees import length, ratio
 
-WEISZFELD_STEPS = 10
-SMOOTHING = 1e-6  # of the distances, in units of their median
+WEISZFELD_STEPS = 30
+SAME = 1e-5  # updates that are nearer than this, in units of the median distance, are at one point
 OfUpdates = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (deltas [C, P], took_part [C], weights [C]) -> [P]
 
 
@@ -93,35 +94,51 @@ def multi_krum(faulty: Number = 0.2) -> Aggregator:
     return krum(faulty, several=True)
 
 
-def geometric_median() -> Aggregator:
+def geometric_median(*, weighting: Weighting = "examples") -> Aggregator:
     """The point with the least sum of distances, argmin_v sum_m w_m |delta_m - v| (RFA, Pillutla et al. 2022).
 
-    By `WEISZFELD_STEPS` of their smoothed Weiszfeld algorithm, v <- sum_m a_m delta_m / sum_m a_m with
-    a_m = w_m / max(nu, |delta_m - v|), w_m = N_m / sum N. It begins at the coordinate median, where theirs begins at
-    the mean, so that updates that are far out do not cost it steps.
+    By `WEISZFELD_STEPS` of Weiszfeld's algorithm, v <- v + s sum_m a_m (delta_m - v) / sum_m a_m with
+    a_m = w_m / |delta_m - v|, over those that are not at v. At an update it would stay for ever. There, of the weight
+    w and with r = |sum_m a_m (delta_m - v)|, s is max(0, 1 - w / r), which is 0 only if v is the median (Vardi and
+    Zhang 2000); elsewhere s is 1. It begins at the coordinate median, or at an update with a lower sum, so that it
+    comes to no other update again, and that those that are far out do not cost it steps.
+
+    Args:
+      weighting: `examples` (w_m = N_m / sum N) or `uniform`.
+
+    Raises:
+      ValueError: the weighting is not known.
     """
+    lookup(WEIGHTINGS, weighting, "aggregator.weighting")
 
     def of(deltas, took_part, weights):
-        start = _middle(deltas, took_part)
-        distances = jnp.where(took_part, length(deltas - start[None], axis=1), jnp.nan)
-        rounding = jnp.finfo(deltas.dtype).eps * length(start)
-        least = jnp.maximum(SMOOTHING * jnp.nanmedian(distances), rounding)
+        def total(point):
+            return jnp.dot(weights, length(deltas - point[None], axis=1))
+
+        middle, sums = _middle(deltas, took_part), jnp.where(weights > 0, jax.lax.map(total, deltas), jnp.inf)
+        start = jnp.where(total(middle) <= jnp.min(sums), middle, deltas[jnp.argmin(sums)])
+        around = jnp.nanmedian(jnp.where(took_part, length(deltas - start[None], axis=1), jnp.nan))
+        same = jnp.maximum(SAME * around, jnp.finfo(deltas.dtype).eps * length(start))
 
         def nearer(_, point):
-            distances = jnp.maximum(length(deltas - point[None], axis=1), least)
-            pull = weights * jnp.where(distances > 0, least / jnp.where(distances > 0, distances, 1), 1)
-            return jnp.matmul(ratio(pull, jnp.sum(pull)), deltas, precision="highest")
+            ways = deltas - point[None]
+            distances = length(ways, axis=1)
+            here = distances <= same
+            pull = jnp.where(here, 0, ratio(weights, distances))
+            toward = jnp.matmul(pull, ways, precision="highest")
+            held = ratio(jnp.sum(jnp.where(here, weights, 0)), length(toward))
+            return point + jnp.maximum(1 - held, 0) * ratio(toward, jnp.sum(pull))
 
         return jax.lax.fori_loop(0, WEISZFELD_STEPS, nearer, start)
 
-    return _rule(of)
+    return _rule(of, weighting)
 
 
-def _rule(of: OfUpdates) -> Aggregator:
+def _rule(of: OfUpdates, weighting: Weighting = "examples") -> Aggregator:
     """The rule whose step is `of` the updates; nobody's is zero."""
 
     def apply(received: Received, state, params):
-        weights, _ = weights_of(received, params, "examples")
+        weights, _ = weights_of(received, params, weighting)
         deltas, (theta, unravel) = received.deltas, ravel_pytree(params)
         step = jnp.where(jnp.any(received.took_part), of(deltas, received.took_part, weights.astype(deltas.dtype)), 0)
         mean = jnp.matmul(weights, deltas, precision="highest")

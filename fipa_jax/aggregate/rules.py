@@ -35,9 +35,10 @@ def mean(weighting: Weighting = "examples", *, late: LateUpdates = LateUpdates()
                   C = 1), where theta_m is what the client came to, from parameters that are old
 
     Raises:
-      ValueError: the weighting is not known.
+      ValueError: the weighting is not known, or the staleness is negative.
     """
     lookup(WEIGHTINGS, weighting, "aggregator.weighting")
+    contracts.at_least(0, **{"late.staleness": late.staleness})
 
     def apply(received: Received, state, params):
         weights, _ = weights_of(received, params, weighting)
@@ -80,7 +81,7 @@ def diagonal(
     """
     lookup(WEIGHTINGS, weighting, "aggregator.weighting")
     lookup(PLACES, at, "aggregator.at")
-    contracts.at_least(0, damping=damping)
+    contracts.at_least(0, **{"damping": damping, "late.staleness": late.staleness})
 
     def init(params):
         return {"damping": jnp.asarray(damping, trees.ravel(trees.widened(params)).dtype)}

@@ -29,6 +29,8 @@ REASONS = {
     "loss_not_finite": "its loss at the broadcast parameters is not finite",
     "damping_invalid": "the damping of its own steps is negative or not finite",
     "examples_invalid": "its number of examples is negative, not finite or too large to be one",
+    "start_invalid": "its age is negative, or the way of the parameters since it started is not finite",
+    "id_unknown": "its id is that of no client",
 }
 # A basis that was rounded to bfloat16 on its way is off by less than 0.01, a column that is sent twice by 1.
 ORTHONORMAL = 0.05  # bound on the entries of |U^T U v - v|, v random signs
@@ -61,7 +63,7 @@ class Received(NamedTuple):
     def only(self, keep: jax.Array) -> "Received":
         """The same with only those of `keep` [C] bool taking part."""
         took_part = self.took_part & keep
-        zeroed = {name: getattr(self, name) for name in ("num_examples", "delta", "loss", "damping", "moved")}
+        zeroed = {name: getattr(self, name) for name in ("num_examples", "delta", "loss", "damping", "age", "moved")}
         # None, for what is absent, is a tree without leaves.
         return self._replace(took_part=took_part, **trees.zero_unless(took_part, zeroed))
 
@@ -95,6 +97,31 @@ def receive(uploads: Uploads, params: Any, mesh: Mesh | None = None) -> tuple[Re
     return received, {"rejected": rejected, "reasons": reasons, "absent": ~present}
 
 
+def without_unknown(received: Received, num_clients: int) -> tuple[Received, dict]:
+    """Leaves out whose id is that of none of so many clients, for a rule that keeps a place for each.
+
+    Returns:
+      (received, info with `reasons` {"id_unknown": [C] bool}); all as it was, and no info, where there are no ids.
+    """
+    if received.ids is None or not num_clients:
+        return received, {}
+    unknown = received.took_part & ~((received.ids >= 0) & (received.ids < num_clients))
+    return received.only(~unknown), {"reasons": {"id_unknown": unknown}}
+
+
+def with_refused(info: dict, refused: dict) -> dict:
+    """The info of a screening, with what a rule says of the clients that it has left out besides.
+
+    Args:
+      refused: as `Aggregator.admit` says; of `reasons` {name in `REASONS`: [C] bool}, those that it adds.
+    """
+    if "reasons" not in refused:
+        return info | refused
+    before, rejected = info.get("reasons", {}), jnp.any(jnp.stack(list(refused["reasons"].values())), axis=0)
+    added = {name: clients | before.get(name, False) for name, clients in refused["reasons"].items()}
+    return info | refused | {"reasons": before | added, "rejected": rejected | info.get("rejected", False)}
+
+
 def _faults(uploads: Uploads, num_examples: jax.Array, mesh: Mesh | None) -> dict[str, jax.Array]:
     """{name in `REASONS`: [C] bool}, of present and absent clients alike."""
     dtype = jnp.result_type(*jax.tree.leaves(uploads.delta))
@@ -108,6 +135,10 @@ def _faults(uploads: Uploads, num_examples: jax.Array, mesh: Mesh | None) -> dic
     faults |= _faults_of_curvature(uploads.sketch, mesh)
     if uploads.loss is not None:
         faults["loss_not_finite"] = ~jnp.isfinite(uploads.loss)
+    if uploads.age is not None:
+        faults["start_invalid"] = ~((uploads.age >= 0) & jnp.isfinite(uploads.age))
+    if uploads.moved is not None:
+        faults["start_invalid"] |= ~trees.is_finite(uploads.moved)
     if uploads.damping is not None:
         faults["damping_invalid"] = ~((uploads.damping >= 0) & jnp.isfinite(uploads.damping))
     return faults

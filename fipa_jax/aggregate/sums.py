@@ -22,7 +22,7 @@ from fipa_jax import trees
 from fipa_jax.aggregate import trust as trust_lib
 from fipa_jax.aggregate.aggregator import Info
 from fipa_jax.aggregate.limits import Limits
-from fipa_jax.aggregate.past_rounds import PastRounds
+from fipa_jax.aggregate.past_rounds import PastRounds, check_decay
 from fipa_jax.aggregate.secure_sum import check_bits
 from fipa_jax.curvature import contracts
 from fipa_jax.curvature.contracts import Number
@@ -110,8 +110,17 @@ def row_of(weight: Number, image: jax.Array, update: jax.Array, loss: Number = 0
       loss: [], the mean loss at the broadcast parameters.
 
     Returns:
-      The row; all zeros, `clients` too, where something is not finite.
+      The row, in the update's precision, float32 at least; all zeros, `clients` too, where something is not finite.
+
+    Raises:
+      ValueError: the update or the image is not of floating-point numbers, or their shapes do not fit.
     """
+    image, update = (contracts.floating(array, name) for array, name in ((image, "image"), (update, "update")))
+    if jnp.ndim(update) != 1 or jnp.ndim(image) != 2 or len(image) != len(update):
+        raise ValueError(
+            f"update: needed shape [P] beside an image [P, s], got {jnp.shape(update)} and {jnp.shape(image)}"
+        )
+    image, update = trees.widened((image, update))
     weight, loss = jnp.asarray(weight, update.dtype), jnp.asarray(loss, update.dtype)
     with jax.default_matmul_precision("highest"):
         row = Row(weight, jnp.ones_like(weight), image.astype(update.dtype), update, image.T @ update, loss)
@@ -187,6 +196,10 @@ def sum_solver(
 def _check(sums: SumOptions, trust: bool, past: PastRounds) -> None:
     """Refuses, with a ValueError, options that do not fit together."""
     check_bits(sums.bits)
+    if past.kind != "none":
+        check_decay(past.decay)
+    if past.adaptive:
+        raise ValueError("aggregator.past.adaptive: is for the rule 'fipa', not for 'sums'; set it to False")
     if sums.columns < 1 or sums.fresh > sums.columns:
         raise ValueError(
             f"aggregator.sums.columns: needs 1 or more, and as many as sums.fresh = {sums.fresh}, got {sums.columns}"

@@ -49,13 +49,13 @@ def fitting(uploads: Uploads, params: Any) -> Uploads:
     Raises:
       ValueError: names the field, what was needed and what arrived.
     """
-    clients = jnp.shape(uploads.num_examples)
+    clients = np.shape(uploads.num_examples)
     if len(clients) != 1 or not clients[0]:
         raise ValueError(f"uploads.num_examples: needed shape [C] with C at least 1, got {clients}")
     contracts.floating(params, "params")
     numbers = {name: getattr(uploads, name) for name in (*NUMBERS, "ids", "age")}
     for field, value in numbers.items():
-        if value is not None and (jnp.shape(value) != clients or not _is_real(value)):
+        if value is not None and (np.shape(value) != clients or not _is_real(value)):
             raise ValueError(f"uploads.{field}: needed {clients[0]} real numbers, got {contracts.kind(value)}")
     moved = None if uploads.moved is None else like_params(uploads.moved, params, clients, "uploads.moved")
     delta = like_params(uploads.delta, params, clients, "uploads.delta")
@@ -96,7 +96,10 @@ def like_params(tree: Any, params: Any, leading: tuple[int, ...], name: str) -> 
 
 def _is_real(value: Any) -> bool:
     """Whether an array, or number, is of integers or floating-point numbers, which a bool is not."""
-    dtype = jnp.result_type(value)
+    try:
+        dtype = jnp.result_type(value)
+    except (TypeError, ValueError):  # a list, or what is no number at all
+        return False
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
@@ -122,10 +125,10 @@ def _checked(sketch: Message, clients: tuple[int], size: int) -> Message:
         raise ValueError(f"uploads.sketch: needed {KINDS}, got {type(sketch).__name__}")
     eigenvalues, basis = jnp.shape(sketch.eigenvalues), jnp.shape(sketch.basis)
     shapes = [(*clients, rows, *eigenvalues[1:]) for rows in (size, padded(size))]  # see `row_blocks`
-    if eigenvalues[:1] != clients or len(eigenvalues) != 2 or basis not in shapes:
+    if eigenvalues[:1] != clients or len(eigenvalues) != 2 or not eigenvalues[1] or basis not in shapes:
         raise ValueError(
-            f"uploads.sketch: needed eigenvalues [C, R] and basis [C, P, R] with C = {clients[0]}, P = {size}, "
-            f"got {eigenvalues} and {basis}"
+            f"uploads.sketch: needed eigenvalues [C, R] and basis [C, P, R] with C = {clients[0]}, P = {size}, R at "
+            f"least 1, got {eigenvalues} and {basis}"
         )
     contracts.floating((sketch.eigenvalues, sketch.basis), "uploads.sketch")
     return sketch._replace(eigenvalues=trees.widened(sketch.eigenvalues))

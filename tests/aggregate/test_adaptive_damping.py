@@ -191,5 +191,6 @@ def test_orders_that_would_not_do_what_they_say_are_refused(inner, words):
 def test_what_it_cannot_follow_is_refused():
     with pytest.raises(ValueError, match=r"past\.adaptive: finds an absolute damping"):
         aggregate.fipa(past=PAST)
-    with pytest.raises(ValueError, match=r"past\.adaptive: needs past\.kind = 'prior', got 'targets'"):
-        aggregate.fipa(relative=False, past=PAST._replace(kind="targets"))
+    for kind in ("targets", "none"):
+        with pytest.raises(ValueError, match=rf"past\.adaptive: needs past\.kind = 'prior', got '{kind}'"):
+            aggregate.fipa(relative=False, past=PAST._replace(kind=kind))

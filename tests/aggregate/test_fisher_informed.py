@@ -183,7 +183,7 @@ def test_fipa_step_equals_the_aggregator(x64, form):
 
     def call(uploads, damping):  # traced, as in a caller's own sweep
         changed = {name: value for name, value in options.items() if name != "weighting"} | {"damping": damping}
-        equal = jnp.ones_like(uploads.num_examples)  # as uniform weights
+        equal = [1] * len(uploads.num_examples)  # as uniform weights
         return aggregate.fipa_step(uploads.delta, uploads.sketch, equal, form=form, **changed)
 
     step, info = jax.jit(call)(uploads, options["damping"])

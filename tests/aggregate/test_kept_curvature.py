@@ -1,9 +1,12 @@
 """Gradients in every round and sketches seldom, beside a server that keeps the dense mean of all that was sent."""
 
+import jax.numpy as jnp
 import numpy as np
-from helpers.pasts import BETA, COHORTS, DECAY, NOTHING, run
-from helpers.rules import SIZE, Dense, assert_close
+import pytest
+from helpers.pasts import BETA, COHORTS, DECAY, NOTHING, rule_of, run
+from helpers.rules import LIKE, SIZE, Dense, assert_close, shapes_of, uploads_of
 
+from fipa_jax import aggregate
 from fipa_jax.aggregate import Limits
 
 KEPT = NOTHING._replace(kind="curvature", rank=SIZE, decay=DECAY)
@@ -47,3 +50,24 @@ def test_the_bound_counts_what_no_sketch_says(x64):
     found, _, _ = run([cohort], KEPT, limits=Limits(0.0, most, 0.0, 0.0))
     matrix = Dense(*COHORTS[0]).each[0] + BETA * np.eye(SIZE)
     np.testing.assert_allclose(found[1] @ matrix @ found[1] / 2, most, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("damped", {}),  # a relative damping is the default
+        ("damped", {"relative": False, "damping": 0.0}),
+        ("tikhonov", {"relative": False}),
+        ("pinv", {"relative": False}),
+    ],
+)
+def test_gradients_are_divided_by_an_absolute_damping_of_the_damped_form(form, options):
+    with pytest.raises(ValueError, match=r"past\.kind = 'curvature' divides gradients by it"):
+        aggregate.fipa(form, past=KEPT, **options)
+
+
+def test_gradients_that_come_late_are_refused(x64):
+    rule, _ = rule_of(KEPT)
+    late = uploads_of(*COHORTS[0])._replace(age=jnp.arange(4))
+    with pytest.raises(ValueError, match="needs clients that are not late"):
+        shapes_of(rule, late, rule.init(LIKE), LIKE)

@@ -6,7 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.rules import LIKE, SIZE, Dense, apply, as_tree, as_vector, assert_close, clients_of, uploads_of, with_hyper
+from helpers.rules import (
+    LIKE,
+    SIZE,
+    Dense,
+    apply,
+    as_sent,
+    as_tree,
+    as_vector,
+    assert_close,
+    clients_of,
+    uploads_of,
+    with_hyper,
+)
 
 from fipa_jax import aggregate
 
@@ -60,6 +72,24 @@ def test_a_client_that_has_drifted_too_far_takes_no_part(x64):
     )
     short = {"max_step": 0.1, "max_drift": bound}
     assert_close(_step(long, **short)[0], _step(fresh, max_step=0.1)[0])
+
+
+@pytest.mark.parametrize("name", ["mean", "fipa", "diagonal"])
+def test_an_absent_client_undoes_no_round_whatever_its_age(x64, name):
+    """(1 + age)^-s of age -1 is infinite, and 0 times it is NaN."""
+    deltas, counts, values, basis = clients_of(SIZE)
+    uploads = uploads_of(deltas, np.where(np.arange(4) == 1, 0, counts), values, basis)
+    rule, params = getattr(aggregate, name)(), jax.tree.map(jnp.asarray, LIKE)
+    run = jax.jit(lambda sent: apply(rule, as_sent(rule, sent), rule.init(params), params)[0])
+    wanted = run(uploads._replace(age=jnp.zeros(4, jnp.int32)))
+    assert_close(as_vector(run(uploads._replace(age=jnp.array([0, -1, 0, 0])))), as_vector(wanted), 1e-12)
+
+
+def test_a_staleness_by_which_late_clients_count_more_is_refused():
+    late = aggregate.LateUpdates(staleness=-1.0)
+    for make in (aggregate.mean, aggregate.diagonal, aggregate.fipa, aggregate.kronecker, aggregate.posterior):
+        with pytest.raises(ValueError, match=r"late\.staleness: needed 0 or more, got -1"):
+            make(late=late)
 
 
 def _rows(which, leaf):

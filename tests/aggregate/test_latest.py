@@ -87,6 +87,19 @@ def test_of_a_client_at_fault_the_message_before_stays(x64):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize("stranger", [8, 205, -1])
+def test_who_is_none_of_the_clients_is_rejected_and_takes_nobodys_place(x64, stranger):
+    """The step, and what is kept, are as without it; NumPy would take -1 for the last one."""
+    deltas, counts, values, basis = COHORTS[1]
+    ids = [np.where(np.arange(CLIENTS) == 2, stranger, IDS[1])]
+    found, infos, state = run([COHORTS[1]], LATEST, ids=ids)
+    fewer = deltas, np.where(np.arange(CLIENTS) == 2, 0, counts), values, basis
+    wanted, _, without = run([fewer], LATEST, ids=IDS[1:2])
+    assert infos[0]["rejected"].tolist() == infos[0]["reasons"]["id_unknown"].tolist() == [False, False, True, False]
+    assert_close(found[-1], wanted[-1], 1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), past_of(state), past_of(without))
+
+
 def test_clients_without_examples_take_nobodys_place(x64):
     """As `uploads.collect` and paddings leave them, whatever their ids."""
     blank = lambda leaf: np.zeros_like(leaf[:2])

@@ -159,11 +159,25 @@ def test_bounds_shorten_the_step_and_cap_a_client(x64):
     assert capped[2]["capped"].tolist() == [False, False, True]
 
 
+def test_where_most_clients_send_no_curvature_the_cap_leaves_the_others_theirs(x64):
+    clients = Clients("foof")
+    for sides in clients.factors.values():
+        sides[0][:2] = 0  # two of three
+    step, _, info = _step(_rule("foof", "damped", limits=aggregate.Limits(0, 0, 0, 1000)), clients)
+    assert not info["capped"].any()
+    for path, wanted in clients.wanted("damped", BETA).items():
+        assert_close(_as_vectors(step)[path], wanted, 1e-8)
+
+
 def test_what_does_not_fit_is_refused_in_words():
     with pytest.raises(ValueError, match=r"aggregator.layers.kind: .*foof"):
         kronecker(layers=aggregate.LayerOptions("kfak"))
     with pytest.raises(ValueError, match=r"aggregator.past.kind: .*decayed sums"):
         kronecker(past=aggregate.PastRounds("latest"))
+    with pytest.raises(ValueError, match=r"aggregator.past.decay: needs a number in \[0, 1\)"):
+        kronecker(past=aggregate.PastRounds("prior", decay=1.0))
+    with pytest.raises(ValueError, match=r"aggregator.past.adaptive: .*not for 'kronecker'"):
+        kronecker(past=aggregate.PastRounds("prior", adaptive=True))
     uploads = Clients("foof").uploads
     short = {path: half[:, :-1] for path, half in uploads.sketch.inputs.items()}
     with pytest.raises(ValueError, match=r"uploads.sketch: needed \(3, 6\) at 'conv/kernel'"):

@@ -33,6 +33,7 @@ RULES = {  # name -> (rule, its definition: (deltas [n, P], counts [n]) -> [P])
     "krum": (aggregate.krum(FAULTY), _krum),
     "multi_krum": (aggregate.multi_krum(FAULTY), functools.partial(_krum, several=True)),
 }
+GEOMETRIC = {name: aggregate.geometric_median(weighting=name) for name in ("examples", "uniform")}
 each_rule = pytest.mark.parametrize("name", RULES)
 
 
@@ -63,7 +64,7 @@ def test_a_step_is_as_defined_over_those_who_take_part(x64, name, absent):
     assert_close(step, RULES[name][1](deltas[present], counts[present]) if present.any() else np.zeros(SIZE), 1e-12)
 
 
-@pytest.mark.parametrize("rule", [*(rule for rule, _ in RULES.values()), aggregate.geometric_median()])
+@pytest.mark.parametrize("rule", [*(rule for rule, _ in RULES.values()), *GEOMETRIC.values()])
 def test_a_few_clients_cannot_steer(x64, rule):
     """However far two of seven go, and whether they agree, the step stays among the others' updates."""
     deltas, counts = _clients()
@@ -84,10 +85,41 @@ def test_the_geometric_median_has_the_least_sum_of_distances(x64):
         return np.sum(counts * np.linalg.norm(deltas - point, axis=1))
 
     found = minimize(total, np.average(deltas, axis=0, weights=counts), options={"gtol": 1e-10})
-    step, _ = _step(aggregate.geometric_median(), deltas, counts)
+    step, _ = _step(GEOMETRIC["examples"], deltas, counts)
     assert total(step) <= found.fun * (1 + 1e-4)
-    identical, _ = _step(aggregate.geometric_median(), np.repeat(deltas[:1], CLIENTS, axis=0), counts)
+    identical, _ = _step(GEOMETRIC["examples"], np.repeat(deltas[:1], CLIENTS, axis=0), counts)
     assert_close(identical, deltas[0], 1e-12)
+
+
+ON_A_LINE = (  # where the updates are along one direction, and their numbers of examples
+    ([0, 0, 1, 0, 0, 1, 0], [1, 1, 98, 0, 0, 0, 0]),  # most at one place, most examples at another
+    ([0, 0, 0, 0, 1, 2, 5], [1, 1, 1, 1, 2, 9, 3]),
+    ([0, 1e-3, 1, 0, 0, 0, 0], [1, 1, 98, 0, 0, 0, 0]),
+    ([3, 3, 3, 7, 7, -1, 1e6], [1, 1, 1, 2, 2, 1, 2]),
+)
+
+
+@pytest.mark.parametrize(("places", "counts"), ON_A_LINE)
+def test_on_a_line_the_geometric_median_is_the_weighted_median(x64, places, counts):
+    places, counts = np.array(places, float), np.array(counts)
+    best = min(places[counts > 0], key=lambda place: counts @ np.abs(places - place))
+    direction = np.random.default_rng(3).normal(size=SIZE)
+    step, _ = _step(GEOMETRIC["examples"], places[:, None] * direction, counts)
+    np.testing.assert_allclose(step, best * direction, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+def test_updates_that_coincide_do_not_hold_the_geometric_median(x64, weighting, seed):
+    """Beside the least of a minimiser's and of all updates' sums of distances."""
+    draw = np.random.default_rng(seed)
+    deltas, counts = draw.normal(size=(CLIENTS, SIZE)), draw.integers(1, 9, CLIENTS)
+    deltas[: 2 + seed] = deltas[0]  # of seven
+    shares = counts / counts.sum() if weighting == "examples" else np.full(CLIENTS, 1 / CLIENTS)
+    total = lambda point: shares @ np.linalg.norm(deltas - point, axis=1)
+    found = minimize(total, deltas.mean(0), options={"gtol": 1e-10}).fun
+    step, _ = _step(GEOMETRIC[weighting], deltas, counts)
+    assert total(step) <= min(found, *map(total, deltas)) * (1 + 1e-3)
 
 
 def test_a_client_that_sends_nan_is_left_out_before(x64):

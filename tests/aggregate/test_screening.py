@@ -98,7 +98,10 @@ def test_a_rule_of_ones_own_never_sees_a_faulty_client(x64, average, fault):
 def test_who_takes_no_part_arrives_as_zero(x64):
     """All that a sum over the clients could read, and who is left out later too."""
     sent = uploads_of(*_spoilt("update_nan"))._replace(
-        damping=jnp.array([1.0, 2.0, jnp.nan, 4.0]), moved=as_tree(np.full((CLIENTS, SIZE), np.nan)), ids=jnp.arange(4)
+        age=jnp.array([3, 2, -1, 0]),
+        damping=jnp.array([1.0, 2.0, jnp.nan, 4.0]),
+        moved=as_tree(np.full((CLIENTS, SIZE), np.nan)),
+        ids=jnp.arange(4),
     )
     sent = sent._replace(moved=jax.tree.map(lambda leaf: leaf.at[:BAD].set(1.0).at[BAD + 1 :].set(1.0), sent.moved))
     received, _ = RECEIVE(sent, jax.tree.map(jnp.asarray, LIKE))
@@ -107,6 +110,7 @@ def test_who_takes_no_part_arrives_as_zero(x64):
         taken = ~np.isin(np.arange(CLIENTS), out)
         np.testing.assert_array_equal(arrived.took_part, taken)
         np.testing.assert_array_equal(arrived.damping, np.where(taken, [1, 2, 0, 4], 0))
+        np.testing.assert_array_equal(arrived.age, np.where(taken, [3, 2, 0, 0], 0))
         np.testing.assert_array_equal(arrived.deltas, np.where(taken[:, None], clients_of(2)[0], 0))
         for leaf in jax.tree.leaves(arrived.moved):
             np.testing.assert_array_equal(leaf[np.asarray(out)], 0)
@@ -130,6 +134,15 @@ def test_a_number_of_examples_that_is_none(x64, count):
 def test_a_loss_that_is_not_finite(x64):
     info = _screened(loss=jnp.array([1.0, jnp.nan, 0.0, jnp.inf]))
     assert info["rejected"].tolist() == info["reasons"]["loss_not_finite"].tolist() == [False, True, False, True]
+
+
+def test_a_start_that_cannot_be(x64):
+    """A client that is to start in a round to come, or whose way since is none; absent ones may say anything."""
+    deltas, counts, *_ = clients_of(2)
+    moved = np.where(np.arange(CLIENTS)[:, None] == 1, np.nan, np.zeros_like(deltas))
+    absent = jnp.asarray(np.where(np.arange(CLIENTS) == 0, 0, counts))
+    info = _screened(age=jnp.array([-1, 0, 2, -1]), moved=as_tree(moved), num_examples=absent)
+    assert info["rejected"].tolist() == info["reasons"]["start_invalid"].tolist() == [False, True, False, True]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

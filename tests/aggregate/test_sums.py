@@ -212,6 +212,33 @@ def test_a_row_that_is_not_finite_is_refused_at_the_client(x64, field, bad):
     assert jax.jit(row_of)(*given.values()).clients == 1
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_a_row_counts_in_float32_whatever_the_updates_precision(dtype):
+    """float16 has no 70001."""
+    draw = np.random.default_rng(0)
+    image, update = (jnp.asarray(draw.normal(size=shape), dtype) for shape in ((SIZE, 2), (SIZE,)))
+    row, (wide, long) = row_of(70001, image, update, 0.5), (np.asarray(x, float) for x in (image, update))
+    wanted = 70001, 1, 70001 * wide, 70001 * long, 70001 * wide.T @ long, 70001 * 0.5
+    for part, value in zip(row, wanted, strict=True):
+        assert part.dtype == jnp.float32
+        np.testing.assert_allclose(part, value, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("image", "update", "words"),
+    [
+        (jnp.ones((SIZE, 2)), jnp.ones((SIZE, 1)), r"update: needed shape \[P\].*got \(12, 1\) and \(12, 2\)"),
+        (jnp.ones((SIZE - 1, 2)), jnp.ones(SIZE), r"update: needed shape \[P\]"),
+        (jnp.ones(SIZE), jnp.ones(SIZE), r"update: needed shape \[P\]"),
+        (jnp.ones((SIZE, 2)), jnp.ones(SIZE, int), "update: needed floating-point arrays, got int"),
+        (jnp.ones((SIZE, 2), int), jnp.ones(SIZE), "image: needed floating-point arrays, got int"),
+    ],
+)
+def test_a_row_of_arrays_that_do_not_fit_is_refused(image, update, words):
+    with pytest.raises(ValueError, match=words):
+        row_of(5.0, image, update)
+
+
 def test_one_row_of_sums_under_psum_is_the_sum_on_the_server(x64):
     """Each device holds some clients, adds up their rows, and the total is the same."""
     dense, mesh = Dense(), jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
@@ -246,6 +273,8 @@ def test_a_round_without_clients_changes_nothing(x64):
         ({"limits": aggregate.Limits()}, r"limits\.max_step: a sum shows no single client.*limits\.trace_cap = 0"),
         ({"past": aggregate.PastRounds("latest", num_clients=3)}, r"past\.kind: 'latest' keeps messages of single"),
         ({"past": aggregate.PastRounds("targets")}, r"past\.kind: 'targets'"),
+        ({"past": aggregate.PastRounds("prior", decay=1.5)}, r"past\.decay: needs a number in \[0, 1\)"),
+        ({"past": aggregate.PastRounds("prior", adaptive=True)}, r"past\.adaptive: .*not for 'sums'"),
         ({"own_damping": True}, r"own_damping: a sum does not show"),
         ({"late": aggregate.LateUpdates(max_drift=1.0)}, r"late\.max_drift"),
         ({"trust": True}, r"aggregator\.trust: .*sums\.form = 'gradient'"),

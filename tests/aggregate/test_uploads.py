@@ -26,6 +26,7 @@ def test_what_does_not_fit_is_named():
         r"uploads\.delta: 'c' is no parameter": (delta | {"c": counts}, counts, Sketch(eigenvalues, basis)),
         r"uploads\.delta: needed floating-point arrays, got int32": (delta | {"b": jnp.ones((4, 4), int)}, counts),
         r"uploads\.num_examples: needed 4 real numbers, got bool": (delta, counts > 0),
+        r"uploads\.num_examples: needed 4 real numbers, got list": (delta, [1, 1, 1, 1]),
         r"uploads\.sketch: needed Sketch, .* or None, got tuple": (
             delta,
             counts,
@@ -34,6 +35,7 @@ def test_what_does_not_fit_is_named():
         r"uploads\.num_examples: needed shape \[C\] with C at least 1": (delta, counts[:0]),
         r"uploads\.sketch.*C = 4, P = 12.*\(4, 11, 2\)": (delta, counts, Sketch(eigenvalues, basis[:, :11])),
         r"uploads\.sketch.*\(3, 2\)": (delta, counts, Sketch(eigenvalues[:3], basis)),
+        r"uploads\.sketch.*R at least 1, got \(4, 0\)": (delta, counts, Sketch(eigenvalues[:, :0], basis[..., :0])),
         r"uploads\.sketch.*\(4, 1\)": (delta, counts, Sketch(eigenvalues[:, :1], basis)),
         r"uploads\.sketch: needed values \(4, 12\), got \(4, 11\)": (delta, counts, Diagonal(jnp.zeros([4, 11]))),
         r"uploads\.loss: needed 4 real numbers, got float32 of shape \(3,\)": (delta, counts, None, counts[:3]),

@@ -39,9 +39,9 @@ def test_steps_are_those_of_the_equations(x64):
     np.testing.assert_allclose(state.curvature, h, rtol=1e-12)
 
 
-def _received(deltas, precisions, counts):
+def _received(deltas, precisions, counts, **late):
     deltas, precisions = jnp.asarray(deltas), Diagonal(jnp.asarray(precisions))
-    return Received(jnp.asarray(counts) > 0, jnp.asarray(counts), {"w": deltas}, precisions)
+    return Received(jnp.asarray(counts) > 0, jnp.asarray(counts), {"w": deltas}, precisions, **late)
 
 
 def test_the_sum_of_natural_parameters(x64):
@@ -55,6 +55,40 @@ def test_the_sum_of_natural_parameters(x64):
     np.testing.assert_allclose(theta + step["w"], (weights[:, None] * own * (theta + deltas)).sum(0) / precision)
     nobody, same, _ = rule.apply(_received(0 * deltas, own, 0 * counts), state, params)
     assert not jnp.any(nobody["w"]) and jnp.array_equal(same.precision, state.precision)
+
+
+def test_a_late_belief_is_where_its_client_came_to_and_counts_for_less(x64):
+    """The product of the densities N(mean_m, 1 / s_m)^(w_m (1 + age)^-s), by its largest value on a grid."""
+    draw, counts, ages = np.random.default_rng(0), np.array([3, 2, 5]), np.array([0, 9, 2])
+    theta, deltas, own = draw.normal(size=1), draw.normal(size=(3, 1)), draw.uniform(1, 2, size=(3, 1))
+    moved = draw.normal(size=(3, 1)) * (ages > 0)[:, None]
+    rule = aggregate.posterior(late=aggregate.LateUpdates(staleness=0.7))
+    params, fresh = {"w": jnp.asarray(theta)}, counts * (1.0 + ages) ** -0.7
+    sent = _received(deltas, own, counts, age=jnp.asarray(ages), moved={"w": jnp.asarray(moved)})
+    step, state, _ = rule.apply(sent, rule.init(params), params)
+    np.testing.assert_allclose(state.precision, fresh @ own / fresh.sum(), rtol=1e-12)
+    np.testing.assert_allclose(state.size, fresh.sum(), rtol=1e-12)
+    grid = np.linspace(-10, 10, 200_001)
+    unlikely = sum(w * s * (grid - (theta - m + d)) ** 2 for w, s, m, d in zip(fresh, own, moved, deltas, strict=True))
+    np.testing.assert_allclose(theta + step["w"], grid[np.argmin(unlikely)], atol=1e-4)
+    admm = aggregate.posterior(posterior=aggregate.PosteriorOptions("admm"))
+    with pytest.raises(ValueError, match="'admm' needs clients that are not late"):
+        admm.apply(sent, admm.init(params), params)
+
+
+@pytest.mark.parametrize("form", ["sum", "admm"])
+def test_a_parameter_of_which_nobody_knows_anything_takes_the_mean_update(x64, form):
+    """As the limit of equal precisions that fall to 0."""
+    theta, counts = np.array([3.0, -2.0]), np.array([1, 3])
+    deltas, own = np.array([[0.1, 0.2], [0.5, -0.4]]), np.array([[1.0, 0.0], [2.0, 0.0]])
+    rule = aggregate.posterior(posterior=aggregate.PosteriorOptions(form, prior=0.0, start=0.0))
+    params = {"w": jnp.asarray(theta)}
+    steps = [
+        rule.apply(_received(deltas, known, counts), rule.init(params), params)[0]["w"]
+        for known in (own, own + np.array([0, 1e-9]))
+    ]
+    np.testing.assert_allclose(steps[0], steps[1], rtol=1e-6)
+    np.testing.assert_allclose(steps[0][1], counts @ deltas[:, 1] / counts.sum(), rtol=1e-12)
 
 
 def test_admm_on_quadratic_losses_is_the_posterior_in_one_round_and_stays_there(x64):
