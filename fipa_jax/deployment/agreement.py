@@ -29,7 +29,7 @@ from fipa_jax.federation.round import by_clients, sketch, train
 from fipa_jax.federation.server import uploads_of
 from fipa_jax.federation.state import State
 from fipa_jax.run.experiment import first_params, store_on_host
-from fipa_jax.run.phase_checks import has_faults, naming
+from fipa_jax.run.phase_checks import check_cohort, has_faults, naming
 from fipa_jax.run.phase_parts import make_parts, make_rates
 from fipa_jax.tasks.task import Task
 
@@ -128,6 +128,7 @@ def agree(
     validate(config)
     if config.personal.compare:
         raise ValueError("config.personal.compare: clients' own models are a simulation's last stage; set it to ()")
+    check_cohort(config, num_clients)
     config = only(config, spec)
     phase, settings = ("warmup", config.warmup) if spec == WARMUP else ("fipa", method(config, spec))
     with naming(phase, f"the method {spec!r}", settings), jax.enable_x64(config.precision == "float64"):

@@ -1,22 +1,17 @@
-"""Do a phase's choices fit together, and do task, model and data have what they need? Refusals of one line.
+"""Do a phase's choices fit together? Refusals of one line.
 
-What undoes something else, would end in NaN or do nothing shows before data are loaded, `check_fit`, or before the
-first round, `check_needs`.
+What undoes something else, would end in NaN or do nothing shows before data are loaded.
 """
 
 import contextlib
 import re
 from collections.abc import Iterator
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fipa_jax.aggregate.aggregator import Aggregator
 from fipa_jax.client import first_order, layer_steps, second_order, terms
 from fipa_jax.federation.channel import FAULTS
-from fipa_jax.federation.parts import Parts, model_of, trained_of
 
 BY_CURVATURE = second_order.BY_CURVATURE | layer_steps.BY_CURVATURE  # {local.optimizer: what it steps by}
 
@@ -50,6 +45,12 @@ def _is_field(settings: ConfigDict, path: str) -> bool:
     return True
 
 
+def check_cohort(config: ConfigDict, num_clients: int) -> None:
+    """Refuses a cohort of more clients than there are."""
+    if config.cohort > num_clients:
+        raise ValueError(f"config.cohort: {config.cohort} is above the number of clients, {num_clients}")
+
+
 def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, cohort: int, num_clients: int) -> None:
     """Refuses choices of which one would undo the other, with a ValueError that names the config field."""
     if aggregator.needs.loss:
@@ -77,80 +78,6 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
     _check_compression(settings)
     _check_local_work(settings, aggregator, term)
     _check_faults(settings, aggregator, cohort)
-
-
-def check_needs(settings: ConfigDict, parts: Parts, params: Any, data: dict, phase: str) -> None:
-    """Refuses terms and sketches that find nothing to work on in this task, its model, or what the phase trains of it.
-
-    It goes by shapes alone.
-
-    Args:
-      parts: of the phase.
-      params: the whole model's.
-      data: the training set {field: [N, ...]}.
-      phase: the name of its group in the config, for the error.
-
-    Raises:
-      ValueError: the term needs a field, outputs or features that are not there, or its penalty is the same whatever is
-        trained; or the sketches need the last layer's inputs.
-    """
-    by_head = parts.aggregator.needs.curvature in ("sketch", "image", "core") and settings.sketch.solver == "head"
-    has_penalty = parts.term.penalty is not terms.none().penalty
-    if not (by_head or has_penalty):
-        return
-    batch = {field: jax.ShapeDtypeStruct((2, *array.shape[1:]), array.dtype) for field, array in data.items()}
-    out, features = jax.eval_shape(parts.task.outputs, params, batch)
-    if by_head and not _of(features, "last"):
-        raise ValueError(
-            f"config.{phase}.sketch.solver: 'head' needs the inputs of the last layer, features.last, and this task's "
-            "model gives none; set it to 'auto'"
-        )
-    name = f"config.{phase}.term.name: {settings.term.name!r}"
-    lacking = _lacking(parts.term.needs, batch, out, features)
-    if lacking:
-        raise ValueError(f"{name} {lacking}; take another term, or 'none'")
-    if has_penalty and not _feels(parts, params, batch):
-        raise ValueError(
-            f"{name} does not change with what config.{phase}.trainable = {settings.trainable!r} trains, so that it "
-            "would do nothing; let trainable name more of the model, or take another term, or 'none'"
-        )
-
-
-def _lacking(needs: terms.Needs, batch: dict, out: Any, features: Any) -> str:
-    """What a term needs of a batch, the outputs and the features, all by shapes, and does not find; "" for nothing."""
-    absent = [field for field in needs.fields if field not in batch]
-    if absent:
-        return f"needs examples with {absent[0]!r}, and this task's have {', '.join(batch)}"
-    if needs.classes and (out.shape[1] < 2 or not jnp.issubdtype(batch["label"].dtype, jnp.integer)):
-        got = f"{out.shape[1]}, and labels of {batch['label'].dtype}"
-        return f"needs outputs for two classes or more, and whole numbers for labels; this task has {got}"
-    if needs.features and not _of(features, needs.features):
-        return f"needs the model's features.{needs.features}, and there are none: in this task, or of the head alone"
-    return ""
-
-
-def _of(features: Any, field: str) -> list:
-    """The arrays of a field of the features; none where there is no such field."""
-    return jax.tree.leaves(getattr(features, field, ()))
-
-
-def _feels(parts: Parts, params: Any, batch: dict) -> bool:
-    """Whether the term's penalty depends on the trained parameters, as `vmap` sees it: is it another for each?"""
-    theta = trained_of(parts, params)
-    store, mask = jax.eval_shape(parts.term.init, theta), jax.ShapeDtypeStruct((2,), bool)
-
-    def penalty(theta, params, store, batch, mask):
-        anchor, outputs = model_of(parts, params)
-        told = *outputs(theta, batch), outputs, batch.get, mask
-        return parts.term.penalty(terms.Local(theta, anchor, store, store, 1.0, batch, mask, *told))
-
-    several = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), theta)
-    alike = jax.vmap(penalty, in_axes=(0, None, None, None, None), out_axes=None)
-    try:
-        jax.eval_shape(alike, several, params, store, batch, mask)
-    except ValueError:  # it is not the same for all
-        return True
-    return False
 
 
 def _check_trains(settings: ConfigDict, term: terms.Term) -> None:

@@ -292,6 +292,7 @@ def server_rows(folder):
         ("warmup.rounds", 1, "config.warmup.rounds"),
         ("personal.compare", ("global",), "config.personal.compare"),
         ("fipa.privacy.epsilon", 1.0, "config.fipa.privacy.epsilon"),
+        ("cohort", 4, "config.cohort: 4 is above the number of clients, 3"),
     ],
 )
 def test_what_only_a_simulation_can_do_is_refused(federation, field, value, words):

@@ -14,7 +14,7 @@ from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.models import networks
-from fipa_jax.run import experiment, phase_checks, phase_parts
+from fipa_jax.run import experiment, phase_parts
 from fipa_jax.tasks import images, task
 from fipa_jax.tasks.task import Problem, head_only
 
@@ -80,7 +80,7 @@ def tried(term, name, folder):
     parts = phase_parts.make_parts(config, config.fipa, problem.task, 2)
     params, error = problem.task.init(jax.random.key(0)), ""
     try:
-        phase_checks.check_needs(config.fipa, parts, params, problem.train, "fipa")
+        experiment.check_needs(config.fipa, parts, params, problem.train, "fipa")
     except ValueError as caught:
         error = str(caught)
     return problem, config, parts, params, error
@@ -216,7 +216,7 @@ def test_labels_that_are_no_classes_are_refused(folder):
     for learned, data in ((one, problem.train), (problem.task, fractions)):
         parts = phase_parts.make_parts(config, config.fipa, learned, 2)
         with pytest.raises(ValueError, match=r"config\.fipa\.term\.name: 'logit_adjustment' needs .* classes"):
-            phase_checks.check_needs(config.fipa, parts, learned.init(jax.random.key(0)), data, "fipa")
+            experiment.check_needs(config.fipa, parts, learned.init(jax.random.key(0)), data, "fipa")
 
 
 def test_an_own_term_that_nothing_moves_is_refused(folder, monkeypatch):
@@ -225,4 +225,4 @@ def test_an_own_term_that_nothing_moves_is_refused(folder, monkeypatch):
     problem, config = problem_of("sine", folder), fields_of(fipa__term__name="idle")
     parts = phase_parts.make_parts(config, config.fipa, problem.task, 2)
     with pytest.raises(ValueError, match=r"config\.fipa\.term\.name: 'idle' does not change with .*trainable"):
-        phase_checks.check_needs(config.fipa, parts, problem.task.init(jax.random.key(0)), problem.train, "fipa")
+        experiment.check_needs(config.fipa, parts, problem.task.init(jax.random.key(0)), problem.train, "fipa")
