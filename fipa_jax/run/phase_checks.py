@@ -4,16 +4,28 @@ What undoes something else, would end in NaN or do nothing shows before data are
 """
 
 import contextlib
+import inspect
 import re
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
 from fipa_jax.aggregate.aggregator import Aggregator
+from fipa_jax.aggregate.rules import AGGREGATORS
 from fipa_jax.client import first_order, layer_steps, second_order, terms
+from fipa_jax.config import fields
 from fipa_jax.federation.channel import FAULTS
 
 BY_CURVATURE = second_order.BY_CURVATURE | layer_steps.BY_CURVATURE  # {local.optimizer: what it steps by}
+# What FIPA does: field of `aggregator` -> what it is where nothing is done.
+BY_SKETCHES = {
+    "trust": False,
+    "own_damping": False,
+    "past.kind": "none",
+    "past.adaptive": False,
+    "late.max_drift": 0.0,
+}
+BY_SKETCHES_ALONE = ("past.adaptive", "late.max_drift")  # of these, what no other rule does
 
 
 @contextlib.contextmanager
@@ -70,6 +82,8 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
     if aggregator.needs.curvature == "core":
         _check_span(settings)
         _checkmatched(settings, aggregator)
+    if aggregator.needs.curvature not in ("none", "sketch"):
+        _check_unused(settings)
     if aggregator.needs.curvature not in ("none", "posterior", "sketch"):
         _check_no_pairs(settings, aggregator)
     _check_beliefs(settings, aggregator, everyone=cohort == num_clients)
@@ -102,6 +116,12 @@ def _check_trust(settings: ConfigDict, term: terms.Term, everyone: bool) -> None
         raise ValueError(
             "config.fipa.aggregator.trust: needs the losses of all clients in every round, server.optimizer = 'sgd', "
             "no server.average and a term that leaves the step as it is; set config.cohort = 0, or trust to False"
+        )
+    changes = term.whole_batch or (term.init is not terms.none().init and term.penalty is not terms.none().penalty)
+    if changes:
+        raise ValueError(
+            f"config.fipa.aggregator.trust: with the term {settings.term.name!r} clients have another objective in "
+            "each round or batch, and their losses judge no step; take another term, or set trust to False"
         )
     if settings.late.share:
         raise ValueError("config.fipa.aggregator.trust: needs clients that are not late; set late.share = 0")
@@ -175,18 +195,25 @@ def _check_span(settings: ConfigDict) -> None:
             "config.fipa.late.share: the rule 'span' asks about the present basis, and a late client answers about "
             "another; set it to 0"
         )
-    rule = settings.aggregator
-    if rule.trust or rule.own_damping or rule.past.kind != "none":
-        raise ValueError(
-            "config.fipa.aggregator: the rule 'span' has no use for trust, own_damping and past.kind; set them to "
-            "False, False and 'none', or compare the method 'fipa_span', which does"
-        )
+
+
+def _check_unused(settings: ConfigDict) -> None:
+    """Refuses what FIPA does with sketches where another rule by curvature does nothing of the kind."""
+    name = settings.aggregator.name
+    takes = set(inspect.signature(AGGREGATORS[name]).parameters)
+    for path, nothing in BY_SKETCHES.items():
+        taken = path.partition(".")[0] in takes and path not in BY_SKETCHES_ALONE
+        if not taken and fields.value(settings.aggregator, path) != nothing:
+            raise ValueError(
+                f"config.fipa.aggregator.{path}: the rule {name!r} has no use for it; set it to {nothing!r}, or "
+                "compare a method of that rule, which does"
+            )
 
 
 def _check_no_pairs(settings: ConfigDict, aggregator: Aggregator) -> None:
     """Refuses what is done to eigenpairs where clients send none."""
-    of_pairs = ("budget", "link", "deadline")
-    of_pairs += ("energy", "gradient_scale", "store") if aggregator.needs.curvature in ("image", "core") else ()
+    of_pairs = ("budget", "link", "deadline", "energy", "gradient_scale", "store")
+    of_pairs += () if aggregator.needs.curvature == "core" else ("bits",)
     if found := [name for name in of_pairs if settings.sketch[name]]:
         nothing = "''" if found[0] == "store" else "0"
         raise ValueError(
@@ -264,8 +291,13 @@ def _check_adaptive(settings: ConfigDict) -> None:
 def _check_adaptive_damping(settings: ConfigDict) -> None:
     """Refuses a damping that follows successive steps where these are not by the clients' gradients."""
     rule = settings.aggregator
-    if not rule.past.adaptive or rule.past.kind == "none":
+    if not rule.past.adaptive:
         return
+    if rule.past.kind != "prior":
+        raise ValueError(
+            "config.fipa.aggregator.past.adaptive: the damping follows what a prior of past rounds remembers; set "
+            f"past.kind to 'prior', got {rule.past.kind!r}, or past.adaptive to False"
+        )
     if rule.form != "damped" or not (settings.local.matched or rule.own_damping):
         raise ValueError(
             "config.fipa.aggregator.past.adaptive: needs updates that the rule undoes, local.matched = True or "
