@@ -30,7 +30,7 @@ WITHOUT_SKETCHES = {
     "sketch.energy": 0.0,
     "sketch.gradient_scale": 0.0,
 }
-ONLY_NOW = WITHOUT_SKETCHES | {"aggregator.past.kind": "none"}  # nor do they remember anything
+ONLY_NOW = WITHOUT_SKETCHES | {"aggregator.form": "damped", "aggregator.past.kind": "none"}  # nor remember anything
 # Cohort and rounds stay the same for all, and so does local work, but for that of `fipa_memory` and the like.
 METHODS = {
     "fipa": {},
@@ -74,6 +74,7 @@ METHODS = {
     },
     "fipa_sums": {
         "aggregator.name": "sums",
+        "aggregator.form": "damped",
         "aggregator.past.adaptive": False,
         "sketch.bits": 0,
         "aggregator.limits.max_step": 0.0,
@@ -83,6 +84,7 @@ METHODS = {
     "fipa_sums_of_gradients": {
         "aggregator.name": "sums",
         "aggregator.sums.form": "gradient",
+        "aggregator.form": "damped",
         "aggregator.past.adaptive": False,
         "sketch.bits": 0,
         "aggregator.limits.max_step": 0.0,

@@ -19,6 +19,7 @@ from fipa_jax.federation.channel import FAULTS
 BY_CURVATURE = second_order.BY_CURVATURE | layer_steps.BY_CURVATURE  # {local.optimizer: what it steps by}
 # What FIPA does: field of `aggregator` -> what it is where nothing is done.
 BY_SKETCHES = {
+    "form": "damped",
     "trust": False,
     "own_damping": False,
     "past.kind": "none",

@@ -236,6 +236,7 @@ USELESS = {
     "fipa:aggregator.past.adaptive=True": r"past\.adaptive: .* set past\.kind to 'prior', got 'none'",
     f"fipa_sums:{PRIOR}": r"past\.adaptive: the rule 'sums' has no use for it; set it to False",
     f"fedpm:{PRIOR}": r"past\.adaptive: the rule 'kronecker' has no use",
+    "fisher_diagonal:aggregator.form=pinv": r"aggregator\.form: the rule 'diagonal' .* set it to 'damped'",
     "fisher_diagonal:aggregator.trust=True": r"aggregator\.trust: the rule 'diagonal' has no use",
     "fedfisher_kfac:aggregator.trust=True": r"aggregator\.trust: the rule 'kronecker' has no use",
     "fedivon:aggregator.trust=True": r"aggregator\.trust: the rule 'posterior' has no use",
@@ -273,7 +274,8 @@ OF_FIPA = WHATEVER | {
 INHERITED = dict.fromkeys(("fipa_few_bytes", "fipa_sums", "fipa_sums_of_gradients"), WHATEVER)
 INHERITED |= dict.fromkeys(("fedpm", "fedfisher_kfac", "regmean"), OF_FIPA)
 INHERITED |= dict.fromkeys(
-    ("fipa_span", "fisher_diagonal", "fedivon", "ivon_admm"), OF_FIPA | {"aggregator__past__kind": "prior"}
+    ("fipa_span", "fisher_diagonal", "fedivon", "ivon_admm"),
+    OF_FIPA | {"aggregator__past__kind": "prior", "aggregator__form": "pinv"},
 )
 
 
