@@ -196,6 +196,8 @@ def test_a_bare_array_is_no_npz(config, tmp_path):
         ({}, {"split": "given"}, r"task\.split: 'given' needs an array client.*config\.task\.file"),
         ({}, {"column": WIDTH}, r"task\.column: x of config\.task\.file has columns 0 to 2, got 3"),
         ({}, {"column": -1}, r"task\.column: "),
+        ({}, {"inputs": ("a",)}, r"task\.inputs: names columns of a table, and .*mine\.npz' holds arrays"),
+        ({}, {"targets": ("a", "b")}, r"task\.targets: names columns of a table"),
         ({}, {"num_clients": 33}, r"task\.num_clients: 33 clients .*config\.task\.file has 32 to train on; lower it"),
         ({}, {"num_clients": 33, "split": "kmeans"}, r"task\.num_clients: 33 clients"),
         (
