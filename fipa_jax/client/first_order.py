@@ -25,6 +25,7 @@ from fipa_jax.client.local_solver import (
     mean_gradient,
     regularised,
     solver_of,
+    takes_no,
 )
 from fipa_jax.client.terms import Term, none
 from fipa_jax.curvature.contracts import Loss
@@ -258,7 +259,13 @@ def mini_batches(key, client: Client, hyper: Hyper, batch_size: int, epochs: int
 
 
 def gradient(
-    loss: Loss, augment: Augment, *, weight_decay: float = 0.0, micro_batch: int = 0, term: Term | None = None
+    loss: Loss,
+    augment: Augment,
+    *,
+    weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
+    micro_batch: int = 0,
+    term: Term | None = None,
 ) -> LocalSolver:
     """Minus the gradient of the client's objective at the broadcast parameters, over all of its examples as they are.
 
@@ -266,7 +273,12 @@ def gradient(
 
     Args:
       loss, weight_decay, micro_batch, term: see `first_order`; there are no random views.
+      clip_norm: not taken: a clipped gradient is none.
+
+    Raises:
+      ValueError: a bound on the norm is asked for.
     """
+    takes_no("gradient", clip_norm=clip_norm)
     term = term or none()
 
     def improve(work: Work, key) -> Improvement:

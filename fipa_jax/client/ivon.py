@@ -27,7 +27,16 @@ from jax.flatten_util import ravel_pytree
 from fipa_jax import trees
 from fipa_jax.client.examples import gather
 from fipa_jax.client.first_order import Augment, mini_batches
-from fipa_jax.client.local_solver import Hyper, Improvement, LocalSolver, Work, mean_gradient, regularised, solver_of
+from fipa_jax.client.local_solver import (
+    Hyper,
+    Improvement,
+    LocalSolver,
+    Work,
+    mean_gradient,
+    regularised,
+    solver_of,
+    takes_no,
+)
 from fipa_jax.client.terms import Term, none
 from fipa_jax.curvature import contracts
 from fipa_jax.curvature.contracts import Loss, Number
@@ -124,6 +133,7 @@ def ivon(
     loss: Loss,
     augment: Augment,
     *,
+    weight_decay: float = 0.0,
     clip_norm: float = 0.0,
     batch_size: int = 50,
     micro_batch: int = 0,
@@ -138,11 +148,12 @@ def ivon(
 
         v <- v + rho (s m - sbar mbar),   u <- u + rho (s - sbar)
 
-    Args: see `first_order.first_order`.
+    Args: see `first_order.first_order`; no weight decay is taken, as the belief has a prior of its own.
 
     Raises:
-      ValueError: another term than `duals` that keeps something.
+      ValueError: a weight decay, or another term than `duals` that keeps something.
     """
+    takes_no("ivon", weight_decay=weight_decay)
     term = term or none()
     clipped = regularised(clip_norm, 0.0)
 

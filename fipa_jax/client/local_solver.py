@@ -12,7 +12,7 @@ import optax
 
 from fipa_jax import backend, trees
 from fipa_jax.client.examples import Client, gather, masked_mean, own_indices, present
-from fipa_jax.client.terms import Done, Local, Term
+from fipa_jax.client.terms import Done, Local, Term, none
 from fipa_jax.curvature import contracts
 from fipa_jax.curvature.contracts import Loss
 from fipa_jax.curvature.layer_factors import LayerFactors
@@ -107,6 +107,17 @@ def solver_of(improve: Improve, term: Term) -> LocalSolver:
     return solve
 
 
+def takes_no(optimizer: str, **fields: float) -> None:
+    """Refuses fields of `local` that a solver does not know.
+
+    Raises:
+      ValueError: one of them is not 0.
+    """
+    for name, value in fields.items():
+        if value:
+            raise ValueError(f"local.optimizer = {optimizer!r} takes no local.{name}: set it to 0")
+
+
 def adaptive_steps(local: LocalSolver, scale: float, most: int, reach: float = 1.0) -> LocalSolver:
     """The local solver with as many steps as `steps_for` says of the client's own sketch, `hyper.sketch`.
 
@@ -128,18 +139,19 @@ def adaptive_steps(local: LocalSolver, scale: float, most: int, reach: float = 1
     return solve
 
 
-def with_initial_loss(local: LocalSolver, loss: Loss, weight_decay: float = 0.0) -> LocalSolver:
+def with_initial_loss(
+    local: LocalSolver, loss: Loss, weight_decay: float = 0.0, term: Term | None = None
+) -> LocalSolver:
     """The local solver whose result says the client's objective at the parameters that it has received, `before`.
 
-    That is the mean loss, and l2/2 |params|^2, l2 the weight decay.
+    That is the mean loss, the term's penalty, and l2/2 |params|^2, l2 the weight decay.
     """
+    term = term or none()
 
     def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
         result = local(outputs, params, data, client, key, hyper, store, shared)
-        examples = gather(data, own_indices(client))
-        out = contracts.rows_of_each_example(outputs(params, examples)[0], examples)
-        losses = contracts.one_number_each(loss)(out, examples)
-        before = masked_mean(losses, present(client))
+        objective = make_objective(Work(outputs, params, data, client, hyper, store, shared), loss, term)
+        before, _ = objective(params, gather(data, own_indices(client)), present(client))
         if weight_decay:
             before = before + weight_decay / 2 * optax.tree.norm(trees.widened(params), squared=True)
         return result._replace(before=before.astype(result.loss.dtype))

@@ -23,6 +23,7 @@ from fipa_jax.client.local_solver import (
     mean_gradient,
     regularised,
     solver_of,
+    takes_no,
 )
 from fipa_jax.client.terms import Term, none
 from fipa_jax.curvature import contracts, products
@@ -71,7 +72,7 @@ def gauss_newton(
     Raises:
       ValueError: a term or clipping is asked for, or the system is not known.
     """
-    _refuse_clipping("gauss_newton", clip_norm)
+    takes_no("gauss_newton", clip_norm=clip_norm)
     if term not in (None, none()):
         raise ValueError("local.optimizer = 'gauss_newton' takes no term: set term.name = 'none', or use 'lbfgs'")
     steps, loss = steps or epochs, contracts.one_number_each(loss)
@@ -235,7 +236,7 @@ def lbfgs(
     Raises:
       ValueError: clipping is asked for.
     """
-    _refuse_clipping("lbfgs", clip_norm)
+    takes_no("lbfgs", clip_norm=clip_norm)
     term = term or none()
     steps = steps or epochs
     search = optax.lbfgs(memory_size=memory_size)
@@ -343,16 +344,6 @@ def _precise(solve: LocalSolver) -> LocalSolver:
         return result._replace(delta=delta)
 
     return precisely
-
-
-def _refuse_clipping(optimizer: str, clip_norm: float) -> None:
-    """Refuses what such a solver does not know.
-
-    Raises:
-      ValueError: it is not 0.
-    """
-    if clip_norm:
-        raise ValueError(f"local.optimizer = {optimizer!r} takes no local.clip_norm: set it to 0")
 
 
 LOCAL_SOLVERS = {"gauss_newton": gauss_newton, "lbfgs": lbfgs, "natural_gradient": natural_gradient}

@@ -19,6 +19,18 @@ MEMORY = {
     "server.optimizer": "sgd",
     "server.lr": 1.0,
 }
+# What FIPA does with its sketches, and rules by other curvature do not.
+WITHOUT_SKETCHES = {
+    "aggregator.trust": False,
+    "aggregator.own_damping": False,
+    "aggregator.past.adaptive": False,
+    "aggregator.late.max_drift": 0.0,
+    "sketch.bits": 0,
+    "sketch.store": "",
+    "sketch.energy": 0.0,
+    "sketch.gradient_scale": 0.0,
+}
+ONLY_NOW = WITHOUT_SKETCHES | {"aggregator.form": "damped", "aggregator.past.kind": "none"}  # nor remember anything
 # Cohort and rounds stay the same for all, and so does local work, but for that of `fipa_memory` and the like.
 METHODS = {
     "fipa": {},
@@ -26,6 +38,7 @@ METHODS = {
     "fipa_auto": MEMORY | {"aggregator.past.adaptive": True},
     "fipa_few_bytes": {
         "local.optimizer": "gradient",
+        "local.clip_norm": 0.0,
         "local.matched": False,
         "aggregator.form": "damped",
         "aggregator.relative": False,
@@ -33,6 +46,7 @@ METHODS = {
         "aggregator.trust": False,
         "aggregator.past.kind": "curvature",
         "aggregator.past.decay": 0.99,
+        "aggregator.past.adaptive": False,
         "aggregator.limits.max_step": 0.0,
         "aggregator.limits.max_divergence": 0.5,
         "server.optimizer": "sgd",
@@ -40,8 +54,10 @@ METHODS = {
         "sketch.rank": 5,
         "sketch.bits": 8,
     },
-    "fipa_span": {
+    "fipa_span": ONLY_NOW
+    | {
         "local.optimizer": "gradient",
+        "local.clip_norm": 0.0,
         "local.matched": False,
         "local.compress.name": "few_bits",
         "sketch.bits": 8,
@@ -49,9 +65,6 @@ METHODS = {
         "aggregator.name": "span",
         "aggregator.span.bits": 4,
         "aggregator.damping": 1e-3,
-        "aggregator.trust": False,
-        "aggregator.own_damping": False,
-        "aggregator.past.kind": "none",
         "aggregator.limits.max_step": 0.0,
         "aggregator.limits.explosion": 0.0,
         "aggregator.limits.trace_cap": 0.0,
@@ -61,6 +74,9 @@ METHODS = {
     },
     "fipa_sums": {
         "aggregator.name": "sums",
+        "aggregator.form": "damped",
+        "aggregator.past.adaptive": False,
+        "sketch.bits": 0,
         "aggregator.limits.max_step": 0.0,
         "aggregator.limits.explosion": 0.0,
         "aggregator.limits.trace_cap": 0.0,
@@ -68,10 +84,14 @@ METHODS = {
     "fipa_sums_of_gradients": {
         "aggregator.name": "sums",
         "aggregator.sums.form": "gradient",
+        "aggregator.form": "damped",
+        "aggregator.past.adaptive": False,
+        "sketch.bits": 0,
         "aggregator.limits.max_step": 0.0,
         "aggregator.limits.explosion": 0.0,
         "aggregator.limits.trace_cap": 0.0,
         "local.optimizer": "gradient",
+        "local.clip_norm": 0.0,
         "local.matched": False,
         "server.optimizer": "sgd",
         "server.lr": 1.0,
@@ -79,8 +99,9 @@ METHODS = {
     "fedavg": {"aggregator.name": "mean", "aggregator.late.mix": False, "aggregator.late.staleness": 0.0},
     "fedbuff": {"aggregator.name": "mean", "aggregator.late.mix": False},
     "fedasync": {"aggregator.name": "mean", "aggregator.late.mix": True},
-    "fisher_diagonal": {"aggregator.name": "diagonal"},
-    "fedpm": {
+    "fisher_diagonal": ONLY_NOW | {"aggregator.name": "diagonal"},
+    "fedpm": WITHOUT_SKETCHES
+    | {
         "aggregator.name": "kronecker",
         "aggregator.at": "broadcast",
         "aggregator.form": "damped",
@@ -89,26 +110,35 @@ METHODS = {
         "local.optimizer": "kronecker",
         "local.matched": True,
     },
-    "fedfisher_kfac": {
+    "fedfisher_kfac": WITHOUT_SKETCHES
+    | {
         "aggregator.name": "kronecker",
         "aggregator.layers.kind": "kfac",
         "aggregator.limits.max_step": 0.0,
     },
-    "fedivon": {"aggregator.name": "posterior", "local.optimizer": "ivon"},
-    "ivon_admm": {
+    "fedivon": ONLY_NOW | {"aggregator.name": "posterior", "local.optimizer": "ivon", "local.weight_decay": 0.0},
+    "ivon_admm": ONLY_NOW
+    | {
         "aggregator.name": "posterior",
         "aggregator.posterior.form": "admm",
         "local.optimizer": "ivon",
+        "local.weight_decay": 0.0,
         "term.name": "duals",
     },
-    "regmean": {
+    "regmean": WITHOUT_SKETCHES
+    | {
         "aggregator.name": "kronecker",
         "aggregator.layers.kind": "regmean",
         "aggregator.form": "pinv",
         "aggregator.limits.max_step": 0.0,
     },
     "centralised": {"pooled": True, "least_clients": 1, "late.share": 0.0},
-    "fipa_pinv": {"aggregator.form": "pinv"},
+    "fipa_pinv": {
+        "aggregator.form": "pinv",  # which has no damping
+        "aggregator.trust": False,
+        "aggregator.own_damping": False,
+        "local.matched": False,
+    },
     "fipa_tikhonov": {"aggregator.form": "tikhonov"},
     "fipa_damped": {"aggregator.form": "damped"},
 }

@@ -40,6 +40,7 @@ def read(file: str, columns: tables.Columns = tables.Columns()) -> dict[str, np.
     if path.suffix in tables.READERS:
         arrays = tables.read(file, path, columns)
     else:
+        _check_no_columns(file, columns)
         arrays = _arrays(file, path)
     arrays |= _pair(file, arrays, "x", "y")
     if "x_test" in arrays:
@@ -58,6 +59,16 @@ def read(file: str, columns: tables.Columns = tables.Columns()) -> dict[str, np.
         if unknown := sorted(set(arrays["client_test"].tolist()) - set(arrays["client"].tolist())):
             refuse(file, f"has test examples of client {unknown[0]!r}, who has none to train on")
     return arrays
+
+
+def _check_no_columns(file: str, columns: tables.Columns) -> None:
+    """Refuses columns by name where there are none."""
+    for field in ("targets", "inputs"):
+        if named := getattr(columns, field):
+            raise ValueError(
+                f"config.task.{field}: names columns of a table, and {file!r} holds arrays, all of x and y; set it to "
+                f"(), got {named}"
+            )
 
 
 def _arrays(file: str, path: Path) -> dict[str, np.ndarray]:

@@ -339,26 +339,30 @@ def heterogeneity(counts: np.ndarray) -> dict[str, float]:
     return {"label_entropy": float(entropy.mean()), "total_variation": float(variation.mean())}
 
 
-def set_apart(train: dict, fraction: float, seed: int) -> tuple[dict, dict | None]:
+def set_apart(train: dict, fraction: float, seed: int, field: str = "fraction") -> tuple[dict, dict | None]:
     """Draws a holdout from the training set, before any client owns an example of it.
 
     Args:
       train: {field: [N, ...]}.
       fraction: the holdout's share of the N examples, in [0, 1).
       seed: seed of the draw.
+      field: what the share is called, for an error.
 
     Returns:
       The examples that stay and those set apart, in their order; all and None if the share is zero.
 
     Raises:
-      ValueError: the share is not in [0, 1).
+      ValueError: the share is not in [0, 1), or is none or all of the examples once it is rounded.
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"a holdout needs a fraction of the training set in [0, 1), got {fraction}")
+        raise ValueError(f"{field}: a holdout needs a share of the training set in [0, 1), got {fraction}")
+    if fraction == 0:
+        return train, None
     num_examples = len(next(iter(train.values())))
     num_apart = round(fraction * num_examples)
-    if num_apart == 0:
-        return train, None
+    if not 0 < num_apart < num_examples:
+        change = "lower it" if num_apart else "raise it, or set it to 0"
+        raise ValueError(f"{field}: {fraction} of {num_examples} training examples are {num_apart} of them; {change}")
     # A stream of its own, [seed, 1]: the split over clients draws from `seed`.
     order = np.random.default_rng([seed, 1]).permutation(num_examples)
     stay, apart = np.sort(order[num_apart:]), np.sort(order[:num_apart])

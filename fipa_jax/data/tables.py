@@ -34,11 +34,12 @@ def read(file: str, path: Path, columns: Columns) -> dict[str, np.ndarray]:
 
     Raises:
       ImportError: pyarrow is not installed.
-      ValueError: the table cannot be read, lacks a column, or one holds nothing in some rows.
+      ValueError: the table cannot be read, lacks a column, one holds nothing in some rows, or one is two things.
     """
-    table = _open(file, path)
     targets = columns.targets or ("y",)
     taken = {*targets, columns.client}
+    _check_once(targets, columns)
+    table = _open(file, path)
     inputs = columns.inputs or tuple(name for name in table if name not in taken)
     for name in (*targets, *inputs):
         if name not in table:
@@ -51,6 +52,16 @@ def read(file: str, path: Path, columns: Columns) -> dict[str, np.ndarray]:
         owner = table[columns.client]
         found["client"] = owner if owner.dtype.kind in "iuU" else owner.astype(str)
     return found
+
+
+def _check_once(targets: tuple[str, ...], columns: Columns) -> None:
+    """Refuses a column that is named twice: a target, or the owner, among the inputs would tell the answer."""
+    for field, names, others in (("targets", targets, ()), ("inputs", columns.inputs, targets)):
+        for place, name in enumerate(names):
+            also = "the owner, config.task.client" if name == columns.client else "a target" if name in others else ""
+            also = f"config.task.{field} already" if name in names[:place] else also
+            if also:
+                raise ValueError(f"config.task.{field}: names {name!r}, which is {also}; name a column once")
 
 
 def _refuse(file: str, what: str) -> NoReturn:

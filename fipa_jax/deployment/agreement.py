@@ -6,6 +6,7 @@ have not.
 
 import contextlib
 import functools
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from fipa_jax import trees
 from fipa_jax.aggregate.uploads import Uploads
 from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
+from fipa_jax.config import fields
 from fipa_jax.config.checks import validate
 from fipa_jax.config.methods import method
 from fipa_jax.deployment import wire
@@ -29,7 +31,7 @@ from fipa_jax.federation.round import by_clients, sketch, train
 from fipa_jax.federation.server import uploads_of
 from fipa_jax.federation.state import State
 from fipa_jax.run.experiment import first_params, store_on_host
-from fipa_jax.run.phase_checks import has_faults, naming
+from fipa_jax.run.phase_checks import check_cohort, has_faults, naming
 from fipa_jax.run.phase_parts import make_parts, make_rates
 from fipa_jax.tasks.task import Task
 
@@ -38,6 +40,13 @@ SHARED = (
 )
 RUN = 8  # bytes that tell a server's runs apart
 WARMUP = "warmup"  # the phase of this name, instead of a method
+# Fields by which clients work, beside those of the model and the phase; and those of a phase by which they do not.
+WORKED_BY = (
+    *("precision", "seed", "task.name", "task.kind", "task.standardise", "task.window", "task.equation"),
+    *("task.boundary_weight", "data.name", "data.side", "data.loss", "data.augment", "data.rotation", "data.flip"),
+)
+OF_SERVER = ("rounds", "max_skips", "least_clients", "most_bytes_up", "server")
+OF_MACHINE = ("local.micro_batch", "sketch.micro_batch")
 
 
 class Agreement(NamedTuple):
@@ -128,6 +137,7 @@ def agree(
     validate(config)
     if config.personal.compare:
         raise ValueError("config.personal.compare: clients' own models are a simulation's last stage; set it to ()")
+    check_cohort(config, num_clients)
     config = only(config, spec)
     phase, settings = ("warmup", config.warmup) if spec == WARMUP else ("fipa", method(config, spec))
     with naming(phase, f"the method {spec!r}", settings), jax.enable_x64(config.precision == "float64"):
@@ -138,7 +148,7 @@ def agree(
         parts = parts._replace(channel=_channel(late), chunk=1, mesh=None)
         root = jax.random.key(config.seed)
         params = first_params(config, task, root) if params is None else params
-        mark = fingerprint_of(parts, params)
+        mark = fingerprint_of(parts, params, worked_by(config, settings))
         said = jax.eval_shape(lambda params: said_of(parts, first_rule(parts, params)), params)
         steering = settings.rounds, store_on_host(config, parts, params), settings.max_skips, late
         draft = Agreement(spec, parts, rates, params, root, *steering, _bits_of(settings), None, said, mark)
@@ -211,10 +221,27 @@ def _channel(most: int) -> Channel:
     return late(most) if most else Channel()
 
 
-def fingerprint_of(parts: Parts, params: Any) -> str:
-    """The `wire.fingerprint` of the model, of which `parts` train a part."""
+def worked_by(config: ConfigDict, settings: ConfigDict) -> str:
+    """The fields by which clients work, as text: two agreements have the same only if their clients do the same.
+
+    Args:
+      config: all fields.
+      settings: the phase's.
+    """
+    phase = settings.to_dict()
+    for path in (*OF_SERVER, *OF_MACHINE):
+        *groups, name = path.split(".")
+        del functools.reduce(dict.__getitem__, groups, phase)[name]
+    shared = {path: fields.value(config, path) for path in WORKED_BY}
+    shared |= {"model": config.model.to_dict(), "phase": phase}
+    return json.dumps(shared, sort_keys=True, default=str)
+
+
+def fingerprint_of(parts: Parts, params: Any, config: str) -> str:
+    """The `wire.fingerprint` of the model, of which `parts` train a part, and of what clients work by."""
     leaves, chosen = trees.paths(params), trees.select(params, parts.trainable)
-    return wire.fingerprint(chosen, {path: np.asarray(leaf) for path, leaf in leaves.items() if path not in chosen})
+    frozen = {path: np.asarray(leaf) for path, leaf in leaves.items() if path not in chosen}
+    return wire.fingerprint(chosen, frozen, config)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -279,8 +306,8 @@ def first_rule(parts: Parts, params: Any) -> Any:
 
 def _shapes(draft: Agreement, example: Mapping[str, Any]) -> tuple[Uploads, Any]:
     """The shapes of one client's upload and training loss."""
-    fields = {name: jax.ShapeDtypeStruct(np.shape(field), field.dtype) for name, field in example.items()}
-    number = next(iter(fields.values())).shape[0]
+    forms = {name: jax.ShapeDtypeStruct(np.shape(field), field.dtype) for name, field in example.items()}
+    number = next(iter(forms.values())).shape[0]
     whole = jax.ShapeDtypeStruct
     clients = Client(whole((1, number), np.int32), whole((1,), np.int32))
 
@@ -289,7 +316,7 @@ def _shapes(draft: Agreement, example: Mapping[str, Any]) -> tuple[Uploads, Any]
         return work_of(draft.of_clients(), client_state(draft, params, said, round), rates, cohort, root)[:2]
 
     numbers = whole((), np.int32), clients, whole((1,), np.int32)
-    given = draft.params, draft.said, *numbers, fields, draft.rates, draft.root
+    given = draft.params, draft.said, *numbers, forms, draft.rates, draft.root
     stacked = jax.eval_shape(work, *given)
     return jax.tree.map(lambda leaf: whole(leaf.shape[1:], leaf.dtype), stacked)
 

@@ -9,7 +9,7 @@ which tells more about a client's data, would travel beside it as it is: both ar
 
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -105,6 +105,35 @@ class Asked(NamedTuple):
     round: int
 
 
+def sent_in(
+    number: int,
+    got: Mapping[int, tuple[int, bytes]],
+    waiting: Iterable[Asked],
+    client_of: Mapping[int, int],
+    num_clients: int,
+    slots: int,
+) -> dict[int, bytes | None]:
+    """{client: its bytes, None of one that has not answered} of a round, as many as it has room for.
+
+    Answers come first, the newest before late ones, then who was asked in this round, then strangers: no node's silence
+    or claim takes another one's place.
+
+    Args:
+      number: of the round.
+      got: {client: (the round that it answers, its bytes)}.
+      waiting: the messages without an answer, of earlier rounds too.
+      client_of: {node: client}, as far as is known.
+      num_clients: T.
+      slots: the room.
+    """
+    silent = {client_of[one.node] for one in waiting if one.round == number and one.node in client_of}
+    newest = sorted(got, key=lambda client: -got[client][0])
+    known = [client for client in newest if 0 <= client < num_clients]
+    strangers = [client for client in newest if client not in known]
+    order = dict.fromkeys((*known, *sorted(silent), *strangers))
+    return {client: got[client][1] if client in got else None for client in [*order][:slots]}
+
+
 class Fipa:
     """A strategy for Flower's ServerApp around a `deployment.server.Server`, for any aggregation rule.
 
@@ -196,8 +225,8 @@ class Fipa:
             if waiting:
                 time.sleep(self._poll)
         self._silent |= {self._asked[one].node for one in waiting}
-        missing = {self._client[one.node] for one in self._asked.values() if one.node in self._client}
-        sent = dict.fromkeys(missing) | {client: blob for client, (_, blob) in got.items()}
+        clients, slots = self.server.agreement.parts.num_clients, self.server.slots
+        sent = sent_in(number, got, self._asked.values(), self._client, clients, slots)
         self.server.round(sent, {"seconds_answers": time.monotonic() - start})
         self._asked = {key: one for key, one in self._asked.items() if one.round > number - REMEMBERED}
 

@@ -100,6 +100,7 @@ class Server:
       agreement: as it was given.
       wrong: {client: why, in words}, whose bytes were of no use in the last round.
       last: the last round's row.
+      slots: how many uploads a round can hold.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Server:
         self.agreement, self._figures, self._first = agreement, figures, first
         self._journal = Rows() if journal is None else journal
         cohort, clients = agreement.parts.cohort, agreement.parts.num_clients
-        self._slots = min(clients, cohort * (1 + agreement.late))  # so many uploads a round can hold; compiled once
+        self.slots = min(clients, cohort * (1 + agreement.late))  # compiled once
         with agreement.precision():
             self._parts, first_params = agreement.of_server(), jax.tree.map(jnp.asarray, agreement.params)
             blank = parts_lib.init(self._parts, first_params, first, agreement.store_on_host)
@@ -221,8 +222,8 @@ class Server:
           OSError, saving.signals.Stopped: of the journal.
           run.loop.Stalled: too many rounds in a row were skipped.
         """
-        if len(sent) > self._slots:
-            raise ValueError(f"sent: needed at most {self._slots} clients, got {len(sent)}")
+        if len(sent) > self.slots:
+            raise ValueError(f"sent: needed at most {self.slots} clients, got {len(sent)}")
         start = time.perf_counter()
         down = self._down if self._down or self.agreement.in_turns else len(self.broadcast()) * len(sent)
         with self.agreement.precision():
@@ -279,7 +280,7 @@ class Server:
         total = self.agreement.parts.num_clients
         ids = {client for client in sent if 0 <= client < total}
         spare = (client for client in range(total) if client not in ids)
-        return sorted(ids | {next(spare) for _ in range(self._slots - len(ids))})
+        return sorted(ids | {next(spare) for _ in range(self.slots - len(ids))})
 
     def _write(self, figures: dict) -> None:
         """Writes the round's row, and keeps what the next ones need."""

@@ -65,8 +65,8 @@ class Message(NamedTuple):
     arrays: dict[str, np.ndarray]  # {name: array}
 
 
-def fingerprint(params: Mapping[str, Any], frozen: Mapping[str, np.ndarray] | None = None) -> str:
-    """What tells two models apart: SHA-256 of the trained parameters' paths, types and shapes, and of frozen values.
+def fingerprint(params: Mapping[str, Any], frozen: Mapping[str, np.ndarray] | None = None, config: str = "") -> str:
+    """What tells two agreements apart: SHA-256 of what is trained, by paths, types and shapes, and of frozen values.
 
     Example:
       fingerprint({"Dense_0/kernel": np.zeros([3, 4], np.float32)})
@@ -74,6 +74,7 @@ def fingerprint(params: Mapping[str, Any], frozen: Mapping[str, np.ndarray] | No
     Args:
       params: {path: array, or its shape and type} of what is trained.
       frozen: {path: array} of what is not: clients that have others would send answers to another question.
+      config: what they work by, in words of any kind.
     """
     total = hashlib.sha256()
     for path in sorted(params):
@@ -82,6 +83,7 @@ def fingerprint(params: Mapping[str, Any], frozen: Mapping[str, np.ndarray] | No
         leaf = np.ascontiguousarray((frozen or {})[path])
         total.update(f"{path}\t{leaf.dtype.name}\t{[*leaf.shape]}\n".encode())
         total.update(leaf.reshape(-1).view(np.uint8))
+    total.update(config.encode())
     return total.hexdigest()
 
 
@@ -171,8 +173,9 @@ def expect(blob: bytes, kind: str, fingerprint: str) -> Message:
         raise Malformed(f"it is a message of kind {message.kind}, needed {kind}")
     if message.fingerprint != fingerprint:
         raise Malformed(
-            "it is about other parameters: paths, types, shapes, or the values of what is not trained, differ; let "
-            "server and clients have the same model, precision, `trainable` and first model"
+            "it is about other parameters, or of another config: paths, types, shapes, the values of what is not "
+            "trained, or the fields that clients work by differ; let server and clients have the same config, method "
+            "and first model"
         )
     return message
 

@@ -12,11 +12,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fipa_jax import files, trees
+from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
 from fipa_jax.config.checks import validate
 from fipa_jax.data import partition
 from fipa_jax.federation.parallel import make_mesh, replicate
-from fipa_jax.federation.parts import Parts
+from fipa_jax.federation.parts import Parts, model_of, trained_of
 from fipa_jax.federation.population import OnHost, Resident
 from fipa_jax.reporting import metrics, plots
 from fipa_jax.run import head_features, personal_stage, phase_checks, phase_parts, private_checks, programs
@@ -59,21 +60,19 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
     phase_parts.check(config)  # before data are loaded, which may take long
     plots.check()  # its absence must show now
     problem, people = personal_stage.set_apart(problem or tasks.build(config), config.personal, config.seed)
-    if config.cohort > len(problem.clients):
-        raise ValueError(f"config.cohort: {config.cohort} is above the number of clients, {len(problem.clients)}")
+    phase_checks.check_cohort(config, len(problem.clients))
     partition.sizes(problem.clients)  # which looks for clients without examples
     mesh, root = make_mesh(config.devices), jax.random.key(config.seed)
 
     def on_device(tree):
         return replicate(jax.tree.map(np.asarray, tree), mesh)
 
-    held = {"test": problem.test} | ({} if problem.holdout is None else {"holdout": problem.holdout})
     experiment = Experiment(
         config=config,
         problem=problem,
         population=_population(config, problem, on_device),
         people=people,
-        held={prefix: on_device(data) for prefix, data in held.items()},
+        held={prefix: on_device(data) for prefix, data in _held(problem).items()},
         params=first_params(config, problem.task, root),
         evaluate=jax.jit(metrics.make_evaluate(problem.task, config.eval.batch_size, mesh)),
         evaluate_drawn=jax.jit(metrics.make_evaluate(averaged(problem.task), config.eval.batch_size, mesh)),
@@ -85,6 +84,15 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
         with phase_checks.naming(phase, where, settings):
             trace(experiment, settings, phase)
     return experiment
+
+
+def _held(problem: tasks.Problem) -> dict[str, dict]:
+    """{"test" | "holdout": {field: [N, ...]}}, examples that nobody trains on; refuses a set without any."""
+    held = {"test": problem.test} | ({} if problem.holdout is None else {"holdout": problem.holdout})
+    for name, data in held.items():
+        if not len(next(iter(data.values()))):
+            raise ValueError(f"problem.{name}: needs an example at least to be evaluated, and has none")
+    return held
 
 
 def _population(config: ConfigDict, problem: tasks.Problem, on_device: Callable) -> Resident | OnHost:
@@ -144,7 +152,7 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     parts = parts_of(experiment, settings)
     personal_stage.check(experiment, settings, parts)
     private_checks.check_people(experiment, settings, parts)
-    phase_checks.check_needs(settings, parts, params, people.data, name)
+    check_needs(settings, parts, params, people.data, name)
     store_on_host(config, parts, params)
     check_room(parts, params)
     shapes = programs.shapes_of_round(experiment, settings, parts, rates)
@@ -152,6 +160,80 @@ def trace(experiment: Experiment, settings: ConfigDict, name: str) -> None:
     serve.eval_shape(shapes.state, rates, shapes.cohort, shapes.results, shapes.sketches)
     if settings.most_bytes_up:
         programs.largest_upload(settings, shapes, parts)
+
+
+def check_needs(settings: ConfigDict, parts: Parts, params: Any, data: dict, phase: str) -> None:
+    """Refuses terms and sketches that find nothing to work on in this task, its model, or what the phase trains of it.
+
+    It goes by shapes alone.
+
+    Args:
+      parts: of the phase.
+      params: the whole model's.
+      data: the training set {field: [N, ...]}.
+      phase: the name of its group in the config, for the error.
+
+    Raises:
+      ValueError: the term needs a field, outputs or features that are not there, or its penalty is the same whatever is
+        trained; or the sketches need the last layer's inputs.
+    """
+    by_head = parts.aggregator.needs.curvature in ("sketch", "image", "core") and settings.sketch.solver == "head"
+    has_penalty = parts.term.penalty is not terms.none().penalty
+    if not (by_head or has_penalty):
+        return
+    batch = {field: jax.ShapeDtypeStruct((2, *array.shape[1:]), array.dtype) for field, array in data.items()}
+    out, features = jax.eval_shape(parts.task.outputs, params, batch)
+    if by_head and not _of(features, "last"):
+        raise ValueError(
+            f"config.{phase}.sketch.solver: 'head' needs the inputs of the last layer, features.last, and this task's "
+            "model gives none; set it to 'auto'"
+        )
+    name = f"config.{phase}.term.name: {settings.term.name!r}"
+    lacking = _lacking(parts.term.needs, batch, out, features)
+    if lacking:
+        raise ValueError(f"{name} {lacking}; take another term, or 'none'")
+    if has_penalty and not _feels(parts, params, batch):
+        raise ValueError(
+            f"{name} does not change with what config.{phase}.trainable = {settings.trainable!r} trains, so that it "
+            "would do nothing; let trainable name more of the model, or take another term, or 'none'"
+        )
+
+
+def _lacking(needs: terms.Needs, batch: dict, out: Any, features: Any) -> str:
+    """What a term needs of a batch, the outputs and the features, all by shapes, and does not find; "" for nothing."""
+    absent = [field for field in needs.fields if field not in batch]
+    if absent:
+        return f"needs examples with {absent[0]!r}, and this task's have {', '.join(batch)}"
+    if needs.classes and (out.shape[1] < 2 or not jnp.issubdtype(batch["label"].dtype, jnp.integer)):
+        got = f"{out.shape[1]}, and labels of {batch['label'].dtype}"
+        return f"needs outputs for two classes or more, and whole numbers for labels; this task has {got}"
+    if needs.features and not _of(features, needs.features):
+        return f"needs the model's features.{needs.features}, and there are none: in this task, or of the head alone"
+    return ""
+
+
+def _of(features: Any, field: str) -> list:
+    """The arrays of a field of the features; none where there is no such field."""
+    return jax.tree.leaves(getattr(features, field, ()))
+
+
+def _feels(parts: Parts, params: Any, batch: dict) -> bool:
+    """Whether the term's penalty depends on the trained parameters, as `vmap` sees it: is it another for each?"""
+    theta = trained_of(parts, params)
+    store, mask = jax.eval_shape(parts.term.init, theta), jax.ShapeDtypeStruct((2,), bool)
+
+    def penalty(theta, params, store, batch, mask):
+        anchor, outputs = model_of(parts, params)
+        told = *outputs(theta, batch), outputs, batch.get, mask
+        return parts.term.penalty(terms.Local(theta, anchor, store, store, 1.0, batch, mask, *told))
+
+    several = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), theta)
+    alike = jax.vmap(penalty, in_axes=(0, None, None, None, None), out_axes=None)
+    try:
+        jax.eval_shape(alike, several, params, store, batch, mask)
+    except ValueError:  # it is not the same for all
+        return True
+    return False
 
 
 def store_on_host(config: ConfigDict, parts: Parts, params: Any) -> bool:

@@ -1,24 +1,32 @@
-"""Do a phase's choices fit together, and do task, model and data have what they need? Refusals of one line.
+"""Do a phase's choices fit together? Refusals of one line.
 
-What undoes something else, would end in NaN or do nothing shows before data are loaded, `check_fit`, or before the
-first round, `check_needs`.
+What undoes something else, would end in NaN or do nothing shows before data are loaded.
 """
 
 import contextlib
+import inspect
 import re
 from collections.abc import Iterator
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from fipa_jax.aggregate.aggregator import Aggregator
+from fipa_jax.aggregate.rules import AGGREGATORS
 from fipa_jax.client import first_order, layer_steps, second_order, terms
+from fipa_jax.config import fields
 from fipa_jax.federation.channel import FAULTS
-from fipa_jax.federation.parts import Parts, model_of, trained_of
 
 BY_CURVATURE = second_order.BY_CURVATURE | layer_steps.BY_CURVATURE  # {local.optimizer: what it steps by}
+# What FIPA does: field of `aggregator` -> what it is where nothing is done.
+BY_SKETCHES = {
+    "form": "damped",
+    "trust": False,
+    "own_damping": False,
+    "past.kind": "none",
+    "past.adaptive": False,
+    "late.max_drift": 0.0,
+}
+BY_SKETCHES_ALONE = ("past.adaptive", "late.max_drift")  # of these, what no other rule does
 
 
 @contextlib.contextmanager
@@ -50,6 +58,12 @@ def _is_field(settings: ConfigDict, path: str) -> bool:
     return True
 
 
+def check_cohort(config: ConfigDict, num_clients: int) -> None:
+    """Refuses a cohort of more clients than there are."""
+    if config.cohort > num_clients:
+        raise ValueError(f"config.cohort: {config.cohort} is above the number of clients, {num_clients}")
+
+
 def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, cohort: int, num_clients: int) -> None:
     """Refuses choices of which one would undo the other, with a ValueError that names the config field."""
     if aggregator.needs.loss:
@@ -69,6 +83,8 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
     if aggregator.needs.curvature == "core":
         _check_span(settings)
         _checkmatched(settings, aggregator)
+    if aggregator.needs.curvature not in ("none", "sketch"):
+        _check_unused(settings)
     if aggregator.needs.curvature not in ("none", "posterior", "sketch"):
         _check_no_pairs(settings, aggregator)
     _check_beliefs(settings, aggregator, everyone=cohort == num_clients)
@@ -77,80 +93,6 @@ def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, co
     _check_compression(settings)
     _check_local_work(settings, aggregator, term)
     _check_faults(settings, aggregator, cohort)
-
-
-def check_needs(settings: ConfigDict, parts: Parts, params: Any, data: dict, phase: str) -> None:
-    """Refuses terms and sketches that find nothing to work on in this task, its model, or what the phase trains of it.
-
-    It goes by shapes alone.
-
-    Args:
-      parts: of the phase.
-      params: the whole model's.
-      data: the training set {field: [N, ...]}.
-      phase: the name of its group in the config, for the error.
-
-    Raises:
-      ValueError: the term needs a field, outputs or features that are not there, or its penalty is the same whatever is
-        trained; or the sketches need the last layer's inputs.
-    """
-    by_head = parts.aggregator.needs.curvature in ("sketch", "image", "core") and settings.sketch.solver == "head"
-    has_penalty = parts.term.penalty is not terms.none().penalty
-    if not (by_head or has_penalty):
-        return
-    batch = {field: jax.ShapeDtypeStruct((2, *array.shape[1:]), array.dtype) for field, array in data.items()}
-    out, features = jax.eval_shape(parts.task.outputs, params, batch)
-    if by_head and not _of(features, "last"):
-        raise ValueError(
-            f"config.{phase}.sketch.solver: 'head' needs the inputs of the last layer, features.last, and this task's "
-            "model gives none; set it to 'auto'"
-        )
-    name = f"config.{phase}.term.name: {settings.term.name!r}"
-    lacking = _lacking(parts.term.needs, batch, out, features)
-    if lacking:
-        raise ValueError(f"{name} {lacking}; take another term, or 'none'")
-    if has_penalty and not _feels(parts, params, batch):
-        raise ValueError(
-            f"{name} does not change with what config.{phase}.trainable = {settings.trainable!r} trains, so that it "
-            "would do nothing; let trainable name more of the model, or take another term, or 'none'"
-        )
-
-
-def _lacking(needs: terms.Needs, batch: dict, out: Any, features: Any) -> str:
-    """What a term needs of a batch, the outputs and the features, all by shapes, and does not find; "" for nothing."""
-    absent = [field for field in needs.fields if field not in batch]
-    if absent:
-        return f"needs examples with {absent[0]!r}, and this task's have {', '.join(batch)}"
-    if needs.classes and (out.shape[1] < 2 or not jnp.issubdtype(batch["label"].dtype, jnp.integer)):
-        got = f"{out.shape[1]}, and labels of {batch['label'].dtype}"
-        return f"needs outputs for two classes or more, and whole numbers for labels; this task has {got}"
-    if needs.features and not _of(features, needs.features):
-        return f"needs the model's features.{needs.features}, and there are none: in this task, or of the head alone"
-    return ""
-
-
-def _of(features: Any, field: str) -> list:
-    """The arrays of a field of the features; none where there is no such field."""
-    return jax.tree.leaves(getattr(features, field, ()))
-
-
-def _feels(parts: Parts, params: Any, batch: dict) -> bool:
-    """Whether the term's penalty depends on the trained parameters, as `vmap` sees it: is it another for each?"""
-    theta = trained_of(parts, params)
-    store, mask = jax.eval_shape(parts.term.init, theta), jax.ShapeDtypeStruct((2,), bool)
-
-    def penalty(theta, params, store, batch, mask):
-        anchor, outputs = model_of(parts, params)
-        told = *outputs(theta, batch), outputs, batch.get, mask
-        return parts.term.penalty(terms.Local(theta, anchor, store, store, 1.0, batch, mask, *told))
-
-    several = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), theta)
-    alike = jax.vmap(penalty, in_axes=(0, None, None, None, None), out_axes=None)
-    try:
-        jax.eval_shape(alike, several, params, store, batch, mask)
-    except ValueError:  # it is not the same for all
-        return True
-    return False
 
 
 def _check_trains(settings: ConfigDict, term: terms.Term) -> None:
@@ -175,6 +117,12 @@ def _check_trust(settings: ConfigDict, term: terms.Term, everyone: bool) -> None
         raise ValueError(
             "config.fipa.aggregator.trust: needs the losses of all clients in every round, server.optimizer = 'sgd', "
             "no server.average and a term that leaves the step as it is; set config.cohort = 0, or trust to False"
+        )
+    changes = term.whole_batch or (term.init is not terms.none().init and term.penalty is not terms.none().penalty)
+    if changes:
+        raise ValueError(
+            f"config.fipa.aggregator.trust: with the term {settings.term.name!r} clients have another objective in "
+            "each round or batch, and their losses judge no step; take another term, or set trust to False"
         )
     if settings.late.share:
         raise ValueError("config.fipa.aggregator.trust: needs clients that are not late; set late.share = 0")
@@ -248,18 +196,25 @@ def _check_span(settings: ConfigDict) -> None:
             "config.fipa.late.share: the rule 'span' asks about the present basis, and a late client answers about "
             "another; set it to 0"
         )
-    rule = settings.aggregator
-    if rule.trust or rule.own_damping or rule.past.kind != "none":
-        raise ValueError(
-            "config.fipa.aggregator: the rule 'span' has no use for trust, own_damping and past.kind; set them to "
-            "False, False and 'none', or compare the method 'fipa_span', which does"
-        )
+
+
+def _check_unused(settings: ConfigDict) -> None:
+    """Refuses what FIPA does with sketches where another rule by curvature does nothing of the kind."""
+    name = settings.aggregator.name
+    takes = set(inspect.signature(AGGREGATORS[name]).parameters)
+    for path, nothing in BY_SKETCHES.items():
+        taken = path.partition(".")[0] in takes and path not in BY_SKETCHES_ALONE
+        if not taken and fields.value(settings.aggregator, path) != nothing:
+            raise ValueError(
+                f"config.fipa.aggregator.{path}: the rule {name!r} has no use for it; set it to {nothing!r}, or "
+                "compare a method of that rule, which does"
+            )
 
 
 def _check_no_pairs(settings: ConfigDict, aggregator: Aggregator) -> None:
     """Refuses what is done to eigenpairs where clients send none."""
-    of_pairs = ("budget", "link", "deadline")
-    of_pairs += ("energy", "gradient_scale", "store") if aggregator.needs.curvature in ("image", "core") else ()
+    of_pairs = ("budget", "link", "deadline", "energy", "gradient_scale", "store")
+    of_pairs += () if aggregator.needs.curvature == "core" else ("bits",)
     if found := [name for name in of_pairs if settings.sketch[name]]:
         nothing = "''" if found[0] == "store" else "0"
         raise ValueError(
@@ -337,8 +292,13 @@ def _check_adaptive(settings: ConfigDict) -> None:
 def _check_adaptive_damping(settings: ConfigDict) -> None:
     """Refuses a damping that follows successive steps where these are not by the clients' gradients."""
     rule = settings.aggregator
-    if not rule.past.adaptive or rule.past.kind == "none":
+    if not rule.past.adaptive:
         return
+    if rule.past.kind != "prior":
+        raise ValueError(
+            "config.fipa.aggregator.past.adaptive: the damping follows what a prior of past rounds remembers; set "
+            f"past.kind to 'prior', got {rule.past.kind!r}, or past.adaptive to False"
+        )
     if rule.form != "damped" or not (settings.local.matched or rule.own_damping):
         raise ValueError(
             "config.fipa.aggregator.past.adaptive: needs updates that the rule undoes, local.matched = True or "

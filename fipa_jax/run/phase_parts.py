@@ -163,7 +163,7 @@ def local_of(
     local = local if compressor is None else compressed(local, compressor)
     if not aggregator.needs.loss:
         return local
-    return with_initial_loss(local, task.loss, settings.local.weight_decay)
+    return with_initial_loss(local, task.loss, settings.local.weight_decay, term)
 
 
 def _update_bytes(compressor: Compressor | None, term: terms.Term, itemsize: int, size: int) -> int:

@@ -40,7 +40,7 @@ def build(config) -> Problem:
     train, test = (arrays | {"image": loading.shrink(arrays["image"], config.data.side)} for arrays in (train, test))
     public = _public(config, train["image"].shape[1:]) if config.data.public else None
     mean, std = loading.standardise(config.data.name, (public or train)["image"])
-    train, holdout = partition.set_apart(train, config.data.holdout, config.partition.seed)
+    train, holdout = partition.set_apart(train, config.data.holdout, config.partition.seed, "config.data.holdout")
     clients = partition.partition(
         config.partition.name,
         train["label"],

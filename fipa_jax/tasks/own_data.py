@@ -173,7 +173,7 @@ def _by_all(task, sets: dict) -> dict[str, np.ndarray]:
 
 
 def _by_each_client(task, sets: dict) -> dict[str, np.ndarray]:
-    """{set: x} of each client by the moments of its own training examples."""
+    """{set: x} of each client by the moments of its own training examples; what all of them share becomes 0."""
     sets = {name: of_set for name, of_set in sets.items() if name != "public"}
     if task.split != "given" or not all("client" in of_set for of_set in sets.values()):
         raise ValueError(
@@ -183,7 +183,7 @@ def _by_each_client(task, sets: dict) -> dict[str, np.ndarray]:
     result = _as_it_is(task, sets)
     for client in np.unique(sets["train"]["client"]):
         own = {name: of_set["client"] == client for name, of_set in sets.items()}
-        for name, x in _standardise({name: result[name][rows] for name, rows in own.items()}).items():
+        for name, x in _standardise({name: result[name][rows] for name, rows in own.items()}, centred=True).items():
             result[name] = result[name].copy()
             result[name][own[name]] = x
     return result
@@ -303,7 +303,7 @@ def _sets(arrays: dict, task) -> dict[str, dict[str, np.ndarray]]:
         order = np.random.default_rng(task.seed).permutation(len(rows["x"]))
         count = max(1, round(task.test_fraction * len(order)))
         test, train = ({name: rows[name][np.sort(part)] for name in names} for part in (order[:count], order[count:]))
-    train, holdout = set_apart(train, task.holdout, task.seed)
+    train, holdout = set_apart(train, task.holdout, task.seed, "config.task.holdout")
     if task.split == "given" and "client" in rows:
         _check_all_train(task.file, rows["client"], train["client"])
     sets = {"train": train, "test": test} | ({} if holdout is None else {"holdout": holdout})
@@ -321,12 +321,13 @@ def _check_all_train(file: str, client: np.ndarray, owner: np.ndarray) -> None:
         )
 
 
-def _standardise(sets: dict[str, np.ndarray], by: str = "train") -> dict[str, np.ndarray]:
-    """Columns of each set [N, d] to mean 0 and variance 1 by the moments of one; its constant ones stay."""
+def _standardise(sets: dict[str, np.ndarray], by: str = "train", centred: bool = False) -> dict[str, np.ndarray]:
+    """Columns of each set [N, d] to mean 0 and variance 1 by the moments of one; constant ones stay, or become 0."""
     train = sets[by]
     varies = np.any(train != train[:1], axis=0)
     # Columns near one, by powers of two, which rounds nothing: the squares of 1e-170 or 1e200 are no numbers.
     exponent = np.where(varies, np.frexp(np.max(np.abs(train), axis=0, initial=0))[1], 0)
     near_one = np.ldexp(train, -exponent)
-    mean, scale = np.where(varies, near_one.mean(0), 0), np.where(varies, near_one.std(0), 1)
+    constant = train[0] if centred else 0
+    mean, scale = np.where(varies, near_one.mean(0), constant), np.where(varies, near_one.std(0), 1)
     return {name: (np.ldexp(array, -exponent) - mean) / scale for name, array in sets.items()}

@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers.clients import (
     INDICES,
@@ -68,6 +69,28 @@ def test_the_initial_loss_is_that_of_what_the_client_received(x64, name, count):
     np.testing.assert_allclose(result.before, wanted, rtol=1e-12)
     assert without.before is None
     chex.assert_trees_all_equal(result._replace(before=None), without)
+
+
+def test_the_initial_loss_holds_the_terms_penalty(x64):
+    """That of logits which are shifted by the client's own label frequencies, smoothed by one example a class."""
+    draw, label, mu = np.random.default_rng(0), np.array([0, 0, 0, 2, 1]), 0.7
+    data, params = {"x": draw.normal(size=(5, 2)), "label": label}, {"w": draw.normal(size=(2, 3))}
+    shifted = data["x"] @ params["w"] + mu * np.log((np.bincount(label) + 1) / (5 + 3))
+    each = np.log(np.sum(np.exp(shifted), axis=1)) - shifted[np.arange(5), label]
+
+    def loss(logits, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+
+    term = terms.logit_adjustment()
+    local = with_initial_loss(
+        first_order.first_order(loss, KEEP, steps=1, term=term), loss, weight_decay=0.3, term=term
+    )
+    client, hyper = Client(jnp.arange(5), jnp.int32(5)), make_hyper()._replace(mu=jnp.asarray(mu))
+    given = jax.tree.map(jnp.asarray, (params, data))
+    found = local(
+        lambda params, batch: (batch["x"] @ params["w"], ()), *given, client, jax.random.key(0), hyper, (), ()
+    )
+    np.testing.assert_allclose(found.before, np.mean(each) + 0.15 * np.sum(params["w"] ** 2), rtol=1e-12)
 
 
 SPREAD = {

@@ -365,3 +365,13 @@ def test_the_holdout_depends_on_the_seed_alone(prepared, tmp_path):
 def test_an_impossible_holdout_is_an_error(share):
     with pytest.raises(ValueError, match="holdout"):
         partition.set_apart({"label": np.arange(4)}, share, 0)
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.01, "0 of them; raise it, or set it to 0"), (0.9, "4 of them; lower it")]
+)
+def test_a_holdout_of_no_example_or_of_all_is_refused(share, said):
+    with pytest.raises(ValueError, match=f"config.task.holdout: {share} of 4 training examples are {said}"):
+        partition.set_apart({"label": np.arange(4)}, share, 0, "config.task.holdout")
+    train, holdout = partition.set_apart({"label": np.arange(4)}, 0.25, 0)
+    assert len(train["label"]) == 3 and len(holdout["label"]) == 1

@@ -46,6 +46,23 @@ def test_named_columns_are_taken_and_the_owner_never_as_an_input(tmp_path):
     assert own_arrays.read(file, Columns(client="chest"))["x"].shape[1] == len(["age", "smokes", "Basel", "Ulm", "z"])
 
 
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (Columns(inputs=("age", "y")), "inputs: names 'y', which is a target"),
+        (Columns(targets=("z",), inputs=("z",)), "inputs: names 'z', which is a target"),
+        (Columns(inputs=("age", "client")), r"inputs: names 'client', which is the owner, config\.task\.client"),
+        (Columns(targets=("chest",), client="chest"), "targets: names 'chest', which is the owner"),
+        (Columns(targets=("y", "y")), r"targets: names 'y', which is config\.task\.targets already"),
+        (Columns(inputs=("age", "z", "age")), r"inputs: names 'age', which is config\.task\.inputs already"),
+    ],
+)
+def test_a_column_is_one_thing_alone(tmp_path, columns, said):
+    file = _write(tmp_path, ".csv", ROWS)
+    with pytest.raises(ValueError, match=rf"^config\.task\.{said}.*; name a column once"):
+        own_arrays.read(file, columns)
+
+
 def test_words_may_be_targets(tmp_path):
     found = own_arrays.read(_write(tmp_path, ".parquet", ROWS), Columns(targets=("chest",)))
     assert found["y"].tolist() == ROWS["chest"]

@@ -12,7 +12,7 @@ from helpers.deployed import Deployed, bits, config_of, gap
 
 from fipa_jax import trees
 from fipa_jax.aggregate import row_blocks
-from fipa_jax.deployment import wire
+from fipa_jax.deployment import agreement, flower, wire
 from fipa_jax.deployment.agreement import agree
 from fipa_jax.deployment.server import Server, opened
 from fipa_jax.deployment.site import Site
@@ -172,7 +172,7 @@ def faults(blob, other):
         "of another client": (other, "it says that it is client 0"),
         "of an earlier round": (about(blob, round=-1), "it answers round -1"),
         "of a round to come": (about(blob, round=1), "it answers round 1"),
-        "another model": (about(blob, fingerprint="0" * 64), "other parameters"),
+        "another model": (about(blob, fingerprint="0" * 64), "other parameters, or of another config"),
         "a broadcast": (about(blob, kind="broadcast"), "needed upload"),
         "another rank": (changed(blob, sketch__rank=np.array(9, np.int32)), "of rank 9, asked for 3"),
         "more pairs than asked for": (
@@ -292,6 +292,7 @@ def server_rows(folder):
         ("warmup.rounds", 1, "config.warmup.rounds"),
         ("personal.compare", ("global",), "config.personal.compare"),
         ("fipa.privacy.epsilon", 1.0, "config.fipa.privacy.epsilon"),
+        ("cohort", 4, "config.cohort: 4 is above the number of clients, 3"),
     ],
 )
 def test_what_only_a_simulation_can_do_is_refused(federation, field, value, words):
@@ -413,3 +414,71 @@ def test_a_server_can_be_asked_for_figures(federation):
 
 def first_of(params):
     return float(np.asarray(jax.tree.leaves(params)[0]).reshape(-1)[0])
+
+
+SAME_WORK = ("fipa.rounds", 9), ("fipa.server.lr", 0.5), ("fipa.local.micro_batch", 2), ("task.file", "mine.npz")
+OTHER_WORK = {
+    "seed": 5,
+    "precision": "float32",
+    "task.boundary_weight": 3.0,
+    "task.standardise": "none",
+    "data.loss": "squared",
+    "model.activation": "relu",
+    "fipa.local.lr": 5.0,
+    "fipa.local.epochs": 7,
+    "fipa.local.weight_decay": 0.5,
+    "fipa.sketch.rank": 2,
+    "fipa.aggregator.damping": 0.5,
+    "fipa.term.mu": 0.5,
+}
+
+
+def test_the_fields_that_clients_work_by_are_told_apart_and_others_are_not():
+    config = config_of()
+    before = agreement.worked_by(config, config.fipa)
+    config.update_from_flattened_dict(dict(SAME_WORK))
+    assert agreement.worked_by(config, config.fipa) == before
+    seen = {before}
+    for field, value in OTHER_WORK.items():
+        config.update_from_flattened_dict({field: value})  # one after another
+        seen.add(agreement.worked_by(config, config.fipa))
+    assert len(seen) == 1 + len(OTHER_WORK)
+
+
+def test_a_site_with_another_learning_rate_is_refused_on_both_sides(federation, uploads):
+    parts, params = federation.agreement.parts, federation.agreement.params
+    config = federation.config.copy_and_resolve_references()
+    marks = []
+    for rate in (config.fipa.local.lr, 5.0):
+        config.fipa.local.lr = rate
+        marks.append(agreement.fingerprint_of(parts, params, agreement.worked_by(config, config.fipa)))
+    assert marks[0] == federation.agreement.fingerprint != marks[1]
+    theirs = Site(federation.agreement._replace(fingerprint=marks[1]), 1, federation.data(1), federation.width)
+    with pytest.raises(wire.Malformed, match="or of another config"):
+        theirs.work(federation.server().broadcast())
+    _, wrong = after(federation, uploads | {1: about(uploads[1], fingerprint=marks[1])})
+    assert "or of another config" in wrong[1]
+
+
+def waiting(*given):
+    return [flower.Asked(node, number) for node, number in given]
+
+
+NODES = {10 + client: client for client in range(6)}  # node -> client
+
+
+@pytest.mark.parametrize(
+    ("answers", "without", "slots", "wanted"),
+    [
+        pytest.param({0: 4, 1: 4}, [(12, 4)], 3, {0, 1, 2}, id="one is silent"),
+        pytest.param({0: 4, 1: 4, 3: 4}, [(12, 3), (15, 2)], 3, {0, 1, 3}, id="silent since earlier rounds"),
+        pytest.param({4: 4}, [(10, 3), (12, 4), (13, 4), (14, 3)], 3, {4, 2, 3}, id="this round's alone"),
+        pytest.param({0: 4, 1: 3, 2: 2, 3: 4}, [], 3, {0, 3, 1}, id="the newest of late answers"),
+        pytest.param({7: 4, 8: 4, 9: 4, 0: 3}, [(11, 4)], 3, {0, 1, 7}, id="strangers last"),
+        pytest.param({0: 4}, [(10, 4), (99, 4)], 3, {0}, id="asked again, and a node that never answered"),
+    ],
+)
+def test_silent_nodes_and_strangers_never_fill_a_round(answers, without, slots, wanted):
+    got = {client: (number, b"%d" % client) for client, number in answers.items()}
+    sent = flower.sent_in(4, got, waiting(*without), NODES, num_clients=6, slots=slots)
+    assert sent == {client: got[client][1] if client in got else None for client in wanted}

@@ -307,6 +307,15 @@ def test_double_precision_outside_its_scope_is_an_error():
         experiment.build(tiny(precision="float64"))
 
 
+@pytest.mark.parametrize("name", ["test", "holdout"])
+def test_a_set_without_examples_is_refused_before_a_round(name):
+    config = tiny()
+    problem = task.build(config)
+    nothing = {field: array[:0] for field, array in problem.test.items()}
+    with pytest.raises(ValueError, match=f"problem.{name}: needs an example at least"):
+        experiment.build(config, problem._replace(**{name: nothing}))
+
+
 @pytest.mark.slow
 def test_a_phase_on_cached_features_is_the_same_phase(tmp_path):
     """Rule by rule, to rounding; and the other rules of the run, on the whole network, go on as before."""

@@ -14,7 +14,7 @@ from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.models import networks
-from fipa_jax.run import experiment, phase_checks, phase_parts
+from fipa_jax.run import experiment, phase_parts
 from fipa_jax.tasks import images, task
 from fipa_jax.tasks.task import Problem, head_only
 
@@ -80,7 +80,7 @@ def tried(term, name, folder):
     parts = phase_parts.make_parts(config, config.fipa, problem.task, 2)
     params, error = problem.task.init(jax.random.key(0)), ""
     try:
-        phase_checks.check_needs(config.fipa, parts, params, problem.train, "fipa")
+        experiment.check_needs(config.fipa, parts, params, problem.train, "fipa")
     except ValueError as caught:
         error = str(caught)
     return problem, config, parts, params, error
@@ -216,7 +216,7 @@ def test_labels_that_are_no_classes_are_refused(folder):
     for learned, data in ((one, problem.train), (problem.task, fractions)):
         parts = phase_parts.make_parts(config, config.fipa, learned, 2)
         with pytest.raises(ValueError, match=r"config\.fipa\.term\.name: 'logit_adjustment' needs .* classes"):
-            phase_checks.check_needs(config.fipa, parts, learned.init(jax.random.key(0)), data, "fipa")
+            experiment.check_needs(config.fipa, parts, learned.init(jax.random.key(0)), data, "fipa")
 
 
 def test_an_own_term_that_nothing_moves_is_refused(folder, monkeypatch):
@@ -225,4 +225,70 @@ def test_an_own_term_that_nothing_moves_is_refused(folder, monkeypatch):
     problem, config = problem_of("sine", folder), fields_of(fipa__term__name="idle")
     parts = phase_parts.make_parts(config, config.fipa, problem.task, 2)
     with pytest.raises(ValueError, match=r"config\.fipa\.term\.name: 'idle' does not change with .*trainable"):
-        phase_checks.check_needs(config.fipa, parts, problem.task.init(jax.random.key(0)), problem.train, "fipa")
+        experiment.check_needs(config.fipa, parts, problem.task.init(jax.random.key(0)), problem.train, "fipa")
+
+
+PRIOR = "aggregator.past.kind=prior:aggregator.past.adaptive=True"
+TRUSTED = "fipa:aggregator.trust=True:aggregator.relative=False:aggregator.limits.max_step=0"
+USELESS = {
+    "fedavg:local.optimizer=gradient:local.clip_norm=0.01": r"local\.optimizer = 'gradient' takes no local\.clip_norm",
+    "fedivon:local.weight_decay=0.1": r"local\.optimizer = 'ivon' takes no local\.weight_decay",
+    "fipa:aggregator.past.adaptive=True": r"past\.adaptive: .*'prior', got 'none'",
+    f"fipa_sums:{PRIOR}": r"past\.adaptive: .*'sums'.*set it to False",
+    f"fedpm:{PRIOR}": r"past\.adaptive: .*'kronecker'.*set it to False",
+    "fisher_diagonal:aggregator.form=pinv": r"aggregator\.form: the rule 'diagonal' .* set it to 'damped'",
+    "fisher_diagonal:aggregator.trust=True": r"aggregator\.trust: the rule 'diagonal' has no use",
+    "fedfisher_kfac:aggregator.trust=True": r"aggregator\.trust: the rule 'kronecker' has no use",
+    "fedivon:aggregator.trust=True": r"aggregator\.trust: the rule 'posterior' has no use",
+    "fipa_span:aggregator.trust=True": r"aggregator\.trust: the rule 'span' has no use",
+    "fedpm:aggregator.own_damping=True": r"aggregator\.own_damping: the rule 'kronecker' has no use",
+    "fipa_span:aggregator.own_damping=True": r"aggregator\.own_damping: the rule 'span' has no use",
+    "fisher_diagonal:aggregator.past.kind=latest": r"past\.kind: the rule 'diagonal' .* set it to 'none'",
+    "fedivon:aggregator.past.kind=prior": r"past\.kind: the rule 'posterior' has no use",
+    "fisher_diagonal:aggregator.late.max_drift=0.1": r"late\.max_drift: the rule 'diagonal' .* set it to 0\.0",
+    "fedpm:aggregator.late.max_drift=0.1": r"late\.max_drift: the rule 'kronecker' has no use",
+    "fipa_sums:sketch.bits=4": r"sketch\.bits: is of eigenpairs, and under the rule 'sums' .* set it to 0",
+    "fisher_diagonal:sketch.bits=4": r"sketch\.bits: .* under the rule 'diagonal'",
+    "fedfisher_kfac:sketch.energy=0.9": r"sketch\.energy: .* under the rule 'kronecker'",
+    f"{TRUSTED}:term.name=moon": r"aggregator\.trust: with the term 'moon' clients have another objective",
+    f"{TRUSTED}:term.name=rcl": r"aggregator\.trust: with the term 'rcl' clients have another objective",
+}
+
+
+@pytest.mark.parametrize("spec", USELESS)
+def test_an_option_that_would_do_nothing_is_refused(spec):
+    with pytest.raises(ValueError, match=USELESS[spec]):
+        phase_parts.check(tiny(compare=(spec,)))
+
+
+WHATEVER = {"local__clip_norm": 1.0, "aggregator__past__adaptive": True, "sketch__bits": 4}
+OF_FIPA = WHATEVER | {
+    "local__weight_decay": 0.1,
+    "aggregator__trust": True,
+    "aggregator__own_damping": True,
+    "aggregator__late__max_drift": 0.1,
+    "sketch__store": "bfloat16",
+    "sketch__energy": 0.9,
+    "sketch__gradient_scale": 1.0,
+}
+INHERITED = dict.fromkeys(("fipa_few_bytes", "fipa_sums", "fipa_sums_of_gradients"), WHATEVER)
+INHERITED |= dict.fromkeys(("fedpm", "fedfisher_kfac", "regmean"), OF_FIPA)
+INHERITED |= dict.fromkeys(
+    ("fipa_span", "fisher_diagonal", "fedivon", "ivon_admm"),
+    OF_FIPA | {"aggregator__past__kind": "prior", "aggregator__form": "pinv"},
+)
+
+
+@pytest.mark.parametrize("name", INHERITED)
+def test_a_compared_method_leaves_aside_what_only_others_use(name):
+    phase_parts.check(fields_of(compare=(name,), **{f"fipa__{path}": value for path, value in INHERITED[name].items()}))
+
+
+def test_what_has_no_damping_is_compared_with_a_phase_that_follows_it():
+    config = fields_of(fipa__aggregator__trust=True, fipa__aggregator__relative=False, fipa__local__matched=True)
+    config.fipa.local.optimizer, config.compare = "gauss_newton", ("fipa", "fipa_pinv")
+    phase_parts.check(config)
+
+
+def test_trust_takes_a_term_whose_objective_stays_the_same():
+    phase_parts.check(tiny(compare=(f"{TRUSTED}:term.name=logit_adjustment", f"{TRUSTED}:term.name=prox")))

@@ -196,6 +196,8 @@ def test_a_bare_array_is_no_npz(config, tmp_path):
         ({}, {"split": "given"}, r"task\.split: 'given' needs an array client.*config\.task\.file"),
         ({}, {"column": WIDTH}, r"task\.column: x of config\.task\.file has columns 0 to 2, got 3"),
         ({}, {"column": -1}, r"task\.column: "),
+        ({}, {"inputs": ("a",)}, r"task\.inputs: names columns of a table, and .*mine\.npz' holds arrays"),
+        ({}, {"targets": ("a", "b")}, r"task\.targets: names columns of a table"),
         ({}, {"num_clients": 33}, r"task\.num_clients: 33 clients .*config\.task\.file has 32 to train on; lower it"),
         ({}, {"num_clients": 33, "split": "kmeans"}, r"task\.num_clients: 33 clients"),
         (
@@ -208,6 +210,7 @@ def test_a_bare_array_is_no_npz(config, tmp_path):
             {"split": "kmeans"},
             r"task\.num_clients: of 3 clusters of x .* some have no example; lower it",
         ),
+        ({}, {"holdout": 0.01}, r"task\.holdout: 0\.01 of 32 training examples are 0 of them; raise it"),
         (
             {"client": np.arange(NUM_EXAMPLES)},
             {"split": "given"},
@@ -345,6 +348,23 @@ def test_each_client_may_be_standardised_by_its_own_moments(config):
         np.testing.assert_allclose(problem.train["x"][own].std(0), 1, atol=1e-5)
     np.testing.assert_array_equal(problem.test["x"], problem.train["x"][:9])
     assert [len(own) for own in problem.test_clients] == [4, 5]  # Basel, Ulm
+
+
+def test_what_all_examples_of_a_client_share_becomes_nothing(config):
+    """Its level is its own unit, as a mean is: also that of a client with one example."""
+    arrays = {name: array.copy() for name, array in _owned().items()}
+    ulm = arrays["client"] == "Ulm"
+    arrays["x"][ulm, 0], arrays["x_test"][arrays["client_test"] == "Ulm", 0] = 0.7, 1.7
+    arrays["client"][1] = arrays["client_test"][1] = "Jena"  # one example, and its twin in the test set
+    problem = tasks.build(config(arrays, split="given", standardise="client"))
+    train, test = problem.train["x"], problem.test["x"]
+    np.testing.assert_array_equal(train[ulm, 0], 0)
+    np.testing.assert_allclose(test[problem.test_clients[2], 0], 1, rtol=1e-6)
+    assert problem.names == ("Basel", "Jena", "Ulm")
+    np.testing.assert_array_equal(train[1], 0)
+    np.testing.assert_array_equal(test[1, 1:], 0)
+    pooled = tasks.build(config(_arrays(x=np.full((NUM_EXAMPLES, 1), 70.0)), split="kmeans", num_clients=1))
+    np.testing.assert_array_equal(pooled.train["x"], 70)
 
 
 @pytest.mark.parametrize("changes", [{"client_test": None}, {"client": None, "client_test": None}])
