@@ -112,7 +112,6 @@ def make_sketch(
     """
     lookup(SOLVERS, solver, "sketch.solver")
     contracts.at_least(0, oversample=oversample, power_steps=power_steps, tolerance=tolerance, probes=probes)
-    contracts.at_least(1, rank=rank)
     search = Search(solver, rank, oversample, power_steps, tolerance)
     view = View(micro_batch, jacobian, features, loss_rank)
 
