@@ -150,6 +150,7 @@ def test_a_phase_ends_before_its_clients_send_too_much_and_is_evaluated_then(tmp
         assert "test_mse" in mine[-1]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_knows_what_was_sent_before(tmp_path, monkeypatch):
     config = tiny(compare=(SPAN,), fipa={"rounds": 90})
     config.task.num_clients, config.fipa.most_bytes_up, config.checkpoint.seconds = CLIENTS, 4000.0, 0.0

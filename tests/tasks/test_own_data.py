@@ -310,7 +310,8 @@ def test_a_run_on_classes_shows_all_figures(config, tmp_path, capsys):
     assert "always the largest class" in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("trust", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trust", [False, True])
 def test_newton_rounds_with_weight_decay_end_at_the_pooled_optimum(config, tmp_path, trust):
     """Logistic regression: the step of every round is Newton's on all clients' examples."""
     y, label = _labels("two")
