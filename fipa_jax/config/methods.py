@@ -29,7 +29,12 @@ WITHOUT_SKETCHES = {
     "sketch.store": "",
     "sketch.energy": 0.0,
     "sketch.gradient_scale": 0.0,
+    "sketch.budget": 0.0,
+    "sketch.link": 0.0,
+    "sketch.deadline": 0.0,
 }
+OF_SUMS = WITHOUT_SKETCHES.copy()
+OF_SUMS.pop("aggregator.trust")  # which a sum of losses serves too
 ONLY_NOW = WITHOUT_SKETCHES | {"aggregator.form": "damped", "aggregator.past.kind": "none"}  # nor remember anything
 # Cohort and rounds stay the same for all, and so does local work, but for that of `fipa_memory` and the like.
 METHODS = {
@@ -72,21 +77,19 @@ METHODS = {
         "server.optimizer": "sgd",
         "server.lr": 0.1,
     },
-    "fipa_sums": {
+    "fipa_sums": OF_SUMS
+    | {
         "aggregator.name": "sums",
         "aggregator.form": "damped",
-        "aggregator.past.adaptive": False,
-        "sketch.bits": 0,
         "aggregator.limits.max_step": 0.0,
         "aggregator.limits.explosion": 0.0,
         "aggregator.limits.trace_cap": 0.0,
     },
-    "fipa_sums_of_gradients": {
+    "fipa_sums_of_gradients": OF_SUMS
+    | {
         "aggregator.name": "sums",
         "aggregator.sums.form": "gradient",
         "aggregator.form": "damped",
-        "aggregator.past.adaptive": False,
-        "sketch.bits": 0,
         "aggregator.limits.max_step": 0.0,
         "aggregator.limits.explosion": 0.0,
         "aggregator.limits.trace_cap": 0.0,
@@ -137,6 +140,7 @@ METHODS = {
         "aggregator.form": "pinv",  # which has no damping
         "aggregator.trust": False,
         "aggregator.own_damping": False,
+        "aggregator.past.adaptive": False,
         "local.matched": False,
     },
     "fipa_tikhonov": {"aggregator.form": "tikhonov"},

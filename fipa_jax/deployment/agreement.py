@@ -40,13 +40,14 @@ SHARED = (
 )
 RUN = 8  # bytes that tell a server's runs apart
 WARMUP = "warmup"  # the phase of this name, instead of a method
-# Fields by which clients work, beside those of the model and the phase; and those of a phase by which they do not.
+# Fields by which clients work: of a run, beside the model's; of a phase, and of its rule; what may differ by machine.
 WORKED_BY = (
     *("precision", "seed", "task.name", "task.kind", "task.standardise", "task.window", "task.equation"),
     *("task.boundary_weight", "data.name", "data.side", "data.loss", "data.augment", "data.rotation", "data.flip"),
 )
-OF_SERVER = ("rounds", "max_skips", "least_clients", "most_bytes_up", "server")
-OF_MACHINE = ("local.micro_batch", "sketch.micro_batch")
+OF_PHASE = ("trainable", "also_trained", "local", "sketch", "term")
+OF_RULE = ("name", "at", "layers", "posterior", "sums", "span")
+OF_MACHINE = {"local": "micro_batch", "sketch": "micro_batch"}
 
 
 class Agreement(NamedTuple):
@@ -196,10 +197,11 @@ def check(settings: ConfigDict) -> None:
 
 
 def _check_parts(parts: Parts, late: int) -> None:
-    """Refuses what needs more than one upload from each client, and late answers about a basis that is gone."""
-    if late and parts.aggregator.needs.curvature in ("image", "core"):
+    """Refuses what needs more than one upload from each client, and late answers that are of no use."""
+    needs = parts.aggregator.needs
+    if late and (needs.gradient or needs.curvature in ("image", "core")):
         raise ValueError(
-            "late: clients answer about the present round's basis, and late ones about another; set it to 0"
+            "late: the rule asks for gradients, or for curvature within a basis, of the present round; set it to 0"
         )
     if parts.sketcher is not None and parts.sketcher.sends_gradient:
         raise ValueError("sketch.gradient_scale: needs a second exchange in a round, which is not built; set it to 0")
@@ -228,17 +230,16 @@ def worked_by(config: ConfigDict, settings: ConfigDict) -> str:
       config: all fields.
       settings: the phase's.
     """
-    phase = settings.to_dict()
-    for path in (*OF_SERVER, *OF_MACHINE):
-        *groups, name = path.split(".")
-        del functools.reduce(dict.__getitem__, groups, phase)[name]
-    shared = {path: fields.value(config, path) for path in WORKED_BY}
-    shared |= {"model": config.model.to_dict(), "phase": phase}
+    phase, rule = settings.to_dict(), settings.aggregator.to_dict()
+    shared = {path: fields.value(config, path) for path in WORKED_BY} | {"model": config.model.to_dict()}
+    shared |= {name: phase[name] for name in OF_PHASE} | {"rule": {name: rule[name] for name in OF_RULE}}
+    for group, name in OF_MACHINE.items():
+        shared[group].pop(name)
     return json.dumps(shared, sort_keys=True, default=str)
 
 
-def fingerprint_of(parts: Parts, params: Any, config: str) -> str:
-    """The `wire.fingerprint` of the model, of which `parts` train a part, and of what clients work by."""
+def fingerprint_of(parts: Parts, params: Any, config: str = "") -> str:
+    """The `wire.fingerprint` of the model, of which `parts` train a part, and of what clients work by, if given."""
     leaves, chosen = trees.paths(params), trees.select(params, parts.trainable)
     frozen = {path: np.asarray(leaf) for path, leaf in leaves.items() if path not in chosen}
     return wire.fingerprint(chosen, frozen, config)

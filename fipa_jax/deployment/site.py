@@ -15,7 +15,16 @@ from fipa_jax.curvature.common_basis import Core, Image
 from fipa_jax.curvature.layer_factors import LayerFactors
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 from fipa_jax.deployment import packing, wire
-from fipa_jax.deployment.agreement import RUN, Agreement, broadcast_of, client_state, first_rule, first_store, work_of
+from fipa_jax.deployment.agreement import (
+    RUN,
+    Agreement,
+    broadcast_of,
+    client_state,
+    fingerprint_of,
+    first_rule,
+    first_store,
+    work_of,
+)
 from fipa_jax.federation.population import Cohort
 from fipa_jax.saving.model_files import export, load
 
@@ -122,7 +131,8 @@ class Site:
 
     def _owner(self) -> str:
         """Whose file it is."""
-        return f"client {self._client} of {self._agreement.name!r}, {self._agreement.fingerprint}"
+        model = fingerprint_of(self._agreement.parts, self._agreement.params)
+        return f"client {self._client} of {self._agreement.name!r}, {model}"
 
     def _write(self) -> None:
         """Writes what is kept to the file, if there is one."""

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from fipa_jax import trees
 from fipa_jax.config.defaults import privacy
+from fipa_jax.config.methods import method
 from fipa_jax.data import loading
 from fipa_jax.federation.parts import Parts
 from fipa_jax.federation.population import OnHost
@@ -47,9 +48,10 @@ def check(config: ConfigDict, settings: ConfigDict) -> None:
 
 
 def _check_no_wish(config: ConfigDict, settings: ConfigDict) -> None:
-    """Refuses fields of privacy in a phase without a budget, but those that it has from the private FIPA phase."""
+    """Refuses fields of privacy in a phase without a budget, but those that it shares with private methods."""
     plain = privacy()
-    inherited = config.fipa.privacy if is_private(config.fipa) else plain
+    some = any(is_private(phase) for phase in (config.fipa, *(method(config, spec) for spec in config.compare)))
+    inherited = config.fipa.privacy if some else plain
     for name, value in settings.privacy.items():
         if value not in (plain[name], inherited[name]):
             raise ValueError(

@@ -303,6 +303,12 @@ def test_what_only_a_simulation_can_do_is_refused(federation, field, value, word
         agreeing()
 
 
+@pytest.mark.parametrize("spec", ["fipa_span", "fipa_few_bytes", "fipa_sums"])
+def test_late_answers_of_no_use_are_refused_before_any_round(federation, spec):
+    with pytest.raises(ValueError, match="late: the rule asks for gradients, or for curvature within a basis"):
+        agree(config_of(), federation.problem.task, 3, federation.problem.test, spec=spec, late=1)
+
+
 def test_duals_of_beliefs_do_not_travel(federation):
     with pytest.raises(ValueError, match=r"config\.fipa\.term\.name: the server must know what clients keep"):
         agree(config_of(), federation.problem.task, 3, federation.problem.test, spec="ivon_admm")
@@ -331,6 +337,8 @@ def test_a_client_goes_on_from_what_it_has_kept(spec, kept, tmp_path):
     second = server.broadcast()
     assert (again.work(second) == federation.sites[0].work(second)) is (kept != "nothing")
     if kept == "file":
+        changed = federation.agreement._replace(fingerprint="0" * 64)  # as of another learning rate
+        Site(changed, 0, federation.data(0), federation.width, memory=file)
         with pytest.raises(ValueError, match=r"kept\.msgpack is of client 0 of .*, and this is client 1"):
             site(1)
         file.write_bytes(file.read_bytes()[:-5])
@@ -416,7 +424,10 @@ def first_of(params):
     return float(np.asarray(jax.tree.leaves(params)[0]).reshape(-1)[0])
 
 
-SAME_WORK = ("fipa.rounds", 9), ("fipa.server.lr", 0.5), ("fipa.local.micro_batch", 2), ("task.file", "mine.npz")
+SAME_WORK = (
+    *(("fipa.rounds", 9), ("fipa.server.lr", 0.5), ("fipa.local.micro_batch", 2), ("task.file", "mine.npz")),
+    *(("fipa.aggregator.damping", 0.5), ("fipa.aggregator.limits.max_step", 1.0), ("fipa.max_skips", 3)),
+)
 OTHER_WORK = {
     "seed": 5,
     "precision": "float32",
@@ -428,7 +439,7 @@ OTHER_WORK = {
     "fipa.local.epochs": 7,
     "fipa.local.weight_decay": 0.5,
     "fipa.sketch.rank": 2,
-    "fipa.aggregator.damping": 0.5,
+    "fipa.aggregator.at": "broadcast",
     "fipa.term.mu": 0.5,
 }
 

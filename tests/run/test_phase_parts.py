@@ -270,8 +270,10 @@ OF_FIPA = WHATEVER | {
     "sketch__store": "bfloat16",
     "sketch__energy": 0.9,
     "sketch__gradient_scale": 1.0,
+    "sketch__budget": 5000.0,
 }
-INHERITED = dict.fromkeys(("fipa_few_bytes", "fipa_sums", "fipa_sums_of_gradients"), WHATEVER)
+INHERITED = {"fipa_few_bytes": WHATEVER, "fipa_pinv": {"aggregator__past__adaptive": True}}
+INHERITED |= dict.fromkeys(("fipa_sums", "fipa_sums_of_gradients"), OF_FIPA | {"aggregator__trust": False})
 INHERITED |= dict.fromkeys(("fedpm", "fedfisher_kfac", "regmean"), OF_FIPA)
 INHERITED |= dict.fromkeys(
     ("fipa_span", "fisher_diagonal", "fedivon", "ivon_admm"),

@@ -175,6 +175,8 @@ def test_the_phase_stops_when_the_budget_is_spent(tmp_path):
 def test_a_method_beside_private_ones_may_do_without():
     """By a budget of 0 of its own, whatever else it has from the private phase."""
     phase_parts.check(private(compare=("fedavg", "fipa:privacy.epsilon=0"), **{"fipa.privacy.clip_decay": 0.9}))
+    by_hand = {"fipa.privacy.epsilon": 0.0, "fipa.privacy.clip": 1.0, "compare": ("fedavg:privacy.epsilon=8", "fedavg")}
+    phase_parts.check(private(**by_hand))
 
 
 def test_a_model_of_public_data_gives_a_part_of_the_first_model(tmp_path, ended):
