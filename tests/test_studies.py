@@ -66,6 +66,7 @@ def test_a_record_fits_together(name, evidence):
     assert records.question(study).endswith("?")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_warm_up_is_nothing_else(name, evidence):
     """At no size does a run that others begin with compare methods."""

@@ -135,7 +135,10 @@ def test_what_does_not_fit_names_its_field(spec, words):
 SPAN = "fipa_span:aggregator.span.columns=10:aggregator.span.fresh=4:aggregator.span.bits=8:sketch.share=1"
 
 
-@pytest.mark.parametrize("how", [{"rounds_per_call": 1}, {"rounds_per_call": 50}, {"stage_seconds": True}])
+SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ({"rounds_per_call": 1}, {"stage_seconds": True})]
+
+
+@pytest.mark.parametrize("how", [{"rounds_per_call": 50}, *SLOW])
 def test_a_phase_ends_before_its_clients_send_too_much_and_is_evaluated_then(tmp_path, how):
     """However many rounds run before the host looks, and though the cores of the first rounds are small."""
     most, config = 4000, tiny(compare=("fedavg", SPAN), fipa={"rounds": 90})

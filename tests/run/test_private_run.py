@@ -189,6 +189,7 @@ def test_a_model_of_public_data_gives_a_part_of_the_first_model(tmp_path, ended)
         experiment.build(private(init_from=str(ended[0] / "fedavg.msgpack"), init_paths="nonesuch"))
 
 
+@pytest.mark.slow
 def test_a_wide_models_public_frame_is_that_of_its_rows(monkeypatch):
     draw = np.random.default_rng(0)
     params, x = {"a": draw.normal(size=(3, 2)).astype(np.float32)}, draw.normal(size=(5, 3)).astype(np.float32)
