@@ -8,7 +8,7 @@ rho sum_m w_m (s_m - s), V by rho sum_m w_m (s_m mean_m - s mean), s and mean th
 On quadratic losses, at rho = 1 and from duals of zero and the prior, a round of exact clients is the posterior of all.
 The factor 1 / (1 + rho) and the least precision, that of the prior, are ours: the paper's pseudocode was not at hand.
 A late client's mean_m is where it came to from the parameters that it started from, and it counts for less (`late`).
-Where no client has any precision all count alike.
+Where no client has any precision they count by their weights alone.
 """
 
 from typing import Literal, NamedTuple

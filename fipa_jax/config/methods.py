@@ -19,9 +19,8 @@ MEMORY = {
     "server.optimizer": "sgd",
     "server.lr": 1.0,
 }
-# What FIPA does with its sketches, and rules by other curvature do not.
-WITHOUT_SKETCHES = {
-    "aggregator.trust": False,
+# What FIPA does with its sketches, and sums do not; nor do the others, which have no trust region either.
+OF_SUMS = {
     "aggregator.own_damping": False,
     "aggregator.past.adaptive": False,
     "aggregator.late.max_drift": 0.0,
@@ -33,8 +32,7 @@ WITHOUT_SKETCHES = {
     "sketch.link": 0.0,
     "sketch.deadline": 0.0,
 }
-OF_SUMS = WITHOUT_SKETCHES.copy()
-OF_SUMS.pop("aggregator.trust")  # which a sum of losses serves too
+WITHOUT_SKETCHES = OF_SUMS | {"aggregator.trust": False}
 ONLY_NOW = WITHOUT_SKETCHES | {"aggregator.form": "damped", "aggregator.past.kind": "none"}  # nor remember anything
 # Cohort and rounds stay the same for all, and so does local work, but for that of `fipa_memory` and the like.
 METHODS = {

@@ -294,11 +294,6 @@ def _check_adaptive_damping(settings: ConfigDict) -> None:
     rule = settings.aggregator
     if not rule.past.adaptive:
         return
-    if rule.past.kind != "prior":
-        raise ValueError(
-            "config.fipa.aggregator.past.adaptive: the damping follows what a prior of past rounds remembers; set "
-            f"past.kind to 'prior', got {rule.past.kind!r}, or past.adaptive to False"
-        )
     if rule.form != "damped" or not (settings.local.matched or rule.own_damping):
         raise ValueError(
             "config.fipa.aggregator.past.adaptive: needs updates that the rule undoes, local.matched = True or "
