@@ -26,7 +26,7 @@ from fipa_jax import trees
 from fipa_jax.aggregate.aggregator import Aggregator, State
 from fipa_jax.aggregate.screening import Received
 from fipa_jax.curvature.sketch import Sketch
-from fipa_jax.curvature.sketchers import VectorBytes, are_sent, prices
+from fipa_jax.curvature.sketchers import are_sent, prices
 
 PATIENCE = 4  # rounds over which what is left over is spent
 FASTEST = 1 / 4  # to which part of itself the level may fall in a round
@@ -43,7 +43,7 @@ class BudgetState(NamedTuple):
     left: jax.Array  # [], pairs that were bought and have not been sent
 
 
-def within_budget(rule: Aggregator, budget: float, vector_bytes: VectorBytes | None = None) -> Aggregator:
+def within_budget(rule: Aggregator, budget: float, bits: int = 0) -> Aggregator:
     """The rule, asking its clients for the pairs above a level, such that so many bytes are sent.
 
     The clients' sketcher is a `curvature.sketchers.above_level` of the same budget. The bytes are kept to in the mean
@@ -57,7 +57,7 @@ def within_budget(rule: Aggregator, budget: float, vector_bytes: VectorBytes | N
     Args:
       rule: of sketches; asks nothing along with them.
       budget: bytes of curvature, a client that takes part and round; above 0.
-      vector_bytes: entries -> bytes of a vector as it is sent; None for its array's.
+      bits: of an entry of an eigenvector as it is sent; 0 for floating point.
 
     Returns:
       The rule; its state is a `BudgetState`, and its `info` has `sketch_level` [] too, that of the round.
@@ -76,7 +76,7 @@ def within_budget(rule: Aggregator, budget: float, vector_bytes: VectorBytes | N
         sketch = received.sketch
         if not isinstance(sketch, Sketch):
             raise ValueError(f"sketch.budget: needs sketches, got {type(sketch).__name__}")
-        report, pair = prices(sketch, vector_bytes)
+        report, pair = prices(sketch, bits)
         asked = received.took_part & (are_sent(sketch) if sketch.report else True)  # else nobody can tell
         values = jnp.where(asked[:, None], sketch.eigenvalues, 0).astype(before.level.dtype)
         bought = (jnp.sum(received.took_part) * budget - jnp.sum(asked) * report) / pair

@@ -4,6 +4,7 @@ What is checked are faults, not attacks: a client that is broken shows itself he
 what a sound client could send does not, and only the caps (`limits`) bound what it can do.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from fipa_jax import trees
 from fipa_jax.aggregate.row_blocks import over_row_blocks, reduce_rows, row_block, segments_of, size_of
 from fipa_jax.aggregate.uploads import Message, Uploads, fitting
+from fipa_jax.curvature import few_bits
 from fipa_jax.curvature.common_basis import Core, Image
 from fipa_jax.curvature.layer_factors import LayerFactors, diagonal_of
 from fipa_jax.curvature.sketch import Diagonal, Sketch
@@ -34,6 +36,8 @@ REASONS = {
 }
 # A basis that was rounded to bfloat16 on its way is off by less than 0.01, a column that is sent twice by 1.
 ORTHONORMAL = 0.05  # bound on the entries of |U^T U v - v|, v random signs
+# What few bits add to it: so many standard deviations, but never so much that a column sent twice would pass.
+DEVIATIONS, LOOSEST = 6, 0.5
 BLOCK = 2**20  # entries of the bases that are looked at together
 
 
@@ -68,13 +72,15 @@ class Received(NamedTuple):
         return self._replace(took_part=took_part, **trees.zero_unless(took_part, zeroed))
 
 
-def receive(uploads: Uploads, params: Any, mesh: Mesh | None = None) -> tuple[Received, dict]:
+def receive(uploads: Uploads, params: Any, mesh: Mesh | None = None, bits: int = 0) -> tuple[Received, dict]:
     """Checks shapes, and leaves out the clients that must not take part: without examples, or at fault.
 
     Args:
       uploads: of C clients, see `Uploads`.
       params: parameter pytree, whose tree and shapes the updates must have.
       mesh: devices that share the rows of long bases, see `row_blocks`.
+      bits: of an entry of a sketch's basis as it was sent, see `curvature.few_bits`; 0 for floating point. Vectors that
+        were rounded to few are less orthogonal.
 
     Returns:
       (received, info with `rejected` [C] bool, those at fault, `reasons` {name in `REASONS`: [C] bool}, and `absent`
@@ -91,7 +97,7 @@ def receive(uploads: Uploads, params: Any, mesh: Mesh | None = None) -> tuple[Re
     uploads = fitting(uploads, params)
     num_examples = uploads.num_examples
     present = num_examples != 0  # NaN is not 0
-    reasons = {name: present & fault for name, fault in _faults(uploads, num_examples, mesh).items()}
+    reasons = {name: present & fault for name, fault in _faults(uploads, num_examples, mesh, bits).items()}
     rejected = jnp.any(jnp.stack(list(reasons.values())), axis=0)
     received = Received(took_part=jnp.ones_like(present), **uploads._asdict()).only(present & ~rejected)
     return received, {"rejected": rejected, "reasons": reasons, "absent": ~present}
@@ -122,7 +128,7 @@ def with_refused(info: dict, refused: dict) -> dict:
     return info | refused | {"reasons": before | added, "rejected": rejected | info.get("rejected", False)}
 
 
-def _faults(uploads: Uploads, num_examples: jax.Array, mesh: Mesh | None) -> dict[str, jax.Array]:
+def _faults(uploads: Uploads, num_examples: jax.Array, mesh: Mesh | None, bits: int) -> dict[str, jax.Array]:
     """{name in `REASONS`: [C] bool}, of present and absent clients alike."""
     dtype = jnp.result_type(*jax.tree.leaves(uploads.delta))
     most = _most(dtype, num_examples.size)
@@ -132,7 +138,7 @@ def _faults(uploads: Uploads, num_examples: jax.Array, mesh: Mesh | None) -> dic
         "update_not_finite": ~jnp.isfinite(lengths),
         "examples_invalid": ~((num_examples >= 0) & (num_examples <= most)),
     }
-    faults |= _faults_of_curvature(uploads.sketch, mesh)
+    faults |= _faults_of_curvature(uploads.sketch, mesh, bits)
     if uploads.loss is not None:
         faults["loss_not_finite"] = ~jnp.isfinite(uploads.loss)
     if uploads.age is not None:
@@ -144,7 +150,7 @@ def _faults(uploads: Uploads, num_examples: jax.Array, mesh: Mesh | None) -> dic
     return faults
 
 
-def _faults_of_curvature(sketch: Message, mesh: Mesh | None) -> dict[str, jax.Array]:
+def _faults_of_curvature(sketch: Message, mesh: Mesh | None, bits: int) -> dict[str, jax.Array]:
     if isinstance(sketch, Diagonal):
         return {
             "sketch_not_finite": ~trees.is_finite(sketch.values),
@@ -166,13 +172,14 @@ def _faults_of_curvature(sketch: Message, mesh: Mesh | None) -> dict[str, jax.Ar
     if not isinstance(sketch, Sketch):
         return {}
     finite, distance = orthonormality(sketch, mesh)
+    _, size, rank = sketch.basis.shape
     finite &= trees.is_finite(sketch.eigenvalues)
     if sketch.report is not None:
         finite &= ~sketch.report.flags["not_finite"]
     return {
         "sketch_not_finite": ~finite,
         "curvature_negative": _negative(sketch.eigenvalues),
-        "basis_not_orthonormal": finite & ~(distance <= ORTHONORMAL),
+        "basis_not_orthonormal": finite & ~(distance <= most_distance(size, rank, bits)),
     }
 
 
@@ -203,6 +210,18 @@ def _indefinite(cores: jax.Array) -> jax.Array:
     most = 1.02 * lengths[:, :, None] * lengths[:, None]
     rounding = jnp.sqrt(jnp.finfo(cores.dtype).eps) * jnp.max(diagonal, axis=1)
     return _negative(diagonal) | jnp.any(jnp.abs(cores) > most + rounding[:, None, None], axis=(1, 2))
+
+
+def most_distance(size: int, rank: int, bits: int = 0) -> float:
+    """What `orthonormality` may find of a basis [P, R] whose entries were sent in so many bits; 0 for floating point.
+
+    Rounding at random adds to each vector one of length e = sqrt(1/6) 3 / l, where the largest entry of a block is
+    three times the usual one, l = 2^(bits - 1) - 1. So U^T U has entries of e sqrt(2 / P) off its diagonal, and R of
+    them, with random signs, add up to sqrt(3 R / P) / l.
+    """
+    if not bits:
+        return ORTHONORMAL
+    return min(ORTHONORMAL + DEVIATIONS * math.sqrt(3 * rank / size) / few_bits.levels_of(bits), LOOSEST)
 
 
 def orthonormality(sketch: Sketch, mesh: Mesh | None = None) -> tuple[jax.Array, jax.Array]:

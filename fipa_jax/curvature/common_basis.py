@@ -5,8 +5,6 @@ mean curvature makes of it. So a server that sees sums alone can use them, see `
 spans what matters, its core Q^T H Q says as much in s (s + 1) / 2 numbers, see `aggregate.gradient_span`.
 """
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -156,7 +154,7 @@ def sketcher_of_cores(loss: Loss, bits: int = 0, **options) -> Sketcher:
         core = make_core(alone, loss, features=last_inputs, **options)(params, batch, mask, basis, active)
         return in_few_bits(key, core, bits) if bits else core
 
-    return Sketcher(of_client, vector_bytes=functools.partial(few_bits.bytes_of, bits=bits) if bits else None)
+    return Sketcher(of_client, bits=bits)
 
 
 def in_few_bits(key: jax.Array, core: Core, bits: int) -> Core:
@@ -174,8 +172,6 @@ def in_few_bits(key: jax.Array, core: Core, bits: int) -> Core:
     return Core(jnp.diag(diagonal) + (sent + sent.T) * lengths)
 
 
-def bytes_of_core(columns: int, itemsize: int, vector_bytes: Callable[[int], int] | None = None) -> int:
-    """The bytes of a core of so many columns, as `in_few_bits` has it where a vector of n entries takes
-    `vector_bytes(n)`; in full, its upper half."""
-    above = columns * (columns - 1) // 2
-    return columns * itemsize + (above * itemsize if vector_bytes is None else vector_bytes(above))
+def bytes_of_core(columns: int, bits: int, itemsize: int = 4) -> int:
+    """The bytes of a core of so many columns, as `in_few_bits` has it; with `bits` 0, of its upper half in full."""
+    return columns * itemsize + few_bits.bytes_of(columns * (columns - 1) // 2, bits, itemsize)

@@ -45,9 +45,12 @@ def levels_of(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def bytes_of(size: int, bits: int) -> int:
-    """The bytes of a vector of P = `size` entries: its integers, packed, and its blocks' scales."""
-    return -(-size * bits // 8) + 4 * -(-size // BLOCK)
+def bytes_of(size: int, bits: int, itemsize: int = 4) -> int:
+    """The bytes of a vector of P = `size` entries: its integers, packed, and its blocks' scales.
+
+    With `bits` 0 it is sent in floating point, `itemsize` bytes an entry.
+    """
+    return -(-size * bits // 8) + 4 * -(-size // BLOCK) if bits else itemsize * size
 
 
 def in_few_bits(sketch: SketchFunction, bits: int) -> SketchFunction:

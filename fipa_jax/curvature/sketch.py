@@ -337,7 +337,7 @@ class Sketcher(NamedTuple):
     sends_gradient: bool = False  # whether the clients send their gradients [P] too
     drawn_by: Callable[[jax.Array], jax.Array] = jnp.asarray  # ids [C] -> [C], those that their random keys are of
     due: Callable[..., jax.Array] | None = None  # (round [], key, ids [C]) -> [C] bool, who sends one; None for all
-    vector_bytes: Callable[[int], int] | None = None  # entries -> bytes of a vector as it is sent; None for its array's
+    bits: int = 0  # of an entry of a vector as it is sent, see `few_bits`; 0 for floating point
 
 
 def plain(make: SketchMaker) -> Sketcher:

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from fipa_jax import trees
-from fipa_jax.curvature import contracts
+from fipa_jax.curvature import contracts, few_bits
 from fipa_jax.curvature.common_basis import Core
 from fipa_jax.curvature.sketch import Sketch, Sketcher, truncate
 
 BYTES_OF_MBIT = 125_000
-VectorBytes = Callable[[int], int]  # entries -> bytes of a vector as it is sent
 Augment = Callable[[jax.Array, Any], Any]  # (key, batch) -> a random view of the batch
 
 
@@ -125,31 +124,30 @@ def above_level(sketcher: Sketcher, budget: float) -> Sketcher:
         sketches, levels = sketcher.of_cohort(messages[0], round), messages[1][:, None]
         if not isinstance(sketches, Sketch):
             raise ValueError(f"sketch.budget: needs sketches, got {type(sketches).__name__}")
-        values, first = sketches.eigenvalues, pairs_bought(sketches, budget, sketcher.vector_bytes)
+        values, first = sketches.eigenvalues, pairs_bought(sketches, budget, sketcher.bits)
         keep = jnp.where(levels > 0, values >= levels, jnp.arange(values.shape[1]) < first)
         return jax.vmap(truncate)(sketches, keep)
 
     return sketcher._replace(of_client=of_client, of_cohort=of_cohort)
 
 
-def pairs_bought(sketch: Sketch, budget: float, vector_bytes: VectorBytes | None) -> int:
+def pairs_bought(sketch: Sketch, budget: float, bits: int) -> int:
     """The whole pairs that `budget` bytes of one client buy, of its sketch or stacked ones; one at least.
 
     Raises:
       ValueError: there is nothing left beside the report.
     """
-    report, pair = prices(sketch, vector_bytes)
+    report, pair = prices(sketch, bits)
     if budget <= report:
         raise ValueError(f"sketch.budget: {budget:g} bytes, of which a client's report alone takes {report}")
     return int(max((budget - report) // pair, 1))
 
 
-def prices(sketch: Sketch, vector_bytes: VectorBytes | None) -> tuple[int, int]:
+def prices(sketch: Sketch, bits: int) -> tuple[int, int]:
     """(the bytes of a client's report, those of a pair with its residual), of one sketch or stacked ones [C, ...]."""
     size, rank = sketch.basis.shape[-2:]
     clients = sketch.eigenvalues.size // rank
-    pair = vector_bytes(size) if vector_bytes else sketch.basis.dtype.itemsize * size
-    pair += sketch.eigenvalues.dtype.itemsize
+    pair = few_bits.bytes_of(size, bits, sketch.basis.dtype.itemsize) + sketch.eigenvalues.dtype.itemsize
     if sketch.report is None:
         return 0, pair
     residuals = trees.nbytes(sketch.report.residuals)
@@ -214,7 +212,7 @@ def pairs_within(sketcher: Sketcher, sketches: Sketch, most: float, update: int)
     Raises:
       ValueError: not one.
     """
-    report, pair = prices(sketches, sketcher.vector_bytes)
+    report, pair = prices(sketches, sketcher.bits)
     fixed = update + report
     if most < fixed + pair:
         raise ValueError(

@@ -35,7 +35,7 @@ class Parts(NamedTuple):
     sketch_first: bool = False  # whether local work needs the client's sketch
     sketch_examples: int = 0  # examples of a client that enter its sketch; 0 for all
     update_bytes: Callable[[int], int] | None = None  # P -> bytes of an update as it is sent; None for its arrays
-    column_bytes: Callable[[int], int] | None = None  # the same of a column of a basis that clients are shown
+    column_bits: int = 0  # of an entry of the basis that clients are shown, see `few_bits`; 0 for floating point
     first: int = 0  # number of the phase's first round
     least_clients: int = 1  # with fewer clients that take part a round is skipped
     chunk: int = 1  # clients side by side, see `parallel.map_clients`

@@ -51,7 +51,7 @@ def serve(
     chosen = trees.select(state.params, parts.trainable)
     sent = uploads_of(parts, cohort, results, sketches)
     uploads, delivered = parts.channel.deliver(sent, chosen, state.history, cohort.orders, rates.channel)
-    received, screening = receive(uploads, chosen, parts.mesh)
+    received, screening = receive(uploads, chosen, parts.mesh, parts.sketcher.bits if parts.sketcher else 0)
     step, rule, info, received = step_of(parts.aggregator, received, state.aggregator, chosen, screening)
     step, store, shared = remember(parts, state, rates, results, received, step)
     chosen, server = move(parts, state, rates, chosen, step, received)

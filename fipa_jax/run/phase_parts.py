@@ -26,7 +26,6 @@ from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, wit
 from fipa_jax.config.methods import method
 from fipa_jax.curvature import common_basis, few_bits, layer_factors, sketch
 from fipa_jax.curvature.sketchers import (
-    VectorBytes,
     above_level,
     check_link,
     from_one_start,
@@ -97,7 +96,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
         sketch_first=adaptive or settings.local.optimizer in BY_CURVATURE,
         sketch_examples=settings.sketch.examples,
         update_bytes=compressor and compressor.bytes_of,
-        column_bytes=_column_bytes(settings.aggregator),
+        column_bits=settings.aggregator.span.bits if settings.aggregator.name == "span" else 0,
         first=first_round(config, settings),
         least_clients=settings.least_clients,
         chunk=1 if config.chunk < 0 else config.chunk,  # until it is measured
@@ -143,7 +142,7 @@ def aggregator_of(settings: ConfigDict, num_clients: int, mesh: Mesh | None = No
     rule = make(**fields_for(make, {**fields, **groups}))
     if not settings.sketch.budget or rule.needs.curvature != "sketch":
         return rule
-    return within_budget(rule, settings.sketch.budget, _vector_bytes(settings.sketch))
+    return within_budget(rule, settings.sketch.budget, settings.sketch.bits)
 
 
 def local_of(
@@ -192,12 +191,6 @@ def sketcher_of(
     return above_level(sketcher, settings.budget) if settings.budget else sketcher
 
 
-def _column_bytes(rule: ConfigDict) -> Callable[[int], int] | None:
-    """P -> the bytes of a column of the basis that a rule shows the clients; None for its array's."""
-    few = rule.name == "span" and rule.span.bits
-    return functools.partial(few_bits.bytes_of, bits=rule.span.bits) if few else None
-
-
 def first_round(config: ConfigDict, settings: ConfigDict) -> int:
     """The number of a phase's first round."""
     return config.first_round + (0 if settings is config.warmup else config.warmup.rounds)
@@ -235,16 +228,10 @@ def eigenpairs_of(settings: ConfigDict, task: Task) -> sketch.Sketcher:
         return sketch.keeping_energy(of_client, settings.energy) if settings.energy else of_client
 
     make(None, None)  # so that what is wrong with its fields shows now
-    plain = sketch.plain(make)
-    plain = plain._replace(vector_bytes=_vector_bytes(settings))
+    plain = sketch.plain(make)._replace(bits=settings.bits)
     if not settings.gradient_scale:
         return plain
     return sketch.with_rank_by_gradient(plain, task.loss, settings.gradient_scale)
-
-
-def _vector_bytes(settings: ConfigDict) -> VectorBytes | None:
-    """Entries -> bytes of an eigenvector as `sketch` sends it; None for its array's."""
-    return functools.partial(few_bits.bytes_of, bits=settings.bits) if settings.bits else None
 
 
 def channel_of(config: ConfigDict, settings: ConfigDict, task: Task, num_clients: int) -> Channel:

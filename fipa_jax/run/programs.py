@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from fipa_jax import files, trees
 from fipa_jax.client.examples import take
 from fipa_jax.config.process import user_cache
+from fipa_jax.curvature import few_bits
 from fipa_jax.curvature.common_basis import Core, bytes_of_core
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.curvature.sketchers import prices
@@ -113,7 +114,7 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     shown = answered = _nothing
     up += _bytes_of_updates(parts, results.delta)
     if isinstance(sketches, Sketch):
-        report, pair = prices(sketches, parts.sketcher.vector_bytes)
+        report, pair = prices(sketches, parts.sketcher.bits)
         up += parts.cohort * model if parts.sketcher.sends_gradient else 0
     elif isinstance(sketches, Core):
         shown, answered = _bytes_of_columns(parts, asked[0].shape[0], sketches.values.dtype.itemsize)
@@ -177,13 +178,8 @@ def largest_upload(settings: ConfigDict, shapes: Shapes, parts: Parts) -> int:
 
 def _bytes_of_columns(parts: Parts, size: int, itemsize: int):
     """Functions of the columns in use, of `size` entries each: the bytes of the basis, and of a core."""
-    vector_bytes = parts.sketcher.vector_bytes
-
-    def in_full(entries: int) -> int:
-        return entries * itemsize
-
-    column = parts.column_bytes or in_full
-    return lambda columns: columns * column(size), lambda columns: bytes_of_core(columns, itemsize, vector_bytes)
+    column = few_bits.bytes_of(size, parts.column_bits, itemsize)
+    return lambda columns: columns * column, lambda columns: bytes_of_core(columns, parts.sketcher.bits, itemsize)
 
 
 def _bytes_of_updates(parts: Parts, deltas: Any) -> int:

@@ -23,7 +23,7 @@ from helpers.rules import (
 
 from fipa_jax import aggregate
 from fipa_jax.aggregate import screening
-from fipa_jax.curvature import sketch
+from fipa_jax.curvature import few_bits, sketch
 from fipa_jax.curvature.sketch import Diagonal, Sketch
 
 BAD = 2  # the client that is spoilt
@@ -236,3 +236,34 @@ def test_the_weights_have_the_precision_of_the_parameters():
     weights, total = aggregate.weights_of(received, {"a": jnp.zeros(3, jnp.float32)}, "examples")
     assert weights.dtype == jnp.float32 and float(total) == number * count
     np.testing.assert_array_equal(weights, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "bits"), [(1000, 40, 4), (1000, 10, 3), (8000, 40, 4), (500, 60, 6), (8000, 5, 8)]
+)
+def test_vectors_in_few_bits_are_as_orthogonal_as_their_rounding_leaves_them(size, rank, bits):
+    """Of entries whose sizes differ much, too; a column that is sent twice shows all the same."""
+    most = screening.most_distance(size, rank, bits)
+    gauss = _bases(size, rank, clients=10)
+    heavy = np.linalg.qr(np.random.default_rng(1).laplace(size=(10, size, rank)))[0]
+    for exact in (gauss, heavy):
+        keys = jax.random.split(jax.random.key(0), (10, rank))
+        each = jax.vmap(few_bits.rounded, in_axes=(0, 1, None), out_axes=1)
+        sent = np.array(jax.vmap(each, in_axes=(0, 0, None))(keys, jnp.asarray(exact, jnp.float32), bits))
+        sent /= np.linalg.norm(sent, axis=1, keepdims=True)
+        assert np.all(_distance(sent)[1] <= most)
+    sent[:, :, 1] = sent[:, :, 0]
+    assert np.all(_distance(sent)[1] > most)
+
+
+def test_the_server_knows_in_how_many_bits_vectors_were_sent():
+    """Sixty vectors of 500 entries in 4 bits are left out as they are, and taken by who says that they were rounded."""
+    basis = _bases(500, 60)
+    noise = np.random.default_rng(2).normal(size=basis.shape) * 0.2 / np.sqrt(500)
+    basis = basis + noise
+    basis /= np.linalg.norm(basis, axis=1, keepdims=True)
+    sketch = Sketch(jnp.ones([3, 60]), jnp.asarray(basis, jnp.float32))
+    uploads = aggregate.Uploads({"w": jnp.ones([3, 500])}, jnp.ones(3), sketch)
+    params = {"w": jnp.zeros(500)}
+    assert screening.receive(uploads, params)[1]["reasons"]["basis_not_orthonormal"].all()
+    assert not screening.receive(uploads, params, bits=4)[1]["rejected"].any()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fipa_jax.curvature import Core, few_bits, make_core, make_image
+from fipa_jax.curvature import Core, make_core, make_image
 from fipa_jax.curvature.common_basis import BLOCK, bytes_of_core, in_few_bits
 
 SIZE, EXAMPLES = 24, 7
@@ -64,9 +64,9 @@ def test_a_core_in_few_bits_is_right_in_the_mean_and_weak_directions_are_not_los
 
 
 def test_the_bytes_of_a_core_are_those_of_its_diagonal_and_of_what_is_above():
-    assert bytes_of_core(5, 4) == 4 * 15 and bytes_of_core(0, 4) == 0
-    assert bytes_of_core(5, 8, lambda entries: few_bits.bytes_of(entries, 4)) == 8 * 5 + 5 + 4
-    assert bytes_of_core(0, 8, lambda entries: few_bits.bytes_of(entries, 4)) == 0
+    assert bytes_of_core(5, 0) == 4 * 15 and bytes_of_core(0, 0) == 0
+    assert bytes_of_core(5, 4, 8) == 8 * 5 + 5 + 4
+    assert bytes_of_core(0, 4, 8) == 0
 
 
 def test_columns_that_are_not_in_use_cost_no_product(x64):

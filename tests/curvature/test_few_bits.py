@@ -30,6 +30,7 @@ def test_rounding_has_no_bias_and_is_off_by_less_than_a_scale():
 def test_the_bytes_are_those_of_packed_integers_and_scales():
     assert few_bits.bytes_of(SIZE, BITS) == SIZE * BITS / 8 + 2 * 4
     assert few_bits.bytes_of(3, 3) == 2 + 4
+    assert few_bits.bytes_of(3, 0) == 12 and few_bits.bytes_of(3, 0, 8) == 24
 
 
 def test_a_zero_vector_stays_zero():

@@ -134,12 +134,12 @@ def test_the_pairs_above_the_level_are_sent_and_at_first_as_many_as_the_bytes_bu
         sent(0.0, 16)
 
 
-@pytest.mark.parametrize("vector_bytes", [None, lambda size: 10 + size])
-def test_a_link_carries_the_largest_pairs_of_each_client_until_the_deadline(vector_bytes):
+@pytest.mark.parametrize("bits", [0, 6])
+def test_a_link_carries_the_largest_pairs_of_each_client_until_the_deadline(bits):
     """At one byte less there is one pair less; the bytes are the update's, and of each pair its number and vector."""
     values = [[9.0, 4.0, 1.0], [8.0, 2.0, 0.5]]
-    plain = curvature.plain(None)._replace(vector_bytes=vector_bytes)
-    update, pair = 4 * 8, 4 + (4 * 8 if vector_bytes is None else 18)
+    plain = curvature.plain(None)._replace(bits=bits)
+    update, pair = 4 * 8, 4 + (6 + 4 if bits else 4 * 8)
     for pairs in (1, 2, 3):
         needed = update + pairs * pair
         for size, wanted in ((needed, pairs), (needed - 1, pairs - 1)):

@@ -91,16 +91,13 @@ def test_within_the_span_the_bytes_are_those_of_gradients_cores_and_the_columns_
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     size, itemsize = 10, {"float32": 4, "float64": 8}[config.precision]
 
-    def vector(entries):
-        return few_bits.bytes_of(entries, bits) if bits else itemsize * entries
-
     assert [row["columns"] for row in (rows[0], rows[1], rows[-1])] == [0, 4, 6]
     assert [row["sketches_sent"] for row in rows[:2]] == [0, CLIENTS]
     for row in rows:
         columns, asked = row["columns"], row["sketches_sent"]
-        core = bytes_of_core(columns, itemsize, vector if bits else None)
-        assert row["bytes_up"] == CLIENTS * vector(size) + asked * core
-        assert row["bytes_down"] == CLIENTS * itemsize * size + asked * columns * vector(size)
+        core, vector = bytes_of_core(columns, bits, itemsize), few_bits.bytes_of(size, bits, itemsize)
+        assert row["bytes_up"] == CLIENTS * vector + asked * core
+        assert row["bytes_down"] == CLIENTS * itemsize * size + asked * columns * vector
     assert rows[-1]["test_mse"] < rows[0]["test_mse"]
 
 
