@@ -24,7 +24,7 @@ from fipa_jax.aggregate.limits import Limits, capped, limited
 from fipa_jax.aggregate.merged_curvature import Merge
 from fipa_jax.aggregate.past_rounds import PastRounds, kind_of, remembering
 from fipa_jax.aggregate.row_blocks import Spread, fill_up, padded
-from fipa_jax.aggregate.screening import Received, receive, without_unknown
+from fipa_jax.aggregate.screening import Received, receive, without_place
 from fipa_jax.aggregate.solvers import Form, Messages, Now, Solution, Solver
 from fipa_jax.aggregate.trust import trust_region
 from fipa_jax.aggregate.uploads import Uploads
@@ -104,7 +104,7 @@ def from_solver(
         return FipaState(hyper, solver.init(theta))
 
     def admit(received: Received, state: FipaState):
-        received, unknown = without_unknown(received, solver.needs.num_clients)
+        received, unknown = without_place(received, solver.needs.num_clients)
         received, drifted = without_drifted(received, state.hyper["late.max_drift"])
         return received, unknown | drifted
 

@@ -33,6 +33,7 @@ REASONS = {
     "examples_invalid": "its number of examples is negative, not finite or too large to be one",
     "start_invalid": "its age is negative, or the way of the parameters since it started is not finite",
     "id_unknown": "its id is that of no client",
+    "id_repeated": "its id is that of a client before it in the same round",
 }
 # A basis that was rounded to bfloat16 on its way is off by less than 0.01, a column that is sent twice by 1.
 ORTHONORMAL = 0.05  # bound on the entries of |U^T U v - v|, v random signs
@@ -103,16 +104,24 @@ def receive(uploads: Uploads, params: Any, mesh: Mesh | None = None, bits: int =
     return received, {"rejected": rejected, "reasons": reasons, "absent": ~present}
 
 
-def without_unknown(received: Received, num_clients: int) -> tuple[Received, dict]:
-    """Leaves out whose id is that of none of so many clients, for a rule that keeps a place for each.
+def without_place(received: Received, num_clients: int) -> tuple[Received, dict]:
+    """Leaves out who has no place of its own, for a rule that keeps one for each of so many clients.
 
     Returns:
-      (received, info with `reasons` {"id_unknown": [C] bool}); all as it was, and no info, where there are no ids.
+      (received, info with `reasons` {"id_unknown": [C] bool, "id_repeated": [C] bool}); all as it was, and no info,
+      where there are no ids.
     """
     if received.ids is None or not num_clients:
         return received, {}
-    unknown = received.took_part & ~((received.ids >= 0) & (received.ids < num_clients))
-    return received.only(~unknown), {"reasons": {"id_unknown": unknown}}
+    ids, present = received.ids, received.took_part
+    unknown = present & ~((ids >= 0) & (ids < num_clients))
+    first = (
+        jnp.full([num_clients], ids.size)
+        .at[jnp.where(present & ~unknown, ids, num_clients)]
+        .min(jnp.arange(ids.size), mode="drop")
+    )
+    repeated = present & ~unknown & (first[jnp.clip(ids, 0, num_clients - 1)] < jnp.arange(ids.size))
+    return received.only(~(unknown | repeated)), {"reasons": {"id_unknown": unknown, "id_repeated": repeated}}
 
 
 def with_refused(info: dict, refused: dict) -> dict:

@@ -100,6 +100,18 @@ def test_who_is_none_of_the_clients_is_rejected_and_takes_nobodys_place(x64, str
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), past_of(state), past_of(without))
 
 
+def test_who_comes_twice_in_a_round_counts_once(x64):
+    """The first of both has its place, and the step and what is kept are as without the second."""
+    deltas, counts, values, basis = COHORTS[1]
+    ids = [np.where(np.arange(CLIENTS) == 2, IDS[1][0], IDS[1])]
+    found, infos, state = run([COHORTS[1]], LATEST, ids=ids)
+    fewer = deltas, np.where(np.arange(CLIENTS) == 2, 0, counts), values, basis
+    wanted, _, without = run([fewer], LATEST, ids=IDS[1:2])
+    assert infos[0]["rejected"].tolist() == infos[0]["reasons"]["id_repeated"].tolist() == [False, False, True, False]
+    assert_close(found[-1], wanted[-1], 1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), past_of(state), past_of(without))
+
+
 def test_clients_without_examples_take_nobodys_place(x64):
     """As `uploads.collect` and paddings leave them, whatever their ids."""
     blank = lambda leaf: np.zeros_like(leaf[:2])

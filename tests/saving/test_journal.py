@@ -11,6 +11,7 @@ import pytest
 from helpers.runs import tiny
 
 from fipa_jax import trees
+from fipa_jax.config import fields
 from fipa_jax.config.methods import method
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import state as state_lib
@@ -280,9 +281,9 @@ def test_a_rules_number_that_the_config_changes_acts_in_the_run_that_goes_on(tmp
     """One that the rule has moved by itself stays, if the config has it as it was."""
     config, kept = tiny(), InMemory()
 
-    def going_on(saved, **fields):
+    def going_on(saved, **changes):
         settings = method(config, spec)
-        settings.aggregator.update(fields)
+        settings.aggregator.update(changes)
         parts = phase_parts.make_parts(config, settings, Task(*[None] * 4), 2)
         book = journal.Journal(tmp_path, config.checkpoint, kept, saved, {"config": {}}, stopping.Signals())
         state, _ = book.resumed("fipa", parts_lib.init(parts, {"a": jnp.zeros([3, 2])}), parts)
@@ -292,10 +293,43 @@ def test_a_rules_number_that_the_config_changes_acts_in_the_run_that_goes_on(tmp
     moved = trees.replace(state.aggregator, {path: jnp.float32(5)})
     book.keep("fipa", state._replace(aggregator=moved), {"round": 0}, {"first": 0}, ended=True)
     book.close()
-    for fields, wanted in (({}, 5), ({"damping": 0.25}, 0.25)):
-        book, _, numbers = going_on(kept.saved, **fields)
+    for changes, wanted in (({}, 5), ({"damping": 0.25}, 0.25)):
+        book, _, numbers = going_on(kept.saved, **changes)
         book.close()
         assert numbers == {path: wanted}
+
+
+@pytest.mark.parametrize(
+    "spec", ["fipa", "fipa_auto", "fipa:aggregator.trust=True", "fipa_few_bytes", "fipa_span", "fedpm"]
+)
+def test_each_of_a_rules_numbers_is_that_of_the_config_it_goes_on_with(tmp_path, spec):
+    """Whatever the rule: its damping, its limits, what it remembers; and those that stay the same are as they were."""
+    config, kept = tiny(), InMemory()
+
+    def parts_of(changes):
+        settings = method(config, spec)
+        for name, value in changes.items():
+            group, field = fields.find(settings, f"aggregator.{name}")
+            group[field] = value
+        return phase_parts.make_parts(config, settings, Task(*[None] * 4), 2)
+
+    def going_on(saved, changes):
+        parts = parts_of(changes)
+        book = journal.Journal(tmp_path, config.checkpoint, kept, saved, {"config": {}}, stopping.Signals())
+        state, _ = book.resumed("fipa", parts_lib.init(parts, {"a": jnp.zeros([3, 2])}), parts)
+        return book, state, state_lib.numbers_of(state.aggregator, parts.aggregator.hyper)
+
+    book, state, before = going_on(None, {})
+    book.keep("fipa", state, {"round": 0}, {"first": 0}, ended=True)
+    book.close()
+    names = parts_of({}).aggregator.hyper
+    assert names and len(before) >= len(names)
+    for name in names:
+        book, _, numbers = going_on(kept.saved, {name: 0.0625})
+        book.close()
+        changed = {path for path, number in numbers.items() if number != before[path]}
+        assert changed and all(numbers[path] == 0.0625 for path in changed), name
+        assert all(path.endswith(name) for path in changed), "the others stay"
 
 
 @pytest.mark.slow
