@@ -42,6 +42,8 @@ def main():
             rows = metrics.read(workdir / "metrics.jsonl")
         except FileNotFoundError as error:
             sys.exit(f"error: no run in {workdir}: {error}")
+        except ValueError as error:
+            sys.exit(f"error: {error}")
         for cost in metrics.COSTS:
             rows = metrics.within(rows, getattr(args, cost), cost)
         seeds.append(curves.start_of(workdir) + rows)

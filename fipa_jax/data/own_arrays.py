@@ -37,7 +37,7 @@ def read(file: str, columns: tables.Columns = tables.Columns()) -> dict[str, np.
     path = local(file, "config.task.file")
     if not path.is_file():
         raise FileNotFoundError(f"config.task.file: no file at {file!r}; give the path of an .npz with arrays x and y")
-    if path.suffix in tables.READERS:
+    if path.suffix.lower() in tables.READERS:
         arrays = tables.read(file, path, columns)
     else:
         _check_no_columns(file, columns)

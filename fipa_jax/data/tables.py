@@ -39,17 +39,18 @@ def read(file: str, path: Path, columns: Columns) -> dict[str, np.ndarray]:
     targets = columns.targets or ("y",)
     taken = {*targets, columns.client}
     _check_once(targets, columns)
-    table = _open(file, path)
-    inputs = columns.inputs or tuple(name for name in table if name not in taken)
+    names, column = _open(file, path)
+    inputs = columns.inputs or tuple(name for name in names if name not in taken)
     for name in (*targets, *inputs):
-        if name not in table:
-            _refuse(file, f"has no column {name!r}; it has {', '.join(table)}: see config.task.targets")
+        if name not in names:
+            _refuse(file, f"has no column {name!r}; it has {', '.join(names)}: see config.task.targets")
     if not inputs:
         _refuse(file, "has no column besides its targets to learn them from")
-    found = {"x": np.concatenate([_as_inputs(file, name, table[name]) for name in inputs], axis=1)}
-    found["y"] = _as_targets(file, targets, table)
-    if columns.client in table:
-        owner = table[columns.client]
+    leave_out = f", or name in config.task.inputs those of {', '.join(names)} that it is to learn from"
+    found = {"x": np.concatenate([_as_inputs(file, name, column(name, leave_out)) for name in inputs], axis=1)}
+    found["y"] = _as_targets(file, targets, [column(name) for name in targets])
+    if columns.client in names:
+        owner = column(columns.client)
         found["client"] = owner if owner.dtype.kind in "iuU" else owner.astype(str)
     return found
 
@@ -69,34 +70,40 @@ def _refuse(file: str, what: str) -> NoReturn:
     raise ValueError(f"config.task.file: {file!r} {what}")
 
 
-def _open(file: str, path: Path) -> dict[str, np.ndarray]:
-    """{name: column [N]} of a table, each of numbers, of true and false, or of words."""
+def _open(file: str, path: Path) -> tuple[list[str], Callable[..., np.ndarray]]:
+    """(names, column(name) [N]) of a table; only columns that are asked for need to be what can be learned from."""
     try:
         import pyarrow as arrow
     except ImportError as error:
         raise ImportError(installed.missing("tables", f"config.task.file: reading {file!r}", "pyarrow")) from error
     try:
-        table = READERS[path.suffix](path)
-    except (arrow.ArrowInvalid, OSError) as error:
-        _refuse(file, f"cannot be read as a {path.suffix} table: {str(error).splitlines()[0]}")
-    if len(set(table.column_names)) < table.num_columns:
-        _refuse(file, f"has two columns of one name: {', '.join(table.column_names)}")
-    return {name: _column(file, name, table[name], arrow) for name in table.column_names}
+        table = READERS[path.suffix.lower()](path)
+        names = table.column_names
+    except (arrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        utf8 = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        _refuse(file, f"cannot be read as a {path.suffix} table: {str(error).splitlines()[0]}{utf8}")
+    if len(set(names)) < table.num_columns:
+        _refuse(file, f"has two columns of one name: {', '.join(names)}")
+    return names, lambda name, or_else="": _column(file, name, table[name], or_else, arrow)
 
 
-def _column(file: str, name: str, column: Any, arrow: Any) -> np.ndarray:
-    """[N], a column without gaps, of numbers, of true and false, or of words."""
+def _column(file: str, name: str, column: Any, or_else: str, arrow: Any) -> np.ndarray:
+    """[N], a column without gaps, of numbers, of true and false, or of words; `or_else` is a further way out."""
     if arrow.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if column.null_count:
-        rows = np.flatnonzero(column.is_null().to_numpy())
-        _refuse(file, f"has nothing in {rows.size} rows of column {name!r}, first in row {rows[0]}; fill or drop them")
+    if arrow.types.is_binary(column.type):
+        _refuse(file, f"has a column {name!r} whose words are not UTF-8; save the file as UTF-8{or_else}")
     of_words = arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type)
-    array = column.to_numpy().astype(str) if of_words else column.to_numpy()
-    if array.dtype.kind not in "biufU":
+    gaps = column.is_null().to_numpy()
+    array = column.fill_null("").to_numpy().astype(str) if of_words else column.to_numpy()
+    gaps |= (array == "") if of_words else False
+    if gaps.any():
+        count, first = np.sum(gaps), np.argmax(gaps)
         _refuse(
-            file, f"has a column {name!r} of type {column.type}; make it numbers or words, or name config.task.inputs"
+            file, f"has nothing in {count} rows of column {name!r}, first in row {first}; fill or drop them{or_else}"
         )
+    if array.dtype.kind not in "biufU":
+        _refuse(file, f"has a column {name!r} of type {column.type}; make it numbers or words{or_else}")
     return array
 
 
@@ -114,9 +121,8 @@ def _as_inputs(file: str, name: str, column: np.ndarray) -> np.ndarray:
     return (column[:, None] == words[None]).astype(np.float64)
 
 
-def _as_targets(file: str, names: tuple[str, ...], table: dict[str, np.ndarray]) -> np.ndarray:
+def _as_targets(file: str, names: tuple[str, ...], columns: list[np.ndarray]) -> np.ndarray:
     """[N, K] of numbers, or [N] of words."""
-    columns = [table[name] for name in names]
     if len(columns) == 1:
         return columns[0]
     if any(column.dtype.kind == "U" for column in columns):
@@ -125,10 +131,14 @@ def _as_targets(file: str, names: tuple[str, ...], table: dict[str, np.ndarray])
 
 
 def _csv(path: Path) -> Any:
-    """The table in a file of comma-separated values, whose first line names the columns."""
+    """The table in a file of comma-separated values, whose first line names the columns.
+
+    A word that stands for a gap, such as NA, is one, in columns of words too, unless it is in quotes.
+    """
     from pyarrow import csv
 
-    return csv.read_csv(path)
+    how = csv.ConvertOptions(strings_can_be_null=True, quoted_strings_can_be_null=False)
+    return csv.read_csv(path, convert_options=how)
 
 
 def _parquet(path: Path) -> Any:

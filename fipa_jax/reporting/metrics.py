@@ -150,9 +150,19 @@ class Writer:
         self._file.close()
 
 
-def read(path: Path) -> list[dict]:
-    """All rows of a metrics file."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+def read(path: Path, size: int | None = None) -> list[dict]:
+    """All rows of a metrics file, or those in its first `size` bytes.
+
+    Raises:
+      ValueError: names the file and the first line that is no row.
+    """
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes()[:size].splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} is no row of metrics: {error}") from None
+    return rows
 
 
 def jsonable(value):

@@ -120,11 +120,9 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
     if not journal.saved:
         console.attempt("the time that it takes", say_if_long, experiment, list(settings_of.values()))
     show = refreshing(phases, workdir)
-    names, start = list(phases), started_from(experiment, journal)
-    going_on = journal.saved.note["phase"] if journal.saved else names[0]
-    if going_on not in names:
-        raise ValueError(f"--resume: the run was stopped in {going_on!r}, which config.compare has no more")
-    for name in names[names.index(going_on) :]:
+    names, start = phases_left(list(phases), journal), started_from(experiment, journal)
+    journal.last_phase = names[-1]
+    for name in names:
         warmup, settings = name == WARMUP, settings_of[name]
         first = config.first_round + (0 if warmup else config.warmup.rounds)
         view = view_of(experiment, settings, start, seen_by_head, warmup)
@@ -133,6 +131,7 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
         except (Stopped, loop.Stalled):
             refresh(phases, workdir)
             raise
+        journal.done.append(name)
         finish(shown, name, params, workdir)
         summary, _ = write_summary(phases, workdir)
         if name == names[-1]:
@@ -142,6 +141,24 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
         if warmup:
             start = journal.start = params
     return summary
+
+
+def phases_left(names: list[str], journal: Journal) -> list[str]:
+    """The phases of these names that are still to run: first the one that was under way, then those not done before.
+
+    So every method runs once, wherever a run that goes on with another `compare` has it.
+
+    Raises:
+      ValueError: the one that was under way is none of them, or the checkpoint does not say which were done.
+    """
+    if not journal.saved:
+        return names
+    under_way = journal.saved.note["phase"]
+    if under_way not in names:
+        raise ValueError(f"--resume: the run was stopped in {under_way!r}, which config.compare has no more")
+    if "done" not in journal.saved.note:
+        raise ValueError("--resume: the checkpoint is of an older version of this package; begin anew, --resume=no")
+    return [under_way, *(name for name in names if name not in (*journal.done, under_way))]
 
 
 def started_from(experiment: Experiment, journal: Journal) -> Any:

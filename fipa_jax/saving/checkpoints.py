@@ -159,7 +159,8 @@ def recover(folder: Path, check: Check | None = None) -> Saved | None:
     unfinished = steps.pop(0) if steps and not (steps[0] / SEAL).exists() else None
     saved, broken = _newest_whole(steps, check)
     if broken and not saved:
-        raise ValueError(f"no checkpoint can be used: {'; '.join(map(str, broken.values()))}")
+        others = f" (nor can the {len(broken) - 1} before it)" if len(broken) > 1 else ""
+        raise ValueError(f"no checkpoint can be used; of the last one, {next(iter(broken.values()))}{others}")
     if unfinished:
         broken[unfinished] = "it was never finished"
     for step, why in broken.items():

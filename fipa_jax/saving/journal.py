@@ -39,6 +39,8 @@ class Journal:
     Attributes:
       saved: the same, without its arrays once they are in use.
       start: parameters that all methods start from, if they are the warm-up's; else ().
+      done: names of the phases that are done.
+      last_phase: of the one after which the run is finished.
       on_row: is called with every row once it is written.
     """
 
@@ -52,6 +54,7 @@ class Journal:
         signals: Signals,
     ):
         self.saved, self.start, self.on_row = saved, (), lambda row: None
+        self.done, self.last_phase = list(saved.note.get("done", ())) if saved else [], ""
         self._workdir, self._origin, self._signals = workdir, origin, signals
         self._checkpoints, self._seconds, self._saved_at = checkpoints, settings.seconds, time.monotonic()
         self._described = checkpoints is None
@@ -170,7 +173,8 @@ class Journal:
         self._checkpoints.wait()
         score = score_of(row)
         note = note | {"phase": phase, "round": row["round"], "score": score, "origin": self._origin}
-        note["numbers"] = self._numbers
+        note["numbers"], note["done"] = self._numbers, [*self.done]
+        note["finished"] = ended and phase == self.last_phase
         note["metrics_bytes"] = self._writer.sync()
         tree = state_lib.snapshot(state)._asdict() | {"start": self.start}
         self._checkpoints.save(self._rows, tree, note, self._names_of(phase, score, ended))

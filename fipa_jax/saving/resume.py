@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from fipa_jax.files import PARTIAL, remove_partial
 from fipa_jax.lookup import lookup
+from fipa_jax.reporting import metrics
 from fipa_jax.reporting.writers import WRITERS
 from fipa_jax.saving.checkpoints import Checkpoints, Saved, recover
 from fipa_jax.saving.journal import Journal
@@ -88,7 +89,10 @@ def _find(workdir: Path, origin: dict, resume: str, held: contextlib.ExitStack) 
         return _check_strangers(workdir, origin["config"])
     if resume == "no":
         return _move_aside(workdir, "is not resumed")
-    saved = recover(workdir / "checkpoints", functools.partial(_check_rows, workdir / "metrics.jsonl"))
+    try:
+        saved = recover(workdir / "checkpoints", functools.partial(_check_rows, workdir / "metrics.jsonl"))
+    except ValueError as error:
+        raise ValueError(f"--workdir: {error}; name another folder, or --resume=no to move it aside") from None
     if saved is None:
         return _move_aside(workdir, "had saved nothing")
     if not _may_go_on(workdir, saved, origin, resume):
@@ -176,17 +180,21 @@ def _move_aside(workdir: Path, why: str) -> None:
 
 
 def _check_rows(path: Path, note: dict) -> None:
-    """Checks that the rows which a checkpoint follows on are there."""
+    """Checks that the rows which a checkpoint follows on are there, and can be read."""
     size = path.stat().st_size if path.exists() else 0
     if size < note["metrics_bytes"]:
         raise ValueError(f"it follows on {note['metrics_bytes']} bytes of {path}, which has only {size}")
+    metrics.read(path, note["metrics_bytes"])
 
 
 def _finished(saved: Saved, config: dict) -> bool:
-    """Whether that is the last round of all phases."""
-    rounds = config["first_round"] + config["warmup"]["rounds"] + config["fipa"]["rounds"]
-    last = config["compare"][-1] if config["fipa"]["rounds"] else "warmup"
-    return (saved.note["phase"], saved.note["round"]) == (last, rounds - 1)
+    """Whether that was the last round of all phases, and would be by this config."""
+    theirs = saved.note["origin"]["config"]
+
+    def phases(config: dict) -> tuple:
+        return config["compare"], config["first_round"], config["warmup"]["rounds"], config["fipa"]["rounds"]
+
+    return saved.note.get("finished", False) and phases(theirs) == phases(config)
 
 
 def _from_first(find: Callable[[], Saved | None]) -> Saved | None:

@@ -227,6 +227,44 @@ def test_a_saved_model_goes_on_as_the_run_did(tmp_path, folder_of_whole, whole):
     assert models == {name: model for name, model in whole[1].items() if name != "warmup.msgpack"}
 
 
+def test_methods_that_join_or_change_places_run_once(tmp_path):
+    """In a run that goes on with another `compare`: none is passed over, and none runs twice."""
+    first, second, third = "fedavg", "fedavg:local.lr=0.2", "fedavg:local.lr=0.3"
+    whole_run.run(config_of(compare=(first, second)), tmp_path)
+    summary = whole_run.run(config_of(compare=(third, second, first)), tmp_path, resume="anyway")
+    rows = [(row["run"], row["round"]) for row in metrics.read(tmp_path / "metrics.jsonl") if row["run"] != "warmup"]
+    assert rows == [(name, k) for name in (first, second, third) for k in (2, 3, 4)]
+    assert list(summary["runs"]) == [third, second, first]
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"),
+    [("fedavg:rounds=1", 0), ("fedavg:rounds=4", 0), ("fedavg", 200.0)],
+    ids=["short", "long", "bytes"],
+)
+def test_a_run_is_finished_after_its_last_methods_last_round(tmp_path, spec, most):
+    """However many it has of its own, and where the bytes are spent: the next run moves it aside without being told."""
+    config = config_of(compare=("fedavg:local.lr=0.2", spec))
+    config.warmup.rounds, config.fipa.most_bytes_up = 0, most
+    whole_run.run(config, tmp_path)
+    assert metrics.read(tmp_path / "metrics.jsonl")[-1]["round"] != 2, "the last one is not that of `fipa.rounds`"
+    config.seed = 1
+    whole_run.run(config, tmp_path)
+    assert (tmp_path / "previous-1").is_dir()
+
+
+@pytest.mark.parametrize("damage", ["XX", "cut"])
+def test_rows_that_cannot_be_read_are_an_error_before_the_first_round(monkeypatch, tmp_path, damage):
+    """It names the file, the line and a way out."""
+    run_until(monkeypatch, tmp_path, 3, after=True)
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b"XX" + file.read_bytes()[2:] if damage == "XX" else file.read_bytes()[:40])
+    monkeypatch.setattr(loop, "run_phase", lambda *_: pytest.fail("a round has begun"))
+    words = "line 1 is no row of metrics" if damage == "XX" else "which has only 40"
+    with pytest.raises(ValueError, match=rf"(?s)metrics\.jsonl.*{words}.*--resume=no"):
+        whole_run.run(config_of(), tmp_path)
+
+
 def test_a_finished_run_is_told_again(tmp_path, whole, caplog):
     for _ in range(2):
         summary = whole_run.run(config_of(), tmp_path)
