@@ -158,15 +158,28 @@ PHASE = {
     "privacy.eigenpairs": POSITIVE,
     "privacy.release_share": Range(0, 1, "share", "()"),
 }
-# What a field asks for, set to anything but nothing, and who does not have it: field -> (the choice, its names).
-SMALL, RESNETS = ("mlp", "cnn_6k", "cnn_23k", "cnn_200k"), ("resnet20", "resnet18")
-LACKING: dict[str, tuple[str, tuple[str, ...]]] = {
-    **dict.fromkeys(
-        ("data.holdout", "data.side", "data.rotation"),
-        ("task.name", ("sine", "gaussians_2d", "pde", "own_data", "text")),
+# Which tasks and models read a field: those of the others leave it as it is by default. Of `data` the folders are free.
+FUNCTIONS, OF_USERS = ("sine", "gaussians_2d"), ("own_data", "text")
+TASKS, RESNETS = (*FUNCTIONS, "pde", *OF_USERS, "images"), ("resnet20", "resnet18")
+MODELS = ("mlp", "cnn_6k", "cnn_23k", "cnn_200k", *RESNETS, "transformer")
+SPLITS = tuple(f"partition.{name}" for name in ("name", "num_clients", "alpha", "shards_per_client", "file", "seed"))
+IMAGES = tuple(f"data.{name}" for name in ("name", "train_split", "test_split", "holdout", "side", "loss", "augment"))
+IMAGES += tuple(f"data.{name}" for name in ("rotation", "flip", "public", "public_split"))
+READERS_OF = {  # names of tasks -> the fields that they read
+    ("images",): (*IMAGES, *SPLITS),
+    (*FUNCTIONS, "pde", "own_data"): ("task.num_clients",),
+    (*FUNCTIONS, "pde"): ("task.examples_per_client",),
+    ("pde",): ("task.equation", "task.boundary_points", "task.boundary_weight", "task.test_points"),
+    OF_USERS: ("task.file", "task.test_fraction", "task.holdout"),
+    ("own_data",): tuple(
+        f"task.{name}" for name in ("targets", "inputs", "client", "kind", "split", "column", "standardise")
     ),
-    **dict.fromkeys(("model.head_width", "model.compute_dtype"), ("model.name", (*SMALL, "transformer"))),
-    "model.lora_rank": ("model.name", (*SMALL, *RESNETS)),
+    ("text",): ("task.window", "task.least_characters"),
+}
+MODELS_OF = {  # names of models -> the fields that they read
+    ("mlp",): ("model.widths", "model.activation"),
+    RESNETS: ("model.head_width", "model.compute_dtype"),
+    ("transformer",): ("model.width", "model.layers", "model.heads", "model.lora_rank"),
 }
 PLACES = ("auto", "device", "host")
 CHOICES = {
@@ -192,7 +205,8 @@ def validate(config: ConfigDict) -> None:
     for path in NOT_EMPTY:
         if not fields.value(config, path):
             raise ValueError(f"config.{path}: needs one number at least, got ()")
-    _check_lacking(config)
+    _check_read("task.name", TASKS, READERS_OF, config)
+    _check_read("model.name", MODELS, MODELS_OF, config)
     _check_images(config)
     _check_compare(config)
     _check_phase("config.warmup", config.warmup)
@@ -225,13 +239,18 @@ def _check_compare(config):
         raise ValueError(f"config.compare: names a method twice: {config.compare}")
 
 
-def _check_lacking(config):
-    """Refuses a field that asks for what the chosen task or model does not have."""
-    for path, (choice, names) in LACKING.items():
-        value, chosen = fields.value(config, path), fields.value(config, choice)
-        if value and chosen in names:
-            nothing = type(value)()
-            raise ValueError(f"config.{path}: {choice} = {chosen!r} has none; set it to {nothing!r}, got {value!r}")
+def _check_read(choice, known, readers, config):
+    """Refuses a field that asks for what the chosen task or model does not have; one of a user's own may have all."""
+    chosen, usual = fields.value(config, choice), default()
+    for names, paths in readers.items():
+        for path in paths if chosen in known and chosen not in names else ():
+            value, nothing = fields.value(config, path), fields.value(usual, path)
+            if value != nothing:
+                raise ValueError(f"config.{path}: {choice} = {chosen!r} has none; set it to {nothing!r}, got {value!r}")
+    if config.init_paths and not config.init_from:
+        raise ValueError(
+            f"config.init_paths: takes parts of config.init_from, which is not set; got {config.init_paths!r}"
+        )
 
 
 def _check_images(config):

@@ -83,7 +83,7 @@ def make_ggn(
     contracts.at_least(0, micro_batch=micro_batch, loss_rank=loss_rank)
     outputs, loss = contracts.of_each_example(outputs), contracts.one_number_each(loss)
     if jacobian == "head" and features is None:
-        raise ValueError("sketch.jacobian: head needs the model's features, the inputs of its last layer")
+        raise ValueError("sketch.solver, or jacobian: head needs the model's features, the inputs of its last layer")
     options = {"head": {"features": features}, "rows": {"loss_rank": loss_rank}}
 
     def ggn(params, batch, mask=None) -> Curvature:
@@ -253,9 +253,9 @@ def _head(outputs, loss, params, micro, *, features):
     out, phi, differs = stack(seen_by_head, micro)  # [n, B, K], [n, B, F], [n]
     if not last_layer.fits(params, *first((out, phi))):
         raise ValueError(
-            "sketch.jacobian: head needs the trainable parameters to be the last layer's kernel [F, K] and at most its "
-            f"bias [K], got {contracts.shapes(params)} for features and outputs {contracts.shapes((phi, out))}; set "
-            "trainable to that layer"
+            "sketch.solver, or jacobian: head needs trainable parameters that are the last layer's kernel [F, K] and "
+            f"at most its bias [K], got {contracts.shapes(params)} for features and outputs "
+            f"{contracts.shapes((phi, out))}; set trainable to that layer"
         )
     differs = jnp.any(differs)
     phi = jnp.where(differs, jnp.nan, phi)

@@ -38,6 +38,7 @@ class Parts(NamedTuple):
     column_bits: int = 0  # of an entry of the basis that clients are shown, see `few_bits`; 0 for floating point
     first: int = 0  # number of the phase's first round
     least_clients: int = 1  # with fewer clients that take part a round is skipped
+    pooled: bool = False  # whether one client holds all examples: nothing is sent
     chunk: int = 1  # clients side by side, see `parallel.map_clients`
     mesh: Mesh | None = None  # devices over which clients are spread
 

@@ -82,7 +82,7 @@ class Progress:
     def __init__(self, name: str, total: int, done: int):
         self._name, self._total, self._done, self._lines = shortened(name, NAME), total, done, not sys.stderr.isatty()
         quiet = bool(jax.process_index()) or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-        self._quiet, self._said, self._timed = quiet, -math.inf, None
+        self._quiet, self._said, self._timed, self._unsaid = quiet, -math.inf, None, ""
         form = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
         self._bar = tqdm(
             desc=f"{self._name:<12}", total=total, initial=done, bar_format=form, dynamic_ncols=True, smoothing=0,
@@ -95,6 +95,8 @@ class Progress:
         return self
 
     def __exit__(self, *_) -> None:
+        if self._unsaid:  # it ended before its rounds were over
+            self._say(self._unsaid)
         self._bar.close()
 
     def advance(self, rounds: int, row: dict) -> None:
@@ -107,6 +109,7 @@ class Progress:
             self._bar.initial = self._done
         self._bar.set_postfix_str(figures, refresh=False)
         self._bar.update(rounds)
+        self._unsaid = figures or "ended"
         if first or self._done >= self._total or now - self._said >= LINE_SECONDS:
             self._say(figures)
 
@@ -114,7 +117,7 @@ class Progress:
         """A line of its own, where there is no terminal to draw a bar on."""
         if self._quiet or not self._lines:
             return
-        self._said = time.monotonic()
+        self._said, self._unsaid = time.monotonic(), ""
         print(f"{self._name}: {self._done} of {self._total} rounds{self._left()}, {words}", file=sys.stderr, flush=True)
 
     def _left(self) -> str:
@@ -222,15 +225,30 @@ def show_table(summary: dict, compilations: Compilations) -> None:
 
 def table(summary: dict) -> str:
     """The compared methods side by side, as printed at the end of a run: each figure's final and best value."""
-    runs = {shortened(name, WIDTH - 2 * CELL - 2): result for name, result in summary["runs"].items()}
-    if len(runs) < len(summary["runs"]):  # they differ only where they were cut
-        runs = summary["runs"]
+    runs = summary["runs"]
     found = dict.fromkeys(name for result in runs.values() for name in result["final"])  # not all have a belief, say
     names = [name for name in found if name.startswith(("test_", "holdout_"))]
+    most = WIDTH - 2 - max(map(_column, names), default=0)
+    cut = {shortened(name, most): result for name, result in runs.items()}
+    runs = cut if len(cut) == len(runs) else runs  # else they differ only where they are cut
     width = max(len(name) for name in ["method", *runs])
-    side_by_side = max((WIDTH - width) // (2 * CELL + 2), 1)
-    blocks = [names[i : i + side_by_side] for i in range(0, len(names), side_by_side)] or [[]]
-    return "\n\n".join(_block(runs, width, block) for block in blocks)
+    return "\n\n".join(_block(runs, width, block) for block in _side_by_side(names, WIDTH - width))
+
+
+def _side_by_side(names: list[str], width: int) -> list[list[str]]:
+    """The table's figures, as many beside each other as so many characters hold; one at least."""
+    blocks, left = [[]], width
+    for name in names:
+        left -= 2 + _column(name)
+        if left < 0 and blocks[-1]:
+            blocks, left = [*blocks, []], width - 2 - _column(name)
+        blocks[-1].append(name)
+    return blocks
+
+
+def _column(name: str) -> int:
+    """The characters that a figure takes in the table, its final and its best value side by side."""
+    return max(len(name), 2 * CELL)
 
 
 def clients_table(summary: dict) -> str:
@@ -273,7 +291,7 @@ def spent(summary: dict) -> str:
 
 def _block(runs: dict, width: int, names: list[str]) -> str:
     """The table's columns of these figures; the methods' names take `width` characters."""
-    columns = [max(len(name), 2 * CELL) for name in names]
+    columns = [_column(name) for name in names]
     above = "".join(f"  {name:>{column}}" for name, column in zip(names, columns, strict=True))
     heads = "".join(f"  {'final':>{column - CELL}}{'best':>{CELL}}" for column in columns)
     lines = [" " * width + above, f"{'method':<{width}}" + heads]

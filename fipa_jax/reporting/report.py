@@ -10,6 +10,7 @@ import platform
 import re
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -142,9 +143,18 @@ def _state(rows: Sequence[dict], config: dict) -> str:
     now = time.strftime("%Y-%m-%d %H:%M %Z")
     if not rows:
         return f"No round is done as of {now}."
-    rounds = config["warmup"]["rounds"] + config["fipa"]["rounds"] * len(config["compare"])
-    done = f"All {rounds} rounds" if len(rows) >= rounds else f"{len(rows)} of {rounds} rounds"
+    phases = {spec: _rounds_of(spec, config) for spec in config["compare"] if config["fipa"]["rounds"]}
+    phases |= {curves.WARMUP: config["warmup"]["rounds"]}
+    done, ended = Counter(row["run"] for row in rows), {row["run"] for row in rows if row.get("ended_early")}
+    left = sum(max(rounds - done[name], 0) for name, rounds in phases.items() if name not in ended)
+    done = f"{len(rows)} of {len(rows) + left} rounds" if left else f"All {len(rows)} rounds"
     return f"{done} are done, as of {now}; the last one was round {rows[-1]['round']} of {rows[-1]['run']}."
+
+
+def _rounds_of(spec: str, config: dict) -> int:
+    """The rounds of a compared method: its own where it names them."""
+    own = [int(field.removeprefix("rounds=")) for field in spec.split(":") if field.startswith("rounds=")]
+    return own[-1] if own else config["fipa"]["rounds"]
 
 
 def _results(runs: dict, rows: Sequence[dict], looks: dict[str, curves.Look]) -> str:

@@ -99,6 +99,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
         column_bits=settings.aggregator.span.bits if settings.aggregator.name == "span" else 0,
         first=first_round(config, settings),
         least_clients=settings.least_clients,
+        pooled=settings.pooled,
         chunk=1 if config.chunk < 0 else config.chunk,  # until it is measured
         mesh=mesh,
     )

@@ -97,8 +97,9 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     """Builds `sent(info)`: the bytes that the server sends and receives in the round, over all clients of the cohort,
     and `bytes_kept`, what its rule, its optimiser and its term keep from round to round.
 
-    Of a sketch that is sent only the pairs that are kept count, and its report; the gradient too where the rank adapts
-    to it. Of a core its upper half, and of the basis the columns in use, for the clients that have answered.
+    Where one client holds all examples nothing is sent. Of a sketch that is sent only the pairs that are kept count,
+    and its report; the gradient too where the rank adapts to it. Of a core its upper half, and of the basis the columns
+    in use, for the clients that have answered.
 
     Args:
       state, results, sketches: of a round, or their shapes.
@@ -120,14 +121,15 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
         shown, answered = _bytes_of_columns(parts, asked[0].shape[0], sketches.values.dtype.itemsize)
     else:
         up += trees.nbytes(sketches)
-    kept = trees.nbytes((state.aggregator, state.server))
+    sends, kept = not parts.pooled, trees.nbytes((state.aggregator, state.server))
     kept += parts.num_clients * trees.nbytes(state.shared) if term.remember else 0
 
     def sent_in(info: dict) -> dict:
         sketches = pair * int(info.get("sketch_pairs", 0)) + report * int(info.get("sketches_sent", 0))
         columns, clients = int(info.get("columns", 0)), int(info.get("sketches_sent", 0))
         basis, cores = clients * shown(columns), clients * answered(columns)
-        return {"bytes_down": down + basis, "bytes_up": up + sketches + cores, "bytes_kept": kept}
+        both = {"bytes_down": down + basis, "bytes_up": up + sketches + cores}
+        return {name: sends * bytes_ for name, bytes_ in both.items()} | {"bytes_kept": kept}
 
     return sent_in
 

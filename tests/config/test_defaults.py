@@ -8,9 +8,12 @@ import pytest
 
 from fipa_jax import config as config_lib
 from fipa_jax import tasks
+from fipa_jax.config import checks, fields
 from fipa_jax.config import methods as compared
 from fipa_jax.data import partition
+from fipa_jax.models.networks import MODELS
 from fipa_jax.run import experiment
+from fipa_jax.tasks.task import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -207,6 +210,34 @@ def test_an_unknown_name_lists_the_known_ones(field, known):
     assert field.removeprefix("fipa.") in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("partition.num_clients", 7, "task.name = 'sine' has none; set it to 100, got 7"),
+        ("data.holdout", 0.1, "task.name = 'sine' has none; set it to 0.0, got 0.1"),
+        ("data.flip", False, "task.name = 'sine' has none; set it to True"),
+        ("task.holdout", 0.3, "task.name = 'sine' has none"),
+        ("task.window", 5, "task.name = 'sine' has none"),
+        ("task.equation", "burgers", "task.name = 'sine' has none"),
+        ("model.layers", 3, "model.name = 'mlp' has none"),
+        ("model.head_width", 3, "model.name = 'mlp' has none"),
+        ("init_paths", "^Dense", "takes parts of config.init_from, which is not set"),
+    ],
+)
+def test_a_field_that_nothing_reads_is_refused(field, value, words):
+    config = tiny()
+    group, name = fields.find(config, field)
+    group[name] = value
+    with pytest.raises(ValueError, match=rf"^config\.{field}: {re.escape(words)}"):
+        checks.validate(config)
+
+
+def test_fields_are_read_by_the_tasks_and_models_that_there_are():
+    assert set(checks.TASKS) == set(TASKS) and set(checks.MODELS) == set(MODELS)
+    read = [path for paths in (*checks.READERS_OF.values(), *checks.MODELS_OF.values()) for path in paths]
+    assert len(set(read)) == len(read) and all(fields.value(config_lib.default(), path) is not None for path in read)
+
+
 def test_a_place_that_is_not_known_is_named():
     """Of a method whose rule takes the field."""
     with pytest.raises(ValueError, match=r"aggregator\.at: unknown 'home'; known: broadcast, local"):
@@ -224,7 +255,7 @@ def test_an_unknown_split_lists_the_known_ones():
         ({"cohort": 3}, r"config\.cohort: 3 is above the number of clients, 2"),
         ({"devices": 64}, r"config\.devices: 64 asked for"),
         ({"fipa__sketch__rank": 1000}, "sketch.rank: 1000 is above the number of trainable parameters"),
-        ({"fipa__sketch__solver": "head"}, "head needs the trainable parameters to be the last layer's"),
+        ({"fipa__sketch__solver": "head"}, "head needs trainable parameters that are the last layer's"),
         ({"fipa__sketch__energy": 0.9, "fipa__sketch__probes": 0}, "sketch.energy: needs the trace"),
         ({"fipa__trainable": "Conv"}, "trainable: no parameter path matches 'Conv'; the paths are: Dense_0/bias"),
         ({"fipa__local__optimizer": "gauss_newton", "fipa__term__name": "prox"}, "gauss_newton.*takes no term"),

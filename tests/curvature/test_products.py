@@ -167,7 +167,7 @@ def test_the_head_may_be_a_kernel_alone(x64):
     np.testing.assert_allclose(trace, np.trace(dense), rtol=1e-12)
     in_a_tree = lambda theta, batch: {"out": outputs(theta, batch)}
     for model, wrong in ((_network, params), (outputs, {"w2": params["w2"], "c": params["b1"]}), (in_a_tree, head)):
-        with pytest.raises(ValueError, match=r"sketch\.jacobian: head needs the trainable parameters to be the last"):
+        with pytest.raises(ValueError, match=r"sketch\.solver, or jacobian: head needs trainable parameters"):
             jax.eval_shape(curvature.make_ggn(model, loss, jacobian="head", features=features), wrong, batch)
 
 
@@ -351,7 +351,7 @@ def test_forward_flops_count_two_for_a_multiplication_and_an_addition():
 def test_wrong_choices_name_the_field():
     with pytest.raises(ValueError, match=r"sketch\.jacobian.*'dense'.*head, matrix_free, rows"):
         curvature.make_ggn(_network, _two_fields_loss, jacobian="dense")
-    with pytest.raises(ValueError, match=r"sketch\.jacobian: head needs the model's features"):
+    with pytest.raises(ValueError, match=r"sketch\.solver, or jacobian: head needs the model's features"):
         curvature.make_ggn(_network, _two_fields_loss, jacobian="head")
 
 

@@ -392,7 +392,7 @@ def test_make_diagonal_is_the_diagonal(x64):
         ({"rank": SIZE + 1}, rf"sketch\.rank: {SIZE + 1} is above .* {SIZE}"),
         ({"solver": "lanczo"}, r"sketch\.solver: unknown 'lanczo'; known: auto, head, lanczos, rows, subspace"),
         ({"jacobian": "dense"}, r"sketch\.jacobian: unknown 'dense'; known: head, matrix_free, rows"),
-        ({"solver": "head", "features": None}, r"sketch\.jacobian: head needs the model's features"),
+        ({"solver": "head", "features": None}, r"sketch\.solver, or jacobian: head needs the model's features"),
         ({"solver": "head", "features": lambda params, batch: batch["x"][:, 1:]}, "last layer"),
     ],
 )

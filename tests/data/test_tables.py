@@ -102,6 +102,53 @@ def test_what_is_no_table_is_named(tmp_path, ending, content):
         own_arrays.read(str(tmp_path / f"mine{ending}"))
 
 
+@pytest.mark.parametrize(
+    ("gap", "refused"), [("", True), ("NA", True), ('""', True), ('"NA"', False), ("nothing", False)]
+)
+@pytest.mark.parametrize("column", ["chest", "y", "client"])
+def test_a_gap_among_words_is_no_word(tmp_path, gap, refused, column):
+    """Neither an input, nor a class, nor an owner; in quotes NA is a word as others are."""
+    rows = {
+        "age": ["63", "41", "57"],
+        "chest": ["none", "other", "none"],
+        "client": ["a", "b", "a"],
+        "y": ["n", "y", "n"],
+    }
+    rows[column][1] = gap
+    lines = [",".join(rows), *(",".join(line) for line in zip(*rows.values(), strict=True))]
+    (tmp_path / "mine.csv").write_text("\n".join(lines) + "\n")
+    if not refused:
+        found = own_arrays.read(str(tmp_path / "mine.csv"))
+        assert len(found["x"]) == 3 and (column == "chest" or gap.strip('"') in found[column])
+        return
+    with pytest.raises(ValueError, match=rf"nothing in 1 rows of column '{column}', first in row 1; fill or drop them"):
+        own_arrays.read(str(tmp_path / "mine.csv"))
+
+
+def test_a_column_that_is_not_asked_for_may_be_anything(tmp_path):
+    dates = arrow.array([0, 1, None, 3], arrow.date32())
+    file = _write(tmp_path, ".parquet", ROWS | {"when": dates, "note": [None, "", "x", None]})
+    assert own_arrays.read(file, Columns(inputs=("age", "z")))["x"].shape == (4, 2)
+    with pytest.raises(ValueError, match=r"'when', first in row 2; .* or name in config\.task\.inputs those of age, "):
+        own_arrays.read(file)
+    with pytest.raises(ValueError, match=r"rows of column 'when', first in row 2; fill or drop them$"):
+        own_arrays.read(file, Columns(inputs=("age", "z"), client="when"))
+
+
+@pytest.mark.parametrize("text", ["a,gr\xf6\xdfe,y\n1,2,3\n4,5,6\n", "a,b,y\n\xfcber,2,3\nunter,5,6\n"])
+def test_words_that_are_not_utf_8_are_named(tmp_path, text):
+    (tmp_path / "mine.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config\.task\.file: .*mine\.csv' .*; save (it|the file) as UTF-8"):
+        own_arrays.read(str(tmp_path / "mine.csv"))
+
+
+@pytest.mark.parametrize("ending", READERS)
+def test_an_ending_may_be_in_capitals(tmp_path, ending):
+    file = tmp_path / f"MINE{ending.upper()}"
+    file.write_bytes((tmp_path / "mine").with_suffix(ending).read_bytes() if _write(tmp_path, ending, ROWS) else b"")
+    assert own_arrays.read(str(file))["client"].tolist() == ROWS["client"]
+
+
 def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
     file, real = _write(tmp_path, ".csv", ROWS), builtins.__import__
 

@@ -1,13 +1,16 @@
 """What a person sees: it fits a terminal and a log file, and no result hangs on it."""
 
+import contextlib
 import re
 
 import pytest
 
 from fipa_jax.reporting import console
 
+FIGURES = ("test_loss", "test_accuracy", "holdout_average_calibration_error", "holdout_loss")
 
-def summary(names, figures=("test_loss", "test_accuracy", "test_calibration_error", "holdout_loss")):
+
+def summary(names, figures=FIGURES):
     values = {figure: 10.0 ** (3 * place) for place, figure in enumerate(figures)}
     return {"runs": {name: {"final": values, "best": values} for name in names}}
 
@@ -15,10 +18,10 @@ def summary(names, figures=("test_loss", "test_accuracy", "test_calibration_erro
 @pytest.mark.parametrize("names", [("fipa",), ("fipa", "x" * 300), ("m" * 300 + "a", "m" * 300 + "b")])
 def test_the_table_fits_80_columns_and_loses_no_figure(names):
     text = console.table(summary(names))
-    told_apart = len({name[:29] for name in names}) == len(names)
+    told_apart = len({name[:20] for name in names}) == len(names)
     if told_apart:
         assert max(map(len, text.splitlines())) <= 80
-    for figure in ("test_loss", "test_accuracy", "test_calibration_error", "holdout_loss"):
+    for figure in FIGURES:
         assert figure in text
     assert len(re.findall(r"1e\+09", text)) == 2 * len(names)  # the last figure of each method, final and best
 
@@ -67,6 +70,18 @@ def test_without_a_terminal_there_are_plain_lines(capsys, monkeypatch):
     assert lines[0].endswith("40 of 100 rounds, compiling") and lines[-1].endswith("100 of 100 rounds, loss=1")
     assert 3 < len(lines) < 60 and all(len(line) <= 80 and "\r" not in line for line in lines)
     assert all(" left, " in line for line in lines[2:-1])
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_the_last_line_is_of_the_last_round_wherever_it_ends(capsys, monkeypatch, error):
+    """Before its rounds are over, say as the bytes are spent, or it is stopped."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    with contextlib.suppress(KeyboardInterrupt), console.Progress("fipa", 20, 0) as bar:
+        for k in range(5):
+            bar.advance(1, {"test_loss": 5.0 - k})
+        if error:
+            raise error
+    assert re.match(r"fipa: 5 of 20 rounds.*, loss=1$", capsys.readouterr().err.splitlines()[-1])
 
 
 def test_progress_can_be_turned_off(capsys, monkeypatch):

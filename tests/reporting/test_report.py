@@ -70,6 +70,24 @@ def test_the_page_shows_methods_in_the_colours_of_the_curves(tmp_path):
     assert all(color.lower() in drawn for color in strokes)
 
 
+@pytest.mark.parametrize(
+    ("done", "said"),
+    [
+        ({"fipa": 4}, "4 of 6 rounds are done"),
+        ({"fipa": 4, "fedavg:rounds=2": 1}, "5 of 6 rounds are done"),
+        ({"fipa": 4, "fedavg:rounds=2": 2}, "All 6 rounds are done"),
+        ({"fipa": -3, "fedavg:rounds=2": 2}, "All 5 rounds are done"),
+    ],
+)
+def test_the_page_says_how_far_the_run_is(tmp_path, done, said):
+    """By the methods' own rounds; one that has ended early, here after 3, has no more to do."""
+    rows = [row(name, k) for name, rounds in done.items() for k in range(abs(rounds))]
+    if done["fipa"] < 0:
+        rows[2]["ended_early"] = True
+    page, _ = page_of(tmp_path, rows, ("fipa", "fedavg:rounds=2"), fipa={"rounds": 4}, warmup={"rounds": 0})
+    assert said in page.text
+
+
 def test_the_page_counts_what_went_wrong(tmp_path):
     fine, _ = page_of(tmp_path / "fine", [row("fipa", 0, clients_rejected=0, skipped=False, fallback=0)])
     assert "no client was left out" in fine.text

@@ -191,3 +191,15 @@ def test_asking_half_of_the_clients_keeps_the_way_down(tmp_path):
 
     guessed, without = ([ends(prior, seed) for seed in range(3)] for prior in (0.3, 0.0))
     assert max(guessed) < 0.05 < max(without)
+
+
+def test_who_holds_all_examples_sends_nothing_and_takes_all_rounds(tmp_path):
+    """The ceiling, beside a method that ends where the bytes are spent."""
+    config = tiny(compare=("fedavg", "centralised:aggregator.name=mean"), fipa={"rounds": 8})
+    config.task.num_clients, config.fipa.most_bytes_up = CLIENTS, CLIENTS * 40 * 3.5
+    whole_run.run(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    of_each = {name: [row for row in rows if row["run"] == name] for name in config.compare}
+    assert [len(of_each[name]) for name in config.compare] == [3, 8]
+    assert all(row["bytes_up"] == row["bytes_down"] == 0 for row in of_each[config.compare[1]])
+    assert all(row["bytes_up"] == CLIENTS * 40 for row in of_each["fedavg"])
