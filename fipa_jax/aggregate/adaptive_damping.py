@@ -49,11 +49,13 @@ def adaptive(inner: Solver) -> Solver:
     adds the step as it is, or in proportion.
 
     Raises:
-      ValueError: the inner solver has no damping, finds it by another rule, or is capped: the cap has to be outside, as
-        what the sketches leave out is read from those that are capped.
+      ValueError: the inner solver has no damping, a relative one, finds it by another rule, or is capped: the cap has
+        to be outside, as what the sketches leave out is read from those that are capped.
     """
     if "damping" not in inner.hyper:
         raise ValueError("aggregator.past.adaptive: 'pinv' has no damping to adapt; set aggregator.form = 'damped'")
+    if inner.relative:
+        raise ValueError("aggregator.past.adaptive: finds an absolute damping; set aggregator.relative to False")
     check_order(
         inner,
         {

@@ -92,15 +92,23 @@ class Aggregator(NamedTuple):
 def step_of(rule: Aggregator, received: Received, state: State, params: Params, info: Info):
     """(step, state, info, received) of a rule, after it has left out whom it must; `info` is that of the screening.
 
-    The rule works in float32 at least; the step has the parameters' own dtypes.
+    The rule works in float32 at least; the step has the parameters' own dtypes, and the state keeps those that it had.
 
     Args:
       received: as `screening.receive` gives it.
     """
     received, refused = rule.admit(received, state)
-    step, state, told = rule.apply(received, state, trees.widened(params))
+    step, after, told = rule.apply(received, state, trees.widened(params))
     step = jax.tree.map(lambda change, p: change.astype(jnp.result_type(p)), step, params)
-    return step, state, with_refused(info, refused) | told, received
+    if jax.tree.structure(after) == jax.tree.structure(state):  # as of a rule that a scan can carry on
+        after = jax.tree.map(_as_wide_as, after, state)
+    return step, after, with_refused(info, refused) | told, received
+
+
+def _as_wide_as(new: Any, old: Any) -> Any:
+    """The new array in the dtype of the old one."""
+    other = hasattr(new, "dtype") and hasattr(old, "dtype") and new.dtype != old.dtype
+    return new.astype(old.dtype) if other else new
 
 
 # How the clients are weighted: name -> of each client [C], in proportion to which it counts.

@@ -19,7 +19,7 @@ from fipa_jax.aggregate.aggregator import (
     step_of,
     weights_of,
 )
-from fipa_jax.aggregate.late_updates import LateUpdates, without_drifted
+from fipa_jax.aggregate.late_updates import NO_WAY, LateUpdates, without_drifted
 from fipa_jax.aggregate.limits import Limits, capped, limited
 from fipa_jax.aggregate.merged_curvature import Merge
 from fipa_jax.aggregate.past_rounds import PastRounds, kind_of, remembering
@@ -100,7 +100,7 @@ def from_solver(
     def init(params):
         theta = trees.ravel(trees.widened(contracts.floating(params, "params")))
         theta = fill_up(theta, padded(theta.size)) if spread else theta
-        hyper = {name: jnp.asarray(value, theta.dtype) for name, value in numbers.items()}
+        hyper = {name: jnp.array(value, theta.dtype) for name, value in numbers.items()}
         return FipaState(hyper, solver.init(theta))
 
     def admit(received: Received, state: FipaState):
@@ -115,6 +115,8 @@ def from_solver(
         length, rows = theta.size, padded(theta.size) if spread else theta.size
         sketch = sketch._replace(basis=fill_up(sketch.basis, rows))
         moved = None
+        if received.age is not None and received.moved is None and late.transport:
+            raise ValueError(NO_WAY.format("transport"))
         if received.moved is not None and late.transport:
             moved = fill_up(trees.ravel_stacked(received.moved), rows)
         damping = received.damping if solver.needs.damping else None
@@ -273,7 +275,9 @@ def fipa_step(
       ValueError: shapes do not fit, the form is not known, or a number is negative or NaN.
     """
     rule = fipa(form, damping=damping, relative=relative, rcond=rcond, limits=limits)
-    like = jax.tree.map(lambda leaf: leaf[0], delta)
+    if not all(jnp.shape(leaf)[:1] > (0,) for leaf in jax.tree.leaves(delta)):
+        raise ValueError("delta: needed a leading axis of clients, one at least, in every array")
+    like = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], delta)
     received, info = receive(Uploads(delta, jnp.asarray(num_examples), sketch), like)
     step, _, info, _ = step_of(rule, received, rule.init(like), like, info)
     return step, info
@@ -286,7 +290,8 @@ def _check(form: Form, damping: Number, relative: bool, own_damping: bool, past:
     """Refuses, with a ValueError, forms and dampings with which some option cannot work."""
     if own_damping and form != "damped":
         raise ValueError(solvers.OWN_DAMPING)
-    undamped = isinstance(damping, int | float) and not damping > 0
+    contracts.at_least(0, damping=damping)
+    undamped = contracts.is_known(damping) and not damping > 0
     if past.kind == "curvature" and (form != "damped" or relative or undamped):
         raise ValueError(
             "aggregator.damping: past.kind = 'curvature' divides gradients by it, it needs form = 'damped', relative = "
@@ -294,8 +299,6 @@ def _check(form: Form, damping: Number, relative: bool, own_damping: bool, past:
         )
     if past.adaptive and past.kind != "prior":
         raise ValueError(f"aggregator.past.adaptive: needs past.kind = 'prior', got {past.kind!r}; set it to False")
-    if past.adaptive and relative:
-        raise ValueError("aggregator.past.adaptive: finds an absolute damping; set aggregator.relative to False")
 
 
 def _sketch_of(received: Received, solver: Solver) -> Sketch:

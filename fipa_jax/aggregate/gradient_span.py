@@ -131,12 +131,13 @@ def from_span(
 
     def init(params):
         theta = trees.ravel(trees.widened(contracts.floating(params, "params")))
-        columns, zero = min(span.columns, theta.size), jnp.int32(0)
-        hyper = {name: jnp.asarray(value, theta.dtype) for name, value in numbers.items()}
-        blank = jnp.zeros([columns, columns], theta.dtype)
-        basis = jnp.zeros([theta.size, columns], theta.dtype)
-        none = blank[0, 0]
-        return SpanState(hyper, basis, zero, zero, blank, blank, none, none, none, zero)
+        columns = min(span.columns, theta.size)
+        hyper = {name: jnp.array(value, theta.dtype) for name, value in numbers.items()}
+        shapes = {"basis": [theta.size, columns], "core_sum": [columns, columns], "measured": [columns, columns]}
+        counts = {name: jnp.zeros([], jnp.int32) for name in ("active", "new", "round")}
+        numbers_of = {name: jnp.zeros([], theta.dtype) for name in ("found", "shares", "shares_of_new")}
+        blank = {name: jnp.zeros(shape, theta.dtype) for name, shape in shapes.items()}
+        return SpanState(hyper, **blank, **counts, **numbers_of)
 
     def apply(received: Received, before: SpanState, params):
         cores = _cores_of(received, before)
@@ -170,7 +171,7 @@ def _check(span: SpanOptions, limits: Limits) -> None:
         raise ValueError(
             f"aggregator.span.fresh: needs at least 1, and at most columns = {span.columns}, got {span.fresh}"
         )
-    if isinstance(span.decay, int | float) and not 0 <= span.decay <= 1:
+    if contracts.is_known(span.decay) and not 0 <= span.decay <= 1:
         raise ValueError(f"aggregator.span.decay: needs a number in [0, 1], got {span.decay}")
     if span.bits:
         few_bits.check(span.bits, "aggregator.span.bits")

@@ -14,6 +14,11 @@ from fipa_jax.aggregate.row_blocks import fill_up
 from fipa_jax.aggregate.screening import Received
 from fipa_jax.curvature.sketch import Sketch
 
+NO_WAY = (
+    "uploads.moved: needed beside uploads.age by aggregator.late.{0}, the way of the parameters since a late client "
+    "began; or set late.{0} to False"
+)
+
 
 class LateUpdates(NamedTuple):
     """How a rule takes late clients; the group `aggregator.late` of a config."""

@@ -142,11 +142,11 @@ def kronecker(
     numbers = {"limits.max_step": limits.max_step, "limits.max_divergence": limits.max_divergence}
     numbers |= {"damping": damping, "rcond": rcond, "limits.explosion": limits.explosion}
     numbers |= {"past.decay": past.decay} if past.kind == "prior" else {}
-    contracts.at_least(0, **numbers)
+    contracts.at_least(0, **numbers, **{"limits.trace_cap": limits.trace_cap})
 
     def init(params):
         dtype = trees.ravel(trees.widened(contracts.floating(params, "params"))).dtype
-        hyper = {name: jnp.asarray(value, dtype) for name, value in numbers.items()}
+        hyper = {name: jnp.array(value, dtype) for name, value in numbers.items()}
         return hyper, (_nothing_remembered(params, kind.needs_outputs, dtype) if past.kind == "prior" else ())
 
     def apply(received: Received, state, params):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from fipa_jax import trees
 from fipa_jax.aggregate import merged_curvature
 from fipa_jax.aggregate.solvers import Solver, check_order
+from fipa_jax.curvature import contracts
 from fipa_jax.curvature.contracts import Number
 from fipa_jax.curvature.sketch import Sketch
 
@@ -24,7 +25,7 @@ class Limits(NamedTuple):
 def other_bounds(limits: Limits) -> list[str]:
     """The names of the bounds that are set, or traced, beside `max_divergence`."""
     bounds = {name: value for name, value in limits._asdict().items() if name != "max_divergence"}
-    return [name for name, value in bounds.items() if not isinstance(value, int | float) or value]
+    return [name for name, value in bounds.items() if not contracts.is_known(value) or value]
 
 
 def limited(
@@ -41,13 +42,15 @@ def limited(
         stands for the rest, and a bound by H alone would not see a step of length |g| / beta.
 
     Raises:
-      ValueError: the inner solver is limited already, or takes steps back, which must not be shortened.
+      ValueError: the inner solver is limited already, takes steps back, which must not be shortened, or adapts its
+        damping to the steps that it has seen.
     """
     check_order(
         inner,
         {
             "limited": "aggregator.limits: the solver is limited already; wrap it once, with both bounds",
             "trust_region": "aggregator.limits: must be inside of the trust region: trust_region(limited(...))",
+            "adaptive": "aggregator.limits: must be inside of what adapts: adaptive(limited(...))",
         },
     )
 
@@ -104,8 +107,9 @@ def capped(inner: Solver, *, trace_cap: float = 1000.0) -> Solver:
       trace_cap: c; 0 for no cap.
 
     Raises:
-      ValueError: the inner solver is capped already.
+      ValueError: the inner solver is capped already; the cap is negative or NaN.
     """
+    contracts.at_least(0, **{"limits.trace_cap": trace_cap})
     check_order(inner, {"capped": "aggregator.limits.trace_cap: the solver is capped already; wrap it once"})
 
     def solve(messages, hyper, state, now):

@@ -124,12 +124,12 @@ def remembering(inner: Solver, past: Kind, *, decay: Number = 0.9) -> Solver:
     clients = {"ids": past.num_clients > 0, "num_clients": past.num_clients}
     needs = inner.needs._replace(**clients, gradient=past.needs_gradient)
     hyper, wrappers = inner.hyper | {"past.decay": decay}, (*inner.wrappers, "remembering")
-    return Solver(hyper, init, solve, needs, withdraws, wrappers)
+    return Solver(hyper, init, solve, needs, withdraws, wrappers, inner.relative)
 
 
 def check_decay(decay: Number, most: float | None = None) -> None:
     """Refuses, with a ValueError, a decay that is not in [0, 1), nor `most`; one that is traced passes."""
-    if isinstance(decay, int | float) and not (0 <= decay < 1 or decay == most):
+    if contracts.is_known(decay) and not (0 <= decay < 1 or decay == most):
         raise ValueError(
             f"aggregator.past.decay: needs a number in [0, 1), for 'latest' and 'curvature' up to 1, got {decay}"
         )
@@ -234,8 +234,9 @@ def latest(rank: int, num_clients: int, transport: bool = True) -> Kind:
         )
 
     def init(theta):
-        rows, numbers = jnp.zeros([num_clients, theta.size], theta.dtype), jnp.zeros([num_clients], theta.dtype)
-        return Past(*_blank(theta, num_clients, rank), deltas=rows, starts=rows, damping=numbers)
+        deltas, starts = (jnp.zeros([num_clients, theta.size], theta.dtype) for _ in range(2))
+        damping = jnp.zeros([num_clients], theta.dtype)
+        return Past(*_blank(theta, num_clients, rank), deltas=deltas, starts=starts, damping=damping)
 
     def join(past: Past, cohort: Messages, now: Now, hyper: dict):
         present = jnp.zeros(past.weights.shape, bool).at[now.ids].max(cohort.weights > 0)
@@ -260,7 +261,7 @@ def latest(rank: int, num_clients: int, transport: bool = True) -> Kind:
         # Who is left out keeps what was said before: its place is none, and nothing is written there.
         ids = jnp.where(cohort.weights > 0, contracts.given(now.ids, "uploads.ids"), num_clients)
         faded = past._replace(weights=past.weights * hyper["past.decay"])
-        return jax.tree.map(lambda old, new: old.at[ids].set(new, mode="drop"), faded, new)
+        return jax.tree.map(lambda old, new: old.at[ids].set(new.astype(old.dtype), mode="drop"), faded, new)
 
     return Kind(init, join, keep, num_clients=num_clients, most_decay=1)
 

@@ -85,8 +85,8 @@ def posterior(
 
     def init(params):
         theta = trees.ravel(trees.widened(contracts.floating(params, "params")))
-        blank = jnp.zeros_like(theta)
-        return Belief(jnp.full_like(theta, options.prior + options.start), blank, blank, jnp.zeros([], theta.dtype))
+        start, none = options.prior + options.start, jnp.zeros([], theta.dtype)
+        return Belief(jnp.full_like(theta, start), jnp.zeros_like(theta), jnp.zeros_like(theta), none)
 
     def apply(received: Received, state: Belief, params):
         if not isinstance(received.sketch, Diagonal):

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from fipa_jax.aggregate import merged_curvature
 from fipa_jax.aggregate.aggregator import Needs, Withdraws, never, sound
 from fipa_jax.aggregate.merged_curvature import Factor, Filter, Merge
+from fipa_jax.curvature import contracts
 from fipa_jax.curvature.contracts import Number
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.derivatives import vary_with
@@ -71,6 +72,7 @@ class Solver(NamedTuple):
     needs: Needs = Needs("sketch")  # what the clients have to send
     withdraws: Withdraws = never
     wrappers: tuple[str, ...] = ()  # what it is wrapped in, from the inside out
+    relative: bool = False  # whether its damping counts in units of H's largest eigenvalue
 
 
 def check_order(inner: Solver, refused: dict[str, str]) -> None:
@@ -148,7 +150,7 @@ def damped(
     Raises:
       ValueError: own_damping with a damping that is relative or not above 0.
     """
-    if own_damping and (relative or (isinstance(damping, int | float) and not damping > 0)):
+    if own_damping and (relative or (contracts.is_known(damping) and not damping > 0)):
         raise ValueError(OWN_DAMPING)
     solver = _solver("damped", {"damping": damping, "limits.explosion": explosion}, relative, Merging(merge, mesh))
     return solver._replace(needs=solver.needs._replace(damping=own_damping))
@@ -168,7 +170,7 @@ def _solver(form: Form, hyper: Hyper, relative: bool, merge: Merging) -> Solver:
         solution = _solve(messages, form, hyper, relative, merge)
         return solution, hyper, state, {"fallback": solution.fallback}
 
-    return Solver(hyper, lambda theta: (), solve)
+    return Solver(hyper, lambda theta: (), solve, relative=relative)
 
 
 def _solve(messages: Sequence[Messages], form: Form, hyper: Hyper, relative: bool, merge: Merging) -> Solution:

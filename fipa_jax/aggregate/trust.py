@@ -101,6 +101,7 @@ def trust_region(inner: Solver) -> Solver:
         {
             "remembering": "aggregator.trust: needs all clients in every round, where aggregator.past adds nothing",
             "trust_region": "aggregator.trust: the solver has a trust region already; wrap it once",
+            "adaptive": "aggregator.trust: finds the damping itself; set aggregator.past.adaptive to False",
         },
     )
 
@@ -128,7 +129,7 @@ def trust_region(inner: Solver) -> Solver:
         return state[0].undone
 
     needs = inner.needs._replace(loss=True)
-    return Solver(inner.hyper, start, solve, needs, withdraws, (*inner.wrappers, "trust_region"))
+    return Solver(inner.hyper, start, solve, needs, withdraws, (*inner.wrappers, "trust_region"), inner.relative)
 
 
 def _inside(value: jax.Array, dtype) -> jax.Array:

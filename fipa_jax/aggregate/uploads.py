@@ -57,6 +57,10 @@ def fitting(uploads: Uploads, params: Any) -> Uploads:
     for field, value in numbers.items():
         if value is not None and (np.shape(value) != clients or not _is_real(value)):
             raise ValueError(f"uploads.{field}: needed {clients[0]} real numbers, got {contracts.kind(value)}")
+    ids = uploads.ids
+    if ids is not None and not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
+        raise ValueError(f"uploads.ids: needed {clients[0]} integers, got {contracts.kind(ids)}")
+    numbers["ids"] = None if ids is None else jnp.asarray(ids).astype(jnp.int32)
     moved = None if uploads.moved is None else like_params(uploads.moved, params, clients, "uploads.moved")
     delta = like_params(uploads.delta, params, clients, "uploads.delta")
     if isinstance(uploads.sketch, LayerFactors):

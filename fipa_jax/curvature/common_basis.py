@@ -106,6 +106,8 @@ def _matrix_of(outputs, loss, solver: SolverName, view: View, params, batch, mas
     """(the client's curvature, the basis [P, s] in its precision)."""
     contracts.floating(params, "params")
     batch, mask = contracts.present_rows(batch, mask)
+    if jnp.ndim(basis) != 2:
+        raise ValueError(f"basis: needed an array [P, s], got {contracts.kind(basis)}")
     size, columns = basis.shape
     seen_by = resolve(outputs, params, batch, Search(solver, columns, 0, 0, 1.0), view)[1]
     matrix = products.make_ggn(outputs, loss, **seen_by._asdict())(params, batch, mask)

@@ -158,6 +158,7 @@ def present_rows(batch: Any, mask: jax.Array | None) -> tuple[Any, jax.Array | N
         return batch, jnp.zeros([1], bool)
     if mask is None:
         return batch, None
+    mask = mask if hasattr(mask, "dtype") else np.asarray(mask)
     if jnp.shape(mask) != (number,) or not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
         raise ValueError(f"mask: needed {number} booleans, one of each example, got {kind(mask)}")
     mask = jnp.asarray(mask)
@@ -234,15 +235,24 @@ def given(value: Given | None, name: str) -> Given:
     return value
 
 
+def is_known(number: Number) -> bool:
+    """Whether a number can be looked at now, as it is not traced."""
+    return not isinstance(number, Tracer)
+
+
 def at_least(least: float, **numbers: Any) -> None:
-    """Refuses numbers below a bound, or NaN; those that are traced pass.
+    """Refuses numbers below a bound, NaN, and what is no number; those that are traced pass.
 
     Raises:
       ValueError: names the number.
     """
     for name, value in numbers.items():
-        if not isinstance(value, Tracer) and not np.all(np.asarray(value) >= least):
-            raise ValueError(f"{name}: needed {least:g} or more, got {value}")
+        if is_known(value):
+            array = np.asarray(value)
+            if array.dtype.kind not in "biuf" and not jnp.issubdtype(array.dtype, jnp.floating):  # of half precision
+                raise ValueError(f"{name}: needed a number, got {value!r:.40}")
+            if not np.all(array >= least):
+                raise ValueError(f"{name}: needed {least:g} or more, got {value}")
 
 
 def _is_floating(leaf: Any) -> bool:

@@ -340,8 +340,8 @@ def _grown(new, drawn, known: Eigenpairs | None, *, matrix: Curvature, rank: int
 
 def _checked(rank: int, solve: Solver) -> Solver:
     """A solver whose rank fits, at the highest precision of products."""
-    if rank < 1:
-        raise ValueError(f"sketch.rank: needs at least 1, got {rank}")
+    if not (rank >= 1 and rank == int(rank)):
+        raise ValueError(f"sketch.rank: needs a whole number of at least 1, got {rank}")
 
     def checked(key, matrix: Curvature, start=None) -> Eigenpairs:
         if rank > matrix.size:

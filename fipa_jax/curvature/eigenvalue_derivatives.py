@@ -22,7 +22,7 @@ from fipa_jax.derivatives import refusing, vary_with, with_derivative_of
 
 NO_VECTORS = (
     "make_sketch: of a sketch only the eigenvalues have a derivative, in params and batch; apply jax.lax.stop_gradient "
-    "to its basis and report, or to params"
+    "to its basis and report, or to params; take a jax.jvp within jax.jit, which leaves out what is not used"
 )
 NO_RANK = "make_sketch: with loss_rank nothing has a derivative; apply jax.lax.stop_gradient to params and batch"
 

@@ -178,9 +178,9 @@ def test_a_round_without_clients_leaves_it_as_it_is(x64):
     ("inner", "words"),
     [
         (lambda: aggregate.pinv(), "'pinv' has no damping"),
-        (lambda: adaptive(aggregate.damped()), "wrap it once"),
-        (lambda: aggregate.capped(aggregate.damped()), "must be outside"),
-        (lambda: aggregate.trust_region(aggregate.damped()), "finds the damping already"),
+        (lambda: adaptive(aggregate.damped(relative=False)), "wrap it once"),
+        (lambda: aggregate.capped(aggregate.damped(relative=False)), "must be outside"),
+        (lambda: aggregate.trust_region(aggregate.damped(relative=False)), "finds the damping already"),
     ],
 )
 def test_orders_that_would_not_do_what_they_say_are_refused(inner, words):

@@ -304,6 +304,18 @@ REFUSED = {
     "caps twice": (lambda: capped(capped(damped())), r"aggregator\.limits\.trace_cap: .*wrap it once"),
     "trust twice": (lambda: trust_region(trust_region(damped())), r"aggregator\.trust: .*wrap it once"),
     "limits over trust": (lambda: limited(trust_region(damped())), r"aggregator\.limits: must be inside"),
+    "limits over what adapts": (
+        lambda: limited(aggregate.adaptive(damped(relative=False))),
+        r"aggregator\.limits: must be inside of what adapts",
+    ),
+    "trust over what adapts": (
+        lambda: trust_region(aggregate.adaptive(damped(relative=False))),
+        r"aggregator\.trust: finds the damping itself",
+    ),
+    "a relative damping that adapts": (
+        lambda: aggregate.adaptive(remembering(limited(damped(0.1)), aggregate.prior(4))),
+        r"aggregator\.past\.adaptive: finds an absolute damping",
+    ),
     "trust over pinv": (lambda: trust_region(limited(pinv())), r"aggregator\.trust: 'pinv' has no damping to adapt"),
     "own damping, relative": (
         lambda: damped(own_damping=True),

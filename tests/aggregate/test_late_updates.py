@@ -79,6 +79,7 @@ def test_an_absent_client_undoes_no_round_whatever_its_age(x64, name):
     """(1 + age)^-s of age -1 is infinite, and 0 times it is NaN."""
     deltas, counts, values, basis = clients_of(SIZE)
     uploads = uploads_of(deltas, np.where(np.arange(4) == 1, 0, counts), values, basis)
+    uploads = uploads._replace(moved=jax.tree.map(jnp.zeros_like, uploads.delta))
     rule, params = getattr(aggregate, name)(), jax.tree.map(jnp.asarray, LIKE)
     run = jax.jit(lambda sent: apply(rule, as_sent(rule, sent), rule.init(params), params)[0])
     wanted = run(uploads._replace(age=jnp.zeros(4, jnp.int32)))
@@ -90,6 +91,22 @@ def test_a_staleness_by_which_late_clients_count_more_is_refused():
     for make in (aggregate.mean, aggregate.diagonal, aggregate.fipa, aggregate.kronecker, aggregate.posterior):
         with pytest.raises(ValueError, match=r"late\.staleness: needed 0 or more, got -1"):
             make(late=late)
+
+
+@pytest.mark.parametrize(
+    ("make", "field"), [(aggregate.mean, "mix"), (aggregate.fipa, "transport")], ids=["mix", "transport"]
+)
+def test_where_a_late_client_began_is_asked_for_if_it_matters(make, field):
+    """Without the way since then its age alone would count, and the option would do nothing."""
+    params, uploads = jax.tree.map(jnp.asarray, LIKE), uploads_of(*clients_of(2))
+    for on in (True, False):
+        rule = make(late=aggregate.LateUpdates(**{"mix": False, "transport": False} | {field: on}))
+        late = as_sent(rule, uploads)._replace(age=jnp.array([0, 3, 0, 0]))
+        if on:
+            with pytest.raises(ValueError, match=rf"uploads\.moved: needed beside uploads\.age by .*late\.{field}"):
+                apply(rule, late, rule.init(params), params)
+        else:
+            apply(rule, late, rule.init(params), params)
 
 
 def _rows(which, leaf):

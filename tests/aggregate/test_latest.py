@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.pasts import BETA, COHORTS, DECAY, IDS, LATEST, past_of, quadratics, run, solve
-from helpers.rules import CLIENTS, SIZE, Dense, as_tree, assert_close
+from helpers.rules import CLIENTS, SIZE, Dense, as_tree, assert_close, uploads_of
 
+from fipa_jax import aggregate
 from fipa_jax.aggregate import LateUpdates
 
 
@@ -98,6 +99,20 @@ def test_who_is_none_of_the_clients_is_rejected_and_takes_nobodys_place(x64, str
     assert infos[0]["rejected"].tolist() == infos[0]["reasons"]["id_unknown"].tolist() == [False, False, True, False]
     assert_close(found[-1], wanted[-1], 1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), past_of(state), past_of(without))
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int16", "int64"])
+def test_ids_may_be_integers_of_any_size(x64, kind):
+    """Also where the number of clients is none that they hold."""
+    rule = aggregate.fipa(past=LATEST._replace(num_clients=300))
+    sent, params = (
+        uploads_of(*COHORTS[0])._replace(ids=jnp.array([0, 100, 120, 200]).astype(kind)),
+        as_tree(np.zeros(SIZE)),
+    )
+    received, info = aggregate.receive(sent, params)
+    _, _, info, _ = aggregate.step_of(rule, received, rule.init(params), params, info)
+    assert not info["rejected"].any()
+    assert received.ids.dtype == jnp.int32
 
 
 def test_who_comes_twice_in_a_round_counts_once(x64):

@@ -28,6 +28,8 @@ from helpers.rules import (
 )
 
 from fipa_jax import aggregate
+from fipa_jax.aggregate.posteriors import Belief
+from fipa_jax.curvature.sketch import Diagonal
 
 
 @each_rank
@@ -37,6 +39,46 @@ def test_step_equals_the_dense_form(x64, name, rank):
     step, info = apply_rule(name, uploads_of(*clients))
     assert_close(step, RULES[name][1](Dense(*clients)))
     assert not info["rejected"].any()
+
+
+STATES = {
+    "trust": aggregate.fipa(trust=True),
+    **{
+        kind: aggregate.fipa(past=aggregate.PastRounds(kind, rank=2, length=2, num_clients=8))
+        for kind in ("prior", "targets", "latest")
+    },
+    "adaptive": aggregate.fipa(relative=False, past=aggregate.PastRounds("prior", rank=2, adaptive=True)),
+    "curvature": aggregate.fipa(relative=False, past=aggregate.PastRounds("curvature", rank=2)),
+    "diagonal": aggregate.diagonal(),
+    "posterior": aggregate.posterior(),
+    "admm": aggregate.posterior(posterior=aggregate.PosteriorOptions("admm")),
+    "span": aggregate.from_span(),
+    "sums": aggregate.from_sums(past=aggregate.PastRounds("prior")),
+    "kronecker": aggregate.kronecker(past=aggregate.PastRounds("prior")),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_rules_first_state_can_be_donated_again_and_again(name):
+    """No array is there twice, and none is that of a number that the rule was made with."""
+    params = jax.tree.map(jnp.asarray, LIKE)
+    for _ in range(2):
+        state = STATES[name].init(params)
+        shapes = jax.tree.map(jnp.shape, state)
+        assert jax.tree.map(jnp.shape, jax.jit(lambda tree: tree, donate_argnums=0)(state)) == shapes
+
+
+@pytest.mark.parametrize("name", [name for name in STATES if name not in ("span", "sums", "kronecker")])
+def test_a_rules_state_keeps_its_types_beside_wider_uploads(x64, name):
+    """Parameters in float32, and updates, losses and curvature in float64: a scan over rounds can carry it on."""
+    rule, params = STATES[name], jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), LIKE)
+    ones = jnp.ones(CLIENTS)
+    sent = uploads_of(*clients_of(2))._replace(loss=ones, damping=ones, ids=jnp.arange(CLIENTS))
+    precisions = sent._replace(sketch=Diagonal(jnp.ones([CLIENTS, SIZE])))
+    before = rule.init(params)
+    step, after, *_ = apply(rule, precisions if isinstance(before, Belief) else as_sent(rule, sent), before, params)
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, before)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(step)} == {"float32"}
 
 
 @each_rule

@@ -98,8 +98,11 @@ def test_own_damping_needs_the_clients(x64):
         aggregate.step_of(rule, received, rule.init(params), params, screening)
 
 
-@pytest.mark.parametrize("value", [-1.0, float("nan")])
-@pytest.mark.parametrize("name", ["damping", "rcond", "max_step", "max_divergence", "explosion", "max_drift"])
+BOUNDS = ["max_step", "max_divergence", "explosion", "trace_cap", "max_drift"]
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), np.float32(-1), jnp.float32(-1)])
+@pytest.mark.parametrize("name", ["damping", "rcond", *BOUNDS])
 def test_numbers_that_are_negative_or_none_are_refused(name, value):
     limits = {name: value} if name in aggregate.Limits._fields else {}
     late = {name: value} if name in aggregate.LateUpdates._fields else {}
@@ -110,3 +113,23 @@ def test_numbers_that_are_negative_or_none_are_refused(name, value):
     if name == "damping":
         with pytest.raises(ValueError, match="damping: needed 0 or more"):
             aggregate.diagonal(damping=value)
+        with pytest.raises(ValueError, match="damping: needed a number, got 'a'"):
+            aggregate.fipa(damping="a")
+    if limits:
+        with pytest.raises(ValueError, match=f"{name}: needed 0 or more"):
+            aggregate.kronecker(limits=aggregate.Limits(**limits))
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64, jnp.float32])
+def test_numbers_of_any_kind_are_looked_at(kind):
+    """NumPy's and jax's as Python's own; only what is traced cannot be."""
+    with pytest.raises(ValueError, match=r"aggregator\.damping: past\.kind = 'curvature' divides"):
+        aggregate.fipa(relative=False, damping=kind(0), past=aggregate.PastRounds("curvature"))
+    with pytest.raises(ValueError, match=r"aggregator\.past\.decay: needs a number in \[0, 1\)"):
+        aggregate.fipa(past=aggregate.PastRounds("prior", decay=kind(1)))
+    with pytest.raises(ValueError, match=r"aggregator\.own_damping: needs"):
+        aggregate.damped(kind(0), relative=False, own_damping=True)
+    with pytest.raises(ValueError, match=r"aggregator\.span\.decay: needs a number in"):
+        aggregate.from_span(span=aggregate.SpanOptions(decay=kind(2)))
+    limits = aggregate.Limits(max_step=kind(0), max_divergence=0.5, explosion=kind(0), trace_cap=kind(0))
+    aggregate.from_span(limits=limits)

@@ -47,6 +47,7 @@ def test_what_does_not_fit_is_named():
             None,
             jnp.arange(2),
         ),
+        r"uploads\.ids: needed 4 integers, got float32": (delta, counts, None, None, None, jnp.zeros(4)),
         r"uploads\.moved: 'b' is missing": (delta, counts, None, None, None, None, None, {"a": delta["a"]}),
     }
     for words, fields in cases.items():

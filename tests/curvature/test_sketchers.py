@@ -155,7 +155,9 @@ def test_a_link_carries_the_largest_pairs_of_each_client_until_the_deadline(bits
     np.testing.assert_array_equal(endless.of_cohort(sketches_of(values), 0).eigenvalues, values)
     asking = curvature.within_link(plain._replace(sends_gradient=True), 0.5, 2 * needed / 62_500, lambda size: 4 * size)
     assert asking.of_cohort(sketches_of(values), 0).eigenvalues.shape[1] == 3
-    asking = curvature.within_link(plain._replace(sends_gradient=True), 0.5, needed / 62_500, lambda size: 4 * size)
+    asking = curvature.within_link(
+        plain._replace(sends_gradient=True), 0.5, (needed + 8) / 62_500, lambda size: 4 * size
+    )
     assert asking.of_cohort(sketches_of(values), 0).eigenvalues.shape[1] < 3, "the gradient has its bytes too"
 
 
