@@ -26,7 +26,7 @@ from fipa_jax import trees
 from fipa_jax.aggregate.aggregator import Aggregator, State
 from fipa_jax.aggregate.screening import Received
 from fipa_jax.curvature.sketch import Sketch
-from fipa_jax.curvature.sketchers import are_sent, prices
+from fipa_jax.curvature.sketchers import are_sent, check_budget, prices
 
 PATIENCE = 4  # rounds over which what is left over is spent
 FASTEST = 1 / 4  # to which part of itself the level may fall in a round
@@ -63,8 +63,9 @@ def within_budget(rule: Aggregator, budget: float, bits: int = 0) -> Aggregator:
       The rule; its state is a `BudgetState`, and its `info` has `sketch_level` [] too, that of the round.
 
     Raises:
-      ValueError: in `apply`, no sketches came.
+      ValueError: the budget is not above 0, or not finite; in `apply`, no sketches came.
     """
+    check_budget(budget)
 
     def init(params):
         theta = trees.ravel(trees.widened(params))

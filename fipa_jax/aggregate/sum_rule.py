@@ -62,6 +62,10 @@ def from_sums(
     def apply(received: Received, state: SumState, params):
         if not isinstance(received.sketch, Image):
             raise ValueError("from_sums needs uploads.sketch, an Image of values [C, P, s], products with its basis")
+        if (got := received.sketch.values.shape)[2] != (columns := state.basis.shape[1]):
+            raise ValueError(
+                f"uploads.sketch: needed images [C, P, s] with s = {columns}, all columns of `asks`, got {list(got)}"
+            )
         if received.age is not None:
             raise ValueError("from_sums needs clients that are not late: their products are with another basis")
         if trust and received.loss is None:

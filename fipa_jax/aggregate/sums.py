@@ -99,6 +99,9 @@ class SumSolver(NamedTuple):
 def row_of(weight: Number, image: jax.Array, update: jax.Array, loss: Number = 0.0) -> Row:
     """What a client sends, to be added up; a contribution that is not finite is refused here: nobody can see it later.
 
+    So is one of which a part, times the weight, is so long that its norm overflows: each of its numbers is below the
+    root of the largest one, and sums over any number of clients are finite.
+
     Example:
       row = row_of(num_examples, image(params, batch, None, basis).values, delta)
       total = jax.tree.map(lambda part: jax.lax.psum(part, "clients"), row)   # within a shard_map
@@ -110,7 +113,7 @@ def row_of(weight: Number, image: jax.Array, update: jax.Array, loss: Number = 0
       loss: [], the mean loss at the broadcast parameters.
 
     Returns:
-      The row, in the update's precision, float32 at least; all zeros, `clients` too, where something is not finite.
+      The row, in the update's precision, float32 at least; all zeros, `clients` too, where it is refused.
 
     Raises:
       ValueError: the update or the image is not of floating-point numbers, or their shapes do not fit.
@@ -123,9 +126,9 @@ def row_of(weight: Number, image: jax.Array, update: jax.Array, loss: Number = 0
     image, update = trees.widened((image, update))
     weight, loss = jnp.asarray(weight, update.dtype), jnp.asarray(loss, update.dtype)
     with jax.default_matmul_precision("highest"):
-        row = Row(weight, jnp.ones_like(weight), image.astype(update.dtype), update, image.T @ update, loss)
-    sound = (weight > 0) & jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in row]))
-    row = row._replace(**{name: weight * getattr(row, name) for name in ("image", "update", "response", "loss")})
+        own = image.astype(update.dtype), update, image.T @ update, loss
+    row = Row(weight, jnp.ones_like(weight), *(weight * part for part in own))
+    sound = (weight > 0) & jnp.all(jnp.isfinite(jnp.stack([trees.length(part) for part in row])))
     return jax.tree.map(lambda part: jnp.where(sound, part, 0), row)
 
 
@@ -146,7 +149,11 @@ def sum_solver(
       ...   # each client: row_of(num_examples, image(params, batch, None, state.basis).values, delta), summed
       step, state, info = solver.solve(total, state)
 
-    Args, Raises: see `from_sums`.
+    Args: see `from_sums`.
+
+    Raises:
+      ValueError: see `from_sums`; in `init`, theta is not of floating-point numbers; in `solve`, the total is not of
+        the columns of the state's basis.
     """
     form = lookup(FORMS, sums.form, "aggregator.sums.form")
     next_basis = lookup(BASES, sums.basis, "aggregator.sums.basis")
@@ -155,6 +162,7 @@ def sum_solver(
     _check(sums, trust, past)
 
     def init(theta: jax.Array) -> SumState:
+        theta = trees.widened(contracts.floating(theta, "theta"))
         size, columns = theta.size, min(sums.columns, theta.size)
         hyper = {name: jnp.asarray(value, theta.dtype) for name, value in numbers.items()}
         drawn = _random(sums.seed, 0, (size, columns), theta.dtype)
@@ -169,6 +177,9 @@ def sum_solver(
         )
 
     def solve(total: Row, state: SumState) -> tuple[jax.Array, SumState, Info]:
+        if jnp.shape(total.image) != state.basis.shape:
+            needed, got = state.basis.shape, jnp.shape(total.image)
+            raise ValueError(f"total.image: needed shape {needed}, that of the state's basis, got {got}")
         with jax.default_matmul_precision("highest"):
             mean, past_state, info = _mean_of(total, state)
             seen = nystrom(mean.image, state.basis)

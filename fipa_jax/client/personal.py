@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
 from fipa_jax.client.examples import Client
 from fipa_jax.client.local_solver import Hyper, LocalResult, LocalSolver
 from fipa_jax.client.second_order import gauss_newton
+from fipa_jax.curvature import contracts
 from fipa_jax.curvature.contracts import Loss
 from fipa_jax.curvature.sketch import Sketch, TaskOutputs
 
@@ -31,7 +33,7 @@ FREE = 1e-4  # so much of what holds the other parameters holds those that a cli
 
 
 class Prior(NamedTuple):
-    """What a client's own parameters are drawn to, and how strongly in which direction.
+    """What a client's own parameters are drawn to, and how strongly in which direction; in float32 at least.
 
     M = S (I + Q diag(g) Q^T) S with S = diag(scale), which is never formed. v -> anchor + S^{-1} (I + Q diag(g)
     Q^T)^{-1/2} v gives parameters for which the prior is |v|^2.
@@ -55,7 +57,7 @@ def proximity(params: Any, own: str = "") -> Prior:
       params: the anchor.
       own: regular expression over the paths of the parameters that a client has for itself; "" for none.
     """
-    anchor = trees.ravel(params)
+    anchor = _vector(params)
     scale = jnp.where(_own(params, own), FREE**0.5, 1).astype(anchor.dtype)
     return Prior(anchor, scale, jnp.zeros([anchor.size, 0], anchor.dtype), jnp.zeros([0], anchor.dtype))
 
@@ -67,21 +69,30 @@ def curvature(params: Any, sketches: Sketch, num_examples: jax.Array, damping: f
     fitted: the Schur complement H_m - H_m E (E^T H_m E)^+ E^T H_m, here of each client's sketch. Of E itself only a
     small part of beta is left, `FREE`. For half-squared errors and the bias of the outputs that is the covariance of
     the model's derivatives *within* the clients: a shift of all of a client's answers says nothing of another's.
+    Where no client takes part, or none that does has any curvature, beta is 1: that is the prior of `proximity`.
 
     Args:
       params: the anchor, where the sketches were taken.
       sketches: of C clients, stacked: eigenvalues [C, R], basis [C, P, R].
-      num_examples: [C], of each; 0 leaves a client out.
+      num_examples: [C], of each; 0 leaves a client out, whatever its sketch.
       damping: beta in units of H's mean eigenvalue, tr H / P; positive.
       own: see `proximity`.
+
+    Raises:
+      ValueError: the damping is not positive, or not finite; a number of examples is negative or NaN.
     """
-    anchor, mine = trees.ravel(params), _own(params, own)
-    basis, eigenvalues = sketches.basis.astype(anchor.dtype), jnp.maximum(sketches.eigenvalues, 0).astype(anchor.dtype)
+    _check_positive(damping=damping)
+    contracts.at_least(0, num_examples=num_examples)
+    anchor, mine = _vector(params), _own(params, own)
     weights = jnp.asarray(num_examples, anchor.dtype)
-    weights = weights / jnp.maximum(jnp.sum(weights), 1)
-    factors = basis * jnp.sqrt(weights[:, None] * eigenvalues)[:, None, :]  # [C, P, R]
-    beta = damping * jnp.sum(weights[:, None] * eigenvalues) / anchor.size
-    scale = jnp.sqrt(jnp.where(mine, FREE * beta, beta))
+    weights = trees.ratio(weights, jnp.sum(weights))
+    kept = trees.zero_unless(weights > 0, (sketches.basis, sketches.eigenvalues))
+    basis, eigenvalues = (part.astype(anchor.dtype) for part in kept)
+    powers = weights[:, None] * jnp.maximum(eigenvalues, 0)
+    factors = basis * jnp.sqrt(powers)[:, None, :]  # [C, P, R]
+    beta = damping * jnp.sum(powers) / anchor.size
+    beta = jnp.where(beta > jnp.finfo(anchor.dtype).tiny, beta, 1)
+    scale = jnp.sqrt(beta) * jnp.where(mine, FREE**0.5, 1).astype(anchor.dtype)
     if mine.any():
         factors = jax.vmap(_fitted_out, in_axes=(0, None))(factors, np.flatnonzero(mine))
     side_by_side = jnp.moveaxis(factors, 0, 1).reshape(anchor.size, -1)  # [P, C R], H = F F^T
@@ -94,30 +105,34 @@ def spread(params: Any, moves: jax.Array) -> Prior:
 
     D^T D is the sum over clients of d_m d_m^T, d_m = theta_m - params the way to a client's own model, and s its mean
     eigenvalue. That is the covariance of a Gaussian from which the clients' models are drawn, estimated from those of
-    clients with many examples (empirical Bayes). c is `NOT_SEEN`.
+    clients with many examples (empirical Bayes). c is `NOT_SEEN`. Where no client has moved it is
+    |theta - params|^2 / c, and no variance counts for more than c / eps, eps the rounding of one.
 
     Args:
       params: the anchor.
       moves: D [C, P], such as those of `personalise` with the prior `curvature`.
     """
-    anchor = trees.ravel(params)
-    mean = jnp.maximum(jnp.sum(moves**2) / anchor.size, jnp.finfo(anchor.dtype).tiny)
+    anchor, moves = _vector(params), trees.widened(contracts.floating(moves, "moves"))
+    numbers = jnp.finfo(anchor.dtype)
+    mean = jnp.maximum(jnp.sum(moves**2) / anchor.size, numbers.tiny)
     columns, singular_values, _ = jnp.linalg.svd(moves.T.astype(anchor.dtype), full_matrices=False)
     variances = singular_values**2 / mean
     scale = jnp.full_like(anchor, NOT_SEEN**-0.5)
-    return Prior(anchor, scale, columns, NOT_SEEN / (variances + NOT_SEEN) - 1)
+    return Prior(anchor, scale, columns, jnp.maximum(NOT_SEEN / (variances + NOT_SEEN), numbers.eps) - 1)
 
 
 def fitter(loss: Loss, steps: int = STEPS) -> LocalSolver:
     """The local solver that fits a client's own model by so many Gauss-Newton steps; a linear model needs one.
 
-    It takes the prior where a round's solvers take `shared`, and its strength as `hyper.mu`. In the coordinates of
+    It takes the prior where a round's solvers take `shared`, and its strength, positive, as `hyper.mu`. It computes in
+    float32 at least, and its update is in the parameters' own dtypes. In the coordinates of
     `Prior` the objective is the mean loss and |v|^2 / 2, which `second_order.gauss_newton` solves as weight decay.
     """
     in_round = gauss_newton(loss, lambda key, batch: batch, weight_decay=1.0, steps=steps)
 
     def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
-        prior, (theta, unravel) = shared, ravel_pytree(params)
+        _check_positive(**{"hyper.mu": hyper.mu})
+        prior, (theta, unravel) = shared, ravel_pytree(trees.widened(contracts.floating(params, "params")))
         unit = jnp.sqrt(jnp.maximum(client.num_examples, 1) / hyper.mu)
 
         def params_at(v):
@@ -128,7 +143,8 @@ def fitter(loss: Loss, steps: int = STEPS) -> LocalSolver:
 
         start, plain = _to_round(prior, theta) / unit, hyper._replace(damping=jnp.zeros_like(hyper.mu))
         found = in_round(outputs_at, start, data, client, key, plain, store, ())
-        moved = jax.tree.map(jnp.subtract, params_at(start + found.delta), params)
+        found_at = params_at(start + found.delta)
+        moved = jax.tree.map(lambda new, old: (new - old).astype(jnp.result_type(old)), found_at, params)
         return found._replace(delta=moved, damping=None)
 
     return solve
@@ -168,11 +184,32 @@ def personalise(
         their N examples: with N the result is the posterior of all data, one model for all. As clients differ, far less
         is better: choose it on held-out examples.
       steps: of Gauss-Newton.
+
+    Returns:
+      The parameters in their own dtypes; all is computed in float32 at least.
+
+    Raises:
+      ValueError: the strength is not positive, or not finite; the parameters are not floating-point arrays.
     """
-    strength = jnp.asarray(strength, trees.ravel(params).dtype)
+    _check_positive(strength=strength)
+    wide = trees.widened(contracts.floating(params, "params"))
+    strength = jnp.asarray(strength, trees.ravel(wide).dtype)
     hyper = Hyper(lr=jnp.ones_like(strength), damping=jnp.zeros_like(strength), mu=strength)
-    found = fitter(loss, steps)(outputs, params, data, client, jax.random.key(0), hyper, (), prior)
-    return jax.tree.map(lambda old, move: (old + move).astype(old.dtype), params, found.delta)
+    found = fitter(loss, steps)(outputs, wide, data, client, jax.random.key(0), hyper, (), prior)
+    own = jax.tree.map(jnp.add, wide, found.delta)
+    return jax.tree.map(lambda new, old: new.astype(jnp.result_type(old)), own, params)
+
+
+def _check_positive(**numbers: Any) -> None:
+    """Refuses, with a ValueError, numbers that are not above 0 or not finite; those that are traced pass."""
+    for name, value in numbers.items():
+        if not isinstance(value, Tracer) and not np.all((np.asarray(value) > 0) & (np.asarray(value) < np.inf)):
+            raise ValueError(f"{name}: needed a finite number above 0, got {value}")
+
+
+def _vector(params: Any) -> jax.Array:
+    """[P], the parameters in float32 at least."""
+    return trees.ravel(trees.widened(contracts.floating(params, "params")))
 
 
 def _from_round(prior: Prior, v: jax.Array) -> jax.Array:

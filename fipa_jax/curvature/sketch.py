@@ -149,7 +149,12 @@ def keeping_energy(sketch: SketchFunction, share: float) -> SketchFunction:
     """The sketch function with as few pairs as reach this share of the trace; the others are zero.
 
     The report's residuals are those of the pairs that are kept. All pairs stay where the trace is not known.
+
+    Raises:
+      ValueError: the share is not in [0, 1].
     """
+    if not isinstance(share, jax.core.Tracer) and not 0 <= float(share) <= 1:
+        raise ValueError(f"sketch.energy: needs a share in [0, 1], got {share}")
 
     def kept(key, params, batch, mask=None, start=None) -> Sketch:
         whole = sketch(key, params, batch, mask, start)
@@ -207,8 +212,7 @@ def _flags(matrix: Curvature, pairs: Eigenpairs, mask) -> dict[str, jax.Array]:
     """{name in `FLAGS`: [] bool}."""
     flags = {name: getattr(pairs, name) for name in ("not_finite", "asymmetric", "indefinite")}
     flags["indefinite"] |= matrix.indefinite
-    flags["not_last_layer"] = jnp.asarray(matrix.not_last_layer)
-    flags["loss_truncated"] = jnp.asarray(matrix.truncated)
+    flags |= {"not_last_layer": jnp.asarray(matrix.not_last_layer), "loss_truncated": jnp.asarray(matrix.truncated)}
     flags["empty"] = jnp.zeros([], bool) if mask is None else ~jnp.any(mask)
     flags["not_finite"] &= ~flags["empty"]  # of examples that are not there
     flags["rank_deficient"] = jnp.any(pairs.eigenvalues == 0) & ~flags["empty"] & ~flags["not_finite"]
@@ -248,8 +252,7 @@ def trace_left(key, matrix: Curvature, pairs: Eigenpairs, probes: int):
         return unknown, unknown
     signs = jax.random.rademacher(key, [matrix.size, probes], matrix.dtype)
     inside = pairs.vectors.T @ signs
-    left = signs - pairs.vectors @ inside
-    image = matrix.product(signs) - pairs.images @ inside
+    left, image = signs - pairs.vectors @ inside, matrix.product(signs) - pairs.images @ inside
     mean, error = _mean_and_error(jnp.sum(left * image, axis=0))
     return jnp.maximum(mean, 0), error
 
@@ -379,7 +382,6 @@ def with_rank_by_gradient(sketcher: Sketcher, loss: Loss, scale: float) -> Sketc
         # A client of NaN, which the aggregator sets aside, must not undo the others' sketches.
         gradients = trees.zero_unless(trees.is_finite(gradients), gradients)
         lengths, total = jnp.linalg.norm(gradients, axis=1), jnp.linalg.norm(jnp.sum(gradients, axis=0))
-
         kept = jax.vmap(above_gradient, (0, 0, None, None, None))(sketches, lengths, total, round + 1, scale)
         return jax.vmap(truncate)(sketches, kept)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from fipa_jax import trees
 from fipa_jax.curvature import contracts, few_bits
@@ -111,10 +113,9 @@ def above_level(sketcher: Sketcher, budget: float) -> Sketcher:
       budget: bytes of curvature, a client and round; above 0.
 
     Raises:
-      ValueError: the budget is not above 0; in a round, it buys no more than the report.
+      ValueError: the budget is not above 0, or not finite; in a round, it buys no more than the report.
     """
-    if not budget > 0:
-        raise ValueError(f"sketch.budget: needs more than 0 bytes, got {budget}")
+    check_budget(budget)
 
     def of_client(outputs, params, key, batch, mask, *asked):
         *others, level = asked
@@ -129,6 +130,15 @@ def above_level(sketcher: Sketcher, budget: float) -> Sketcher:
         return jax.vmap(truncate)(sketches, keep)
 
     return sketcher._replace(of_client=of_client, of_cohort=of_cohort)
+
+
+def check_budget(budget: float) -> None:
+    """Refuses, with a ValueError, a budget that is no finite number above 0, see `above_level`; a traced one passes."""
+    if isinstance(budget, Tracer):
+        return
+    number = np.asarray(budget)
+    if not (number.shape == () and jnp.issubdtype(number.dtype, jnp.number) and 0 < number < np.inf):
+        raise ValueError(f"sketch.budget: needs more than 0 bytes, a finite number, got {budget!r}")
 
 
 def pairs_bought(sketch: Sketch, budget: float, bits: int) -> int:

@@ -12,7 +12,9 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from fipa_jax import installed
+from fipa_jax.curvature import contracts
 
+FAR = 37.0  # standard deviations beyond which a normal distribution's tail is taken from its expansion
 SEARCH = 60  # halvings of an interval
 COARSE = 12  # the same, of one whose function takes seconds: to a part in 4000 of the interval
 RESERVE = 0.01  # share of delta that is kept for rounds in which more clients would be drawn than find room
@@ -29,33 +31,58 @@ class Plan(NamedTuple):
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
-    """The delta of a Gaussian mechanism of mu = sensitivity / deviation: exact.
+    """The delta of a Gaussian mechanism of mu = sensitivity / deviation: exact, or more by less than 1e-6.
 
-    Phi(mu / 2 - epsilon / mu) - e^epsilon Phi(-mu / 2 - epsilon / mu).
+    Phi(mu / 2 - epsilon / mu) - e^epsilon Phi(-mu / 2 - epsilon / mu), of which the second Phi may be too small for a
+    number: then it is phi(x) (1 / x - 1 / x^3), x = mu / 2 + epsilon / mu, and e^epsilon phi(x) = phi(mu / 2 - epsilon
+    / mu). It is 0 for mu = 0.
+
+    Raises:
+      ValueError: mu is negative or NaN.
     """
-    phi = NormalDist().cdf
-    return phi(mu / 2 - epsilon / mu) - math.exp(epsilon + math.log(max(phi(-mu / 2 - epsilon / mu), 1e-320)))
+    contracts.at_least(0, mu=mu)
+    if mu == 0:
+        return 0.0
+    near, far = mu / 2 - epsilon / mu, mu / 2 + epsilon / mu
+    if far > FAR:
+        return _below(near) - NormalDist().pdf(near) / far * (1 - far**-2)
+    return _below(near) - math.exp(epsilon) * _below(-far)
+
+
+def _below(x: float) -> float:
+    """Phi(x), in the tail too, where `NormalDist.cdf` is the rounding of one."""
+    return math.erfc(-x / math.sqrt(2)) / 2
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """The epsilon of a Gaussian mechanism at this delta; infinite for mu that is."""
-    if not mu < math.inf:
+    """The epsilon of a Gaussian mechanism at this delta; infinite for mu that is.
+
+    Raises:
+      ValueError: mu is negative or NaN, or delta is not above 0.
+    """
+    if not delta > 0:
+        raise ValueError(f"delta: needed a number above 0, got {delta}")
+    if mu == math.inf:
         return math.inf
-    if mu == 0 or gaussian_delta(mu, 0.0) <= delta:
+    if gaussian_delta(mu, 0.0) <= delta:
         return 0.0
     most = mu * (mu / 2 - NormalDist().inv_cdf(delta))  # where the first term alone is delta
     return _least(lambda epsilon: gaussian_delta(mu, epsilon) <= delta, 0.0, most, SEARCH)
 
 
 def epsilon_of(plan: Plan, rounds: int) -> float:
-    """The epsilon that so many rounds have spent at the plan's delta.
+    """The epsilon that so many rounds have spent at the plan's delta; infinite for rounds without noise.
 
     Example:
       epsilon_of(Plan(noise=3.0, delta=1e-3), 10)  # 3.350
 
     Raises:
+      ValueError: the noise, what is released besides or the rounds are negative or NaN.
       ImportError: clients are sampled, and dp-accounting is not installed.
     """
+    contracts.at_least(0, **{"plan.noise": plan.noise, "plan.released": plan.released, "rounds": rounds})
+    if rounds and not plan.noise:
+        return math.inf
     if plan.rate == 1:
         of_rounds = math.sqrt(rounds) / plan.noise if rounds else 0.0
         return gaussian_epsilon(math.hypot(of_rounds, plan.released), plan.delta)

@@ -14,29 +14,40 @@ import jax
 import jax.numpy as jnp
 
 from fipa_jax import trees
+from fipa_jax.curvature import contracts
 from fipa_jax.curvature.eigenpairs import near_one
 from fipa_jax.curvature.sketch import Sketch
 
 ROUNDING = 64  # machine epsilons by which a clipped message stays below its bound: the norm itself is rounded
+WHOLE = 1e-6  # how far the sum of a budget's shares may be from one
 
 
 def clipped(vector: jax.Array, bound: jax.Array | float) -> jax.Array:
     """The vector [P] shortened to a norm of at most `bound`; zero where an entry is not finite.
 
     A vector so long that its squares could overflow is scaled down first: an entry of 1e30 in float32 is clipped like
-    any other. The result is measured once more, and is zero if it were too long for any reason.
+    any other. The result is measured once more, and is zero if it were too long for any reason. All that is computed in
+    float32 at least; in a narrower dtype, which the result keeps, its entries are rounded toward zero.
 
     Example:
       clipped(jnp.array([3.0, 4.0]), 1.0)  # [0.6, 0.8], but for rounding
     """
-    numbers = jnp.finfo(vector.dtype)
-    largest = jnp.max(jnp.abs(vector))
-    huge = largest > numbers.max**0.4
-    small = jnp.where(huge, vector * numbers.max**-0.6, vector)
+    wide = trees.widened(vector)
+    numbers, bound = jnp.finfo(wide.dtype), jnp.asarray(bound, wide.dtype)
+    huge = jnp.max(jnp.abs(wide)) > numbers.max**0.4
+    small = jnp.where(huge, wide * numbers.max**-0.6, wide)
     inside, length = bound * (1 - ROUNDING * numbers.eps), trees.length(small)
-    result = jnp.where(~huge & (length <= inside), vector, inside * trees.ratio(small, length))
-    sound = jnp.all(jnp.isfinite(vector)) & (trees.length(result) <= bound)
-    return jnp.where(sound, result, 0)
+    result = jnp.where(~huge & (length <= inside), wide, inside * trees.ratio(small, length))
+    sound = jnp.all(jnp.isfinite(wide)) & (trees.length(result) <= bound)
+    return _toward_zero(jnp.where(sound, result, 0), vector.dtype)
+
+
+def _toward_zero(vector: jax.Array, dtype) -> jax.Array:
+    """The vector in a dtype that may be narrower, no entry larger than it was."""
+    if dtype == vector.dtype:
+        return vector
+    rounded = vector.astype(dtype)
+    return jnp.where(jnp.abs(rounded) > jnp.abs(vector), jnp.nextafter(rounded, jnp.zeros_like(rounded)), rounded)
 
 
 def noisy_sum(
@@ -50,22 +61,45 @@ def noisy_sum(
       present: [C] bool; whoever is not adds nothing.
       bound: C, the most that one client's row may be long.
       noise: z, the noise multiplier.
+
+    Returns:
+      The sum in the rows' dtype, to which it is rounded at the end: clips, sum and noise are of float32 at least.
     """
-    kept = trees.zero_unless(present, jax.vmap(clipped, in_axes=(0, None))(rows, bound))
-    return jnp.sum(kept, axis=0) + noise * bound * jax.random.normal(key, rows.shape[1:], rows.dtype)
+    wide = trees.widened(rows)
+    kept = trees.zero_unless(present, jax.vmap(clipped, in_axes=(0, None))(wide, bound))
+    total = jnp.sum(kept, axis=0) + noise * bound * jax.random.normal(key, wide.shape[1:], wide.dtype)
+    return total.astype(rows.dtype)
 
 
 def joint_multiplier(multipliers: Sequence[float]) -> float:
     """The multiplier of several blocks that one client sends together: z = (sum_i z_i^-2)^(-1/2).
 
     One Gaussian mechanism: of the blocks over their own noise the whole message has this sensitivity. Where clients are
-    sampled the amplification counts once, for the joint z.
+    sampled the amplification counts once, for the joint z. It is 0 where a block has no noise, infinite of no blocks.
+
+    Raises:
+      ValueError: a multiplier is negative or NaN.
     """
-    return sum(z**-2 for z in multipliers) ** -0.5
+    contracts.at_least(0, multipliers=multipliers)
+    if 0 in multipliers:
+        return 0.0
+    length = math.hypot(*(1 / z for z in multipliers))
+    return 1 / length if length else math.inf
 
 
 def split_multiplier(noise: float, shares: Sequence[float]) -> list[float]:
-    """The blocks' multipliers z_i = z / sqrt(share_i), whose joint one is z; shares sum to one."""
+    """The blocks' multipliers z_i = z / sqrt(share_i), whose joint one is z.
+
+    Args:
+      noise: z.
+      shares: of the budget, one of each block; positive, and one in all.
+
+    Raises:
+      ValueError: a share is not positive, they do not sum to one, or the noise is negative or NaN.
+    """
+    contracts.at_least(0, noise=noise)
+    if not (all(share > 0 for share in shares) and abs(sum(shares) - 1) <= WHOLE):
+        raise ValueError(f"shares: needed positive numbers that sum to one, got {list(shares)}")
     return [noise / math.sqrt(share) for share in shares]
 
 

@@ -153,6 +153,23 @@ def test_the_step_is_the_inner_rules(x64):
     jax.tree.map(np.testing.assert_array_equal, (step, state.rule), (want, after))
 
 
+@pytest.mark.parametrize("budget", [0, -50, np.nan, np.inf, "a", None, np.float32(-1), jnp.float32(np.nan)], ids=str)
+def test_a_budget_that_is_no_number_of_bytes_is_refused(budget):
+    with pytest.raises(ValueError, match=r"sketch\.budget: needs more than 0 bytes, a finite number, got"):
+        within_budget(TAKES_ALL, budget)
+
+
+@pytest.mark.parametrize("kind", [int, np.float32, jnp.float32, jnp.bfloat16])
+def test_a_budget_is_a_number_of_any_kind(kind):
+    """One pair of each client: of ten that sent four each, thirty are owed."""
+    values = jnp.ones([10, 4])
+    deltas = jax.tree.map(lambda leaf: jnp.zeros([10, *leaf.shape]), PARAMS)
+    here = jnp.ones(10, bool)
+    received = Received(here, here, deltas, Sketch(values, jnp.zeros([10, SIZE, 4])))
+    rule = within_budget(TAKES_ALL, kind(4 * SIZE + 4))
+    assert float(rule.apply(received, rule.init(PARAMS), PARAMS)[1].left) == 10 - 40
+
+
 def test_updates_without_sketches_are_refused():
     with pytest.raises(ValueError, match=r"sketch\.budget: needs sketches, got Diagonal"):
         rule = within_budget(aggregate.diagonal(), 100.0)

@@ -130,8 +130,24 @@ def test_a_client_that_sends_nan_is_left_out_before(x64):
     assert info["rejected"][3]
 
 
-@pytest.mark.parametrize("faulty", [0.5, -0.1, float("nan")])
+@pytest.mark.parametrize(
+    "faulty",
+    [0.5, -0.1, float("nan"), np.float32(0.7), np.float64(np.inf), jnp.float32(0.7), jnp.asarray(0.5, jnp.bfloat16)],
+    ids=lambda faulty: f"{type(faulty).__name__} {float(faulty):.2g}",
+)
 def test_a_share_that_no_rule_survives_is_refused(faulty):
     for make in (aggregate.trimmed_mean, aggregate.krum, aggregate.multi_krum):
         with pytest.raises(ValueError, match="faulty"):
             make(faulty)
+
+
+@pytest.mark.parametrize("kind", [np.float32, jnp.float32, jnp.bfloat16])
+def test_a_share_is_a_number_of_any_kind_or_traced(x64, kind):
+    """Of seven clients one is left out at either end; a share that is traced passes unlooked at."""
+    deltas, counts = _clients()
+    wanted = np.sort(deltas, axis=0)[1:-1].mean(0)
+    step, _ = _step(aggregate.trimmed_mean(kind(0.2)), deltas, counts)
+    assert_close(step, wanted, 1e-12)
+    params, uploads = jax.tree.map(jnp.asarray, LIKE), aggregate.Uploads(as_tree(deltas), jnp.asarray(counts))
+    traced = jax.jit(lambda share: apply(aggregate.trimmed_mean(share), uploads, (), params)[0])
+    assert_close(as_vector(traced(kind(0.2))), wanted, 1e-12)

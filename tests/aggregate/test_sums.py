@@ -212,6 +212,48 @@ def test_a_row_that_is_not_finite_is_refused_at_the_client(x64, field, bad):
     assert jax.jit(row_of)(*given.values()).clients == 1
 
 
+@pytest.mark.parametrize("field", ["image", "update", "weight", "loss"])
+def test_a_row_that_would_overflow_the_sum_is_refused_at_the_client(field):
+    """Finite, but not times 1000; or so large that the sum of two is not, or the square of one."""
+    given = {"weight": 1000.0, "image": jnp.ones((SIZE, 2)), "update": jnp.ones(SIZE), "loss": 1.0}
+    for large in (1e36, 3e38, 1e22):
+        value = np.asarray(given[field], np.float32).copy()
+        value[(0,) * value.ndim] = large
+        with_large = given | {field: jnp.asarray(value)}
+        rows = [jax.jit(row_of)(*each.values()) for each in (with_large, given)]
+        total = jax.tree.map(jnp.add, *rows)
+        jax.tree.map(np.testing.assert_array_equal, total, rows[1])
+    value[(0,) * value.ndim] = 1e12
+    row = jax.jit(row_of)(*(given | {field: jnp.asarray(value)}).values())
+    assert row.clients == 1, "large, and no harm to a sum"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("form", ["galerkin", "gradient"])
+def test_of_half_precision_the_state_is_in_float32(form, dtype):
+    options = {"damping": BETA, "relative": False, "trust": form == "gradient"}
+    solver = sum_solver(SumOptions(form, columns=COLUMNS, fresh=1), **options)
+    state, wanted = (solver.init(jnp.zeros(SIZE, kind)) for kind in (dtype, jnp.float32))
+    for part, value in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        assert part.dtype == value.dtype
+        np.testing.assert_array_equal(part, value)
+    with pytest.raises(ValueError, match="theta: needed floating-point arrays, got int32"):
+        solver.init(jnp.zeros(SIZE, jnp.int32))
+
+
+def test_a_total_of_other_columns_than_the_basis_is_refused():
+    rule, params = _rule("galerkin"), jnp.zeros(SIZE)
+    state, dense = rule.init(params), Dense()
+    uploads = dense.uploads(np.eye(SIZE, COLUMNS - 1))
+    words = rf"uploads\.sketch: needed images \[C, P, s\] with s = {COLUMNS}, all columns of `asks`, got \[4, 12, 4\]"
+    with pytest.raises(ValueError, match=words):
+        aggregate.step_of(rule, aggregate.receive(uploads, params)[0], state, params, {})
+    solver = sum_solver(SumOptions(columns=COLUMNS, fresh=1))
+    row = row_of(5.0, jnp.ones((SIZE, COLUMNS - 1)), jnp.ones(SIZE))
+    with pytest.raises(ValueError, match=r"total\.image: needed shape \(12, 5\), that of the state's basis, got"):
+        solver.solve(row, solver.init(params))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_a_row_counts_in_float32_whatever_the_updates_precision(dtype):
     """float16 has no 70001."""

@@ -8,6 +8,7 @@ import pytest
 from fipa_jax import curvature, trees
 from fipa_jax.client import personal
 from fipa_jax.client.examples import Client
+from fipa_jax.client.local_solver import Hyper
 
 C, N, INPUTS, K = 3, 12, 4, 2
 P = K + INPUTS * K
@@ -156,6 +157,98 @@ def test_the_objective_of_a_network_falls_to_a_stationary_point():
 
         before, after = (trees.ravel(jax.grad(objective)(theta)) for theta in (params, mine))
     assert np.linalg.norm(after) < 1e-4 * np.linalg.norm(before)
+
+
+@pytest.mark.parametrize("own", ["", "top"])
+def test_what_a_client_without_examples_says_is_not_heard(own):
+    """Of curvature diag(1, 1, 0) tr H / P is 2/3, so that beyond beta there are 15 beta."""
+    params = {"k": jnp.ones((3, 1)), "top": jnp.ones(0)}
+    values, sound = jnp.ones((2, 2)), jnp.eye(3)[:, :2]
+    for lost in (jnp.full((3, 2), jnp.nan), jnp.full((3, 2), jnp.inf), sound):
+        sketches = curvature.Sketch(values.at[0].set(lost[0]), jnp.stack([lost, sound]))
+        for function in (personal.curvature, curvature_of):
+            prior = function(params, sketches, jnp.array([0, 5]), own=own)
+            np.testing.assert_allclose(prior.curvature, [15, 15, 0], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(prior.scale**2, 0.1 * 2 / 3, rtol=1e-5)
+    with pytest.raises(ValueError, match="num_examples: needed 0 or more"):
+        personal.curvature(params, sketches, np.array([np.nan, 5]))
+
+
+@pytest.mark.parametrize("own", ["", "bias"])
+@pytest.mark.parametrize("nothing", ["clients", "curvature"])
+def test_where_nothing_is_known_the_prior_is_that_of_proximity(setting, own, nothing):
+    params, _, sketches, x, y = jax.tree.map(np.float32, setting)
+    counts = np.full(C, 0 if nothing == "clients" else 5)
+    if nothing == "curvature":
+        sketches = sketches._replace(eigenvalues=np.zeros_like(sketches.eigenvalues))
+    prior, plain = curvature_of(params, sketches, counts, own=own), personal.proximity(params, own)
+    np.testing.assert_allclose(dense(prior), dense(plain), rtol=1e-5, atol=1e-12)
+    data, client = {"x": jnp.asarray(x), "y": jnp.asarray(y)}, Client(jnp.arange(4), jnp.asarray(4))
+    got, wanted = (trees.ravel(fitted(params, data, client, one, STRENGTH)) for one in (prior, plain))
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_spread_of_none_or_of_many_parameters_along_one_way_is_finite():
+    params = {"k": jnp.ones(100_000)}
+    still = personal.spread(params, jnp.zeros([1, 100_000]))
+    away = personal.quadratic(still, jnp.ones(100_000).at[0].set(3.0))
+    np.testing.assert_allclose(away, 4 / personal.NOT_SEEN, rtol=1e-5)
+    way = jnp.ones(100_000) / 100_000**0.5
+    prior = personal.spread(params, way[None])
+    assert np.all(prior.curvature > -1)
+    eps = jnp.finfo(jnp.float32).eps
+    np.testing.assert_allclose(personal._from_round(prior, way) @ way, (personal.NOT_SEEN / eps) ** 0.5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, np.nan, np.inf, np.float32(0), jnp.float32(-1), jnp.float32(np.nan)])
+def test_a_strength_or_damping_that_is_not_positive_is_refused(setting, value):
+    params, _, sketches, x, y = jax.tree.map(np.float32, setting)
+    data, client = {"x": jnp.asarray(x), "y": jnp.asarray(y)}, Client(jnp.arange(4), jnp.asarray(4))
+    with pytest.raises(ValueError, match="damping: needed a finite number above 0, got"):
+        personal.curvature(params, sketches, np.ones(C), damping=value)
+    prior = personal.proximity(params)
+    with pytest.raises(ValueError, match="strength: needed a finite number above 0, got"):
+        personal.personalise(outputs, loss, params, data, client, prior, value)
+    hyper = Hyper(jnp.float32(1), jnp.float32(0), jnp.float32(value))
+    with pytest.raises(ValueError, match=r"hyper\.mu: needed a finite number above 0, got"):
+        personal.fitter(loss)(outputs, params, data, client, jax.random.key(0), hyper, (), prior)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", ["proximity", "curvature", "spread"])
+def test_half_precision_is_fitted_in_float32_and_rounded_once(setting, kind, dtype):
+    params, _, sketches, x, y = jax.tree.map(np.float32, setting)
+    narrow = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    priors = {
+        "proximity": lambda params: personal.proximity(params, "bias"),
+        "curvature": lambda params: personal.curvature(params, sketches, np.full(C, N), own="bias"),
+        "spread": lambda params: personal.spread(params, jnp.asarray(MOVES, jnp.result_type(params["bias"]))),
+    }
+    data, client = {"x": jnp.asarray(x), "y": jnp.asarray(y)}, Client(jnp.arange(4), jnp.asarray(4))
+
+    def fit(params):
+        prior = priors[kind](params)
+        assert {part.dtype for part in prior} == {jnp.dtype(jnp.float32)}
+        return fitted(params, data, client, prior, STRENGTH)
+
+    got, wanted = fit(narrow), fit(trees.widened(narrow))
+    for part, value in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert part.dtype == dtype
+        np.testing.assert_allclose(np.float32(part), value, rtol=float(jnp.finfo(dtype).eps), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        personal.proximity,
+        lambda params: personal.curvature(params, curvature.Sketch(np.ones((1, 1)), np.ones((1, 3, 1))), np.ones(1)),
+        lambda params: personal.spread(params, np.ones((1, 3))),
+    ],
+    ids=["proximity", "curvature", "spread"],
+)
+def test_parameters_that_are_no_floating_point_numbers_are_refused(make):
+    with pytest.raises(ValueError, match="params: needed floating-point arrays, got int"):
+        make({"bias": jnp.arange(3)})
 
 
 def test_a_pattern_that_no_parameter_has_is_refused(setting):

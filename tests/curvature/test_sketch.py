@@ -287,6 +287,20 @@ def test_without_probes_the_trace_is_not_known_and_nothing_is_wrong(x64):
     assert np.all(found.eigenvalues > 0)
 
 
+def test_the_pairs_that_are_kept_reach_a_share_of_the_trace_which_is_in_0_to_1(x64):
+    found = _sketch(rank=SIZE, solver="rows")
+    shares = np.cumsum(found.eigenvalues) / found.report.trace
+    for share in (0, 0.5, np.float32(0.9), jnp.float32(1 - 1e-6)):
+        kept = sketch.keeping_energy(lambda *given: found, share)(None, None, None)
+        wanted = np.argmax(shares >= share) + 1 if share else 0
+        np.testing.assert_array_equal(kept.eigenvalues, np.where(np.arange(SIZE) < wanted, found.eigenvalues, 0))
+    traced = jax.jit(lambda share: sketch.keeping_energy(lambda *given: found, share)(None, None, None))(0.5)
+    assert np.count_nonzero(traced.eigenvalues) == np.argmax(shares >= 0.5) + 1
+    for share in (-0.1, 1.1, np.nan, np.float32(2), jnp.float32(np.nan)):
+        with pytest.raises(ValueError, match=r"sketch\.energy: needs a share in \[0, 1\], got"):
+            sketch.keeping_energy(lambda *given: found, share)
+
+
 @pytest.mark.parametrize("solver", ["lanczos", "rows", "head"])
 def test_an_empty_client_has_an_empty_sketch(x64, solver):
     found = _sketch(mask=np.zeros(EXAMPLES, bool), solver=solver)

@@ -171,6 +171,7 @@ def test_a_link_carries_the_largest_pairs_of_each_client_until_the_deadline(bits
         (lambda: curvature.within_link(curvature.plain(None), 1.0, 0.0, int), r"sketch\.deadline: a link and"),
         (lambda: curvature.sent_seldom(curvature.plain(None), 0.0), r"sketch\.share: needs a number above 0"),
         (lambda: curvature.above_level(curvature.plain(None), 0.0), r"sketch\.budget: needs more than 0"),
+        (lambda: curvature.above_level(curvature.plain(None), np.inf), r"sketch\.budget: .*a finite number, got inf"),
     ],
 )
 def test_mistakes_are_named(make, words):

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from fipa_jax.privacy import accounting
 from fipa_jax.privacy.accounting import Plan
@@ -54,6 +55,42 @@ def test_nothing_released_costs_nothing_and_no_noise_everything():
     assert accounting.epsilon_of(Plan(1.0, 1e-3), 0) == 0
     assert accounting.gaussian_epsilon(math.inf, 1e-3) == math.inf
     assert accounting.gaussian_epsilon(1e-6, 1e-3) == 0
+
+
+@pytest.mark.parametrize("rate", [1.0, pytest.param(0.5, marks=needs_dp)])
+def test_noise_below_zero_is_refused_and_none_spends_everything(rate):
+    assert accounting.epsilon_of(Plan(0.0, 1e-3, rate), 3) == math.inf
+    assert accounting.epsilon_of(Plan(0.0, 1e-3, rate, released=0.5), 0) == pytest.approx(
+        accounting.gaussian_epsilon(0.5, 1e-3), rel=1e-3
+    )
+    assert accounting.affordable(8.0, 10, Plan(0.0, 1e-3, rate)) == 0
+    for noise in (-1.0, math.nan):
+        with pytest.raises(ValueError, match=r"plan\.noise: needed 0 or more, got"):
+            accounting.epsilon_of(Plan(noise, 1e-3, rate), 3)
+    with pytest.raises(ValueError, match=r"plan\.released: needed 0 or more, got -1"):
+        accounting.epsilon_of(Plan(1.0, 1e-3, rate, released=-1.0), 3)
+    with pytest.raises(ValueError, match=r"rounds: needed 0 or more, got -1"):
+        accounting.epsilon_of(Plan(1.0, 1e-3, rate), -1)
+
+
+def test_one_gaussian_mechanism_refuses_what_is_none():
+    assert accounting.gaussian_delta(0.0, 1.0) == 0
+    for mu in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="mu: needed 0 or more"):
+            accounting.gaussian_epsilon(mu, 1e-3)
+    for delta in (0.0, math.nan):
+        with pytest.raises(ValueError, match="delta: needed a number above 0, got"):
+            accounting.gaussian_epsilon(1.0, delta)
+
+
+@pytest.mark.parametrize("mu", [5.0, 15.0, 30.0, 37.0, 100.0, 1e4])
+def test_little_noise_has_a_finite_epsilon(mu):
+    """Beside SciPy's logarithm of Phi, which holds where Phi is below the least number."""
+    epsilon = accounting.gaussian_epsilon(mu, 1e-3)
+    first, second = norm.cdf(mu / 2 - epsilon / mu), np.exp(epsilon + norm.logcdf(-mu / 2 - epsilon / mu))
+    assert first - second == pytest.approx(1e-3, rel=1e-5)
+    assert accounting.epsilon_of(Plan(1 / mu, 1e-3), 1) == pytest.approx(epsilon)
+    assert accounting.mu_for(epsilon, 1e-3) == pytest.approx(mu, rel=1e-6)
 
 
 def test_room_for_the_clients_that_sampling_draws():

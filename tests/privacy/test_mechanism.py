@@ -78,6 +78,43 @@ def test_blocks_have_the_joint_multiplier_that_was_split():
     parts = mechanism.split_multiplier(1.7, [0.2, 0.5, 0.3])
     assert mechanism.joint_multiplier(parts) == pytest.approx(1.7)
     assert mechanism.joint_multiplier([3.0]) == pytest.approx(3.0)
+    assert mechanism.joint_multiplier([3.0, np.inf]) == pytest.approx(3.0)
+    assert mechanism.joint_multiplier([3.0, 0.0]) == 0 and mechanism.joint_multiplier([]) == np.inf
+
+
+@pytest.mark.parametrize("shares", [(0.8, 0.8), (0.5, 0.4), (1.5, -0.5), (1.0, 0.0), (np.nan, 1.0), ()])
+def test_shares_that_are_no_parts_of_one_budget_are_refused(shares):
+    with pytest.raises(ValueError, match="shares: needed positive numbers that sum to one, got"):
+        mechanism.split_multiplier(1.7, shares)
+
+
+@pytest.mark.parametrize("noise", [-1.0, np.nan])
+def test_a_multiplier_below_zero_is_refused(noise):
+    with pytest.raises(ValueError, match="noise: needed 0 or more"):
+        mechanism.split_multiplier(noise, [0.5, 0.5])
+    with pytest.raises(ValueError, match="multipliers: needed 0 or more"):
+        mechanism.joint_multiplier([2.0, noise])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_clipped_like_any_other(dtype):
+    """Squares of 20 sum to more than float16 holds, and a clipped entry may be below its least normal number."""
+    eps = float(jnp.finfo(dtype).eps)
+    vector = jnp.full(1000, 20.0, dtype)
+    for bound, least in ((1.0, 1 - 2 * eps), (1e-3, 1 - 1e-2), (50.0, 1 - 2 * eps)):
+        clipped = CLIP(vector, bound)
+        assert clipped.dtype == dtype
+        assert least * bound <= np.linalg.norm(np.asarray(clipped, np.float64)) <= bound
+        np.testing.assert_array_equal(CLIP(vector, 1e6), vector)
+        assert not np.any(CLIP(vector.at[3].set(jnp.inf), bound))
+    rows = jnp.stack([vector, jnp.full(1000, 1e-3, dtype)])
+    total = mechanism.noisy_sum(jax.random.key(0), rows, jnp.ones(2, bool), 1.0, 0.0)
+    wanted = 1 / np.sqrt(1000) + float(rows[1, 0])
+    assert total.dtype == dtype
+    np.testing.assert_allclose(np.asarray(total, np.float64), wanted, rtol=eps)
+    noise = mechanism.noisy_sum(jax.random.key(1), jnp.zeros([2, 1000]), jnp.ones(2, bool), 0.5, 3.0)
+    again = mechanism.noisy_sum(jax.random.key(1), jnp.zeros([2, 1000], dtype), jnp.ones(2, bool), 0.5, 3.0)
+    np.testing.assert_array_equal(noise.astype(dtype), again)
 
 
 def test_a_whitened_frame_is_the_inverse_root_of_the_curvature(x64):
