@@ -69,8 +69,7 @@ def within_budget(rule: Aggregator, budget: float, bits: int = 0) -> Aggregator:
 
     def init(params):
         theta = trees.ravel(trees.widened(params))
-        zero = jnp.zeros([], theta.dtype)
-        return BudgetState(rule.init(params), zero, zero)
+        return BudgetState(rule.init(params), jnp.zeros([], theta.dtype), jnp.zeros([], theta.dtype))
 
     def apply(received: Received, before: BudgetState, params):
         step, inner, info = rule.apply(received, before.rule, params)

@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Weighting, compare, weights_of
@@ -168,5 +166,5 @@ def _number_at_fault(share: Number, number: jax.Array) -> jax.Array:
 
 def _check_share(faulty: Number) -> None:
     contracts.at_least(0, faulty=faulty)
-    if not isinstance(faulty, Tracer) and not np.all(np.asarray(faulty) < 0.5):
+    if contracts.is_known(faulty) and not faulty < 0.5:
         raise ValueError(f"aggregator.faulty: needs a share below 0.5, as no rule survives more, got {faulty}")

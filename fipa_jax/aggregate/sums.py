@@ -164,7 +164,7 @@ def sum_solver(
     def init(theta: jax.Array) -> SumState:
         theta = trees.widened(contracts.floating(theta, "theta"))
         size, columns = theta.size, min(sums.columns, theta.size)
-        hyper = {name: jnp.asarray(value, theta.dtype) for name, value in numbers.items()}
+        hyper = {name: jnp.array(value, theta.dtype) for name, value in numbers.items()}
         drawn = _random(sums.seed, 0, (size, columns), theta.dtype)
         blank = jnp.zeros([size, columns], theta.dtype), jnp.zeros([columns], theta.dtype), jnp.zeros([], theta.dtype)
         return SumState(

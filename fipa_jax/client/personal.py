@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
@@ -203,7 +202,7 @@ def personalise(
 def _check_positive(**numbers: Any) -> None:
     """Refuses, with a ValueError, numbers that are not above 0 or not finite; those that are traced pass."""
     for name, value in numbers.items():
-        if not isinstance(value, Tracer) and not np.all((np.asarray(value) > 0) & (np.asarray(value) < np.inf)):
+        if contracts.is_known(value) and not np.all((np.asarray(value) > 0) & (np.asarray(value) < np.inf)):
             raise ValueError(f"{name}: needed a finite number above 0, got {value}")
 
 

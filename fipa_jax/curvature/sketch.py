@@ -153,7 +153,7 @@ def keeping_energy(sketch: SketchFunction, share: float) -> SketchFunction:
     Raises:
       ValueError: the share is not in [0, 1].
     """
-    if not isinstance(share, jax.core.Tracer) and not 0 <= float(share) <= 1:
+    if contracts.is_known(share) and not 0 <= float(share) <= 1:
         raise ValueError(f"sketch.energy: needs a share in [0, 1], got {share}")
 
     def kept(key, params, batch, mask=None, start=None) -> Sketch:

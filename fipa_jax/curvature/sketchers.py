@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from fipa_jax import trees
 from fipa_jax.curvature import contracts, few_bits
@@ -134,7 +133,7 @@ def above_level(sketcher: Sketcher, budget: float) -> Sketcher:
 
 def check_budget(budget: float) -> None:
     """Refuses, with a ValueError, a budget that is no finite number above 0, see `above_level`; a traced one passes."""
-    if isinstance(budget, Tracer):
+    if not contracts.is_known(budget):
         return
     number = np.asarray(budget)
     if not (number.shape == () and jnp.issubdtype(number.dtype, jnp.number) and 0 < number < np.inf):

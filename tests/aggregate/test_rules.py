@@ -49,6 +49,7 @@ STATES = {
     },
     "adaptive": aggregate.fipa(relative=False, past=aggregate.PastRounds("prior", rank=2, adaptive=True)),
     "curvature": aggregate.fipa(relative=False, past=aggregate.PastRounds("curvature", rank=2)),
+    "budget": aggregate.within_budget(aggregate.fipa(), 100.0),
     "diagonal": aggregate.diagonal(),
     "posterior": aggregate.posterior(),
     "admm": aggregate.posterior(posterior=aggregate.PosteriorOptions("admm")),
