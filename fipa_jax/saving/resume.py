@@ -74,6 +74,7 @@ def open_at(workdir: Path, config: ConfigDict, come_from: dict, resume: str = "y
             checkpoints = held.enter_context(contextlib.closing(kept))
         signals = held.enter_context(Signals())
         journal = Journal(workdir, config.checkpoint, checkpoints, saved, origin, signals)
+        journal.last_phase = config.compare[-1] if config.fipa.rounds else "warmup"
         yield held.enter_context(contextlib.closing(journal))
 
 

@@ -253,6 +253,15 @@ def test_a_run_is_finished_after_its_last_methods_last_round(tmp_path, spec, mos
     assert (tmp_path / "previous-1").is_dir()
 
 
+def test_who_runs_one_phase_alone_need_not_say_which_is_the_last(tmp_path):
+    """As a federation's server does."""
+    for rounds, last in ((3, "fedavg:server.lr=0.5"), (0, "warmup")):
+        config = config_of(compare=("fedavg", "fedavg:server.lr=0.5"))
+        config.fipa.rounds = rounds
+        with resume.open_at(tmp_path / last[:4], config, {"data": {}, "code": {}}) as journal:
+            assert journal.last_phase == last and not journal.done
+
+
 @pytest.mark.parametrize("damage", ["XX", "cut"])
 def test_rows_that_cannot_be_read_are_an_error_before_the_first_round(monkeypatch, tmp_path, damage):
     """It names the file, the line and a way out."""
