@@ -275,7 +275,7 @@ def fipa_step(
       ValueError: shapes do not fit, the form is not known, or a number is negative or NaN.
     """
     rule = fipa(form, damping=damping, relative=relative, rcond=rcond, limits=limits)
-    if not all(jnp.shape(leaf)[:1] > (0,) for leaf in jax.tree.leaves(delta)):
+    if not all(jnp.ndim(leaf) and len(leaf) for leaf in jax.tree.leaves(delta)):
         raise ValueError("delta: needed a leading axis of clients, one at least, in every array")
     like = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], delta)
     received, info = receive(Uploads(delta, jnp.asarray(num_examples), sketch), like)

@@ -86,7 +86,7 @@ def diagonal(
     contracts.at_least(0, **{"damping": damping, "late.staleness": late.staleness})
 
     def init(params):
-        return {"damping": jnp.asarray(damping, trees.ravel(trees.widened(params)).dtype)}
+        return {"damping": jnp.array(damping, trees.ravel(trees.widened(params)).dtype)}
 
     def apply(received: Received, state, params):
         if not isinstance(received.sketch, Diagonal):

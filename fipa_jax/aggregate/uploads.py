@@ -35,6 +35,7 @@ class Uploads(NamedTuple):
 
 Message = Sketch | Diagonal | Image | Core | LayerFactors | None  # what a client says of its curvature
 KINDS = "Sketch, Diagonal, Image, Core, LayerFactors or None"
+MOST_ID = np.iinfo(np.int32).max
 NUMBERS = ("num_examples", "loss", "damping")  # one of each client
 
 
@@ -57,10 +58,7 @@ def fitting(uploads: Uploads, params: Any) -> Uploads:
     for field, value in numbers.items():
         if value is not None and (np.shape(value) != clients or not _is_real(value)):
             raise ValueError(f"uploads.{field}: needed {clients[0]} real numbers, got {contracts.kind(value)}")
-    ids = uploads.ids
-    if ids is not None and not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
-        raise ValueError(f"uploads.ids: needed {clients[0]} integers, got {contracts.kind(ids)}")
-    numbers["ids"] = None if ids is None else jnp.asarray(ids).astype(jnp.int32)
+    numbers["ids"] = None if uploads.ids is None else _ids_of(uploads.ids, clients[0])
     moved = None if uploads.moved is None else like_params(uploads.moved, params, clients, "uploads.moved")
     delta = like_params(uploads.delta, params, clients, "uploads.delta")
     if isinstance(uploads.sketch, LayerFactors):
@@ -70,6 +68,14 @@ def fitting(uploads: Uploads, params: Any) -> Uploads:
     counts = jnp.asarray(uploads.num_examples)
     numbers["num_examples"] = counts.astype(jnp.promote_types(counts.dtype, jnp.float32))
     return Uploads(delta=delta, sketch=sketch, moved=moved, **trees.widened(numbers))
+
+
+def _ids_of(ids: Any, clients: int) -> jax.Array:
+    """[C] int32, -1 for what is none: it must not be cut to the id of another client."""
+    if not jnp.issubdtype(getattr(ids, "dtype", jnp.result_type(ids)), jnp.integer):
+        raise ValueError(f"uploads.ids: needed {clients} integers, got {contracts.kind(ids)}")
+    known = np if isinstance(ids, np.ndarray) else jnp  # jax without x64 would cut it first
+    return jnp.asarray(known.where((ids >= 0) & (ids <= MOST_ID), ids, -1).astype(np.int32))
 
 
 def like_params(tree: Any, params: Any, leading: tuple[int, ...], name: str) -> Any:

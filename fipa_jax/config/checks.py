@@ -165,7 +165,7 @@ MODELS = ("mlp", "cnn_6k", "cnn_23k", "cnn_200k", *RESNETS, "transformer")
 SPLITS = tuple(f"partition.{name}" for name in ("name", "num_clients", "alpha", "shards_per_client", "file", "seed"))
 IMAGES = tuple(f"data.{name}" for name in ("name", "train_split", "test_split", "holdout", "side", "loss", "augment"))
 IMAGES += tuple(f"data.{name}" for name in ("rotation", "flip", "public", "public_split"))
-READERS_OF = {  # names of tasks -> the fields that they read
+READ_BY_TASKS = {  # names -> the fields that they read
     ("images",): (*IMAGES, *SPLITS),
     (*FUNCTIONS, "pde", "own_data"): ("task.num_clients",),
     (*FUNCTIONS, "pde"): ("task.examples_per_client",),
@@ -176,7 +176,7 @@ READERS_OF = {  # names of tasks -> the fields that they read
     ),
     ("text",): ("task.window", "task.least_characters"),
 }
-MODELS_OF = {  # names of models -> the fields that they read
+READ_BY_MODELS = {
     ("mlp",): ("model.widths", "model.activation"),
     RESNETS: ("model.head_width", "model.compute_dtype"),
     ("transformer",): ("model.width", "model.layers", "model.heads", "model.lora_rank"),
@@ -205,8 +205,10 @@ def validate(config: ConfigDict) -> None:
     for path in NOT_EMPTY:
         if not fields.value(config, path):
             raise ValueError(f"config.{path}: needs one number at least, got ()")
-    _check_read("task.name", TASKS, READERS_OF, config)
-    _check_read("model.name", MODELS, MODELS_OF, config)
+    _check_read(config, "task.name", TASKS, READ_BY_TASKS)
+    _check_read(config, "model.name", MODELS, READ_BY_MODELS)
+    if config.init_paths and not config.init_from:
+        raise ValueError(f"config.init_paths: of config.init_from, which is not set; got {config.init_paths!r}")
     _check_images(config)
     _check_compare(config)
     _check_phase("config.warmup", config.warmup)
@@ -239,18 +241,22 @@ def _check_compare(config):
         raise ValueError(f"config.compare: names a method twice: {config.compare}")
 
 
-def _check_read(choice, known, readers, config):
-    """Refuses a field that asks for what the chosen task or model does not have; one of a user's own may have all."""
+def _check_read(config, choice, known, read_by):
+    """Refuses a field that is set and that the chosen task, or model, does not read; one of a user's own may read all.
+
+    Args:
+      choice: the field that names it.
+      known: the names of this package's own.
+      read_by: {some of these names: the fields that they alone read}.
+    """
     chosen, usual = fields.value(config, choice), default()
-    for names, paths in readers.items():
+    for names, paths in read_by.items():
         for path in paths if chosen in known and chosen not in names else ():
-            value, nothing = fields.value(config, path), fields.value(usual, path)
-            if value != nothing:
-                raise ValueError(f"config.{path}: {choice} = {chosen!r} has none; set it to {nothing!r}, got {value!r}")
-    if config.init_paths and not config.init_from:
-        raise ValueError(
-            f"config.init_paths: takes parts of config.init_from, which is not set; got {config.init_paths!r}"
-        )
+            value, left = fields.value(config, path), fields.value(usual, path)
+            if value != left:
+                raise ValueError(
+                    f"config.{path}: {choice} = {chosen!r} does not read it; leave it at {left!r}, got {value!r}"
+                )
 
 
 def _check_images(config):

@@ -340,7 +340,7 @@ def _grown(new, drawn, known: Eigenpairs | None, *, matrix: Curvature, rank: int
 
 def _checked(rank: int, solve: Solver) -> Solver:
     """A solver whose rank fits, at the highest precision of products."""
-    if not (rank >= 1 and rank == int(rank)):
+    if not (hasattr(rank, "__index__") and rank >= 1):
         raise ValueError(f"sketch.rank: needs a whole number of at least 1, got {rank}")
 
     def checked(key, matrix: Curvature, start=None) -> Eigenpairs:

@@ -133,12 +133,11 @@ def _as_targets(file: str, names: tuple[str, ...], columns: list[np.ndarray]) ->
 def _csv(path: Path) -> Any:
     """The table in a file of comma-separated values, whose first line names the columns.
 
-    A word that stands for a gap, such as NA, is one, in columns of words too, unless it is in quotes.
+    A word that stands for a gap, such as NA, is one, in columns of words and in quotes too.
     """
     from pyarrow import csv
 
-    how = csv.ConvertOptions(strings_can_be_null=True, quoted_strings_can_be_null=False)
-    return csv.read_csv(path, convert_options=how)
+    return csv.read_csv(path, convert_options=csv.ConvertOptions(strings_can_be_null=True))
 
 
 def _parquet(path: Path) -> Any:

@@ -77,6 +77,9 @@ def joint_multiplier(multipliers: Sequence[float]) -> float:
     One Gaussian mechanism: of the blocks over their own noise the whole message has this sensitivity. Where clients are
     sampled the amplification counts once, for the joint z. It is 0 where a block has no noise, infinite of no blocks.
 
+    Args:
+      multipliers: Python's own numbers, as a plan's are: none is traced.
+
     Raises:
       ValueError: a multiplier is negative or NaN.
     """

@@ -240,7 +240,8 @@ def _draw_panel(axis, seeds, figure: str, chosen: dict[str, Look], by_bytes: boo
         _draw_line(axis, before, Look("", KNOWN[WARMUP][1], "-"), zorder=2)
         above = axis.get_xaxis_transform()
         axis.text(before.x.mean(), 1.01, KNOWN[WARMUP][0], transform=above, color=GREY, fontsize=LABEL, ha="center")
-    if by_bytes and _decades(np.array([points.x[-1] for points in lines.values()])) > 1:
+    sent = {name: points.x[-1] for name, points in lines.items() if by_bytes and points.x[-1] > 0}
+    if _decades(np.array(list(sent.values()))) > 1:
         axis.set_xscale("log")  # which has no place for where all begin
         for start in beginning.mean:
             axis.axhline(start, color="0.25", linestyle=":", linewidth=0.9, label="start")
@@ -248,7 +249,7 @@ def _draw_panel(axis, seeds, figure: str, chosen: dict[str, Look], by_bytes: boo
     axis.plot(beginning.x, beginning.mean, "o", color="0.25", markersize=3.5, zorder=6)
     for name, points in lines.items():
         ceiling = name.partition(":")[0] == CEILING
-        if ceiling and by_bytes:  # nothing is sent where all data are in one place
+        if by_bytes and name not in sent:  # nothing is, where all data are in one place
             style = {"color": chosen[name].color, "linestyle": chosen[name].dash, "linewidth": 1.1}
             axis.axhline(points.mean[-1], label=chosen[name].label, **style)
             continue

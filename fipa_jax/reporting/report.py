@@ -98,7 +98,14 @@ $origin
 """)
 
 
-def write(workdir: Path, rows: Sequence[dict], summary: dict, pictures: dict[str, str], command: str = "") -> None:
+def write(
+    workdir: Path,
+    rows: Sequence[dict],
+    summary: dict,
+    pictures: dict[str, str],
+    rounds: dict[str, int],
+    command: str = "",
+) -> None:
     """Writes report.html of a run into its work directory, from what is there and these.
 
     Args:
@@ -106,6 +113,7 @@ def write(workdir: Path, rows: Sequence[dict], summary: dict, pictures: dict[str
       rows: of the metrics file so far.
       summary: what summary.json holds.
       pictures: {name of a file without its ending: caption}; those that are not there are passed over.
+      rounds: {name of a phase: its rounds}.
       command: that the run was started with, if it is known.
     """
     config, origin = (_read(workdir / name) for name in ("config.json", "origin.json"))
@@ -114,7 +122,7 @@ def write(workdir: Path, rows: Sequence[dict], summary: dict, pictures: dict[str
     page = PAGE.substitute(
         style=STYLE,
         title=escape(f"{title_of(config)}: {names}" if names else title_of(config)),
-        state=escape(_state(rows, config)),
+        state=escape(_state(rows, rounds)),
         results=_results(summary["runs"], rows, looks) + _constant(workdir) + _personal(summary["runs"]),
         pictures=_pictures(workdir, pictures),
         warnings=_warnings(rows),
@@ -138,23 +146,16 @@ def title_of(config: dict) -> str:
     return which.get(task.get("name")) or task.get("name", "run")
 
 
-def _state(rows: Sequence[dict], config: dict) -> str:
+def _state(rows: Sequence[dict], rounds: dict[str, int]) -> str:
     """How far the run is, and when that was."""
     now = time.strftime("%Y-%m-%d %H:%M %Z")
     if not rows:
         return f"No round is done as of {now}."
-    phases = {spec: _rounds_of(spec, config) for spec in config["compare"] if config["fipa"]["rounds"]}
-    phases |= {curves.WARMUP: config["warmup"]["rounds"]}
-    done, ended = Counter(row["run"] for row in rows), {row["run"] for row in rows if row.get("ended_early")}
-    left = sum(max(rounds - done[name], 0) for name, rounds in phases.items() if name not in ended)
+    done, last = Counter(row["run"] for row in rows), {row["run"]: row for row in rows}
+    ended = {name for name, row in last.items() if row.get("ended_early")}
+    left = sum(max(number - done[name], 0) for name, number in rounds.items() if name not in ended)
     done = f"{len(rows)} of {len(rows) + left} rounds" if left else f"All {len(rows)} rounds"
     return f"{done} are done, as of {now}; the last one was round {rows[-1]['round']} of {rows[-1]['run']}."
-
-
-def _rounds_of(spec: str, config: dict) -> int:
-    """The rounds of a compared method: its own where it names them."""
-    own = [int(field.removeprefix("rounds=")) for field in spec.split(":") if field.startswith("rounds=")]
-    return own[-1] if own else config["fipa"]["rounds"]
 
 
 def _results(runs: dict, rows: Sequence[dict], looks: dict[str, curves.Look]) -> str:

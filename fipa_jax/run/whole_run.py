@@ -149,15 +149,13 @@ def phases_left(names: list[str], journal: Journal) -> list[str]:
     So every method runs once, wherever a run that goes on with another `compare` has it.
 
     Raises:
-      ValueError: the one that was under way is none of them, or the checkpoint does not say which were done.
+      ValueError: the one that was under way is none of them.
     """
     if not journal.saved:
         return names
     under_way = journal.saved.note["phase"]
     if under_way not in names:
         raise ValueError(f"--resume: the run was stopped in {under_way!r}, which config.compare has no more")
-    if "done" not in journal.saved.note:
-        raise ValueError("--resume: the checkpoint is of an older version of this package; begin anew, --resume=no")
     return [under_way, *(name for name in names if name not in (*journal.done, under_way))]
 
 
@@ -263,7 +261,8 @@ def write_report(phases: dict[str, ConfigDict], rows: list[dict], summary: dict,
     of_models = stems([WARMUP, *names])
     pictures |= {of_models[name]: f"What the model of {name} says" for name in names}
     script = Path(sys.argv[0]).name == "train.py"
-    report.write(workdir, rows, summary, pictures, shlex.join(["python", *sys.argv]) if script else "")
+    rounds = {name: phases[name].warmup.rounds if name == WARMUP else phases[name].fipa.rounds for name in phases}
+    report.write(workdir, rows, summary, pictures, rounds, shlex.join(["python", *sys.argv]) if script else "")
 
 
 def draw_curves(rows: list[dict], workdir: Path) -> None:

@@ -54,7 +54,7 @@ class Journal:
         signals: Signals,
     ):
         self.saved, self.start, self.on_row = saved, (), lambda row: None
-        self.done, self.last_phase = list(saved.note.get("done", ())) if saved else [], ""
+        self.done, self.last_phase = list(saved.note["done"]) if saved else [], ""
         self._workdir, self._origin, self._signals = workdir, origin, signals
         self._checkpoints, self._seconds, self._saved_at = checkpoints, settings.seconds, time.monotonic()
         self._described = checkpoints is None

@@ -90,15 +90,18 @@ def _find(workdir: Path, origin: dict, resume: str, held: contextlib.ExitStack) 
         return _check_strangers(workdir, origin["config"])
     if resume == "no":
         return _move_aside(workdir, "is not resumed")
+    rows = workdir / "metrics.jsonl"
     try:
-        saved = recover(workdir / "checkpoints", functools.partial(_check_rows, workdir / "metrics.jsonl"))
+        saved = recover(workdir / "checkpoints", functools.partial(_check_rows, rows))
+        if saved:
+            _check_readable(rows, saved)
     except ValueError as error:
         raise ValueError(f"--workdir: {error}; name another folder, or --resume=no to move it aside") from None
     if saved is None:
         return _move_aside(workdir, "had saved nothing")
     if not _may_go_on(workdir, saved, origin, resume):
         return _move_aside(workdir, "is finished, and of another origin")
-    if _finished(saved, origin["config"]):
+    if saved.note["finished"] and not differences(saved.note["origin"], origin):
         logging.warning("the run in %s is finished; --resume=no runs it anew", workdir)
     else:
         logging.warning("%s: going on after round %d of %s", workdir, saved.note["round"], saved.note["phase"])
@@ -120,7 +123,7 @@ def _may_go_on(workdir: Path, saved: Saved, origin: dict, resume: str) -> bool:
     if resume == "anyway":
         logging.warning("going on with a run of another origin:\n  %s", shown)
         return True
-    if _finished(saved, theirs["config"]):
+    if saved.note["finished"]:
         return False
     raise ValueError(
         f"--workdir: {workdir} holds an unfinished run of another origin:\n  {shown}\nName another folder; or "
@@ -181,21 +184,17 @@ def _move_aside(workdir: Path, why: str) -> None:
 
 
 def _check_rows(path: Path, note: dict) -> None:
-    """Checks that the rows which a checkpoint follows on are there, and can be read."""
+    """Checks that the rows which a checkpoint follows on are there."""
     size = path.stat().st_size if path.exists() else 0
     if size < note["metrics_bytes"]:
         raise ValueError(f"it follows on {note['metrics_bytes']} bytes of {path}, which has only {size}")
-    metrics.read(path, note["metrics_bytes"])
 
 
-def _finished(saved: Saved, config: dict) -> bool:
-    """Whether that was the last round of all phases, and would be by this config."""
-    theirs = saved.note["origin"]["config"]
-
-    def phases(config: dict) -> tuple:
-        return config["compare"], config["first_round"], config["warmup"]["rounds"], config["fipa"]["rounds"]
-
-    return saved.note.get("finished", False) and phases(theirs) == phases(config)
+def _check_readable(path: Path, saved: Saved) -> None:
+    """Checks that a run can go on: its rows can be read, and the checkpoint says which phases are done."""
+    metrics.read(path, saved.note["metrics_bytes"])
+    if "done" not in saved.note:
+        raise ValueError(f"{path.parent} holds a run of an older version of this package")
 
 
 def _from_first(find: Callable[[], Saved | None]) -> Saved | None:

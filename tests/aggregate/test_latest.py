@@ -101,7 +101,17 @@ def test_who_is_none_of_the_clients_is_rejected_and_takes_nobodys_place(x64, str
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), past_of(state), past_of(without))
 
 
-@pytest.mark.parametrize("kind", ["uint8", "int16", "int64"])
+@pytest.mark.parametrize("ids", [[0, 2**32 + 1], [-1, 1 - 2**32], [2**31, 3]])
+@pytest.mark.parametrize("kind", ["int64", "uint64"])
+def test_an_id_that_is_none_is_not_cut_to_that_of_another(ids, kind):
+    """Without x64 too, where jax has no integers of 64 bits."""
+    ids = np.array(ids).astype(kind)
+    params, uploads = {"w": jnp.zeros(3)}, aggregate.Uploads({"w": jnp.ones([2, 3])}, jnp.ones(2), ids=ids)
+    found = aggregate.receive(uploads, params)[0].ids
+    assert found.tolist() == [int(one) if 0 <= one < 2**31 else -1 for one in ids]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int16", "uint32", "int64"])
 def test_ids_may_be_integers_of_any_size(x64, kind):
     """Also where the number of clients is none that they hold."""
     rule = aggregate.fipa(past=LATEST._replace(num_clients=300))

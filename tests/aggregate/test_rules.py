@@ -41,21 +41,22 @@ def test_step_equals_the_dense_form(x64, name, rank):
     assert not info["rejected"].any()
 
 
+GIVEN = jnp.float32(0.5)  # a number that rules are made with, as an array of the state's own type
 STATES = {
-    "trust": aggregate.fipa(trust=True),
+    "trust": aggregate.fipa(damping=GIVEN, trust=True),
     **{
-        kind: aggregate.fipa(past=aggregate.PastRounds(kind, rank=2, length=2, num_clients=8))
+        kind: aggregate.fipa(past=aggregate.PastRounds(kind, rank=2, length=2, num_clients=8, decay=GIVEN))
         for kind in ("prior", "targets", "latest")
     },
     "adaptive": aggregate.fipa(relative=False, past=aggregate.PastRounds("prior", rank=2, adaptive=True)),
-    "curvature": aggregate.fipa(relative=False, past=aggregate.PastRounds("curvature", rank=2)),
-    "budget": aggregate.within_budget(aggregate.fipa(), 100.0),
-    "diagonal": aggregate.diagonal(),
+    "curvature": aggregate.fipa(relative=False, past=aggregate.PastRounds("curvature", rank=2, decay=GIVEN)),
+    "budget": aggregate.within_budget(aggregate.fipa(damping=GIVEN), 100.0),
+    "diagonal": aggregate.diagonal(damping=GIVEN),
     "posterior": aggregate.posterior(),
     "admm": aggregate.posterior(posterior=aggregate.PosteriorOptions("admm")),
-    "span": aggregate.from_span(),
-    "sums": aggregate.from_sums(past=aggregate.PastRounds("prior")),
-    "kronecker": aggregate.kronecker(past=aggregate.PastRounds("prior")),
+    "span": aggregate.from_span(span=aggregate.SpanOptions(decay=GIVEN)),
+    "sums": aggregate.from_sums(damping=GIVEN, past=aggregate.PastRounds("prior")),
+    "kronecker": aggregate.kronecker(damping=GIVEN, past=aggregate.PastRounds("prior")),
 }
 
 
@@ -67,6 +68,7 @@ def test_a_rules_first_state_can_be_donated_again_and_again(name):
         state = STATES[name].init(params)
         shapes = jax.tree.map(jnp.shape, state)
         assert jax.tree.map(jnp.shape, jax.jit(lambda tree: tree, donate_argnums=0)(state)) == shapes
+        assert not GIVEN.is_deleted()
 
 
 @pytest.mark.parametrize("name", [name for name in STATES if name not in ("span", "sums", "kronecker")])

@@ -256,7 +256,7 @@ def test_vectors_in_few_bits_are_as_orthogonal_as_their_rounding_leaves_them(siz
     assert np.all(_distance(sent)[1] > most)
 
 
-def test_the_server_knows_in_how_many_bits_vectors_were_sent():
+def test_who_says_that_vectors_were_rounded_has_them_taken():
     """Sixty vectors of 500 entries in 4 bits are left out as they are, and taken by who says that they were rounded."""
     basis = _bases(500, 60)
     noise = np.random.default_rng(2).normal(size=basis.shape) * 0.2 / np.sqrt(500)

@@ -213,15 +213,15 @@ def test_an_unknown_name_lists_the_known_ones(field, known):
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("partition.num_clients", 7, "task.name = 'sine' has none; set it to 100, got 7"),
-        ("data.holdout", 0.1, "task.name = 'sine' has none; set it to 0.0, got 0.1"),
-        ("data.flip", False, "task.name = 'sine' has none; set it to True"),
-        ("task.holdout", 0.3, "task.name = 'sine' has none"),
-        ("task.window", 5, "task.name = 'sine' has none"),
-        ("task.equation", "burgers", "task.name = 'sine' has none"),
-        ("model.layers", 3, "model.name = 'mlp' has none"),
-        ("model.head_width", 3, "model.name = 'mlp' has none"),
-        ("init_paths", "^Dense", "takes parts of config.init_from, which is not set"),
+        ("partition.num_clients", 7, "task.name = 'sine' does not read it; leave it at 100, got 7"),
+        ("data.holdout", 0.1, "task.name = 'sine' does not read it; leave it at 0.0, got 0.1"),
+        ("data.flip", False, "task.name = 'sine' does not read it; leave it at True"),
+        ("task.holdout", 0.3, "task.name = 'sine' does not read it"),
+        ("task.window", 5, "task.name = 'sine' does not read it"),
+        ("task.equation", "burgers", "task.name = 'sine' does not read it"),
+        ("model.layers", 3, "model.name = 'mlp' does not read it"),
+        ("model.head_width", 3, "model.name = 'mlp' does not read it"),
+        ("init_paths", "^Dense", "of config.init_from, which is not set"),
     ],
 )
 def test_a_field_that_nothing_reads_is_refused(field, value, words):
@@ -234,7 +234,7 @@ def test_a_field_that_nothing_reads_is_refused(field, value, words):
 
 def test_fields_are_read_by_the_tasks_and_models_that_there_are():
     assert set(checks.TASKS) == set(TASKS) and set(checks.MODELS) == set(MODELS)
-    read = [path for paths in (*checks.READERS_OF.values(), *checks.MODELS_OF.values()) for path in paths]
+    read = [path for paths in (*checks.READ_BY_TASKS.values(), *checks.READ_BY_MODELS.values()) for path in paths]
     assert len(set(read)) == len(read) and all(fields.value(config_lib.default(), path) is not None for path in read)
 
 

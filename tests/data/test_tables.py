@@ -1,6 +1,7 @@
 """A table of numbers and words becomes the arrays that it says, or is told what to change."""
 
 import builtins
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,11 +104,11 @@ def test_what_is_no_table_is_named(tmp_path, ending, content):
 
 
 @pytest.mark.parametrize(
-    ("gap", "refused"), [("", True), ("NA", True), ('""', True), ('"NA"', False), ("nothing", False)]
+    ("gap", "refused"), [("", True), ("NA", True), ('""', True), ('"NA"', True), ("nothing", False)]
 )
-@pytest.mark.parametrize("column", ["chest", "y", "client"])
+@pytest.mark.parametrize("column", ["age", "chest", "y", "client"])
 def test_a_gap_among_words_is_no_word(tmp_path, gap, refused, column):
-    """Neither an input, nor a class, nor an owner; in quotes NA is a word as others are."""
+    """Neither an input, nor a class, nor an owner, in quotes or not."""
     rows = {
         "age": ["63", "41", "57"],
         "chest": ["none", "other", "none"],
@@ -117,9 +118,9 @@ def test_a_gap_among_words_is_no_word(tmp_path, gap, refused, column):
     rows[column][1] = gap
     lines = [",".join(rows), *(",".join(line) for line in zip(*rows.values(), strict=True))]
     (tmp_path / "mine.csv").write_text("\n".join(lines) + "\n")
-    if not refused:
+    if not refused and column != "age":
         found = own_arrays.read(str(tmp_path / "mine.csv"))
-        assert len(found["x"]) == 3 and (column == "chest" or gap.strip('"') in found[column])
+        assert len(found["x"]) == 3 and (column == "chest" or gap in found[column])
         return
     with pytest.raises(ValueError, match=rf"nothing in 1 rows of column '{column}', first in row 1; fill or drop them"):
         own_arrays.read(str(tmp_path / "mine.csv"))
@@ -144,8 +145,7 @@ def test_words_that_are_not_utf_8_are_named(tmp_path, text):
 
 @pytest.mark.parametrize("ending", READERS)
 def test_an_ending_may_be_in_capitals(tmp_path, ending):
-    file = tmp_path / f"MINE{ending.upper()}"
-    file.write_bytes((tmp_path / "mine").with_suffix(ending).read_bytes() if _write(tmp_path, ending, ROWS) else b"")
+    file = Path(_write(tmp_path, ending, ROWS)).rename(tmp_path / f"MINE{ending.upper()}")
     assert own_arrays.read(str(file))["client"].tolist() == ROWS["client"]
 
 

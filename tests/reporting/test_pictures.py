@@ -185,10 +185,14 @@ def test_runs_of_other_seeds_are_drawn_by_a_command(tmp_path, monkeypatch, capsy
 def test_bytes_are_on_a_logarithmic_axis_where_methods_differ_by_a_decade(tmp_path):
     rows = rows_of([4.0], curves.START, first=-1) + rows_of([1.0, 0.5]) + rows_of([1.0, 0.5], "fedavg")
     rows += [row | {"run": "fipa_memory", "bytes_up": 5000} for row in rows_of([1.0, 0.5])]
-    for names, scale in ((("fipa", "fedavg"), "linear"), (("fipa", "fipa_memory"), "log")):
+    ceiling = "fedavg:pooled=True"  # which sends nothing, and is a line across
+    rows += [row | {"run": ceiling, "bytes_up": 0, "bytes_down": 0} for row in rows_of([0.5, 0.25])]
+    for names, scale in ((("fipa", "fedavg", ceiling), "linear"), (("fipa", ceiling, "fipa_memory"), "log")):
         with plots.picture(tmp_path / "picture", 4, 3) as (_, ((axis,),)):
             curves._draw_panel(axis, [rows], "test_mse", curves.looks(names), True, True)
         assert axis.get_xscale() == scale and 4.0 in np.concatenate([line.get_ydata() for line in axis.get_lines()])
+        (across,) = (line for line in axis.get_lines() if 0.25 in line.get_ydata())
+        assert list(across.get_ydata()) == [0.25, 0.25]
 
 
 def test_no_two_methods_that_are_known_have_one_colour():

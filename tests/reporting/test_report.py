@@ -35,7 +35,8 @@ def page_of(workdir, rows, compare=("fipa", "fedavg:server.lr=0.5"), command="",
     (workdir / "config.json").write_text(config.to_json_best_effort())
     curves.draw([rows], ["test_mse"], workdir / "curves.png")
     summary = whole_run.summary_of(dict.fromkeys(compare, config), rows)
-    report.write(workdir, rows, summary, {"curves": f"curves {EVIL}", "gone": "not there"}, command)
+    rounds = {name: phase.fipa.rounds for name, phase in whole_run.configs_of(config).items()}
+    report.write(workdir, rows, summary, {"curves": f"curves {EVIL}", "gone": "not there"}, rounds, command)
     text = (workdir / "report.html").read_text()
     return Page(text), text
 

@@ -203,3 +203,12 @@ def test_who_holds_all_examples_sends_nothing_and_takes_all_rounds(tmp_path):
     assert [len(of_each[name]) for name in config.compare] == [3, 8]
     assert all(row["bytes_up"] == row["bytes_down"] == 0 for row in of_each[config.compare[1]])
     assert all(row["bytes_up"] == CLIENTS * 40 for row in of_each["fedavg"])
+
+
+def test_the_server_of_a_run_knows_in_how_many_bits_vectors_come(tmp_path):
+    """Three vectors of ten entries in 4 bits are far from orthogonal, and come from no client at fault."""
+    config = tiny(compare=(f"fipa_few_bytes:sketch.rank={RANK}:sketch.bits=4",), fipa={"rounds": 6})
+    config.task.num_clients = CLIENTS
+    whole_run.run(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["clients_rejected"] for row in rows] == [0] * 6

@@ -262,14 +262,17 @@ def test_who_runs_one_phase_alone_need_not_say_which_is_the_last(tmp_path):
             assert journal.last_phase == last and not journal.done
 
 
-@pytest.mark.parametrize("damage", ["XX", "cut"])
+@pytest.mark.parametrize("damage", ["first", "last", "cut"])
 def test_rows_that_cannot_be_read_are_an_error_before_the_first_round(monkeypatch, tmp_path, damage):
     """It names the file, the line and a way out."""
     run_until(monkeypatch, tmp_path, 3, after=True)
     file = tmp_path / "metrics.jsonl"
-    file.write_bytes(b"XX" + file.read_bytes()[2:] if damage == "XX" else file.read_bytes()[:40])
+    lines = file.read_bytes().splitlines(keepends=True)
+    place = {"first": 0, "last": len(lines) - 1}.get(damage, 0)
+    lines[place] = b"XX" + lines[place][2:]
+    file.write_bytes(b"".join(lines) if damage != "cut" else file.read_bytes()[:40])
     monkeypatch.setattr(loop, "run_phase", lambda *_: pytest.fail("a round has begun"))
-    words = "line 1 is no row of metrics" if damage == "XX" else "which has only 40"
+    words = "which has only 40" if damage == "cut" else f"line {place + 1} is no row of metrics"
     with pytest.raises(ValueError, match=rf"(?s)metrics\.jsonl.*{words}.*--resume=no"):
         whole_run.run(config_of(), tmp_path)
 
