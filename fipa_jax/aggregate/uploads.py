@@ -74,8 +74,9 @@ def _ids_of(ids: Any, clients: int) -> jax.Array:
     """[C] int32, -1 for what is none: it must not be cut to the id of another client."""
     if not jnp.issubdtype(getattr(ids, "dtype", jnp.result_type(ids)), jnp.integer):
         raise ValueError(f"uploads.ids: needed {clients} integers, got {contracts.kind(ids)}")
-    known = np if isinstance(ids, np.ndarray) else jnp  # jax without x64 would cut it first
-    return jnp.asarray(known.where((ids >= 0) & (ids <= MOST_ID), ids, -1).astype(np.int32))
+    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)  # which jax without x64 would cut
+    fits = (ids >= 0) & (ids <= min(MOST_ID, np.iinfo(ids.dtype).max))
+    return jnp.where(fits, ids.astype(np.int32), -1)
 
 
 def like_params(tree: Any, params: Any, leading: tuple[int, ...], name: str) -> Any:
