@@ -158,10 +158,9 @@ def present_rows(batch: Any, mask: jax.Array | None) -> tuple[Any, jax.Array | N
         return batch, jnp.zeros([1], bool)
     if mask is None:
         return batch, None
-    mask = mask if hasattr(mask, "dtype") else np.asarray(mask)
-    if jnp.shape(mask) != (number,) or not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
-        raise ValueError(f"mask: needed {number} booleans, one of each example, got {kind(mask)}")
     mask = jnp.asarray(mask)
+    if mask.shape != (number,) or not jnp.issubdtype(mask.dtype, jnp.bool_):
+        raise ValueError(f"mask: needed {number} booleans, one of each example, got {kind(mask)}")
     rows = jnp.where(mask, jnp.arange(number, dtype=jnp.int32), jnp.argmax(mask).astype(jnp.int32))
     return jax.tree.map(lambda x: jnp.asarray(x)[rows], batch), mask
 
