@@ -196,7 +196,8 @@ def validate(config: ConfigDict) -> None:
     Raises:
       ValueError: names the field, what was needed and what arrived.
     """
-    fields.check(config, default())
+    usual = default()
+    fields.check(config, usual)
     for path, known in CHOICES.items():
         lookup(dict.fromkeys(known), fields.value(config, path), f"config.{path}")
     for path in PATHS:
@@ -205,8 +206,8 @@ def validate(config: ConfigDict) -> None:
     for path in NOT_EMPTY:
         if not fields.value(config, path):
             raise ValueError(f"config.{path}: needs one number at least, got ()")
-    _check_read(config, "task.name", TASKS, READ_BY_TASKS)
-    _check_read(config, "model.name", MODELS, READ_BY_MODELS)
+    _check_read(config, usual, "task.name", TASKS, READ_BY_TASKS)
+    _check_read(config, usual, "model.name", MODELS, READ_BY_MODELS)
     if config.init_paths and not config.init_from:
         raise ValueError(f"config.init_paths: of config.init_from, which is not set; got {config.init_paths!r}")
     _check_images(config)
@@ -241,15 +242,16 @@ def _check_compare(config):
         raise ValueError(f"config.compare: names a method twice: {config.compare}")
 
 
-def _check_read(config, choice, known, read_by):
+def _check_read(config, usual, choice, known, read_by):
     """Refuses a field that is set and that the chosen task, or model, does not read; one of a user's own may read all.
 
     Args:
+      usual: the config as it is by default.
       choice: the field that names it.
       known: the names of this package's own.
       read_by: {some of these names: the fields that they alone read}.
     """
-    chosen, usual = fields.value(config, choice), default()
+    chosen = fields.value(config, choice)
     for names, paths in read_by.items():
         for path in paths if chosen in known and chosen not in names else ():
             value, left = fields.value(config, path), fields.value(usual, path)

@@ -166,7 +166,8 @@ def _tiny(config) -> dict[str, Any]:
     if config.task.name == "images":
         changed |= {"data.name": "digits", "data.test_split": "", "data.train_split": "train[:200]", "data.side": 0}
         changed |= {"data.augment": False, "data.flip": False, "data.rotation": 0.0, "model.head_width": 0}
-        changed |= {"partition.num_clients": 4, "cohort": 2, "model.name": "cnn_6k", "fipa.sketch.rank": 5}
+        changed |= {"partition.num_clients": 4, "cohort": 2, "fipa.sketch.rank": 5}
+        changed |= {"model.name": "cnn_6k"} if config.model.name != "mlp" else {}
         changed |= {f"{phase}.local.epochs": 1 for phase in ("warmup", "fipa")}
     return changed
 

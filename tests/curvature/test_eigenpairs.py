@@ -308,7 +308,7 @@ def test_what_does_not_fit_is_named(name):
     solver, num_rows = SOLVERS[name]
     rows = jnp.zeros([num_rows, SIZE])
     matrix = Curvature(lambda v: v, SIZE, rows.dtype, rows)
-    with pytest.raises(ValueError, match=r"sketch\.rank: needs at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"sketch\.rank: needs a whole number of at least 1, got 0"):
         eigen.SOLVERS[solver](0)
     with pytest.raises(ValueError, match=r"sketch\.rank: 41 is above the number of trainable parameters, 40; lower it"):
         eigen.SOLVERS[solver](SIZE + 1)(None, matrix)

@@ -402,7 +402,7 @@ def test_make_diagonal_is_the_diagonal(x64):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, r"sketch\.rank: needs at least 1, got 0"),
+        ({"rank": 0}, r"sketch\.rank: needs a whole number of at least 1, got 0"),
         ({"rank": SIZE + 1}, rf"sketch\.rank: {SIZE + 1} is above .* {SIZE}"),
         ({"solver": "lanczo"}, r"sketch\.solver: unknown 'lanczo'; known: auto, head, lanczos, rows, subspace"),
         ({"jacobian": "dense"}, r"sketch\.jacobian: unknown 'dense'; known: head, matrix_free, rows"),

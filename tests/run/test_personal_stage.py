@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers.runs import tiny
 
+from fipa_jax import config as config_lib
 from fipa_jax.reporting import console, metrics
 from fipa_jax.run import experiment, personal_stage, personal_ways, whole_run
 from fipa_jax.tasks.task import Problem
@@ -33,6 +34,7 @@ def file(tmp_path_factory):
 def config_of(file, **fields):
     config = tiny(precision="float64", compare=("fipa",), chunk=0)
     config.task.name, config.task.split, config.task.file = "own_data", "given", str(file)
+    config.task.examples_per_client = config_lib.default().task.examples_per_client
     config.task.standardise, config.eval.clients_every = "none", 0
     config.model.widths = ()
     config.fipa.local.optimizer, config.fipa.local.lr, config.fipa.local.steps = "gauss_newton", 1.0, 1

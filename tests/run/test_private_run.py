@@ -31,6 +31,9 @@ OPTIONAL = pytest.mark.skipif(
 )
 
 
+USUAL = {"task.num_clients": 2, "task.examples_per_client": 50}  # by default, which images do not read
+
+
 def private(**fields):
     """Three private rounds with six clients."""
     config = tiny(compare=("fedavg", WHITENED), cohort=0)
@@ -259,9 +262,12 @@ def test_sampled_clients(tmp_path):
         ({"personal.compare": ("finetune",)}, r"personal\.compare: models of single clients"),
         ({"warmup.rounds": 1}, r"privacy\.epsilon: the warm-up trains on the same clients"),
         ({"chunk": -1}, r"chunk: the seconds"),
-        ({"task.name": "own_data"}, r"task\.standardise: 'pooled' scales by all clients' inputs"),
         (
-            {"task.name": "images", "data.name": "digits", "data.augment": False},
+            {"task.name": "own_data", "task.examples_per_client": 50},
+            r"task\.standardise: 'pooled' scales by all clients' inputs",
+        ),
+        (
+            USUAL | {"task.name": "images", "data.name": "digits", "data.augment": False},
             r"data\.public: the channels' means of 'digits'",
         ),
         ({"cohort": 2}, r"cohort: with privacy\.sampling = 'poisson'"),
