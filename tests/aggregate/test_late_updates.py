@@ -16,6 +16,7 @@ from helpers.rules import (
     as_vector,
     assert_close,
     clients_of,
+    shapes_of,
     uploads_of,
     with_hyper,
 )
@@ -104,9 +105,9 @@ def test_where_a_late_client_began_is_asked_for_if_it_matters(make, field):
         late = as_sent(rule, uploads)._replace(age=jnp.array([0, 3, 0, 0]))
         if on:
             with pytest.raises(ValueError, match=rf"uploads\.moved: needed beside uploads\.age by .*late\.{field}"):
-                apply(rule, late, rule.init(params), params)
+                shapes_of(rule, late, rule.init(params), params)
         else:
-            apply(rule, late, rule.init(params), params)
+            shapes_of(rule, late, rule.init(params), params)
 
 
 def _rows(which, leaf):

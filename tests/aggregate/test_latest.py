@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.pasts import BETA, COHORTS, DECAY, IDS, LATEST, past_of, quadratics, run, solve
-from helpers.rules import CLIENTS, SIZE, Dense, as_tree, assert_close, uploads_of
+from helpers.rules import CLIENTS, SIZE, Dense, as_tree, assert_close
 
 from fipa_jax import aggregate
 from fipa_jax.aggregate import LateUpdates
+from fipa_jax.aggregate.screening import without_place
 
 
 @pytest.mark.parametrize("transport", [True, False])
@@ -112,17 +113,13 @@ def test_an_id_that_is_none_is_not_cut_to_that_of_another(ids, kind):
 
 
 @pytest.mark.parametrize("kind", ["uint8", "int16", "uint32", "int64"])
-def test_ids_may_be_integers_of_any_size(x64, kind):
+def test_ids_may_be_integers_of_any_size(kind):
     """Also where the number of clients is none that they hold."""
-    rule = aggregate.fipa(past=LATEST._replace(num_clients=300))
-    sent, params = (
-        uploads_of(*COHORTS[0])._replace(ids=jnp.array([0, 100, 120, 200]).astype(kind)),
-        as_tree(np.zeros(SIZE)),
-    )
-    received, info = aggregate.receive(sent, params)
-    _, _, info, _ = aggregate.step_of(rule, received, rule.init(params), params, info)
-    assert not info["rejected"].any()
-    assert received.ids.dtype == jnp.int32
+    ids = np.array([0, 100, 120, 200]).astype(kind)
+    uploads = aggregate.Uploads({"w": jnp.ones([4, 3])}, jnp.ones(4), ids=ids)
+    received, refused = without_place(aggregate.receive(uploads, {"w": jnp.zeros(3)})[0], 300)
+    assert received.ids.dtype == jnp.int32 and received.took_part.all()
+    assert not any(clients.any() for clients in refused["reasons"].values())
 
 
 def test_who_comes_twice_in_a_round_counts_once(x64):

