@@ -37,7 +37,7 @@ def test_the_bytes_are_those_of_gradients_and_of_the_sketches_that_are_due(tmp_p
     "rest",
     [
         "",
-        ":sketch.gradient_scale=0.03",
+        pytest.param(":sketch.gradient_scale=0.03", marks=pytest.mark.slow),
         pytest.param(":sketch.budget=100", marks=pytest.mark.slow),
         pytest.param(":term.name=scaffold", marks=pytest.mark.slow),
     ],
@@ -80,7 +80,7 @@ def test_a_phase_keeps_to_its_budget_in_the_mean(tmp_path, rest):
     assert abs(sum(sent) / (30 * CLIENTS * budget) - 1) < 0.15
 
 
-@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("bits", [pytest.param(0, marks=pytest.mark.slow), 8])
 def test_within_the_span_the_bytes_are_those_of_gradients_cores_and_the_columns_shown(tmp_path, bits):
     """At first four directions come in, of at most six; all clients are asked about those, half of them later on."""
     fields = f"aggregator.span.columns=6:aggregator.span.fresh=4:aggregator.span.bits={bits}:sketch.bits={bits}"

@@ -171,6 +171,7 @@ def test_a_damaged_step_is_passed_over(monkeypatch, tmp_path, whole, caplog):
     assert left_by(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_a_refused_run_leaves_no_trace(monkeypatch, tmp_path, whole):
     """The original command goes on, whatever was tried in between."""
     run_until(monkeypatch, tmp_path, 3, after=True)
