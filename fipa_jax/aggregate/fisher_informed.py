@@ -19,7 +19,7 @@ from fipa_jax.aggregate.aggregator import (
     step_of,
     weights_of,
 )
-from fipa_jax.aggregate.late_updates import NO_WAY, LateUpdates, without_drifted
+from fipa_jax.aggregate.late_updates import LateUpdates, check_moved, without_drifted
 from fipa_jax.aggregate.limits import Limits, capped, limited
 from fipa_jax.aggregate.merged_curvature import Merge
 from fipa_jax.aggregate.past_rounds import PastRounds, kind_of, remembering
@@ -115,8 +115,8 @@ def from_solver(
         length, rows = theta.size, padded(theta.size) if spread else theta.size
         sketch = sketch._replace(basis=fill_up(sketch.basis, rows))
         moved = None
-        if received.age is not None and received.moved is None and late.transport:
-            raise ValueError(NO_WAY.format("transport"))
+        if late.transport:
+            check_moved(received, "transport")
         if received.moved is not None and late.transport:
             moved = fill_up(trees.ravel_stacked(received.moved), rows)
         damping = received.damping if solver.needs.damping else None

@@ -14,11 +14,6 @@ from fipa_jax.aggregate.row_blocks import fill_up
 from fipa_jax.aggregate.screening import Received
 from fipa_jax.curvature.sketch import Sketch
 
-NO_WAY = (
-    "uploads.moved: needed beside uploads.age by aggregator.late.{0}, the way of the parameters since a late client "
-    "began; or set late.{0} to False"
-)
-
 
 class LateUpdates(NamedTuple):
     """How a rule takes late clients; the group `aggregator.late` of a config."""
@@ -27,6 +22,15 @@ class LateUpdates(NamedTuple):
     transport: bool = True  # FIPA: a late client's target stays where it was, seen from the present parameters
     max_drift: float = 0.0  # FIPA: bound on how far a late client's own answers have moved since it began; 0 for none
     mix: bool = False  # mean: a late client's model is mixed in (FedAsync), not its update added (FedBuff)
+
+
+def check_moved(received: Received, option: str) -> None:
+    """Refuses, with a ValueError, late clients without the way of the parameters since they began, for an option."""
+    if received.age is not None and received.moved is None:
+        raise ValueError(
+            f"uploads.moved: needed beside uploads.age by aggregator.late.{option}, the way of the parameters since a "
+            f"late client began; or set late.{option} to False"
+        )
 
 
 def freshness(received: Received, staleness: float, dtype) -> jax.Array | int:

@@ -14,7 +14,7 @@ from fipa_jax.aggregate import robust
 from fipa_jax.aggregate.aggregator import WEIGHTINGS, Aggregator, Needs, Place, Weighting, compare, sound, weights_of
 from fipa_jax.aggregate.fisher_informed import fipa
 from fipa_jax.aggregate.gradient_span import from_span
-from fipa_jax.aggregate.late_updates import NO_WAY, LateUpdates, freshness
+from fipa_jax.aggregate.late_updates import LateUpdates, check_moved, freshness
 from fipa_jax.aggregate.layerwise import kronecker
 from fipa_jax.aggregate.posteriors import posterior
 from fipa_jax.aggregate.screening import Received
@@ -43,8 +43,8 @@ def mean(weighting: Weighting = "examples", *, late: LateUpdates = LateUpdates()
     def apply(received: Received, state, params):
         weights, _ = weights_of(received, params, weighting)
         fresh = weights * freshness(received, late.staleness, weights.dtype)
-        if late.mix and received.age is not None and received.moved is None:
-            raise ValueError(NO_WAY.format("mix"))
+        if late.mix:
+            check_moved(received, "mix")
         mixed = late.mix and received.moved is not None
         step = trees.weighted_sum(fresh, optax.tree.sub(received.delta, received.moved) if mixed else received.delta)
         return step, state, compare(step, step, received)

@@ -116,7 +116,7 @@ def run_phases(experiment: Experiment, workdir: Path, journal: Journal) -> dict:
         console.attempt("the description", console.describe, config, shown.problem, shown.params)
     console.attempt("the first model", write_start, shown, workdir)
     phases, seen_by_head = configs_of(config), {}
-    settings_of = {name: phases[name].warmup if name == WARMUP else phases[name].fipa for name in phases}
+    settings_of = settings_by_phase(phases)
     if not journal.saved:
         console.attempt("the time that it takes", say_if_long, experiment, list(settings_of.values()))
     show = refreshing(phases, workdir)
@@ -186,6 +186,11 @@ def configs_of(config: ConfigDict) -> dict[str, ConfigDict]:
         phases[spec] = config.copy_and_resolve_references()
         phases[spec].fipa, phases[spec].compare = method(config, spec), (spec,)
     return phases
+
+
+def settings_by_phase(phases: dict[str, ConfigDict]) -> dict[str, ConfigDict]:
+    """{name of a phase: the fields of that phase alone}, of what `configs_of` gives."""
+    return {name: config.warmup if name == WARMUP else config.fipa for name, config in phases.items()}
 
 
 def runs_of(config: ConfigDict) -> dict[str, writers.Run]:
@@ -261,7 +266,7 @@ def write_report(phases: dict[str, ConfigDict], rows: list[dict], summary: dict,
     of_models = stems([WARMUP, *names])
     pictures |= {of_models[name]: f"What the model of {name} says" for name in names}
     script = Path(sys.argv[0]).name == "train.py"
-    rounds = {name: phases[name].warmup.rounds if name == WARMUP else phases[name].fipa.rounds for name in phases}
+    rounds = {name: settings.rounds for name, settings in settings_by_phase(phases).items()}
     report.write(workdir, rows, summary, pictures, rounds, shlex.join(["python", *sys.argv]) if script else "")
 
 
