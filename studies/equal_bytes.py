@@ -68,7 +68,7 @@ TASKS = {
     ),
     IMAGENET: Task(
         config="tiny_imagenet:cpu",
-        alphas=(0.1,),
+        alphas=(0.3, 0.1, 0.05),
         most=244e6,
         shared=WHOLE,
         of_span=CHEAP,

@@ -69,9 +69,12 @@ GRIDS = {  # where it is tuned -> what each rule is tried at
     },
     CIFAR.format(0.1): {
         "FedAvg": STEPS,
+        "FedAvgM": [(0.1, 0.03), (0.03, 0.1), (0.01, 0.3)],
         "FedAdam": [(0.1, 0.003), (0.1, 0.001), (0.03, 0.001)],
         "FedVARP": STEPS,
         "FedRCL": STEPS,
+        "FedDyn": [(0.03, 0.1), (0.03, 0.01), (0.01, 0.01)],
+        "SCAFFOLD": STEPS,
     },
 }
 

@@ -31,7 +31,7 @@ TASKS = {  # what is shown -> (config, {label: method})
     "Tiny-ImageNet-50, whole CNN": (
         "tiny_imagenet:cpu",
         {
-            PAST: f"{WHOLE}:sketch.rank=50:sketch.loss_rank=3:sketch.examples=250:sketch.micro_batch=5",
+            PAST: f"{WHOLE}:sketch.rank=50:sketch.examples=250:sketch.micro_batch=5",
             MEAN: "fedavg:server.lr=0.3:trainable=.*:cache_body=false:term.name=rcl",
         },
     ),

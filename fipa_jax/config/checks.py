@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from fipa_jax import files
 from fipa_jax.config import fields
 from fipa_jax.config.defaults import default
-from fipa_jax.config.methods import method
+from fipa_jax.config.methods import method, overrides
 from fipa_jax.lookup import lookup
 
 
@@ -181,6 +181,46 @@ READ_BY_MODELS = {
     RESNETS: ("model.head_width", "model.compute_dtype"),
     ("transformer",): ("model.width", "model.layers", "model.heads", "model.lora_rank"),
 }
+# Fields of a method, or groups of them, that nothing reads where all these choices are so. Which ones a part never
+# takes is said by its own parameters: `run.phase_parts`.
+NOT_DAMPED, NOT_REMEMBERED = {"aggregator.form": ("pinv",)}, {"aggregator.past.kind": ("none",)}
+OWN_LENGTH = {"local.optimizer": ("gradient", "lbfgs")}
+BY_GRADIENTS = ("adam", "gradient", "ivon", "lbfgs", "momentum", "nesterov", "sgd", "yogi")
+UNREAD_WHERE = (
+    ("cache_views", {"cache_body": (False,)}),
+    ("local.lr", OWN_LENGTH),
+    ("local.lr_decay", OWN_LENGTH),
+    ("local.momentum", {"local.optimizer": ("adam", "kronecker", "sgd", "yogi")}),
+    ("local.damping", {"local.optimizer": BY_GRADIENTS}),
+    ("local.matched", {"local.optimizer": BY_GRADIENTS}),
+    ("local.views", {"local.optimizer": ("gauss_newton", "gradient", "lbfgs", "natural_gradient")}),
+    ("local.adaptive.max_steps", {"local.adaptive.scale": (0,)}),
+    ("local.gauss_newton.tries", {"local.matched": (True,)}),
+    ("local.gauss_newton.cg_steps", {"local.gauss_newton.system": ("gram",)}),
+    ("local.compress.bits", {"local.compress.name": ("none", "top_k")}),
+    ("local.compress.share", {"local.compress.name": ("none", "few_bits")}),
+    ("term.mu", {"term.name": ("duals", "feedback", "mifa", "none", "scaffold", "varp")}),
+    ("sketch.full", {"sketch.share": (1,)}),
+    ("sketch.power_steps", {"sketch.solver": ("rows",)}),
+    ("sketch.probes", {"sketch.solver": ("rows",), "sketch.loss_rank": (0,)}),
+    ("sketch.samples", {"aggregator.layers.kind": ("foof", "regmean")}),
+    ("aggregator.layers.iterations", {"aggregator.layers.kind": ("foof", "regmean")}),
+    ("aggregator.layers.shrink", {"aggregator.layers.kind": ("foof", "kfac")}),
+    ("aggregator.posterior.rho", {"aggregator.posterior.form": ("sum",)}),
+    ("aggregator.rcond", {"aggregator.form": ("damped", "tikhonov")}),
+    ("aggregator.damping", NOT_DAMPED),
+    ("aggregator.relative", NOT_DAMPED),
+    ("aggregator.past.decay", NOT_REMEMBERED),
+    ("aggregator.past.rank", NOT_REMEMBERED),
+    ("aggregator.past.length", {"aggregator.past.kind": ("none", "prior", "latest", "curvature")}),
+    ("aggregator.late.mix", {"late.share": (0,)}),
+    ("aggregator.late.mix", {"aggregator.name": ("diagonal", "fipa", "kronecker", "posterior")}),
+    ("aggregator.late.staleness", {"late.share": (0,)}),
+    ("aggregator.late", {"late.share": (0,), "aggregator.past.kind": ("none", "prior", "targets", "curvature")}),
+    ("server.momentum", {"server.optimizer": ("eve", "exp", "sgd")}),
+    ("late.most", {"late.share": (0,)}),
+    ("faults.scale_by", {"faults.scale": (0,)}),
+)
 PLACES = ("auto", "device", "host")
 CHOICES = {
     "precision": ("float32", "float64"),
@@ -281,8 +321,19 @@ def _check_method(config, spec):
         fields.check(settings, config.fipa, "config.fipa")
         _check_phase("config.fipa", settings)
         _check_ranges("config.fipa", settings, {"rounds": Range(min(config.fipa.rounds, 1))})
+        _check_unread(settings, [path for path, _ in overrides(config, spec)])
     except ValueError as error:
         raise ValueError(f"{error} (in the method {spec!r})") from None
+
+
+def _check_unread(settings, paths):
+    """Refuses fields that a method sets, `paths`, and that its other choices leave without effect."""
+    for path in paths:
+        for name, where in UNREAD_WHERE:
+            chosen = {choice: fields.value(settings, choice) for choice in where}
+            if f"{path}.".startswith(f"{name}.") and all(value in where[choice] for choice, value in chosen.items()):
+                words = " and ".join(f"{choice} = {value!r}" for choice, value in chosen.items())
+                raise ValueError(f"config.fipa.{path}: nothing reads it with {words}; leave it out")
 
 
 def _check_phase(name, settings):

@@ -1,5 +1,7 @@
 """Which methods can a run compare? Their names, and what each changes in the FIPA phase."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from fipa_jax.config import fields
@@ -171,3 +173,12 @@ def method(config: ConfigDict, spec: str) -> ConfigDict:
         except (KeyError, ValueError) as error:
             raise ValueError(f"config.compare: {spec!r}, {path!r}: {error.args[0]}") from None
     return changed
+
+
+def overrides(config: ConfigDict, spec: str) -> list[tuple[str, Any]]:
+    """The fields of the FIPA phase that `NAME:field=value` changes beside what NAME does, with their values."""
+    name, *texts = spec.split(":")
+    usual, changed = method(config, name), method(config, spec)
+    paths = dict.fromkeys(text.partition("=")[0] for text in texts)
+    values = {path: fields.value(changed, path) for path in paths}
+    return [(path, value) for path, value in values.items() if value != fields.value(usual, path)]

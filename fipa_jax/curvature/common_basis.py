@@ -14,7 +14,7 @@ from fipa_jax.curvature import contracts, few_bits, products
 from fipa_jax.curvature.contracts import Features, Loss, Outputs
 from fipa_jax.curvature.products import JacobianName
 from fipa_jax.curvature.sketch import Sketcher, TaskOutputs, apart
-from fipa_jax.curvature.solver_choice import Search, SolverName, View, resolve
+from fipa_jax.curvature.solver_choice import Search, SolverName, View, check_view, resolve
 from fipa_jax.derivatives import vary_with
 from fipa_jax.trees import ratio
 
@@ -57,7 +57,7 @@ def make_image(
       ValueError: a name is not known, or what is given is not as `contracts` asks.
     """
 
-    view = View(micro_batch, jacobian, features, loss_rank)
+    check_view(solver, view := View(micro_batch, jacobian, features, loss_rank))
 
     def image(params, batch, mask, basis: jax.Array, active: jax.Array | int | None = None) -> Image:
         with jax.default_matmul_precision("highest"):
@@ -87,7 +87,7 @@ def make_core(
 
     Args, Raises: see `make_image`.
     """
-    view = View(micro_batch, jacobian, features, loss_rank)
+    check_view(solver, view := View(micro_batch, jacobian, features, loss_rank))
 
     def core(params, batch, mask, basis: jax.Array, active: jax.Array | int | None = None) -> Core:
         with jax.default_matmul_precision("highest"):

@@ -71,16 +71,16 @@ def make_ggn(
         much the faster. `head`, where the parameters are those of the last dense layer: the closed form
         1/N sum_n (phi_n phi_n^T) kron L_n over cached features phi_n, no network in the loop.
       features: (params, batch) -> [B, F], or [B, T, F], the inputs phi of the last layer; for `head`.
-      loss_rank: for `rows`, how many eigendirections of each L_n are pulled back, the largest first: the work and the
-        memory are proportional to it, and what is left out is positive semi-definite. 0 takes all K. Products and
-        trace are those of what is kept; `Curvature.truncated` says whether that is less than H.
+      loss_rank: for `rows`, how many eigendirections of each L_n are pulled back, the largest first: work and memory
+        are as it is. 0 takes all K. Products and trace are of what is kept, `Curvature.truncated` says if that is less.
 
     Raises:
-      ValueError: the name of `jacobian` is not known; `head` without features, or with other parameters than a last
-        layer's.
+      ValueError: an unknown `jacobian`; `loss_rank` without `rows`; `head` without features, or with other parameters
+        than a last layer's.
     """
     lookup(JACOBIANS, jacobian, "sketch.jacobian")
     contracts.at_least(0, micro_batch=micro_batch, loss_rank=loss_rank)
+    contracts.check_loss_rank(loss_rank, jacobian)
     outputs, loss = contracts.of_each_example(outputs), contracts.one_number_each(loss)
     if jacobian == "head" and features is None:
         raise ValueError("sketch.solver, or jacobian: head needs the model's features, the inputs of its last layer")

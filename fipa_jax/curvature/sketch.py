@@ -15,7 +15,7 @@ from fipa_jax.curvature.contracts import Features, Loss, Outputs
 from fipa_jax.curvature.eigenpairs import TOLERANCE, Eigenpairs
 from fipa_jax.curvature.eigenvalue_derivatives import differentiable
 from fipa_jax.curvature.products import Curvature, JacobianName, make_gradient
-from fipa_jax.curvature.solver_choice import SOLVERS, Search, SolverName, View, make_solver, resolve
+from fipa_jax.curvature.solver_choice import Search, SolverName, View, check_view, make_solver, resolve
 from fipa_jax.derivatives import vary_with
 from fipa_jax.lookup import lookup
 
@@ -110,10 +110,9 @@ def make_sketch(
       ValueError: a name is not known, the rank does not fit, or what is given is not as `contracts` asks.
       TypeError: on differentiation of more than the eigenvalues, see `eigenvalue_derivatives`.
     """
-    lookup(SOLVERS, solver, "sketch.solver")
     contracts.at_least(0, oversample=oversample, power_steps=power_steps, tolerance=tolerance, probes=probes)
     search = Search(solver, rank, oversample, power_steps, tolerance)
-    view = View(micro_batch, jacobian, features, loss_rank)
+    check_view(solver, view := View(micro_batch, jacobian, features, loss_rank))
 
     def sketch(key, params, batch, mask=None, start=None) -> Sketch:
         contracts.floating(params, "params")

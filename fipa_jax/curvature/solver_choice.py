@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 from jax.flatten_util import ravel_pytree
 
-from fipa_jax.curvature import eigenpairs
+from fipa_jax.curvature import contracts, eigenpairs
 from fipa_jax.curvature.contracts import Features, Outputs
 from fipa_jax.curvature.last_layer import is_last_layer
 from fipa_jax.curvature.overlooked import USUAL
@@ -44,6 +44,13 @@ class View(NamedTuple):
     loss_rank: int
 
 
+def check_view(solver: SolverName, view: View) -> None:
+    """Refuses, with a ValueError, a solver that is not known, or that does not see the rows which `loss_rank` cuts."""
+    _, jacobian = lookup(SOLVERS, solver, "sketch.solver")
+    if solver != "auto":
+        contracts.check_loss_rank(view.loss_rank, jacobian or view.jacobian)
+
+
 def make_solver(search: Search) -> eigenpairs.Solver:
     """The solver of eigenpairs that a resolved search names."""
     options = {
@@ -64,6 +71,7 @@ def resolve(outputs: Outputs, params, batch, search: Search, view: View) -> tupl
     solver, jacobian = lookup(SOLVERS, search.solver, "sketch.solver")
     if search.solver == "auto":
         solver, jacobian = _choose_for(outputs, params, batch, search, view)
+        view = view if jacobian == "rows" else view._replace(loss_rank=0)
     return search._replace(solver=solver), view._replace(jacobian=jacobian or view.jacobian)
 
 

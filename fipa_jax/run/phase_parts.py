@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -23,7 +23,7 @@ from fipa_jax.aggregate.sums import SumOptions
 from fipa_jax.client import first_order, ivon, second_order, terms
 from fipa_jax.client.compression import Compression, Compressor, compressed, compressor_of
 from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
-from fipa_jax.config.methods import method
+from fipa_jax.config.methods import method, overrides
 from fipa_jax.curvature import common_basis, few_bits, layer_factors, sketch
 from fipa_jax.curvature.sketchers import (
     above_level,
@@ -45,6 +45,17 @@ from fipa_jax.tasks.task import Task, unaugmented
 MANY = 2**31 - 1  # clients, where it is not known yet how many there are
 LOCAL_SOLVERS = first_order.LOCAL_SOLVERS | second_order.LOCAL_SOLVERS | ivon.LOCAL_SOLVERS
 LOCAL_SOLVERS |= {"gradient": first_order.gradient}
+# Curvature that a rule needs -> what makes it of a client's examples; fields of `sketch` that wrap it.
+SKETCHES: dict[str, Callable] = {
+    "core": common_basis.make_core,
+    "diagonal": sketch.make_diagonal,
+    "image": common_basis.make_image,
+    "layer_inputs": layer_factors.make_layer_factors,
+    "layers": layer_factors.make_layer_factors,
+    "sketch": sketch.make_sketch,
+}
+AROUND_SKETCHES = {"common_start", "examples", "full", "share", "views"}
+OF_PAIRS = {"bits", "budget", "deadline", "energy", "gradient_scale", "link", "store"}
 # Fields of a phase that `make_rates` takes, so that they are traced. What a rule's state holds is traced too, see
 # `Aggregator.hyper`.
 TRACED = (
@@ -115,6 +126,37 @@ def check(config: ConfigDict) -> None:
     for phase, where, settings in phases_of(config):
         with naming(phase, where, settings):
             make_parts(config, settings, blank, num_clients=config.cohort or MANY)
+    for spec in config.compare if config.fipa.rounds else ():
+        settings = method(config, spec)
+        with naming("fipa", f"the method {spec!r}", settings):
+            _check_taken(config, settings, [path for path, _ in overrides(config, spec)])
+
+
+def _check_taken(config: ConfigDict, settings: ConfigDict, paths: Sequence[str]) -> None:
+    """Refuses fields that a method sets, `paths`, and that none of its parts takes, with a ValueError.
+
+    A part takes one by naming a parameter after it, see `fields_for`; what is traced, or wraps a part, is told here.
+    """
+    aggregator = aggregator_of(settings, MANY)
+    curvature = aggregator.needs.curvature
+    local = _parameters(LOCAL_SOLVERS[settings.local.optimizer]) | {"optimizer", "lr", "lr_decay", "views", "compress"}
+    local |= {"matched"} | ({"adaptive"} if curvature == "sketch" else set())
+    local |= set() if matched(settings, aggregator) else {"damping"}  # else it is the rule's
+    local |= {"gauss_newton"} if "tries" in local else set()
+    sketched = _parameters(SKETCHES[curvature]) | AROUND_SKETCHES if curvature in SKETCHES else set()
+    sketched |= {"bits"} if curvature == "core" else set()
+    if curvature == "sketch" or config.personal.compare:  # whose ways have sketches of their own
+        sketched |= _parameters(SKETCHES["sketch"]) | OF_PAIRS | {"examples"}
+    rule = {"name"} | _parameters(AGGREGATORS[settings.aggregator.name])
+    for path in paths:
+        group, _, field = path.partition(".")
+        if field.partition(".")[0] not in {"aggregator": rule, "local": local, "sketch": sketched}.get(group, field):
+            raise ValueError(f"config.fipa.{path}: no part of this method reads it; leave it out")
+
+
+def _parameters(factory: Callable) -> set[str]:
+    """What they are called."""
+    return {*inspect.signature(factory).parameters}
 
 
 def phases_of(config: ConfigDict) -> Iterator[tuple[str, str, ConfigDict]]:
@@ -268,4 +310,4 @@ def make_rates(settings: ConfigDict, dtype: str, public: dict | None = None) -> 
 
 def fields_for(factory: Callable, fields: Mapping) -> dict:
     """Those of the config's fields that a factory takes: it asks for a field by naming a parameter after it."""
-    return {name: value for name, value in fields.items() if name in inspect.signature(factory).parameters}
+    return {name: value for name, value in fields.items() if name in _parameters(factory)}

@@ -3,16 +3,22 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from fipa_jax import config as config_lib
 from fipa_jax import tasks
+from fipa_jax.aggregate import layerwise, posteriors, rules, server_optimizers
+from fipa_jax.aggregate.fisher_informed import FORMS
+from fipa_jax.aggregate.past_rounds import PastKind
+from fipa_jax.client import compression, second_order, terms
 from fipa_jax.config import checks, fields
 from fipa_jax.config import methods as compared
+from fipa_jax.curvature.solver_choice import SOLVERS
 from fipa_jax.data import partition
 from fipa_jax.models.networks import MODELS
-from fipa_jax.run import experiment
+from fipa_jax.run import experiment, phase_parts
 from fipa_jax.tasks.task import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,6 +242,75 @@ def test_fields_are_read_by_the_tasks_and_models_that_there_are():
     assert set(checks.TASKS) == set(TASKS) and set(checks.MODELS) == set(MODELS)
     read = [path for paths in (*checks.READ_BY_TASKS.values(), *checks.READ_BY_MODELS.values()) for path in paths]
     assert len(set(read)) == len(read) and all(fields.value(config_lib.default(), path) is not None for path in read)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("fedavg:local.momentum=0.5", "local.momentum: nothing reads it with local.optimizer = 'sgd'"),
+        ("fedavg:server.momentum=0.5", "server.momentum: nothing reads it with server.optimizer = 'sgd'"),
+        ("fedavg:term.mu=1", "term.mu: nothing reads it with term.name = 'none'"),
+        ("fedavg:late.most=3", "late.most: nothing reads it with late.share = 0.0"),
+        ("fedavg:sketch.rank=5", "sketch.rank: no part of this method reads it"),
+        ("fedavg:local.gauss_newton.tries=3", "local.gauss_newton.tries: no part of this method reads it"),
+        ("fedavg:local.adaptive.scale=0.1", "local.adaptive.scale: no part of this method reads it"),
+        ("fedavg:aggregator.past.kind=prior", "aggregator.past.kind: no part of this method reads it"),
+        ("fipa:aggregator.past.rank=3", "aggregator.past.rank: nothing reads it with aggregator.past.kind = 'none'"),
+        ("fipa:aggregator.rcond=0.1", "aggregator.rcond: nothing reads it with aggregator.form = 'damped'"),
+        ("fipa:sketch.loss_rank=1", "sketch.loss_rank: is of explicit rows, not of 'matrix_free'"),
+        ("fipa_span:local.lr=0.3", "local.lr: nothing reads it with local.optimizer = 'gradient'"),
+        ("fipa_span:sketch.loss_rank=1", "sketch.loss_rank: is of explicit rows, not of 'matrix_free'"),
+        ("fipa_memory:local.damping=0.3", "local.damping: no part of this method reads it"),
+    ],
+)
+def test_a_field_that_a_method_sets_and_nothing_reads_is_refused(spec, words):
+    with pytest.raises(ValueError, match=rf"^config\.fipa\.{re.escape(words)}.*in the method {re.escape(repr(spec))}"):
+        experiment.build(tiny(compare=("fipa", spec)))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "fedavg:local.momentum=0.9:server.lr=0.5",  # as it is by default
+        "fedavg:local.optimizer=momentum:local.momentum=0.5:server.optimizer=adam:server.momentum=0.5",
+        "fedavg:term.name=prox:term.mu=1:late.share=0.5:late.most=3:aggregator.late.staleness=1",
+        "fipa:local.optimizer=natural_gradient:local.damping=0.3:sketch.solver=rows:sketch.loss_rank=1",
+        "fipa:aggregator.past.kind=latest:aggregator.past.rank=3:aggregator.late.transport=False",
+    ],
+)
+def test_a_field_that_another_choice_of_the_method_reads_is_taken(spec):
+    checks.validate(config := tiny(compare=(spec,)))
+    phase_parts.check(config)
+
+
+def test_a_way_to_own_models_reads_the_sketch_of_any_method():
+    config = tiny(compare=("fedavg:sketch.rank=2",))
+    config.personal.compare = ("curvature",)
+    phase_parts.check(config)
+
+
+def test_choices_that_leave_fields_unread_are_those_that_there_are():
+    """What is missing in the table would be taken in silence; what is there and no more is never met."""
+    known = {
+        "local.optimizer": {*phase_parts.LOCAL_SOLVERS},
+        "local.compress.name": {*get_args(get_type_hints(compression.Compression)["name"])},
+        "term.name": {*terms.TERMS, "duals"},
+        "server.optimizer": {*server_optimizers.OPTIMIZERS},
+        "aggregator.name": {*rules.AGGREGATORS},
+        "aggregator.form": {*FORMS},
+        "aggregator.past.kind": {*get_args(PastKind)},
+        "aggregator.layers.kind": {*layerwise.KINDS},
+        "aggregator.posterior.form": {*posteriors.FORMS},
+        "local.gauss_newton.system": {*get_args(second_order.System)},
+        "sketch.solver": {*SOLVERS},
+    }
+    config = tiny().fipa
+    for path, where in checks.UNREAD_WHERE:
+        if path != "aggregator.late":  # a group
+            fields.value(config, path)  # which refuses what is no field
+        for choice, names in where.items():
+            assert all(type(name) is type(fields.value(config, choice)) or name in (0, 1) for name in names)
+            assert not isinstance(names[0], str) or set(names) < known[choice], choice
 
 
 def test_a_place_that_is_not_known_is_named():

@@ -1,6 +1,7 @@
 """Which methods share compiled programs? Those that differ in traced numbers alone, by what the pieces say."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -11,12 +12,13 @@ from helpers.runs import tiny
 from ml_collections import ConfigDict
 
 from fipa_jax import tasks
+from fipa_jax.config import checks, fields
 from fipa_jax.config.methods import method
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation.channel import FAULTS
 from fipa_jax.federation.round import whole_round
 from fipa_jax.run import experiment
-from fipa_jax.run.phase_parts import TRACED, make_parts, make_rates
+from fipa_jax.run.phase_parts import TRACED, check, make_parts, make_rates
 from fipa_jax.run.programs import STEERING, key_of
 
 # Methods whose rules hold numbers of every kind; with late clients and faults, whose rates are then traced.
@@ -156,3 +158,67 @@ def test_a_phase_without_faults_or_delays_shares_nothing_with_one_that_has_them(
         settings = method(config, spec)
         keys.add(key_of(settings, _phase(config, settings, problem)[0]))
     assert len(keys) == 4
+
+
+# Of a run's loop, of the data, or above what tiny clients have: they change no program here.
+ELSEWHERE = re.compile(
+    r"rounds|least_clients|most_bytes_up|max_skips|cache_.*|trainable|also_trained|pooled|privacy\..*|local\.batch_size|"
+    r"local\.views|local\.gauss_newton\.cg_steps|sketch\.(oversample|power_steps)|aggregator\.past\.rank|"
+    r"aggregator\.(span|sums)\.(columns|fresh)"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "fedavg",
+        "fedavg:local.optimizer=momentum:term.name=prox:server.optimizer=adam",
+        "fedavg:local.optimizer=gauss_newton",
+        "fipa:late.share=0.5:faults.nan=0.1",
+        "fipa:sketch.solver=rows",
+        "fipa:aggregator.past.kind=latest",
+        "fipa_memory",
+        "fipa_few_bytes:sketch.share=0.5",
+        "fipa_span",
+        "fipa_sums",
+        "fedpm",
+        "fedfisher_kfac",
+        "regmean",
+        "fedivon",
+        "ivon_admm",
+        "fisher_diagonal",
+    ],
+)
+def test_fields_are_refused_where_they_change_nothing_and_only_there(spec, problem, arguments):
+    """By the program's own text, and the numbers that it is given."""
+    config = tiny(compare=(spec,))
+    settings = method(config, spec)
+
+    def of(phase):
+        return _program(config, phase, problem, arguments), jax.tree.map(
+            np.asarray, jax.tree.leaves(_traced(config, phase, problem, arguments[0]))
+        )
+
+    plain, wrong = of(settings), {}
+    for path in leaves(settings):
+        other = changed(settings, path)
+        value = fields.value(other, path)
+        if ELSEWHERE.fullmatch(path) or isinstance(value, str):
+            continue
+        said = ""
+        try:
+            run = tiny(compare=(f"{spec}:{path}={value}",))
+            checks.validate(run)
+            check(run)
+        except ValueError as error:
+            said = str(error)
+        try:
+            found = of(other)
+        except ValueError:
+            assert said, "what cannot be built is refused before"
+            continue
+        same = found[0] == plain[0] and all(map(np.array_equal, found[1], plain[1]))
+        if same != ("reads it" in said):
+            wrong[path] = said or "taken in silence"
+    assert not wrong
