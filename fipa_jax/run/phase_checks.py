@@ -17,6 +17,7 @@ from fipa_jax.config import fields
 from fipa_jax.federation.channel import FAULTS
 
 BY_CURVATURE = second_order.BY_CURVATURE | layer_steps.BY_CURVATURE  # {local.optimizer: what it steps by}
+MATCHED = ("image", "layer_inputs", "layers", "sketch")  # curvature by whose rules' damping clients may step
 # What FIPA does: field of `aggregator` -> what it is where nothing is done.
 BY_SKETCHES = {
     "form": "damped",
@@ -346,7 +347,7 @@ def matched(settings: ConfigDict, aggregator: Aggregator) -> bool:
     """Whether the clients' steps take the rule's damping, or its belief; they cannot where it is another's."""
     if aggregator.needs.curvature == "posterior":
         return True
-    return settings.local.matched and aggregator.needs.curvature in ("image", "sketch", "layers", "layer_inputs")
+    return settings.local.matched and aggregator.needs.curvature in MATCHED
 
 
 def has_faults(settings: ConfigDict) -> bool:

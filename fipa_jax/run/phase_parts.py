@@ -39,7 +39,7 @@ from fipa_jax.federation.parts import Parts, Rates
 from fipa_jax.lookup import lookup
 from fipa_jax.models.layers import tapped
 from fipa_jax.run import private_checks, private_run
-from fipa_jax.run.phase_checks import BY_CURVATURE, check_fit, has_faults, matched, naming
+from fipa_jax.run.phase_checks import BY_CURVATURE, MATCHED, check_fit, has_faults, matched, naming
 from fipa_jax.tasks.task import Task, unaugmented
 
 MANY = 2**31 - 1  # clients, where it is not known yet how many there are
@@ -140,7 +140,7 @@ def _check_taken(config: ConfigDict, settings: ConfigDict, paths: Sequence[str])
     aggregator = aggregator_of(settings, MANY)
     curvature = aggregator.needs.curvature
     local = _parameters(LOCAL_SOLVERS[settings.local.optimizer]) | {"optimizer", "lr", "lr_decay", "views", "compress"}
-    local |= {"matched"} | ({"adaptive"} if curvature == "sketch" else set())
+    local |= ({"adaptive"} if curvature == "sketch" else set()) | ({"matched"} if curvature in MATCHED else set())
     local |= set() if matched(settings, aggregator) else {"damping"}  # else it is the rule's
     local |= {"gauss_newton"} if "tries" in local else set()
     sketched = _parameters(SKETCHES[curvature]) | AROUND_SKETCHES if curvature in SKETCHES else set()
