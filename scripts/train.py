@@ -76,13 +76,14 @@ def join():
 
 
 def main(_):
-    from fipa_jax.run import whole_run
+    from fipa_jax.run import phase_parts, whole_run
     from fipa_jax.run.loop import Stalled
     from fipa_jax.saving.signals import Stopped
 
     join()
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
     try:
+        phase_parts.check_set(CONFIG.value, command_line.set_fields(sys.argv))
         whole_run.main(CONFIG.value, files.local(WORKDIR.value or f"runs/{name}", "--workdir"), RESUME.value)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -260,6 +261,16 @@ def validate(config: ConfigDict) -> None:
         raise ValueError("config.warmup.rounds and config.fipa.rounds are both 0: nothing to run")
 
 
+def check_unread(settings: ConfigDict, paths: Iterable[str]) -> None:
+    """Refuses fields, `paths`, that a phase's other choices leave without effect, with a ValueError."""
+    for path in paths:
+        for name, where in UNREAD_WHERE:
+            chosen = {choice: fields.value(settings, choice) for choice in where}
+            if f"{path}.".startswith(f"{name}.") and all(value in where[choice] for choice, value in chosen.items()):
+                words = " and ".join(f"{choice} = {value!r}" for choice, value in chosen.items())
+                raise ValueError(f"config.fipa.{path}: nothing reads it with {words}; leave it out")
+
+
 def holds(numbers: Range, value: float) -> bool:
     """Whether a value is in a range; NaN is in none."""
     above = value > numbers.low if numbers.brackets[0] == "(" else value >= numbers.low
@@ -321,19 +332,9 @@ def _check_method(config, spec):
         fields.check(settings, config.fipa, "config.fipa")
         _check_phase("config.fipa", settings)
         _check_ranges("config.fipa", settings, {"rounds": Range(min(config.fipa.rounds, 1))})
-        _check_unread(settings, [path for path, _ in overrides(config, spec)])
+        check_unread(settings, [path for path, _ in overrides(config, spec)])
     except ValueError as error:
         raise ValueError(f"{error} (in the method {spec!r})") from None
-
-
-def _check_unread(settings, paths):
-    """Refuses fields that a method sets, `paths`, and that its other choices leave without effect."""
-    for path in paths:
-        for name, where in UNREAD_WHERE:
-            chosen = {choice: fields.value(settings, choice) for choice in where}
-            if f"{path}.".startswith(f"{name}.") and all(value in where[choice] for choice, value in chosen.items()):
-                words = " and ".join(f"{choice} = {value!r}" for choice, value in chosen.items())
-                raise ValueError(f"config.fipa.{path}: nothing reads it with {words}; leave it out")
 
 
 def _check_phase(name, settings):

@@ -39,6 +39,12 @@ def parse(argv: list[str], config: flags.FlagHolder, default: Path, values: flag
     return rest
 
 
+def set_fields(argv: list[str], phase: str = "fipa") -> list[str]:
+    """Paths of the phase's fields that flags set: `--config.fipa.sketch.rank=5` gives `sketch.rank`."""
+    found = [re.match(rf"--?(?:no)?config\.{phase}\.([\w.]+)", arg) for arg in argv]
+    return [match[1] for match in found if match]
+
+
 def check_workdir(path: Path) -> None:
     """Checks, without writing, that there can be a folder of results at this path.
 

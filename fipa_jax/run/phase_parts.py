@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -23,6 +23,9 @@ from fipa_jax.aggregate.sums import SumOptions
 from fipa_jax.client import first_order, ivon, second_order, terms
 from fipa_jax.client.compression import Compression, Compressor, compressed, compressor_of
 from fipa_jax.client.local_solver import Hyper, LocalSolver, adaptive_steps, with_initial_loss
+from fipa_jax.config import fields
+from fipa_jax.config.checks import check_unread
+from fipa_jax.config.defaults import default
 from fipa_jax.config.methods import method, overrides
 from fipa_jax.curvature import common_basis, few_bits, layer_factors, sketch
 from fipa_jax.curvature.sketchers import (
@@ -130,6 +133,31 @@ def check(config: ConfigDict) -> None:
         settings = method(config, spec)
         with naming("fipa", f"the method {spec!r}", settings):
             _check_taken(config, settings, [path for path, _ in overrides(config, spec)])
+
+
+def check_set(config: ConfigDict, paths: Iterable[str]) -> None:
+    """Refuses fields, set for all methods that are compared, that none of them reads.
+
+    Args:
+      config: all fields.
+      paths: below the FIPA phase.
+
+    Raises:
+      ValueError: names the field; what `check` raises.
+    """
+    check(config)
+    usual = default().fipa
+    for path in paths:
+        said = []
+        for settings in [method(config, spec) for spec in config.compare]:
+            try:
+                check_unread(settings, [path])
+                _check_taken(config, settings, [path])
+            except ValueError as error:
+                said.append(str(error))
+        unread = config.fipa.rounds and len(said) == len(config.compare)
+        if unread and fields.value(config.fipa, path) != fields.value(usual, path):
+            raise ValueError(f"{said[0]} (in all methods of config.compare)")
 
 
 def _check_taken(config: ConfigDict, settings: ConfigDict, paths: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from contextlib import nullcontext
 
 import chex
 import jax
@@ -12,6 +13,7 @@ from helpers.runs import tiny
 
 from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
+from fipa_jax.config import command_line
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.models import networks
 from fipa_jax.run import experiment, phase_parts
@@ -294,3 +296,25 @@ def test_what_has_no_damping_is_compared_with_a_phase_that_follows_it():
 
 def test_trust_takes_a_term_whose_objective_stays_the_same():
     phase_parts.check(tiny(compare=(f"{TRUSTED}:term.name=logit_adjustment", f"{TRUSTED}:term.name=prox")))
+
+
+@pytest.mark.parametrize(
+    ("compare", "flag", "words"),
+    [
+        (("fipa", "fedavg"), "local.momentum=0.5", "nothing reads it with local.optimizer = 'sgd'"),
+        (("fedavg",), "sketch.rank=2", "no part of this method reads it"),
+        (("fipa_span",), "local.lr=0.3", "nothing reads it with local.optimizer = 'gradient'"),
+        (("fipa_span", "fedavg"), "local.lr=0.3", ""),
+        (("fipa", "fedavg"), "sketch.rank=2", ""),
+        (("fedavg",), "sketch.rank=20", ""),  # as it is by default
+        (("fipa", "fedavg:local.optimizer=momentum"), "local.momentum=0.5", ""),
+    ],
+)
+def test_a_flag_that_no_method_reads_is_refused(compare, flag, words):
+    path, _, value = flag.partition("=")
+    config = fields_of(**{f"fipa__{path.replace('.', '__')}": int(value) if "rank" in path else float(value)})
+    config.compare = compare
+    paths = command_line.set_fields(["train.py", "--config=sine", f"--config.fipa.{flag}", "--config.seed=1"])
+    assert paths == [path]
+    with pytest.raises(ValueError, match=rf"config\.fipa\.{path}: {words}.*in all methods") if words else nullcontext():
+        phase_parts.check_set(config, paths)
