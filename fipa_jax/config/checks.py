@@ -182,8 +182,8 @@ READ_BY_MODELS = {
     RESNETS: ("model.head_width", "model.compute_dtype"),
     ("transformer",): ("model.width", "model.layers", "model.heads", "model.lora_rank"),
 }
-# Fields of a method, or groups of them, that nothing reads where all these choices are so. Which ones a part never
-# takes is said by its own parameters: `run.phase_parts`.
+# Fields of a method that nothing reads where all these choices are so; `aggregator.late` a deployment reads. Which ones
+# a part never takes is said by its own parameters: `run.phase_parts`.
 NOT_DAMPED, NOT_REMEMBERED = {"aggregator.form": ("pinv",)}, {"aggregator.past.kind": ("none",)}
 OWN_LENGTH = {"local.optimizer": ("gradient", "lbfgs")}
 BY_GRADIENTS = ("adam", "gradient", "ivon", "lbfgs", "momentum", "nesterov", "sgd", "yogi")
@@ -214,10 +214,7 @@ UNREAD_WHERE = (
     ("aggregator.past.decay", NOT_REMEMBERED),
     ("aggregator.past.rank", NOT_REMEMBERED),
     ("aggregator.past.length", {"aggregator.past.kind": ("none", "prior", "latest", "curvature")}),
-    ("aggregator.late.mix", {"late.share": (0,)}),
     ("aggregator.late.mix", {"aggregator.name": ("diagonal", "fipa", "kronecker", "posterior")}),
-    ("aggregator.late.staleness", {"late.share": (0,)}),
-    ("aggregator.late", {"late.share": (0,), "aggregator.past.kind": ("none", "prior", "targets", "curvature")}),
     ("server.momentum", {"server.optimizer": ("eve", "exp", "sgd")}),
     ("late.most", {"late.share": (0,)}),
     ("faults.scale_by", {"faults.scale": (0,)}),
@@ -266,7 +263,7 @@ def check_unread(settings: ConfigDict, paths: Iterable[str]) -> None:
     for path in paths:
         for name, where in UNREAD_WHERE:
             chosen = {choice: fields.value(settings, choice) for choice in where}
-            if f"{path}.".startswith(f"{name}.") and all(value in where[choice] for choice, value in chosen.items()):
+            if path == name and all(value in where[choice] for choice, value in chosen.items()):
                 words = " and ".join(f"{choice} = {value!r}" for choice, value in chosen.items())
                 raise ValueError(f"config.fipa.{path}: nothing reads it with {words}; leave it out")
 
@@ -332,7 +329,7 @@ def _check_method(config, spec):
         fields.check(settings, config.fipa, "config.fipa")
         _check_phase("config.fipa", settings)
         _check_ranges("config.fipa", settings, {"rounds": Range(min(config.fipa.rounds, 1))})
-        check_unread(settings, [path for path, _ in overrides(config, spec)])
+        check_unread(settings, overrides(config, spec))
     except ValueError as error:
         raise ValueError(f"{error} (in the method {spec!r})") from None
 

@@ -1,7 +1,5 @@
 """Which methods can a run compare? Their names, and what each changes in the FIPA phase."""
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from fipa_jax.config import fields
@@ -175,10 +173,9 @@ def method(config: ConfigDict, spec: str) -> ConfigDict:
     return changed
 
 
-def overrides(config: ConfigDict, spec: str) -> list[tuple[str, Any]]:
-    """The fields of the FIPA phase that `NAME:field=value` changes beside what NAME does, with their values."""
+def overrides(config: ConfigDict, spec: str) -> list[str]:
+    """Paths of the FIPA phase's fields that `NAME:field=value` makes other than NAME alone does."""
     name, *texts = spec.split(":")
     usual, changed = method(config, name), method(config, spec)
     paths = dict.fromkeys(text.partition("=")[0] for text in texts)
-    values = {path: fields.value(changed, path) for path in paths}
-    return [(path, value) for path, value in values.items() if value != fields.value(usual, path)]
+    return [path for path in paths if fields.value(changed, path) != fields.value(usual, path)]

@@ -268,6 +268,15 @@ def kind(value: Any) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}"
 
 
+def check_loss_rank(loss_rank: int, jacobian: str) -> None:
+    """Refuses, with a ValueError, a `loss_rank` where the curvature is not seen by its rows: it would be all there."""
+    if loss_rank > 0 and jacobian != "rows":
+        raise ValueError(
+            f"sketch.loss_rank: is of explicit rows, not of {jacobian!r}; set it to 0, or sketch.solver or "
+            "sketch.jacobian to 'rows'"
+        )
+
+
 def shapes(tree: Any) -> list[list[int]]:
     """The shape of each leaf."""
     return [list(leaf.shape) for leaf in jax.tree.leaves(tree)]
@@ -276,12 +285,3 @@ def shapes(tree: Any) -> list[list[int]]:
 def _at(path: str) -> str:
     """Where in a tree, in words; nothing at its root."""
     return f" at {path!r:.200}" if path else ""
-
-
-def check_loss_rank(loss_rank: int, jacobian: str) -> None:
-    """Refuses, with a ValueError, a `loss_rank` where the curvature is not seen by its rows: it would be all there."""
-    if loss_rank > 0 and jacobian != "rows":
-        raise ValueError(
-            f"sketch.loss_rank: is of explicit rows, not of {jacobian!r}; set it to 0, or sketch.solver or "
-            "sketch.jacobian to 'rows'"
-        )

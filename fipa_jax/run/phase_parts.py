@@ -132,7 +132,7 @@ def check(config: ConfigDict) -> None:
     for spec in config.compare if config.fipa.rounds else ():
         settings = method(config, spec)
         with naming("fipa", f"the method {spec!r}", settings):
-            _check_taken(config, settings, [path for path, _ in overrides(config, spec)])
+            _check_taken(config, settings, overrides(config, spec))
 
 
 def check_set(config: ConfigDict, paths: Iterable[str]) -> None:
@@ -176,9 +176,10 @@ def _check_taken(config: ConfigDict, settings: ConfigDict, paths: Sequence[str])
     if curvature == "sketch" or config.personal.compare:  # whose ways have sketches of their own
         sketched |= _parameters(SKETCHES["sketch"]) | OF_PAIRS | {"examples"}
     rule = {"name"} | _parameters(AGGREGATORS[settings.aggregator.name])
+    taken = {"aggregator": rule, "local": local, "sketch": sketched}
     for path in paths:
         group, _, field = path.partition(".")
-        if field.partition(".")[0] not in {"aggregator": rule, "local": local, "sketch": sketched}.get(group, field):
+        if group in taken and field.partition(".")[0] not in taken[group]:
             raise ValueError(f"config.fipa.{path}: no part of this method reads it; leave it out")
 
 

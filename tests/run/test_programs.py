@@ -160,11 +160,11 @@ def test_a_phase_without_faults_or_delays_shares_nothing_with_one_that_has_them(
     assert len(keys) == 4
 
 
-# Of a run's loop, of the data, or above what tiny clients have: they change no program here.
+# Of a run's loop, of the data, of a deployment's late clients, or above what tiny clients have: they change no program.
 ELSEWHERE = re.compile(
     r"rounds|least_clients|most_bytes_up|max_skips|cache_.*|trainable|also_trained|pooled|privacy\..*|local\.batch_size|"
     r"local\.views|local\.gauss_newton\.cg_steps|sketch\.(oversample|power_steps)|aggregator\.past\.rank|"
-    r"aggregator\.(span|sums)\.(columns|fresh)"
+    r"aggregator\.(span|sums)\.(columns|fresh)|aggregator\.late\..*"
 )
 
 
