@@ -261,9 +261,9 @@ def validate(config: ConfigDict) -> None:
 def check_unread(settings: ConfigDict, paths: Iterable[str]) -> None:
     """Refuses fields, `paths`, that a phase's other choices leave without effect, with a ValueError."""
     for path in paths:
-        for name, where in UNREAD_WHERE:
+        for where in [where for name, where in UNREAD_WHERE if name == path]:
             chosen = {choice: fields.value(settings, choice) for choice in where}
-            if path == name and all(value in where[choice] for choice, value in chosen.items()):
+            if all(value in where[choice] for choice, value in chosen.items()):
                 words = " and ".join(f"{choice} = {value!r}" for choice, value in chosen.items())
                 raise ValueError(f"config.fipa.{path}: nothing reads it with {words}; leave it out")
 
@@ -329,7 +329,7 @@ def _check_method(config, spec):
         fields.check(settings, config.fipa, "config.fipa")
         _check_phase("config.fipa", settings)
         _check_ranges("config.fipa", settings, {"rounds": Range(min(config.fipa.rounds, 1))})
-        check_unread(settings, overrides(config, spec))
+        check_unread(settings, overrides(config, spec, settings))
     except ValueError as error:
         raise ValueError(f"{error} (in the method {spec!r})") from None
 

@@ -173,9 +173,9 @@ def method(config: ConfigDict, spec: str) -> ConfigDict:
     return changed
 
 
-def overrides(config: ConfigDict, spec: str) -> list[str]:
-    """Paths of the FIPA phase's fields that `NAME:field=value` makes other than NAME alone does."""
+def overrides(config: ConfigDict, spec: str, changed: ConfigDict) -> list[str]:
+    """Paths of the FIPA phase's fields that are other in `changed`, its `method`, than for NAME alone."""
     name, *texts = spec.split(":")
-    usual, changed = method(config, name), method(config, spec)
+    usual = method(config, name) if texts else changed
     paths = dict.fromkeys(text.partition("=")[0] for text in texts)
     return [path for path in paths if fields.value(changed, path) != fields.value(usual, path)]

@@ -129,10 +129,10 @@ def check(config: ConfigDict) -> None:
     for phase, where, settings in phases_of(config):
         with naming(phase, where, settings):
             make_parts(config, settings, blank, num_clients=config.cohort or MANY)
-    for spec in config.compare if config.fipa.rounds else ():
+    for spec in [spec for spec in config.compare if ":" in spec and config.fipa.rounds]:
         settings = method(config, spec)
         with naming("fipa", f"the method {spec!r}", settings):
-            _check_taken(config, settings, overrides(config, spec))
+            _check_taken(config, settings, overrides(config, spec, settings))
 
 
 def check_set(config: ConfigDict, paths: Iterable[str]) -> None:
@@ -183,9 +183,10 @@ def _check_taken(config: ConfigDict, settings: ConfigDict, paths: Sequence[str])
             raise ValueError(f"config.fipa.{path}: no part of this method reads it; leave it out")
 
 
-def _parameters(factory: Callable) -> set[str]:
+@functools.cache
+def _parameters(factory: Callable) -> frozenset[str]:
     """What they are called."""
-    return {*inspect.signature(factory).parameters}
+    return frozenset(inspect.signature(factory).parameters)
 
 
 def phases_of(config: ConfigDict) -> Iterator[tuple[str, str, ConfigDict]]:

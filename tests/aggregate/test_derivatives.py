@@ -113,7 +113,7 @@ def _check(form, relative, kind, wide, changed):
 
 CASES = [
     pytest.param("generic", {}, marks=pytest.mark.slow),
-    ("generic", {"max_step": 0.3}),
+    pytest.param("generic", {"max_step": 0.3}, marks=pytest.mark.slow),
     ("equal", {"max_divergence": 0.01}),
     ("apart", {}),
     ("gaps", {}),

@@ -189,7 +189,7 @@ def test_large_numbers_and_half_precision_arrive():
             "fipa_few_bytes:sketch.rank=2:sketch.share=0.4:sketch.budget=35",
             marks=pytest.mark.slow,
         ),
-        f"{SPAN}:sketch.bits=0",
+        pytest.param(f"{SPAN}:sketch.bits=0", marks=pytest.mark.slow),
     ],
 )
 def test_as_many_bytes_travel_as_a_simulation_counts(spec):
