@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -252,7 +253,9 @@ def draw_lines(
                 axis.plot(x, line.mean, label=look.label, linewidth=1.7, color=look.color, linestyle=look.dash)
                 axis.fill_between(x, line.low, line.high, color=look.color, alpha=0.18, linewidth=0)
                 drawn.append(line)
-            axis.set(title=title, xlabel="megabytes" if by else "rounds", ylabel=curves.words_of(figure))
+            axis.set(
+                title=textwrap.fill(title, 42), xlabel="megabytes" if by else "rounds", ylabel=curves.words_of(figure)
+            )
             if metrics.direction(figure) < 0:
                 _logarithmic(axis, drawn)
             if "accuracy" in figure:
