@@ -184,7 +184,10 @@ def test_large_numbers_and_half_precision_arrive():
     "spec",
     [
         SPAN,
-        "fipa_few_bytes:sketch.rank=2:sketch.share=0.4:local.compress.name=few_bits",
+        pytest.param(
+            "fipa_few_bytes:sketch.rank=2:sketch.share=0.4:local.compress.name=few_bits",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "fipa_few_bytes:sketch.rank=2:sketch.share=0.4:sketch.budget=35",
             marks=pytest.mark.slow,

@@ -36,7 +36,7 @@ def test_the_bytes_are_those_of_gradients_and_of_the_sketches_that_are_due(tmp_p
 @pytest.mark.parametrize(
     "rest",
     [
-        "",
+        pytest.param("", marks=pytest.mark.slow),
         pytest.param(":sketch.gradient_scale=0.03", marks=pytest.mark.slow),
         pytest.param(":sketch.budget=100", marks=pytest.mark.slow),
         pytest.param(":term.name=scaffold", marks=pytest.mark.slow),

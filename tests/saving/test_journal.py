@@ -149,6 +149,7 @@ def test_rows_after_the_checkpoint_are_written_once(monkeypatch, tmp_path, whole
     assert left_by(tmp_path) == whole and not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_step_ahead_of_its_rows_is_passed_over(monkeypatch, tmp_path, whole, caplog):
     run_until(monkeypatch, tmp_path, 4, after=True)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
