@@ -39,9 +39,9 @@ def parse(argv: list[str], config: flags.FlagHolder, default: Path, values: flag
     return rest
 
 
-def set_fields(argv: list[str], phase: str = "fipa") -> list[str]:
-    """Paths of the phase's fields that flags set: `--config.fipa.sketch.rank=5` gives `sketch.rank`."""
-    found = [re.match(rf"--?(?:no)?config\.{phase}\.([\w.]+)", arg) for arg in argv]
+def set_fields(argv: list[str]) -> list[str]:
+    """Paths of the FIPA phase's fields that flags set: `--config.fipa.sketch.rank=5` gives `sketch.rank`."""
+    found = [re.match(r"--?(?:no)?config\.fipa\.([\w.]+)", arg) for arg in argv]
     return [match[1] for match in found if match]
 
 

@@ -72,7 +72,7 @@ def make_ggn(
         1/N sum_n (phi_n phi_n^T) kron L_n over cached features phi_n, no network in the loop.
       features: (params, batch) -> [B, F], or [B, T, F], the inputs phi of the last layer; for `head`.
       loss_rank: for `rows`, how many eigendirections of each L_n are pulled back, the largest first: work and memory
-        are as it is. 0 takes all K. Products and trace are of what is kept, `Curvature.truncated` says if that is less.
+        grow with it. 0 takes all K. Products and trace are of what is kept, `Curvature.truncated` says if that is less.
 
     Raises:
       ValueError: an unknown `jacobian`; `loss_rank` without `rows`; `head` without features, or with other parameters
