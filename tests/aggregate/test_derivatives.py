@@ -114,9 +114,9 @@ def _check(form, relative, kind, wide, changed):
 CASES = [
     pytest.param("generic", {}, marks=pytest.mark.slow),
     pytest.param("generic", {"max_step": 0.3}, marks=pytest.mark.slow),
-    ("equal", {"max_divergence": 0.01}),
+    pytest.param("equal", {"max_divergence": 0.01}, marks=pytest.mark.slow),
     ("apart", {}),
-    ("gaps", {}),
+    pytest.param("gaps", {}, marks=pytest.mark.slow),
 ]
 
 

@@ -104,7 +104,8 @@ def test_padding_and_micro_batches_change_nothing_and_samples_little(x64):
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(nobody))
 
 
-@pytest.mark.parametrize("number", [1, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 6])
 def test_a_layer_alone_has_the_gauss_newton_matrix(x64, number):
     """Of one example whatever the loss; of more where the loss's Hessian is the same for all."""
     draw, layer = np.random.default_rng(1), nn.Dense(3, param_dtype=float)

@@ -222,6 +222,7 @@ def test_a_rule_that_diverges_leaves_its_summary_and_those_after_it_run(tmp_path
     assert list(runs) == list(config.compare) == list(json.loads((tmp_path / "summary.json").read_text())["runs"])
 
 
+@pytest.mark.slow
 def test_summary_and_curves_are_refreshed_while_a_phase_runs(tmp_path, monkeypatch):
     seen, refresh = [], whole_run.refresh
 

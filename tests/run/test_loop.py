@@ -113,7 +113,8 @@ def test_figures_are_due_by_the_rounds_number_and_in_the_last(every):
         np.testing.assert_array_equal(np.flatnonzero(found[1]), [0, 2, 4, 6, 7] if every else [])
 
 
-@pytest.mark.parametrize("per_call", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("per_call", [1, 4])
 def test_a_phase_leaves_the_average_of_its_models(monkeypatch, per_call):
     """By the models of shorter runs; it is evaluated beside the last one, and no step is another."""
     rule, decay = "fipa:trainable=^Dense_1/", 0.5

@@ -136,6 +136,7 @@ def test_however_rounds_are_run(monkeypatch, tmp_path, fields):
     assert left_by(tmp_path / "parts") == left_by(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_rows_after_the_checkpoint_are_written_once(monkeypatch, tmp_path, whole):
     """A run that dies between a row and its checkpoint, in the middle of a line even, has each row once in the end.
 
