@@ -267,12 +267,13 @@ def gradient(
     micro_batch: int = 0,
     term: Term | None = None,
 ) -> LocalSolver:
-    """Minus the gradient of the client's objective at the broadcast parameters, over all of its examples as they are.
+    """Minus the gradient of the client's objective at the broadcast parameters, over all of its examples.
 
     What FIPA from sums wants in its gradient form; under `mean` it is gradient descent at the server's learning rate.
 
     Args:
-      loss, weight_decay, micro_batch, term: see `first_order`; there are no random views.
+      loss, weight_decay, micro_batch, term: see `first_order`.
+      augment: (key, batch) -> batch: the examples are seen in one random view each.
       clip_norm: not taken: a clipped gradient is none.
 
     Raises:
@@ -285,7 +286,8 @@ def gradient(
         size = work.client.indices.shape[0]
         gradient_of = mean_gradient(work, loss, term, size, micro_batch)
         mask = jnp.arange(size) < work.client.num_examples
-        slope, mean_loss = gradient_of(work.params, gather(work.data, own_indices(work.client)), mask)
+        examples = augment(key, gather(work.data, own_indices(work.client)))
+        slope, mean_loss = gradient_of(work.params, examples, mask)
         slope = optax.tree.add_scale(slope, weight_decay, work.params) if weight_decay else slope
         found = Improvement(optax.tree.scale(-1, slope), mean_loss)
         return found._replace(gradient=slope) if term.needs.gradient else found

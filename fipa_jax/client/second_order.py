@@ -1,6 +1,6 @@
 """Client solvers that use curvature on all of a client's examples: Gauss-Newton steps, L-BFGS, natural gradients.
 
-They are local solvers, see `local_solver`. All examples enter every step: mini-batches and augmentation do not.
+They are local solvers, see `local_solver`. All examples enter every step: there are no mini-batches.
 """
 
 import functools
@@ -300,12 +300,12 @@ def natural_gradient(
         delta = -lr (H_m + damping I)^{-1} g_m = -lr (g_m - U S (S U^T U S + damping I)^{-1} S U^T g_m) / damping
 
     with S = diag(lam)^{1/2}. (U^T U is the identity but for rounding, of which there is some in a basis of bfloat16.)
-    g_m is the gradient on all of the client's examples, as they are, without random views: one pass over them. A server
-    with the same damping undoes it exactly, whatever the rank: sum_m w_m (H_m + beta I) delta_m = -lr sum_m w_m g_m.
+    g_m is the gradient on all of the client's examples, each in one random view: one pass over them. A server with the
+    same damping undoes it exactly, whatever the rank: sum_m w_m (H_m + beta I) delta_m = -lr sum_m w_m g_m.
 
     Args:
       loss: (out, batch) -> [B].
-      augment: not used, as the sketch has seen no random views.
+      augment: (key, batch) -> batch, of the gradient alone; a sketch sees views by `curvature.on_views`.
       weight_decay, clip_norm, micro_batch, term: of the gradient, see `client.first_order`.
     """
     term, direction = term or none(), regularised(clip_norm, weight_decay)
@@ -316,7 +316,7 @@ def natural_gradient(
         if not isinstance(sketch, Sketch):
             raise ValueError("hyper.sketch of a natural gradient: needed a Sketch, of a rule that asks for eigenpairs")
         gradient_of = mean_gradient(work, loss, term, mask.size, micro_batch)
-        objective, mean_loss = gradient_of(params, work.examples, mask)
+        objective, mean_loss = gradient_of(params, augment(key, work.examples), mask)
         gradient, unravel = ravel_pytree(direction.update(objective, direction.init(params), params)[0])
         change = -hyper.lr * (gradient - _explained(sketch, gradient, hyper.damping)) / hyper.damping
         change = jnp.where(work.client.num_examples > 0, change, 0)

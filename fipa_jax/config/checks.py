@@ -194,7 +194,7 @@ UNREAD_WHERE = (
     ("local.momentum", {"local.optimizer": ("adam", "kronecker", "sgd", "yogi")}),
     ("local.damping", {"local.optimizer": BY_GRADIENTS}),
     ("local.matched", {"local.optimizer": BY_GRADIENTS}),
-    ("local.views", {"local.optimizer": ("gauss_newton", "gradient", "lbfgs", "natural_gradient")}),
+    ("local.views", {"local.optimizer": ("gauss_newton", "lbfgs")}),
     ("local.adaptive.max_steps", {"local.adaptive.scale": (0,)}),
     ("local.gauss_newton.tries", {"local.matched": (True,)}),
     ("local.gauss_newton.cg_steps", {"local.gauss_newton.system": ("gram",)}),

@@ -40,8 +40,8 @@ def parse(argv: list[str], config: flags.FlagHolder, default: Path, values: flag
 
 
 def set_fields(argv: list[str]) -> list[str]:
-    """Paths of the FIPA phase's fields that flags set: `--config.fipa.sketch.rank=5` gives `sketch.rank`."""
-    found = [re.match(r"--?(?:no)?config\.fipa\.([\w.]+)", arg) for arg in argv]
+    """Paths of the phases' fields that flags set: `--config.fipa.sketch.rank=5` gives `fipa.sketch.rank`."""
+    found = [re.match(r"--?(?:no)?config\.((?:fipa|warmup)\.[\w.]+)", arg) for arg in argv]
     return [match[1] for match in found if match]
 
 

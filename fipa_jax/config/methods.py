@@ -7,6 +7,7 @@ from fipa_jax.lookup import lookup
 
 MEMORY = {
     "local.optimizer": "natural_gradient",
+    "local.views": False,
     "local.matched": True,
     "local.lr": 1.0,
     "local.lr_decay": 1.0,
@@ -41,6 +42,7 @@ METHODS = {
     "fipa_auto": MEMORY | {"aggregator.past.adaptive": True},
     "fipa_few_bytes": {
         "local.optimizer": "gradient",
+        "local.views": False,
         "local.clip_norm": 0.0,
         "local.matched": False,
         "aggregator.form": "damped",
@@ -60,6 +62,7 @@ METHODS = {
     "fipa_span": ONLY_NOW
     | {
         "local.optimizer": "gradient",
+        "local.views": False,
         "local.clip_norm": 0.0,
         "local.matched": False,
         "local.compress.name": "few_bits",
@@ -92,6 +95,7 @@ METHODS = {
         "aggregator.limits.explosion": 0.0,
         "aggregator.limits.trace_cap": 0.0,
         "local.optimizer": "gradient",
+        "local.views": False,
         "local.clip_norm": 0.0,
         "local.matched": False,
         "server.optimizer": "sgd",

@@ -3,7 +3,8 @@
 Where all clients take part in every round the answer is a closed form: T rounds of multiplier z are one Gaussian
 mechanism of mu = sqrt(T) / z (Dong, Roth and Su 2022), and Balle and Wang (2018, theorem 8) give its delta exactly.
 Where clients are sampled the privacy loss is composed numerically by the package dp-accounting (extra `dp`), whose
-answer is an upper bound.
+answer is an upper bound. At so little noise that its numbers would take minutes, the bound is what full participation
+spends: drawing clients at random never costs privacy.
 """
 
 import functools
@@ -17,6 +18,7 @@ from fipa_jax.curvature import contracts
 FAR = 37.0  # standard deviations beyond which a normal distribution's tail is taken from its expansion
 SEARCH = 60  # halvings of an interval
 COARSE = 12  # the same, of one whose function takes seconds: to a part in 4000 of the interval
+LEAST_NOISE = 0.3  # z of sampled rounds: with less, an epsilon of tens, drawing clients hardly helps
 RESERVE = 0.01  # share of delta that is kept for rounds in which more clients would be drawn than find room
 
 
@@ -73,6 +75,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 def epsilon_of(plan: Plan, rounds: int) -> float:
     """The epsilon that so many rounds have spent at the plan's delta; infinite for rounds without noise.
 
+    With `plan.noise` below `LEAST_NOISE` it is that of full participation, a bound.
+
     Example:
       epsilon_of(Plan(noise=3.0, delta=1e-3), 10)  # 3.350
 
@@ -83,7 +87,7 @@ def epsilon_of(plan: Plan, rounds: int) -> float:
     contracts.at_least(0, **{"plan.noise": plan.noise, "plan.released": plan.released, "rounds": rounds})
     if rounds and not plan.noise:
         return math.inf
-    if plan.rate == 1:
+    if plan.rate == 1 or plan.noise < LEAST_NOISE:
         of_rounds = math.sqrt(rounds) / plan.noise if rounds else 0.0
         return gaussian_epsilon(math.hypot(of_rounds, plan.released), plan.delta)
     return _composed(plan, rounds).get_epsilon(plan.delta)
@@ -109,7 +113,7 @@ def noise_for(epsilon: float, rounds: int, plan: Plan) -> float:
     def enough(log_noise: float) -> bool:
         return epsilon_of(plan._replace(noise=math.exp(log_noise)), rounds) <= epsilon
 
-    least = max(everybody * plan.rate, 0.3)  # of less noise there is no amplification to speak of
+    least = max(everybody * plan.rate, LEAST_NOISE)
     return math.exp(_least(enough, math.log(min(least, everybody)), math.log(everybody), COARSE))
 
 

@@ -136,28 +136,33 @@ def check(config: ConfigDict) -> None:
 
 
 def check_set(config: ConfigDict, paths: Iterable[str]) -> None:
-    """Refuses fields, set for all methods that are compared, that none of them reads.
+    """Refuses fields, set for a whole phase, that none of the methods which it runs reads.
 
     Args:
       config: all fields.
-      paths: below the FIPA phase.
+      paths: `fipa.FIELD`, of all methods that are compared, or `warmup.FIELD`.
 
     Raises:
       ValueError: names the field; what `check` raises.
     """
     check(config)
-    usual = default().fipa
+    usual = default()
     for path in paths:
-        said = []
-        for settings in [method(config, spec) for spec in config.compare]:
-            try:
-                check_unread(settings, [path])
-                _check_taken(config, settings, [path])
-            except ValueError as error:
-                said.append(str(error))
-        unread = config.fipa.rounds and len(said) == len(config.compare)
-        if unread and fields.value(config.fipa, path) != fields.value(usual, path):
-            raise ValueError(f"{said[0]} (in all methods of config.compare)")
+        phase, _, field = path.partition(".")
+        said = [_unread(config, settings, field) for name, _, settings in phases_of(config) if name == phase]
+        if said and all(said) and fields.value(config, path) != fields.value(usual, path):
+            with naming(phase, "the warm-up" if phase == "warmup" else "all methods of config.compare", config[phase]):
+                raise ValueError(said[0])
+
+
+def _unread(config: ConfigDict, settings: ConfigDict, path: str) -> str:
+    """Why nothing reads a field of a phase; "" where something does."""
+    try:
+        check_unread(settings, [path])
+        _check_taken(config, settings, [path])
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _check_taken(config: ConfigDict, settings: ConfigDict, paths: Sequence[str]) -> None:

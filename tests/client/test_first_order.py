@@ -26,8 +26,9 @@ from jax.flatten_util import ravel_pytree
 
 from fipa_jax import backend
 from fipa_jax.client import first_order as client_lib
-from fipa_jax.client import terms
+from fipa_jax.client import second_order, terms
 from fipa_jax.client.local_solver import micro_batch_of
+from fipa_jax.curvature.sketch import Sketch
 
 
 @functools.cache
@@ -98,6 +99,26 @@ def test_clipping_comes_before_weight_decay(x64):
 def test_a_gradient_below_the_bound_is_not_clipped(x64):
     result = solve(make_client(8), make_hyper(), batch_size=0, epochs=3, clip_norm=1e3)
     chex.assert_trees_all_close(result.delta, _loop(optax.sgd(0.1), 8, 3)[0], rtol=1e-9, atol=1e-12)
+
+
+def _moved(key, batch):
+    """A random view: every example is moved by what the key draws for it."""
+    return {**batch, "x": batch["x"] + jax.random.normal(key, batch["x"].shape)}
+
+
+@pytest.mark.parametrize("solver", [client_lib.gradient, second_order.natural_gradient])
+def test_a_gradient_is_of_one_random_view_of_each_example(x64, solver):
+    """The oracle sees the views that the client's key draws. With an empty sketch the step is -lr g / damping."""
+    no_sketch = Sketch(jnp.zeros(1), jnp.zeros([ravel_pytree(make_params())[0].size, 1]))
+    hyper = make_hyper(lr=1.0, damping=1.0)._replace(sketch=no_sketch)
+    found = [solve(make_client(5), hyper, seed=seed, solver=solver, augment=_moved).delta for seed in (0, 1)]
+    for seed, delta in enumerate(found):
+        seen = _moved(jax.random.key(seed), {name: field[INDICES] for name, field in make_data().items()})
+        own = {name: jnp.zeros_like(field).at[INDICES].set(field) for name, field in seen.items()}
+        wanted = jax.tree.map(jnp.negative, _gradient(5)(make_params(), own))
+        chex.assert_trees_all_close(delta, wanted, rtol=1e-9, atol=1e-12)
+    first, second = (ravel_pytree(delta)[0] for delta in found)
+    assert np.linalg.norm(first - second) > 0.1 * np.linalg.norm(first)
 
 
 @pytest.mark.parametrize("batch_size", [0, 3])

@@ -51,8 +51,8 @@ def make_hyper(lr=0.1, damping=0.1, mu=0.0):
 
 
 @functools.cache
-def _compiled(solver=client_lib.first_order, loss=squared, outputs=network, term=None, **options):
-    solve = solver(loss, KEEP, term=term, **options)
+def _compiled(solver=client_lib.first_order, loss=squared, outputs=network, augment=KEEP, term=None, **options):
+    solve = solver(loss, augment, term=term, **options)
     return jax.jit(functools.partial(solve, outputs))
 
 

@@ -298,23 +298,29 @@ def test_trust_takes_a_term_whose_objective_stays_the_same():
     phase_parts.check(tiny(compare=(f"{TRUSTED}:term.name=logit_adjustment", f"{TRUSTED}:term.name=prox")))
 
 
+ALL, WARM = "in all methods of config.compare", "in the warm-up"
+
+
 @pytest.mark.parametrize(
-    ("compare", "flag", "words"),
+    ("compare", "flag", "words", "where"),
     [
-        (("fipa", "fedavg"), "local.momentum=0.5", "nothing reads it with local.optimizer = 'sgd'"),
-        (("fedavg",), "sketch.rank=2", "no part of this method reads it"),
-        (("fipa_span",), "local.lr=0.3", "nothing reads it with local.optimizer = 'gradient'"),
-        (("fipa_span", "fedavg"), "local.lr=0.3", ""),
-        (("fipa", "fedavg"), "sketch.rank=2", ""),
-        (("fedavg",), "sketch.rank=20", ""),  # as it is by default
-        (("fipa", "fedavg:local.optimizer=momentum"), "local.momentum=0.5", ""),
+        (("fipa", "fedavg"), "fipa.local.momentum=0.5", "nothing reads it with local.optimizer = 'sgd'", ALL),
+        (("fedavg",), "fipa.sketch.rank=2", "no part of this method reads it", ALL),
+        (("fipa_span",), "fipa.local.lr=0.3", "nothing reads it with local.optimizer = 'gradient'", ALL),
+        (("fipa_span", "fedavg"), "fipa.local.lr=0.3", "", ALL),
+        (("fipa", "fedavg"), "fipa.sketch.rank=2", "", ALL),
+        (("fedavg",), "fipa.sketch.rank=20", "", ALL),  # as it is by default
+        (("fipa", "fedavg:local.optimizer=momentum"), "fipa.local.momentum=0.5", "", ALL),
+        (("fipa",), "warmup.local.momentum=0.5", "nothing reads it with local.optimizer = 'sgd'", WARM),
+        (("fipa",), "warmup.sketch.rank=2", "no part of this method reads it", WARM),
+        (("fipa",), "warmup.local.lr=0.3", "", WARM),
     ],
 )
-def test_a_flag_that_no_method_reads_is_refused(compare, flag, words):
+def test_a_flag_that_no_method_reads_is_refused(compare, flag, words, where):
     path, _, value = flag.partition("=")
-    config = fields_of(**{f"fipa__{path.replace('.', '__')}": int(value) if "rank" in path else float(value)})
+    config = fields_of(**{path.replace(".", "__"): int(value) if "rank" in path else float(value)}, warmup__rounds=1)
     config.compare = compare
-    paths = command_line.set_fields(["train.py", "--config=sine", f"--config.fipa.{flag}", "--config.seed=1"])
+    paths = command_line.set_fields(["train.py", "--config=sine", f"--config.{flag}", "--config.seed=1"])
     assert paths == [path]
-    with pytest.raises(ValueError, match=rf"config\.fipa\.{path}: {words}.*in all methods") if words else nullcontext():
+    with pytest.raises(ValueError, match=rf"config\.{path}: {words}.* \({where}\)") if words else nullcontext():
         phase_parts.check_set(config, paths)
