@@ -8,6 +8,7 @@ Command: python scripts/train.py --config=configs/gaussians_2d.py     Levenberg-
 
 from fipa_jax import config as config_lib
 from fipa_jax.config import recipes
+from fipa_jax.lookup import lookup
 
 
 def get_config(variant: str = ""):
@@ -22,12 +23,12 @@ def get_config(variant: str = ""):
     config.fipa.rounds = 200
     config.fipa.sketch.solver, config.fipa.sketch.rank = "lanczos", 50
     config.fipa.local.batch_size = 0
-    if variant == "adaptive":
-        config.fipa.rounds = 1000
-        config.fipa.local.lr, config.fipa.local.adaptive.scale, config.fipa.local.steps = 0.1, 0.01, 200
-        config.fipa.sketch.gradient_scale = 1.0
-    elif not variant:
-        recipes.levenberg_marquardt(config)
-    else:
-        raise ValueError(f"configs/gaussians_2d.py: unknown variant {variant!r}; known: adaptive")
+    lookup({"": recipes.levenberg_marquardt, "adaptive": _adaptive}, variant, "--config")(config)
     return config
+
+
+def _adaptive(config):
+    """As published: rank and local steps adapt."""
+    config.fipa.rounds = 1000
+    config.fipa.local.lr, config.fipa.local.adaptive.scale, config.fipa.local.steps = 0.1, 0.01, 200
+    config.fipa.sketch.gradient_scale = 1.0

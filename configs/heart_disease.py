@@ -18,9 +18,9 @@ from fipa_jax.lookup import lookup
 
 WEIGHT_DECAY = 0.03
 LOCAL, SERVER = (0.1, 0.03, 0.01, 0.003), (1, 0.3, 0.1)
-NEWTON = "fipa:local.optimizer=gauss_newton:local.lr=1:local.steps=1:local.batch_size=0:local.matched=True"
+NEWTON = "fipa:local.optimizer=gauss_newton:local.lr=1:local.steps=1:local.matched=True"
 TRIED = {  # method -> the values of its two numbers
-    f"{NEWTON}:local.weight_decay={{0}}:aggregator.damping={{0}}:server.lr={{1}}": (
+    f"{NEWTON}:aggregator.damping={{}}:server.lr={{}}": (
         (0.1, 0.03, 0.01, 0.003),
         (1, 0.5, 0.25),
     ),

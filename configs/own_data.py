@@ -14,6 +14,7 @@ Command: python scripts/train.py --config=configs/own_data.py --config.task.file
 
 from fipa_jax import config as config_lib
 from fipa_jax.config import recipes
+from fipa_jax.lookup import lookup
 
 
 def get_config(variant: str = ""):
@@ -27,10 +28,7 @@ def get_config(variant: str = ""):
     config.fipa.rounds = 60
     config.fipa.local.weight_decay = 0.03
     config.fipa.sketch.solver, config.fipa.sketch.rank = "auto", 50
-    if variant == "private":
-        return _private(config)
-    if variant:
-        raise ValueError(f"configs/own_data.py: unknown variant {variant!r}; known: private")
+    lookup({"": recipes.unchanged, "private": _private}, variant, "--config")(config)
     return config
 
 
@@ -44,4 +42,3 @@ def _private(config):
         "fedavg:local.lr=1:privacy.clip=1",
         "fedavg:privacy.whitening=public:privacy.damping=0.1:local.lr=10:privacy.clip=1",
     )
-    return config

@@ -12,6 +12,7 @@ Command: python scripts/train.py --config=configs/parkinsons.py --config.task.fi
 
 from fipa_jax import config as config_lib
 from fipa_jax.config import recipes
+from fipa_jax.lookup import lookup
 
 FEDAVG = "fedavg:local.weight_decay=10.0:local.damping=10.0"
 PROX = "fedavg:local.weight_decay=10.0:local.optimizer=lbfgs:local.steps=50:term.name=prox:term.mu=1"
@@ -34,7 +35,9 @@ def get_config(variant: str = ""):
     config.personal.newcomers, config.personal.examples = 1 / 3, (2, 5, 20)
     config.personal.own, config.personal.fit_steps = "bias", 1
     config.personal.lr, config.personal.steps = 0.001, (3, 10, 30, 60, 100, 200, 300, 600, 1000, 3000)
-    return recipes.variant(config, variant, plain=_plain, fedavg=_fedavg, tune=_tune)
+    known = {"": recipes.unchanged, "plain": _plain, "fedavg": _fedavg, "tune": _tune}
+    lookup(known, variant, "--config")(config)
+    return config
 
 
 def _plain(config):

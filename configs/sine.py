@@ -10,37 +10,47 @@ Command: python scripts/train.py     Levenberg-Marquardt shared by clients and s
 
 from fipa_jax import config as config_lib
 from fipa_jax.config import recipes
+from fipa_jax.lookup import lookup
 
 
-def get_config(local_solver: str = ""):
+def get_config(variant: str = ""):
     config = config_lib.default()
     config.task.name = "sine"
     config.precision = "float64"
     config.rounds_per_call = 50
     for phase in (config.warmup, config.fipa):
         phase.local.batch_size = 0
-    if local_solver == "private":
-        return _private(config)
-    if not local_solver:
-        config.fipa.rounds = 300
-        recipes.levenberg_marquardt(config)
-        return config
-    # From a random start the Gauss-Newton model of the loss does not hold as far as the step: first some of the mean.
-    config.warmup.rounds = 30
-    config.fipa.rounds = 270
-    config.fipa.aggregator.limits.max_step = 1.0
-    for phase in (config.warmup, config.fipa):
-        if local_solver == "gauss_newton":
-            phase.local.optimizer = "gauss_newton"
-            phase.local.lr = 1.0
-            phase.local.epochs = 1
-            config.fipa.aggregator.damping = 1e-6
-        elif local_solver == "sgd":
-            phase.local.steps = 500
-            config.fipa.aggregator.damping = 1e-4
-        else:
-            raise ValueError(f"configs/sine.py: unknown variant {local_solver!r}; known: gauss_newton, sgd, private")
+    known = {"": _shared_damping, "gauss_newton": _gauss_newton, "sgd": _sgd, "private": _private}
+    lookup(known, variant, "--config")(config)
     return config
+
+
+def _shared_damping(config):
+    """Levenberg-Marquardt shared by clients and server."""
+    config.fipa.rounds = 300
+    recipes.levenberg_marquardt(config)
+
+
+def _gauss_newton(config):
+    """Clients choose their own damping."""
+    _warmed_up(config)
+    config.fipa.aggregator.damping = 1e-6
+    for phase in (config.warmup, config.fipa):
+        phase.local.optimizer, phase.local.lr, phase.local.epochs = "gauss_newton", 1.0, 1
+
+
+def _sgd(config):
+    """Plain gradient descent as the local solver."""
+    _warmed_up(config)
+    config.fipa.aggregator.damping = 1e-4
+    for phase in (config.warmup, config.fipa):
+        phase.local.steps = 500
+
+
+def _warmed_up(config):
+    """From a random start the Gauss-Newton model of the loss does not hold as far as the step: first some averaging."""
+    config.warmup.rounds, config.fipa.rounds = 30, 270
+    config.fipa.aggregator.limits.max_step = 1.0
 
 
 def _private(config):
@@ -59,4 +69,3 @@ def _private(config):
         "fedavg:local.lr=1:privacy.clip=0.1:server.lr=30",
         "fedavg:local.lr=0.3:privacy.clip=0.6:server.optimizer=adam:server.lr=0.1",
     )
-    return config

@@ -17,6 +17,8 @@ Command: python scripts/train.py --config=configs/tiny_imagenet.py --config.data
 
 from fipa_jax.config import recipes
 
+FEDRCL = tuple(f"fedavg:server.lr={lr}:trainable=.*:cache_body=false:term.name=rcl" for lr in (0.3, 1))
+
 
 def get_config(variant: str = ""):
     config = recipes.images("tiny_imagenet", "resnet18")
@@ -36,36 +38,48 @@ def get_config(variant: str = ""):
     config.compare = ("fipa", "fedavg:server.lr=1", "fedavg:server.lr=1:term.name=rcl:trainable=.*:cache_body=false")
     if variant == "debug":
         config.model.name, config.model.head_width = "resnet20", 64
-    if variant in ("cpu", "published_cpu", "resnet20"):
-        config.data.side, config.data.holdout = 32, 0.1
-        config.warmup.rounds, config.fipa.rounds, config.eval.every = 200, 60, 2
-        whole = "trainable=.*:cache_body=false:term.name=rcl"
-        rcl = (f"fedavg:server.lr=0.3:{whole}", f"fedavg:server.lr=1:{whole}")
-    if variant in ("cpu", "published_cpu"):
-        config.model.name, config.model.head_width = "cnn_200k", 0
-        config.fipa.trainable = "^Dense_1/"
-        config.compare = (
-            "fipa:local.lr=0.03:aggregator.damping=0.1:server.lr=0.03",
-            "fipa:sketch.rank=50:aggregator.damping=0.3:server.lr=0.09",
-            "fipa_damped:sketch.rank=50:aggregator.damping=0.3:server.lr=0.3",
-            "fedavg:server.lr=0.3",
-            *rcl,
-        )
-        if variant == "published_cpu":
-            _published(config)
-        variant = ""
-    if variant == "resnet20":
-        config.model.name, config.model.head_width = "resnet20", 110
-        config.data.side, config.warmup.rounds, config.fipa.rounds = 16, 80, 50
-        config.compare = (
-            "fipa_damped:sketch.rank=50:aggregator.damping=0.1:server.lr=0.3:local.lr=0.3",
-            "fipa:sketch.rank=50:aggregator.damping=0.3:server.lr=0.09",
-            "fipa:aggregator.damping=0.1:server.lr=0.03:local.lr=0.03",
-            "fedavg:server.lr=0.1:local.lr=0.03",
-            *rcl,
-        )
-        variant = ""
-    return recipes.variant(config, variant, published=_published)
+    others = {"cpu": _cpu, "published": _published, "published_cpu": _published_cpu, "resnet20": _resnet20}
+    return recipes.variant(config, variant, **others)
+
+
+def _smaller(config):
+    """Smaller images, fewer rounds, and held-out images."""
+    config.data.side, config.data.holdout = 32, 0.1
+    config.warmup.rounds, config.fipa.rounds, config.eval.every = 200, 60, 2
+
+
+def _cpu(config):
+    """A CNN in place of the ResNet."""
+    _smaller(config)
+    config.model.name, config.model.head_width = "cnn_200k", 0
+    config.fipa.trainable = "^Dense_1/"
+    config.compare = (
+        "fipa:local.lr=0.03:aggregator.damping=0.1:server.lr=0.03",
+        "fipa:sketch.rank=50:aggregator.damping=0.3:server.lr=0.09",
+        "fipa_damped:sketch.rank=50:aggregator.damping=0.3:server.lr=0.3",
+        "fedavg:server.lr=0.3",
+        *FEDRCL,
+    )
+
+
+def _resnet20(config):
+    """A ResNet-20 on images of 16 x 16, with the published share of parameters in its head."""
+    _smaller(config)
+    config.model.name, config.model.head_width = "resnet20", 110
+    config.data.side, config.warmup.rounds, config.fipa.rounds = 16, 80, 50
+    config.compare = (
+        "fipa_damped:sketch.rank=50:aggregator.damping=0.1:server.lr=0.3:local.lr=0.3",
+        "fipa:sketch.rank=50:aggregator.damping=0.3:server.lr=0.09",
+        "fipa:aggregator.damping=0.1:server.lr=0.03:local.lr=0.03",
+        "fedavg:server.lr=0.1:local.lr=0.03",
+        *FEDRCL,
+    )
+
+
+def _published_cpu(config):
+    """As published, with the CNN of `:cpu`."""
+    _cpu(config)
+    _published(config)
 
 
 def _published(config):

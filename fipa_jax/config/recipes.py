@@ -150,11 +150,11 @@ def variant(config: ConfigDict, name: str, **others: Callable[[ConfigDict], None
     Raises:
       ValueError: the name is not known.
     """
-    lookup({"": _whole, "debug": _debug, **others}, name, "--config")(config)
+    lookup({"": unchanged, "debug": _debug, **others}, name, "--config")(config)
     return config
 
 
-def _whole(config):
+def unchanged(config: ConfigDict) -> None:
     """Leaves a config as it is."""
 
 
