@@ -107,7 +107,7 @@ def test_runs_are_done_once_and_go_on(pretended, evidence, tmp_path):
     """What fails is missing and ends nothing else; the same again does what is missing alone."""
     running, options = evidence.running, evidence.running.Options(folder=tmp_path / "runs")
     jobs = running.jobs_of(pretended, pretended.runs, options)
-    assert [job.run for job in jobs] == ["", "one", "one", "other"]
+    assert [job.runs for job in jobs] == [(), ("one",), ("one",), ("other",)]
     missing = running.run(jobs, 2, "pretended")
     assert missing == ["one, seed 1: exit status 1: error: config.seed: this one is broken"]
     log = tmp_path / "log"
@@ -117,6 +117,17 @@ def test_runs_are_done_once_and_go_on(pretended, evidence, tmp_path):
     assert len(log.read_text().splitlines()) == 4
     found = running.collect(jobs, [])
     assert sorted(found.runs["one"]) == [0, 1] and [made["seconds"] for made in found.made] == [2.0] * 4
+
+
+def test_a_run_that_a_study_names_twice_is_done_once_and_counts_for_both(pretended, evidence, tmp_path):
+    """As where another split for each seed begins with the split of all."""
+    running, options = evidence.running, evidence.running.Options(folder=tmp_path / "runs")
+    runs = pretended.runs | {"again": pretended.runs["one"]._replace(seeds=(0,))}
+    jobs = running.jobs_of(pretended, runs, options)
+    assert [job.runs for job in jobs] == [(), ("one", "again"), ("one",), ("other",)]
+    running.run(jobs, 2, "pretended")
+    found = running.collect(jobs, [])
+    assert found.runs["again"] == {0: found.runs["one"][0]} and len(found.made) == 3
 
 
 def test_the_page_keeps_what_a_person_wrote(pretended, evidence, tmp_path):

@@ -41,7 +41,7 @@ class Options(NamedTuple):
 class Job(NamedTuple):
     """One process."""
 
-    run: str  # what the study calls it; "" for a warm-up that others begin with
+    runs: tuple[str, ...]  # what the study calls it; () for a warm-up that others begin with
     seed: int
     command: tuple[str, ...]
     folder: Path
@@ -61,8 +61,8 @@ def jobs_of(study: Study, runs: Runs, options: Options) -> list[Job]:
         for seed in run.seeds or seeds_of(study, options):
             make = _benchmark_job if isinstance(run, Benchmark) else _training_job
             for job in make(study, name, run, seed, options):
-                if job.run or job.folder not in jobs:
-                    jobs[job.folder] = job
+                known = jobs[job.folder].runs if job.folder in jobs else ()
+                jobs[job.folder] = job._replace(runs=tuple(dict.fromkeys(known + job.runs)))
     return sorted(jobs.values(), key=lambda job: job.after is not None)
 
 
@@ -106,7 +106,7 @@ def _training_job(study: Study, name: str, run: Run, seed: int, options: Options
     flags = [f"--config.{field}={value}" for field, value in changed.items()]
     command = (str(SCRIPTS / "train.py"), f"--config={run.config}", *flags, f"--workdir={folder}")
     command = (*command, "--resume=no") if options.fresh else command
-    yield Job(name, seed, command, folder, _rounds_of(config), start and start.folder)
+    yield Job((name,) if name else (), seed, command, folder, _rounds_of(config), start and start.folder)
 
 
 def _benchmark_job(study: Study, name: str, run: Benchmark, seed: int, options: Options) -> Iterable[Job]:
@@ -124,7 +124,7 @@ def _benchmark_job(study: Study, name: str, run: Benchmark, seed: int, options: 
     ]
     folder = options.folder / f"{run.command}-{_digest([given, seed, start and start.folder.name])}"
     command = (str(SCRIPTS / "benchmark.py"), run.command, *filled, f"--out={folder / FIGURES}")
-    yield Job(name, seed, command, folder, 1, start and start.folder)
+    yield Job((name,), seed, command, folder, 1, start and start.folder)
 
 
 def _digest(told) -> str:
@@ -225,7 +225,7 @@ def run(jobs: list[Job], parallel: int, words: str, fresh: bool = False) -> list
             bar.set_postfix_str(f"{sum(future.done() for future in done.values())} of {len(jobs)} runs")
         bar.update(sum(map(_rounds_done, jobs)) - bar.n)
     told = {job: done[job.folder].result() for job in jobs}
-    return [f"{job.run or 'warm-up'}, seed {job.seed}: {words}" for job, words in told.items() if words]
+    return [f"{' and '.join(job.runs) or 'warm-up'}, seed {job.seed}: {words}" for job, words in told.items() if words]
 
 
 def _finish(job: Job, before: Future | None, places: queue.SimpleQueue) -> str:
@@ -294,16 +294,17 @@ def _processor() -> str:
 
 def collect(jobs: list[Job], missing: list[str]) -> Found:
     """What the jobs have left; those that are not done yet are missing."""
-    runs: dict[str, dict[int, Any]] = {job.run: {} for job in jobs if job.run}
+    runs: dict[str, dict[int, Any]] = {name: {} for job in jobs for name in job.runs}
     made = []
     for job in jobs:
         if not is_done(job):
             continue
         made.append(json.loads((job.folder / MADE).read_text()))
-        if job.run:
+        if job.runs:
             figures = job.folder / FIGURES
             left = json.loads(figures.read_text()) if figures.is_file() else metrics.read(job.folder / "metrics.jsonl")
-            runs[job.run][job.seed] = left
+            for name in job.runs:
+                runs[name][job.seed] = left
     return Found(runs, made, missing, len(jobs))
 
 
