@@ -32,7 +32,7 @@ TRIED = {  # method -> the values of its two numbers
     "fedavg:server.optimizer=adagrad:local.lr={}:server.lr={}": (LOCAL, (1, 0.3, 0.1)),
     "centralised:local.lr={}:server.lr={}": (LOCAL, SERVER),
 }
-CHOSEN = ((0.03, 1), (0.03, 1), (0.03, 0.01), (0.03, 0.3), (0.03, 0.03), (0.03, 0.03), (0.03, 0.3), (0.03, 1))
+CHOSEN = ((0.03, 0.25), (0.03, 1), (0.03, 0.01), (0.03, 0.3), (0.03, 0.03), (0.03, 0.03), (0.03, 0.3), (0.03, 1))
 
 
 def get_config(variant: str = ""):
