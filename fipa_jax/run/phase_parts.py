@@ -135,24 +135,28 @@ def check(config: ConfigDict) -> None:
             _check_taken(config, settings, overrides(config, spec, settings))
 
 
-def check_set(config: ConfigDict, paths: Iterable[str]) -> None:
-    """Refuses fields, set for a whole phase, that none of the methods which it runs reads.
+def unread(config: ConfigDict, paths: Iterable[str]) -> list[str]:
+    """What to say of fields, set for a whole phase, that none of the methods which it runs reads: a line for each.
+
+    They are no mistake where one command line serves several runs, as those of a study. What one method sets for itself
+    and does not read is refused by `check`.
 
     Args:
       config: all fields.
       paths: `fipa.FIELD`, of all methods that are compared, or `warmup.FIELD`.
 
     Raises:
-      ValueError: names the field; what `check` raises.
+      ValueError: what `check` raises.
     """
     check(config)
-    usual = default()
+    usual, lines = default(), []
     for path in paths:
         phase, _, field = path.partition(".")
         said = [_unread(config, settings, field) for name, _, settings in phases_of(config) if name == phase]
         if said and all(said) and fields.value(config, path) != fields.value(usual, path):
-            with naming(phase, "the warm-up" if phase == "warmup" else "all methods of config.compare", config[phase]):
-                raise ValueError(said[0])
+            where = "the warm-up" if phase == "warmup" else "all methods of config.compare"
+            lines.append(f"{said[0].replace('config.fipa.', f'config.{phase}.')} (in {where})")
+    return lines
 
 
 def _unread(config: ConfigDict, settings: ConfigDict, path: str) -> str:

@@ -41,6 +41,7 @@ def write(name: str, study: Study, found: Found, command: str, docs: Path, size:
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(END)
     part = "\n".join(_part(name, study, found, tables, command, size, pictured))
+    page.parent.mkdir(parents=True, exist_ok=True)
     files.write(page, f"{before}{begin}\n\n{part}\n\n{END}{after}".encode())
     return page
 
