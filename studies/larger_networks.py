@@ -169,8 +169,8 @@ def then(found):
     for place in PLACES:
         if methods := _chosen(found, place):
             runs[place] = _run(place, methods.values())
-        if place in AT_EQUAL_BYTES and methods:
-            runs[_equal(place)] = _run(place, _long(found, place).values())
+        if place in AT_EQUAL_BYTES and (long := _long(found, place)):
+            runs[_equal(place)] = _run(place, long.values())
     return runs
 
 
