@@ -53,7 +53,7 @@ class SumOptions(NamedTuple):
     form: SumForm = "galerkin"  # see the head of this module
     columns: int = 50  # s, of the common basis at most
     fresh: int = 5  # columns drawn anew in each round, where the basis comes from the last sum
-    basis: BasisName = "last"  # last: the sum's eigenvectors and fresh columns; seed: all drawn anew, nothing to send
+    basis: BasisName = "last"  # last: the sum's eigenvectors and fresh columns; seed: all drawn anew
     tail: float = 0.0  # columns are added and dropped so that the least eigenvalue is so large a part of beta; 0: all s
     bits: int = 0  # of a fixed-point sum, see `secure_sum`; 0 for a floating-point one
     seed: int = 0  # of the columns that are drawn
@@ -291,7 +291,7 @@ def _of_last_sum(seen: Seen, active: jax.Array, round: jax.Array, sums: SumOptio
 
 
 def _of_seed(seen: Seen, active: jax.Array, round: jax.Array, sums: SumOptions) -> jax.Array:
-    """Random columns that every client can draw by itself from the seed and the round's number."""
+    """Random columns that every client could draw by itself from the seed and the round's number."""
     basis = jnp.linalg.qr(_random(sums.seed, round, seen.vectors.shape, seen.vectors.dtype))[0]
     return jnp.where(jnp.arange(basis.shape[1])[None] < active, basis, 0)
 

@@ -288,9 +288,8 @@ def gradient(
         mask = jnp.arange(size) < work.client.num_examples
         examples = augment(key, gather(work.data, own_indices(work.client)))
         slope, mean_loss = gradient_of(work.params, examples, mask)
-        slope = optax.tree.add_scale(slope, weight_decay, work.params) if weight_decay else slope
-        found = Improvement(optax.tree.scale(-1, slope), mean_loss)
-        return found._replace(gradient=slope) if term.needs.gradient else found
+        whole = optax.tree.add_scale(slope, weight_decay, work.params) if weight_decay else slope
+        return Improvement(optax.tree.scale(-1, whole), mean_loss, gradient=slope)
 
     return solver_of(improve, term)
 

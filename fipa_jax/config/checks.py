@@ -185,16 +185,21 @@ READ_BY_MODELS = {
 # Fields of a method that nothing reads where all these choices are so; `aggregator.late` a deployment reads. Which ones
 # a part never takes is said by its own parameters: `run.phase_parts`.
 NOT_DAMPED, NOT_REMEMBERED = {"aggregator.form": ("pinv",)}, {"aggregator.past.kind": ("none",)}
+OTHER_RULES = ("diagonal", "kronecker", "mean", "posterior", "span", "sums")  # than FIPA's
+OTHER_RULES += ("geometric_median", "krum", "median", "multi_krum", "trimmed_mean")
 OWN_LENGTH = {"local.optimizer": ("gradient", "lbfgs")}
+WITHOUT_VIEWS = ("gauss_newton", "lbfgs")  # solvers that see examples as they are
 BY_GRADIENTS = ("adam", "gradient", "ivon", "lbfgs", "momentum", "nesterov", "sgd", "yogi")
 UNREAD_WHERE = (
     ("cache_views", {"cache_body": (False,)}),
+    ("cache_views", {"local.views": (False,), "sketch.views": (False,)}),
+    ("local.epochs", {"local.steps": POSITIVE}),
     ("local.lr", OWN_LENGTH),
     ("local.lr_decay", OWN_LENGTH),
     ("local.momentum", {"local.optimizer": ("adam", "kronecker", "sgd", "yogi")}),
     ("local.damping", {"local.optimizer": BY_GRADIENTS}),
     ("local.matched", {"local.optimizer": BY_GRADIENTS}),
-    ("local.views", {"local.optimizer": ("gauss_newton", "lbfgs")}),
+    ("local.views", {"local.optimizer": WITHOUT_VIEWS}),
     ("local.adaptive.max_steps", {"local.adaptive.scale": (0,)}),
     ("local.gauss_newton.tries", {"local.matched": (True,)}),
     ("local.gauss_newton.cg_steps", {"local.gauss_newton.system": ("gram",)}),
@@ -202,6 +207,7 @@ UNREAD_WHERE = (
     ("local.compress.share", {"local.compress.name": ("none", "few_bits")}),
     ("term.mu", {"term.name": ("duals", "feedback", "mifa", "none", "scaffold", "varp")}),
     ("sketch.full", {"sketch.share": (1,)}),
+    ("sketch.jacobian", {"sketch.solver": ("head", "rows")}),
     ("sketch.power_steps", {"sketch.solver": ("rows",)}),
     ("sketch.probes", {"sketch.solver": ("rows",), "sketch.loss_rank": (0,)}),
     ("sketch.samples", {"aggregator.layers.kind": ("foof", "regmean")}),
@@ -213,7 +219,10 @@ UNREAD_WHERE = (
     ("aggregator.relative", NOT_DAMPED),
     ("aggregator.past.decay", NOT_REMEMBERED),
     ("aggregator.past.rank", NOT_REMEMBERED),
+    ("aggregator.past.rank", {"aggregator.name": ("kronecker", "sums")}),
     ("aggregator.past.length", {"aggregator.past.kind": ("none", "prior", "latest", "curvature")}),
+    ("aggregator.late.transport", {"aggregator.name": OTHER_RULES}),
+    ("aggregator.late.max_drift", {"aggregator.name": OTHER_RULES}),
     ("aggregator.late.mix", {"aggregator.name": ("diagonal", "fipa", "kronecker", "posterior")}),
     ("server.momentum", {"server.optimizer": ("eve", "exp", "sgd")}),
     ("late.most", {"late.share": (0,)}),
@@ -263,9 +272,14 @@ def check_unread(settings: ConfigDict, paths: Iterable[str]) -> None:
     for path in paths:
         for where in [where for name, where in UNREAD_WHERE if name == path]:
             chosen = {choice: fields.value(settings, choice) for choice in where}
-            if all(value in where[choice] for choice, value in chosen.items()):
+            if all(_among(value, where[choice]) for choice, value in chosen.items()):
                 words = " and ".join(f"{choice} = {value!r}" for choice, value in chosen.items())
                 raise ValueError(f"config.fipa.{path}: nothing reads it with {words}; leave it out")
+
+
+def _among(value, these: tuple | Range) -> bool:
+    """Whether a value is one of these, or in this range."""
+    return holds(these, value) if isinstance(these, Range) else value in these
 
 
 def holds(numbers: Range, value: float) -> bool:

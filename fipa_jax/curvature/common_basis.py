@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fipa_jax.curvature import contracts, few_bits, products
 from fipa_jax.curvature.contracts import Features, Loss, Outputs
@@ -163,15 +164,22 @@ def in_few_bits(key: jax.Array, core: Core, bits: int) -> Core:
     """A core M as it arrives: its diagonal in full, of the rest r_ij = M_ij / sqrt(M_ii M_jj) rounded at random.
 
     M has no negative eigenvalue, so that |r_ij| is at most 1: an entry of M is off by less than
-    sqrt(M_ii M_jj) / (2^(bits - 1) - 1), without bias, and weak directions are not lost beside strong ones.
+    sqrt(M_ii M_jj) / (2^(bits - 1) - 1), without bias, and weak directions are not lost beside strong ones. Its blocks
+    are of entries as `above_diagonal` numbers them, so that columns behind the last one in use change nothing.
     """
-    rows, columns = jnp.triu_indices(core.values.shape[0], 1)
+    rows, columns = above_diagonal(core.values.shape[0])
     diagonal = jnp.diagonal(core.values)
     length = jnp.sqrt(jnp.maximum(diagonal, 0))
     lengths = length[:, None] * length[None]
     cosines = ratio(core.values, lengths)[rows, columns]
     sent = jnp.zeros_like(core.values).at[rows, columns].set(few_bits.rounded(key, cosines, bits))
     return Core(jnp.diag(diagonal) + (sent + sent.T) * lengths)
+
+
+def above_diagonal(columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """(i, j) of the entries above the diagonal of [s, s], column by column: those of the first k columns come first."""
+    after, before = np.tril_indices(columns, -1)
+    return before, after
 
 
 def bytes_of_core(columns: int, bits: int, itemsize: int = 4) -> int:

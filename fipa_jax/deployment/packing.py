@@ -14,7 +14,7 @@ of these vectors:
     delta           the whole update, K = 1: all parameters one after another; of few entries, delta/places [k] int32,
                     ascending, and delta/values [k] float32 of those that are not zero
     sketch/basis    its K columns
-    core/values     K = 1: M_ij / sqrt(M_ii M_jj) above the diagonal, row by row; core/diagonal [k] beside it
+    core/values     K = 1: M_ij / sqrt(M_ii M_jj) above the diagonal, column by column; core/diagonal [k] beside it
     asked/0         the columns of the common basis that are in use
 
 Of a core there are the k columns up to the last with any curvature, and nothing where all of it is zero: that client
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fipa_jax.curvature.common_basis import above_diagonal
 from fipa_jax.curvature.few_bits import BLOCK, levels_of
 from fipa_jax.deployment.wire import Malformed
 
@@ -114,7 +115,7 @@ def _of_core(core: np.ndarray, bits: int) -> dict[str, np.ndarray]:
     core = core[: used[-1] + 1, : used[-1] + 1]
     if not bits:
         return {CORE: core[np.triu_indices(len(core))]}
-    lengths, above = _lengths(np.diagonal(core)), np.triu_indices(len(core), 1)
+    lengths, above = _lengths(np.diagonal(core)), above_diagonal(len(core))
     cosines = np.divide(core, lengths, out=np.zeros_like(core), where=lengths > 0)[above]
     return {DIAGONAL: np.diagonal(core)} | _integers(CORE, cosines[None], bits)
 
@@ -129,7 +130,7 @@ def _core(read: dict, form: Any, bits: int) -> np.ndarray:
     shape = (columns,) if bits else (columns * (columns + 1) // 2,)
     if part.dtype != form.dtype or part.shape != shape or columns > form.shape[0]:
         raise Malformed(f"{name}: it has sent {part.dtype} {[*part.shape]}, asked for {form.dtype} of {[*form.shape]}")
-    above = np.triu_indices(columns, 1)
+    above = above_diagonal(columns)
     core = np.zeros([columns, columns], form.dtype)
     if bits:
         core[above] = _vectors(read, CORE, len(above[0]), bits, form.dtype, 1)[0]

@@ -27,7 +27,7 @@ from fipa_jax.federation.population import Cohort, sample_cohort
 from fipa_jax.federation.server import serve
 from fipa_jax.federation.state import State, fetch, keep
 
-DUE = 0xD0E  # the stream of who sends a sketch, apart from the keys of the clients' sketches
+DUE = 2**31  # the stream of who sends a sketch; those of the clients' sketches have their numbers
 
 
 def draw(parts: Parts, round: jax.Array, rates: Rates, root: jax.Array) -> tuple[jax.Array, Order]:

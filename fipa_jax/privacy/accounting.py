@@ -3,8 +3,8 @@
 Where all clients take part in every round the answer is a closed form: T rounds of multiplier z are one Gaussian
 mechanism of mu = sqrt(T) / z (Dong, Roth and Su 2022), and Balle and Wang (2018, theorem 8) give its delta exactly.
 Where clients are sampled the privacy loss is composed numerically by the package dp-accounting (extra `dp`), whose
-answer is an upper bound. At so little noise that its numbers would take minutes, the bound is what full participation
-spends: drawing clients at random never costs privacy.
+answer is an upper bound. At so little noise that it takes too long, the bound is what full participation spends, which
+is several times as much: drawing clients at random never costs privacy.
 """
 
 import functools
@@ -18,7 +18,7 @@ from fipa_jax.curvature import contracts
 FAR = 37.0  # standard deviations beyond which a normal distribution's tail is taken from its expansion
 SEARCH = 60  # halvings of an interval
 COARSE = 12  # the same, of one whose function takes seconds: to a part in 4000 of the interval
-LEAST_NOISE = 0.3  # z of sampled rounds: with less, an epsilon of tens, drawing clients hardly helps
+LEAST_NOISE = 0.15  # z of sampled rounds: with less, an epsilon of hundreds after fifty, an answer takes too long
 RESERVE = 0.01  # share of delta that is kept for rounds in which more clients would be drawn than find room
 
 
@@ -75,7 +75,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 def epsilon_of(plan: Plan, rounds: int) -> float:
     """The epsilon that so many rounds have spent at the plan's delta; infinite for rounds without noise.
 
-    With `plan.noise` below `LEAST_NOISE` it is that of full participation, a bound.
+    With `plan.noise` below `LEAST_NOISE` it is that of full participation, a bound, and a loose one.
 
     Example:
       epsilon_of(Plan(noise=3.0, delta=1e-3), 10)  # 3.350
@@ -94,7 +94,7 @@ def epsilon_of(plan: Plan, rounds: int) -> float:
 
 
 def noise_for(epsilon: float, rounds: int, plan: Plan) -> float:
-    """The least noise multiplier z with which so many rounds stay within epsilon.
+    """The least noise multiplier z with which so many rounds stay within epsilon, or `LEAST_NOISE` where less would do.
 
     Args:
       plan: with all but its noise.
@@ -153,7 +153,7 @@ def room_for(clients: int, rate: float, rounds: int, epsilon: float, delta: floa
     of two neighbouring data sets: it is (epsilon, delta + (1 + e^epsilon) p T)-private where the other is (epsilon,
     delta)-private.
     """
-    return most_drawn(clients, rate, RESERVE * delta / (rounds * (1 + math.exp(min(epsilon, 50.0)))))
+    return most_drawn(clients, rate, RESERVE * delta / rounds * math.exp(-epsilon) / (1 + math.exp(-epsilon)))
 
 
 def _composed(plan: Plan, rounds: int):

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from fipa_jax.curvature.products import forward_flops
 from fipa_jax.run.experiment import Experiment
 
+ONE_PASS = ("gradient", "natural_gradient")  # solvers that see a client's examples once
 LONG = 12 * 3600.0  # seconds of a run that a person wants to know of before
 
 
@@ -48,6 +49,7 @@ def least_operations(experiment: Experiment, settings: ConfigDict) -> float:
     clients, owners = (1, 1) if settings.pooled else (config.cohort or everyone, everyone)
     own = sum(map(len, problem.clients)) / owners  # examples of a client, on average
     in_a_round = local.steps * min(local.batch_size or math.inf, own) if local.steps else local.epochs * own
+    in_a_round = own if local.optimizer in ONE_PASS else in_a_round
     return settings.rounds * clients * in_a_round * passes
 
 

@@ -214,8 +214,9 @@ def _tell(settings: ConfigDict, parts: Parts) -> Callable:
 
     def one(params, data, client, key):
         chosen, outputs = model_of(parts, params)
-        client = subsample(key, client, settings.sketch.examples)
-        return sketcher.of_client(outputs, chosen, key, gather(data, own_indices(client)), present(client))
+        draw_key, solve_key = jax.random.split(key)
+        client = subsample(draw_key, client, settings.sketch.examples)
+        return sketcher.of_client(outputs, chosen, solve_key, gather(data, own_indices(client)), present(client))
 
     def tell(params, data, clients, root):
         keys = jax.random.split(jax.random.fold_in(root, 2**31 + 2), clients.num_examples.shape[0])

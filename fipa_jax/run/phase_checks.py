@@ -14,6 +14,7 @@ from fipa_jax.aggregate.aggregator import Aggregator
 from fipa_jax.aggregate.rules import AGGREGATORS
 from fipa_jax.client import first_order, layer_steps, second_order, terms
 from fipa_jax.config import fields
+from fipa_jax.config.checks import WITHOUT_VIEWS
 from fipa_jax.federation.channel import FAULTS
 
 BY_CURVATURE = second_order.BY_CURVATURE | layer_steps.BY_CURVATURE  # {local.optimizer: what it steps by}
@@ -65,10 +66,16 @@ def check_cohort(config: ConfigDict, num_clients: int) -> None:
         raise ValueError(f"config.cohort: {config.cohort} is above the number of clients, {num_clients}")
 
 
-def check_fit(settings: ConfigDict, aggregator: Aggregator, term: terms.Term, cohort: int, num_clients: int) -> None:
-    """Refuses choices of which one would undo the other, with a ValueError that names the config field."""
+def check_fit(
+    settings: ConfigDict, aggregator: Aggregator, term: terms.Term, cohort: int, num_clients: int, augmented: bool
+) -> None:
+    """Refuses choices of which one would undo the other, with a ValueError that names the config field.
+
+    Args:
+      augmented: whether the task has random views.
+    """
     if aggregator.needs.loss:
-        _check_trust(settings, term, everyone=cohort == num_clients)
+        _check_trust(settings, term, augmented, everyone=cohort == num_clients)
     if settings.local.optimizer in BY_CURVATURE:
         _check_by_curvature(settings, aggregator)
     if aggregator.needs.curvature == "sketch":
@@ -112,7 +119,7 @@ def _check_trains(settings: ConfigDict, term: terms.Term) -> None:
         raise ValueError("config.fipa.also_trained: with cache_body there is the head alone; set cache_body to False")
 
 
-def _check_trust(settings: ConfigDict, term: terms.Term, everyone: bool) -> None:
+def _check_trust(settings: ConfigDict, term: terms.Term, augmented: bool, everyone: bool) -> None:
     plain = settings.server.optimizer == "sgd" and not settings.server.average
     if not (everyone and plain and term.correct is terms.none().correct):
         raise ValueError(
@@ -124,6 +131,12 @@ def _check_trust(settings: ConfigDict, term: terms.Term, everyone: bool) -> None
         raise ValueError(
             f"config.fipa.aggregator.trust: with the term {settings.term.name!r} clients have another objective in "
             "each round or batch, and their losses judge no step; take another term, or set trust to False"
+        )
+    if augmented and settings.local.views and settings.local.optimizer not in WITHOUT_VIEWS:
+        raise ValueError(
+            "config.fipa.aggregator.trust: with local.views clients train on random views of their examples, and their "
+            "losses on the examples as they are judge no step; set local.views or config.data.augment to False, or "
+            "trust to False"
         )
     if settings.late.share:
         raise ValueError("config.fipa.aggregator.trust: needs clients that are not late; set late.share = 0")

@@ -92,7 +92,7 @@ def make_parts(config: ConfigDict, settings: ConfigDict, task: Task, num_clients
     if settings.sketch.link or settings.sketch.deadline:
         check_link(settings.sketch.link, settings.sketch.deadline)
     update_bytes = functools.partial(_update_bytes, compressor, term, jnp.dtype(config.precision).itemsize)
-    check_fit(settings, aggregator, term, cohort, num_clients)
+    check_fit(settings, aggregator, term, cohort, num_clients, augmented=task.augment is not unaugmented)
     adaptive = aggregator.needs.curvature == "sketch" and settings.local.adaptive.scale > 0
     return Parts(
         task=task,
@@ -136,7 +136,9 @@ def check(config: ConfigDict) -> None:
 
 
 def unread(config: ConfigDict, paths: Iterable[str]) -> list[str]:
-    """What to say of fields, set for a whole phase, that none of the methods which it runs reads: a line for each.
+    """What to say of fields, set for a whole phase, that change none of the methods which it runs: a line for each.
+
+    A method does not read the field, or sets it itself.
 
     They are no mistake where one command line serves several runs, as those of a study. What one method sets for itself
     and does not read is refused by `check`.
@@ -152,10 +154,19 @@ def unread(config: ConfigDict, paths: Iterable[str]) -> list[str]:
     usual, lines = default(), []
     for path in paths:
         phase, _, field = path.partition(".")
-        said = [_unread(config, settings, field) for name, _, settings in phases_of(config) if name == phase]
-        if said and all(said) and fields.value(config, path) != fields.value(usual, path):
+        methods = [settings for name, _, settings in phases_of(config) if name == phase]
+        value, as_usual = fields.value(config, path), fields.value(usual, path)
+        own = [fields.value(settings, field) for settings in methods]
+        said = [_unread(config, settings, field) for settings in methods]
+        if not methods or not all(words or other != value for words, other in zip(said, own, strict=True)):
+            continue
+        if all(said) and value != as_usual:
             where = "the warm-up" if phase == "warmup" else "all methods of config.compare"
             lines.append(f"{said[0].replace('config.fipa.', f'config.{phase}.')} (in {where})")
+        elif not all(said):
+            other = next(other for words, other in zip(said, own, strict=True) if not words)
+            where = f"write NAME:{field}={value} in config.compare"
+            lines.append(f"config.{path}: each method that reads it sets it itself, to {other!r}; {where}")
     return lines
 
 

@@ -98,8 +98,8 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     and `bytes_kept`, what its rule, its optimiser and its term keep from round to round.
 
     Where one client holds all examples nothing is sent. Of a sketch that is sent only the pairs that are kept count,
-    and its report; the gradient too where the rank adapts to it. Of a core its upper half, and of the basis the columns
-    in use, for the clients that have answered.
+    and its report; the gradient beside it where the rank adapts to it. Of a core its upper half, and of the basis the
+    columns in use, for the clients that have answered.
 
     Args:
       state, results, sketches: of a round, or their shapes.
@@ -116,7 +116,7 @@ def traffic_of(state: State, results: Any, sketches: Any, parts: Parts) -> Calla
     up += _bytes_of_updates(parts, results.delta)
     if isinstance(sketches, Sketch):
         report, pair = prices(sketches, parts.sketcher.bits)
-        up += parts.cohort * model if parts.sketcher.sends_gradient else 0
+        report += model if parts.sketcher.sends_gradient else 0
     elif isinstance(sketches, Core):
         shown, answered = _bytes_of_columns(parts, asked[0].shape[0], sketches.values.dtype.itemsize)
     else:

@@ -69,7 +69,7 @@ def descend(theta, slope, optimizer, n, lr, clip_norm=0.0, weight_decay=0.0):
 
 @functools.cache
 def local(term, optimizer="sgd", **options):
-    solver = {"lbfgs": second_order.lbfgs, "natural_gradient": second_order.natural_gradient}
+    solver = {"gradient": first_order.gradient} | second_order.LOCAL_SOLVERS
     if optimizer in solver:
         return solver[optimizer](LINEAR.loss, LINEAR.augment, term=term, **options)
     options = {"batch_size": 0, "steps": STEPS, "momentum": B} | options
@@ -144,11 +144,12 @@ def compiled(solver):
     return one
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "yogi", "natural_gradient"])
+@pytest.mark.parametrize("optimizer", ["adam", "yogi", "gradient", "natural_gradient"])
 @pytest.mark.parametrize("batch_size", [0, 4])
 def test_where_moves_are_in_units_of_their_own_the_control_is_the_first_gradient(x64, optimizer, batch_size):
-    """Option I; whatever the mini-batches, of all examples."""
-    options = {} if optimizer == "natural_gradient" else {"batch_size": batch_size, **REGULARISED}
+    """Option I; whatever the mini-batches, of all examples, and without the weight decay."""
+    whole = optimizer in ("gradient", "natural_gradient")
+    options = {"weight_decay": 0.1} if whole else {"batch_size": batch_size, **REGULARISED}
     sketch = Sketch(jnp.ones(1), jnp.eye(WIDTH)[:, :1], None)
     own, mean, theta = ({"w": jnp.asarray(draw.normal(size=WIDTH))} for _ in range(3))
     hyper = make_hyper()._replace(sketch=sketch)

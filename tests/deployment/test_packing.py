@@ -50,11 +50,12 @@ def test_in_float64_too():
 
 
 @pytest.mark.parametrize("bits", [0, 4, 8])
-@pytest.mark.parametrize("columns", [0, 1, 5, 8])
-def test_a_core_arrives_as_it_was_rounded(bits, columns):
+@pytest.mark.parametrize(("size", "columns"), [(8, 0), (8, 1), (8, 5), (8, 8), (60, 30), (60, 60)])
+def test_a_core_arrives_as_it_was_rounded(bits, size, columns):
+    """Of several blocks too, where columns that are not in use do not travel."""
     draw = np.random.default_rng(columns)
-    root = np.zeros([8, 8], np.float32)
-    root[:, :columns] = draw.normal(size=(8, columns)) * np.logspace(0, -3, columns)
+    root = np.zeros([size, size], np.float32)
+    root[:, :columns] = draw.normal(size=(size, columns)) * np.logspace(0, -3, columns)
     core = Core(root.T @ root)
     core = np.asarray(in_few_bits(jax.random.key(0), core, bits).values if bits else core.values)
     sent = packed({packing.CORE: core}, Bits(curvature=bits))

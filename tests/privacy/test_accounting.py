@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
 from fipa_jax.privacy import accounting
 from fipa_jax.privacy.accounting import Plan
@@ -104,6 +104,15 @@ def test_room_for_the_clients_that_sampling_draws():
     assert 20 < few < more < 100
 
 
+@pytest.mark.parametrize("epsilon", [1.0, 60.0, 200.0])
+def test_rounds_that_are_too_small_cost_a_share_of_delta(epsilon):
+    """(1 + e^epsilon) p T, p of the binomial distribution: or there is room for all."""
+    clients, rate, rounds, delta = 300, 0.02, 100, 1e-4
+    room = accounting.room_for(clients, rate, rounds, epsilon, delta)
+    log_cost = binom.logsf(room, clients, rate) + np.logaddexp(0, epsilon) + np.log(rounds)
+    assert room == clients or log_cost <= np.log(accounting.RESERVE * delta) + 1e-6
+
+
 @needs_dp
 def test_sampled_rounds_are_the_definition_and_compose():
     one = Plan(1.5, 1e-3, rate=0.3)
@@ -122,7 +131,7 @@ def test_the_accountant_of_sampled_rounds_is_above_the_closed_form_by_little():
     )
 
 
-@pytest.mark.parametrize("noise", [0.25, 0.01, 1e-4])
+@pytest.mark.parametrize("noise", [0.12, 0.01, 1e-4])
 def test_sampled_rounds_with_next_to_no_noise_have_a_bound_at_once(noise):
     """That of full participation; composing them took minutes at 0.1, and did not end at 0.01."""
     plan = Plan(noise, 1e-3, rate=0.05)
@@ -130,6 +139,13 @@ def test_sampled_rounds_with_next_to_no_noise_have_a_bound_at_once(noise):
     assert accounting.epsilon_of(plan, 100) == accounting.epsilon_of(plan._replace(rate=1.0), 100)
     if noise > 0.1:
         assert delta_by_quadrature(accounting.epsilon_of(plan, 1), noise, 0.05) < 1e-3
+
+
+@needs_dp
+@pytest.mark.slow
+def test_drawing_clients_helps_at_little_noise_too():
+    plan = Plan(0.2, 1e-3, rate=0.05)
+    assert accounting.epsilon_of(plan, 10) < accounting.epsilon_of(plan._replace(rate=1.0), 10) / 2
 
 
 @needs_dp

@@ -16,6 +16,7 @@ from fipa_jax.aggregate.aggregator import Needs
 from fipa_jax.aggregate.screening import REASONS
 from fipa_jax.client import terms
 from fipa_jax.client.local_solver import LocalResult
+from fipa_jax.config.methods import method
 from fipa_jax.curvature import sketch
 from fipa_jax.curvature.sketch import Sketcher
 from fipa_jax.federation import parts as parts_lib
@@ -250,6 +251,8 @@ def test_a_run_of_days_says_so_first_and_what_is_shorter(monkeypatch, caplog):
     least = estimate.least_operations(made, config.fipa)
     # Two clients with 8 examples, one epoch, layers of 1 x 3 and 3 x 1: forward 2 x 6, and twice as much backward.
     assert least == config.fipa.rounds * 2 * 8 * config.fipa.local.epochs * 3 * 2 * 6
+    in_one_pass = method(config, "fipa_memory:local.epochs=5")
+    assert estimate.least_operations(made, in_one_pass) == config.fipa.rounds * 2 * 8 * 3 * 2 * 6
     estimate.say_if_long(made, [config.fipa])
     days = least / 1e5 / jax.device_count() / 86400
     assert f"({days:.1f} days)" in caplog.text and "Shorter: a smaller one" in caplog.text

@@ -1,5 +1,6 @@
 """What does not fit together in a phase is one line that names the field; what is accepted takes a finite step."""
 
+import contextlib
 import functools
 import re
 
@@ -12,12 +13,13 @@ from helpers.runs import tiny
 
 from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
-from fipa_jax.config import command_line
+from fipa_jax.config import command_line, fields
+from fipa_jax.config.methods import method
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.models import networks
 from fipa_jax.run import experiment, phase_parts
 from fipa_jax.tasks import images, task
-from fipa_jax.tasks.task import Problem, head_only
+from fipa_jax.tasks.task import Problem, Task, head_only
 
 draw = np.random.default_rng(0)
 
@@ -324,3 +326,38 @@ def test_a_flag_that_no_method_reads_is_named(compare, flag, words, where):
     lines = phase_parts.unread(config, paths)
     assert len(lines) == bool(words)
     assert all(re.match(rf"config\.{path}: {words}.* \({where}\)$", line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("compare", "flag", "own"),
+    [
+        (("fipa_memory",), "fipa.local.lr=0.3", "1.0"),
+        (("fipa_span", "fipa_few_bytes"), "fipa.sketch.bits=4", "8"),
+        (("fipa_memory", "fipa_span"), "fipa.local.lr=0.3", "1.0"),  # which the second does not read
+        (("fedavg:local.lr=0.1",), "fipa.local.lr=0.3", "0.1"),
+        (("fipa_memory",), "fipa.local.views=True", "False"),  # as it is by default
+        (("fipa_memory", "fedavg"), "fipa.local.lr=0.3", ""),
+        (("fipa_memory",), "fipa.server.lr=1.0", ""),  # what the method says too
+    ],
+)
+def test_a_flag_that_every_method_overwrites_is_named(compare, flag, own):
+    config, (path, _, value) = fields_of(), flag.partition("=")
+    group, field = fields.find(config, path)
+    group[field] = fields.parse(value, group[field])
+    config.compare = compare
+    lines = phase_parts.unread(config, [path])
+    assert len(lines) == bool(own)
+    field = path.removeprefix("fipa.")
+    for line in lines:
+        where = f"write NAME:{field}={value} in config.compare"
+        assert line == f"config.{path}: each method that reads it sets it itself, to {own}; {where}"
+
+
+def test_a_step_that_is_judged_by_losses_is_not_of_random_views():
+    """Of tasks that have them."""
+    augmented = Task(init=None, outputs=None, loss=None, metrics=None, augment=lambda key, batch: batch)
+    config = fields_of(compare=(f"{TRUSTED}:local.optimizer=sgd",))
+    for views in (True, False):
+        settings = method(config, f"{config.compare[0]}:local.views={views}")
+        with contextlib.nullcontext() if not views else pytest.raises(ValueError, match=r"trust: with local\.views"):
+            phase_parts.make_parts(config, settings, augmented, num_clients=2)
