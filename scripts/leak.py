@@ -20,6 +20,7 @@ import ast
 import contextlib
 import runpy
 import sys
+from pathlib import Path
 
 from fipa_jax import config as config_lib
 
@@ -32,31 +33,43 @@ from jax.flatten_util import ravel_pytree  # noqa: E402
 
 from fipa_jax import trees  # noqa: E402
 from fipa_jax.aggregate.sums import nystrom  # noqa: E402
+from fipa_jax.config import command_line  # noqa: E402
 from fipa_jax.curvature import common_basis, products, sketch  # noqa: E402
 from fipa_jax.models.networks import Features  # noqa: E402
 from fipa_jax.privacy import leak  # noqa: E402
 from fipa_jax.run import experiment  # noqa: E402
 
 
+def at_least(low):
+    """The type of an argument: a whole number from `low` on."""
+
+    def number(text):
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"needs at least {low}, got {text}")
+        return int(text)
+
+    return number
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/digits.py")
     parser.add_argument("--set", nargs="*", default=[], help="fields of the config, such as model.widths=(32,)")
-    parser.add_argument("--examples", nargs="*", type=int, default=[1, 8, 32, 128], help="N of a client")
-    parser.add_argument("--client", type=int, default=-1, help="one of the config's own, instead")
-    parser.add_argument("--ranks", nargs="*", type=int, default=[10, 50])
-    parser.add_argument("--columns", type=int, default=50, help="s, of a common basis")
-    parser.add_argument("--cohort", type=int, default=10, help="clients in a sum")
+    parser.add_argument("--examples", nargs="+", type=at_least(1), default=[1, 8, 32, 128], help="N of a client")
+    parser.add_argument("--client", type=at_least(0), help="one of the config's own, instead")
+    parser.add_argument("--ranks", nargs="+", type=at_least(1), default=[10, 50])
+    parser.add_argument("--columns", type=at_least(1), default=50, help="s, of a common basis")
+    parser.add_argument("--cohort", type=at_least(2), default=10, help="clients in a sum")
     parser.add_argument("--noise", type=float, default=1.0, help="noise multiplier of the noisy messages")
-    parser.add_argument("--draws", type=int, default=3, help="of the clients")
-    parser.add_argument("--layer", type=int, default=0, help="which dense layer, the first is 0")
+    parser.add_argument("--draws", type=at_least(1), default=3, help="of the clients")
+    parser.add_argument("--layer", type=at_least(0), default=0, help="which dense layer, the first is 0")
     parser.add_argument("--picture", default="", help="file for true and rebuilt images, such as leak.png")
     args = parser.parse_args()
     try:
         with jax.enable_x64(True):
             report(args)
-    except (ValueError, KeyError) as error:
-        sys.exit(f"error: {error.args[0]}")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        sys.exit(f"error: {error if isinstance(error, OSError) else error.args[0]}")
 
 
 def report(args) -> None:
@@ -64,9 +77,9 @@ def report(args) -> None:
     attack = Attack(args)
     print(f"{args.config}: {attack.described}")
     print(f"{'N':>5}  {'message':<28}{'inputs':>8}{'error':>10}{'member':>8}{'labels':>8}{'exposure':>10}")
-    sizes = [0] if args.client >= 0 else args.examples
+    sizes = args.examples if args.client is None else [0]
     for size in sizes:
-        draws = [attack.of_client(size, draw) for draw in range(args.draws if args.client < 0 else 1)]
+        draws = [attack.of_client(size, draw) for draw in range(args.draws if args.client is None else 1)]
         for message in draws[0]:
             values = np.array([draw[message] for draw in draws], float)
             shown = [np.nan if np.all(np.isnan(column)) else np.nanmean(column) for column in values.T]
@@ -83,6 +96,7 @@ def report(args) -> None:
         attack.draw(args.picture)
 
 
+OTHERS = 128  # examples at most that are not the client's, to tell its own from
 WORDS = """
 What this means: where `inputs` is near 100 %, whoever reads that message has the examples themselves, and no rounding
 to bfloat16 helps. Where `member` is near 1 it can be told whether a known example is among the client's. A secure sum
@@ -95,7 +109,7 @@ class Attack:
 
     def __init__(self, args):
         file, _, variant = args.config.partition(":")
-        config = runpy.run_path(file)["get_config"](*([variant] if variant else []))
+        config = runpy.run_path(str(command_line.config_file(file)))["get_config"](*([variant] if variant else []))
         for given in args.set:
             path, _, value = given.partition("=")
             with contextlib.suppress(SyntaxError, ValueError):  # then it is a string
@@ -108,6 +122,7 @@ class Attack:
         self.outputs = lambda params, batch: task.outputs(params, batch)[0]
         self.last = lambda batch: task.outputs(self.params, batch)[1]
         self.train = {name: np.asarray(field) for name, field in self.built.problem.train.items()}
+        self.check(args)
         layers = leak.dense_layers(self.params)
         if args.layer >= len(layers):
             raise SystemExit(f"--layer: the model has {len(layers)} dense layers")
@@ -119,6 +134,16 @@ class Attack:
         self.pairs = jax.jit(self._pairs, static_argnums=0)
         self.image = jax.jit(common_basis.make_image(self.outputs, self.loss))
         self.slope = jax.jit(products.make_gradient(self.outputs, self.loss))
+
+    def check(self, args):
+        """Refuses what this config's data cannot show, and a picture that could not be saved in the end."""
+        total, clients = len(next(iter(self.train.values()))), len(self.built.problem.clients)
+        if args.client is None and max(args.examples) > total - OTHERS:
+            raise ValueError(f"--examples: the config has {total}, {OTHERS} of them for others, got {args.examples}")
+        if args.client is not None and args.client >= clients:
+            raise ValueError(f"--client: the config has {clients} clients, from 0 on, got {args.client}")
+        if args.picture and not Path(args.picture).absolute().parent.is_dir():
+            raise ValueError(f"--picture: there is no folder {Path(args.picture).absolute().parent}")
 
     def _pairs(self, rank, batch):
         of_client = sketch.make_sketch(self.outputs, self.loss, rank=rank, solver="auto", probes=0, tolerance=1e-9)
@@ -132,7 +157,7 @@ class Attack:
         self.size = len(own) if own is not None else size
         order = random.permutation(np.setdiff1d(np.arange(total), own) if own is not None else total)
         own, rest = (own, order) if own is not None else (order[:size], order[size:])
-        others, cohort = rest[:128], rest[128 : 128 + (args.cohort - 1) * self.size]
+        others, cohort = rest[:OTHERS], rest[OTHERS : OTHERS + (args.cohort - 1) * self.size]
         batch, outside = ({k: jnp.asarray(v[i]) for k, v in self.train.items()} for i in (own, others))
         truth = leak.layer_inputs(self.outputs, self.params, batch, self.layer)
         self.seen = batch, outside, truth
@@ -153,9 +178,11 @@ class Attack:
         noisy = one + self.noise(one, random)
         found["the same with noise"] = self.by_sum(noisy, basis, hidden, self.size)
         if len(cohort):
+            whole = len(cohort) == (args.cohort - 1) * self.size  # else the config has no more
+            name = f"sum over {args.cohort} clients" if whole else f"sum over {len(own) + len(cohort)} examples"
             many = {k: jnp.asarray(v[np.concatenate([own, cohort])]) for k, v in self.train.items()}
             everyone = np.asarray(self.image(self.params, many, None, jnp.asarray(basis)).values)
-            found[f"sum over {args.cohort} clients"] = self.by_sum(everyone, basis, update, args.cohort * self.size)
+            found[name] = self.by_sum(everyone, basis, update, len(own) + len(cohort))
         return found
 
     def noise(self, message, random) -> np.ndarray:

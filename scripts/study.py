@@ -78,6 +78,9 @@ def conduct(name: str, study, args) -> int:
     size = "debug" if args.debug else args.size
     folder = args.runs.absolute() / ("debug" if args.debug else "")
     found = results(name, study, args, running.Options(size, tuple(args.seeds), args.data_dir, folder, args.fresh))
+    if not found.made:  # the page may have figures of earlier ones
+        words = "; ".join(found.missing) or "name their folder by --runs"
+        raise ValueError(f"no run of {name} is done in {folder}, so that its page stays as it is: {words}")
     shown = [name, *(["--debug"] if args.debug else ["--size=reduced"] if size == "reduced" else [])]
     shown += ["--seeds", *map(str, args.seeds)] if args.seeds else []
     shown += ["--data-dir=DIR"] if study.data else []

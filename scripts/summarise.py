@@ -11,9 +11,11 @@ python scripts/summarise.py runs/sine-* --plot=sine.svg --metric=test_mse
 import argparse
 import json
 import math
-import statistics
 import sys
+from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 from fipa_jax.reporting import curves, metrics
 from fipa_jax.saving.provenance import differences
@@ -36,7 +38,11 @@ def main():
     parser.add_argument("--training", action="store_true", help="draw the clients' own training figures too, dotted")
     parser.add_argument("--width", type=float, default=7.2, help="of the picture in inches; 7.2 are about 700 pixels")
     args = parser.parse_args()
-    values, seeds = {}, []
+    if args.last < 1:
+        sys.exit(f"error: --last: needs at least 1, got {args.last}")
+    if len({workdir.resolve() for workdir in args.workdirs}) < len(args.workdirs):
+        sys.exit("error: a folder is given twice, and would count as two runs")
+    values, seeds, rounds = {}, [], {}
     for workdir in args.workdirs:
         try:
             rows = metrics.read(workdir / "metrics.jsonl")
@@ -47,19 +53,23 @@ def main():
         for cost in metrics.COSTS:
             rows = metrics.within(rows, getattr(args, cost), cost)
         seeds.append(curves.start_of(workdir) + rows)
+        for run, number in Counter(row["run"] for row in rows).items():
+            rounds.setdefault(run, {})[str(workdir)] = number
         for (run, name), series in metrics.series(rows).items():
             if name.startswith(tuple(args.figures.split(","))):
-                values.setdefault((run, name), []).append(
-                    statistics.fmean(math.nan if x is None else x for x in series[-args.last :])
-                )
+                last = [math.nan if x is None else x for x in series[-args.last :]]
+                values.setdefault((run, name), []).append(float(np.mean(last)))
+    if not values:
+        sys.exit(f"error: --figures: no row has a figure that begins with one of {args.figures!r}")
     warn_of_other_configs(args.workdirs)
+    warn_of_other_lengths(rounds)
     if args.plot:
         draw(seeds, args)
     width, wide = max((len(run) for run, _ in values), default=0), max([20, *(len(name) + 1 for _, name in values)])
     print(f"{'method':{width}}  {'figure':{wide}}{'median':>11}{'mean':>11}{'std':>11}{'worst':>11}  runs")
     for (run, name), found in values.items():
-        worst = min(found) if metrics.direction(name) > 0 else max(found)
-        figures = statistics.median(found), statistics.fmean(found), statistics.pstdev(found), worst
+        worst = np.min(found) if metrics.direction(name) > 0 else np.max(found)  # NaN, of a run that diverged, is worst
+        figures = np.median(found), np.mean(found), np.std(found), worst
         print(f"{run:{width}}  {name:{wide}}" + "".join(f"{figure:11.5g}" for figure in figures) + f"{len(found):6}")
 
 
@@ -83,6 +93,14 @@ def warn_of_other_configs(workdirs):
     differ = {line.partition(":")[0] for line in lines}
     if differ := sorted(name for name in differ if not name.endswith("seed")):
         print(f"warning: the runs differ in more than their seeds: {', '.join(differ)}", file=sys.stderr)
+
+
+def warn_of_other_lengths(rounds):
+    """Says of which method the runs differ in length, {run: {work directory: its rounds}}, as where one was stopped."""
+    for run, numbers in rounds.items():
+        if len(set(numbers.values())) > 1:
+            words = ", ".join(f"{number} in {workdir}" for workdir, number in numbers.items())
+            print(f"warning: the runs of {run!r} differ in their rounds: {words}", file=sys.stderr)
 
 
 def run_of(row):

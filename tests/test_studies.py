@@ -244,12 +244,13 @@ def test_panels_fill_even_rows(number, across, down, tmp_path, evidence, monkeyp
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path):
-    """Of `--only`; the page is written even so, with what is done."""
-    (tmp_path / "results").mkdir()
+    """Of `--only`; without any run that is done the page, which may have figures of earlier ones, stays as it is."""
+    (page := tmp_path / "results" / "sine.md").parent.mkdir()
+    page.write_text("# Sine\n\nFigures of last year.\n")
     given = ["sine", "--only", "fipaa", "--write", f"--runs={tmp_path}", f"--docs={tmp_path}"]
     done = subprocess.run([sys.executable, ROOT / "scripts" / "study.py", *given], capture_output=True, text=True)
-    assert done.returncode == 1 and "fipaa: there is no such run" in done.stderr
-    assert "Not run yet" in (tmp_path / "results" / "sine.md").read_text()
+    assert done.returncode == 1 and "fipaa: there is no such run" in done.stderr and "stays as it is" in done.stderr
+    assert page.read_text() == "# Sine\n\nFigures of last year.\n"
 
 
 def test_a_command_is_written_without_this_machines_folders(evidence):

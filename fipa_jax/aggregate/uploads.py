@@ -65,8 +65,9 @@ def fitting(uploads: Uploads, params: Any) -> Uploads:
         sketch = _fitting_layers(uploads.sketch, clients, params)
     else:
         sketch = _checked(uploads.sketch, clients, sum(np.size(leaf) for leaf in jax.tree.leaves(params)))
-    counts = jnp.asarray(uploads.num_examples)
-    numbers["num_examples"] = counts.astype(jnp.promote_types(counts.dtype, jnp.float32))
+    counts = uploads.num_examples if isinstance(uploads.num_examples, jax.Array) else np.asarray(uploads.num_examples)
+    wide = jnp.promote_types(jax.dtypes.canonicalize_dtype(counts.dtype), jnp.float32)
+    numbers["num_examples"] = jnp.asarray(counts.astype(wide))  # before jax, without x64, cuts 64 bits to 32
     return Uploads(delta=delta, sketch=sketch, moved=moved, **trees.widened(numbers))
 
 

@@ -141,7 +141,7 @@ def check_budget(budget: float) -> None:
 
 
 def pairs_bought(sketch: Sketch, budget: float, bits: int) -> int:
-    """The whole pairs that `budget` bytes of one client buy, of its sketch or stacked ones; one at least.
+    """The whole pairs that `budget` bytes of one client buy, of its sketch or stacked ones: from one to all.
 
     Raises:
       ValueError: there is nothing left beside the report.
@@ -149,7 +149,7 @@ def pairs_bought(sketch: Sketch, budget: float, bits: int) -> int:
     report, pair = prices(sketch, bits)
     if budget <= report:
         raise ValueError(f"sketch.budget: {budget:g} bytes, of which a client's report alone takes {report}")
-    return int(max((budget - report) // pair, 1))
+    return int(min(max((budget - report) // pair, 1), sketch.eigenvalues.shape[-1]))
 
 
 def prices(sketch: Sketch, bits: int) -> tuple[int, int]:

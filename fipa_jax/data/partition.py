@@ -291,8 +291,8 @@ def sizes(clients: Sequence[np.ndarray]) -> np.ndarray:
     if not len(clients) or num_examples.min() == 0:
         empty = np.flatnonzero(num_examples == 0).tolist()
         raise ValueError(
-            f"every client needs an example, but of {len(clients)} clients these have none: {empty}; lower "
-            f"config.partition.num_clients or choose another config.partition.name"
+            f"every client needs an example, but of {len(clients)} clients these have none: {empty}; where "
+            f"config.partition deals them out, lower its num_clients or choose another name"
         )
     return num_examples
 

@@ -64,6 +64,7 @@ class Agreement(NamedTuple):
     late: int  # rounds after which an answer may still come in; 0 where only those of this round count
     bits: Bits  # in how many bits entries travel
     like: Any  # shapes of a client's (upload, training loss)
+    example: Any  # shapes of one example, {field: [...]}
     said: Any  # shapes of what the server says beside the parameters, see `said_of`
     fingerprint: str
 
@@ -152,7 +153,9 @@ def agree(
         mark = fingerprint_of(parts, params, worked_by(config, settings))
         said = jax.eval_shape(lambda params: said_of(parts, first_rule(parts, params)), params)
         steering = settings.rounds, store_on_host(config, parts, params), settings.max_skips, late
-        draft = Agreement(spec, parts, rates, params, root, *steering, _bits_of(settings), None, said, mark)
+        draft = Agreement(
+            spec, parts, rates, params, root, *steering, _bits_of(settings), None, _one_of(example), said, mark
+        )
         return draft._replace(like=_shapes(draft, example))
 
 
@@ -303,6 +306,11 @@ def first_store(agreement: Agreement, params: Any) -> Any:
 def first_rule(parts: Parts, params: Any) -> Any:
     """The state of the rule before the first round."""
     return parts.aggregator.init(trees.widened(trees.select(params, parts.trainable)))
+
+
+def _one_of(example: Mapping[str, Any]) -> dict:
+    """The shapes of one example of {field: [N, ...]}."""
+    return {name: jax.ShapeDtypeStruct(np.shape(field)[1:], field.dtype) for name, field in example.items()}
 
 
 def _shapes(draft: Agreement, example: Mapping[str, Any]) -> tuple[Uploads, Any]:

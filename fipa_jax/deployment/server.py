@@ -218,12 +218,12 @@ class Server:
           seconds: {name: seconds} of the transport, for the row.
 
         Raises:
-          ValueError: there are more clients than the agreement has room for.
+          ValueError: there are more clients than the agreement has room for, or one is no number.
           OSError, saving.signals.Stopped: of the journal.
           run.loop.Stalled: too many rounds in a row were skipped.
         """
-        if len(sent) > self.slots:
-            raise ValueError(f"sent: needed at most {self.slots} clients, got {len(sent)}")
+        if len(sent) > self.slots or not all(isinstance(client, int) for client in sent):
+            raise ValueError(f"sent: needed at most {self.slots} clients, got {len(sent)}, or integers, got {[*sent]}")
         start = time.perf_counter()
         down = self._down if self._down or self.agreement.in_turns else len(self.broadcast()) * len(sent)
         with self.agreement.precision():
@@ -235,8 +235,8 @@ class Server:
             self._state, info = keep(self._state, seen, uploads.ids), jax.device_get(info)
             own = {"seconds_read": reading - start, "seconds_aggregate": time.perf_counter() - reading}
             figures = self._figures_of(self._state)
-        traffic = {"bytes_down": down, "bytes_up": sum(len(blob or b"") for blob in sent.values())}
-        self._write(figures | console.figures(info) | traffic | own | dict(seconds or {}))
+        up = sum(len(blob) for blob in sent.values() if isinstance(blob, bytes | bytearray))
+        self._write(figures | console.figures(info) | {"bytes_down": down, "bytes_up": up} | own | dict(seconds or {}))
         return info
 
     def _read(self, sent: Sent) -> tuple[Uploads, np.ndarray, np.ndarray]:
@@ -262,8 +262,8 @@ class Server:
 
     def _one(self, client: int, blob: bytes | None) -> tuple[Uploads, float, int]:
         """(the upload, its training loss, its age) of one client's bytes; raises `Malformed` where they do not do."""
-        if blob is None:
-            raise wire.Malformed("it has not answered")
+        if not isinstance(blob, bytes | bytearray):
+            raise wire.Malformed("it has not answered" if blob is None else f"needed bytes, got {type(blob).__name__}")
         if not 0 <= client < self.agreement.parts.num_clients:
             raise wire.Malformed(f"it is none of the {self.agreement.parts.num_clients} clients")
         message = wire.expect(blob, "upload", self.agreement.fingerprint)

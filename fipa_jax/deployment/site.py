@@ -60,19 +60,20 @@ class Site:
         anew; "" for none.
 
     Raises:
-      ValueError: there is no such client, or fields differ in their lengths; the file is damaged, or of another client,
-        method or model.
+      ValueError: there is no such client; fields differ in their lengths, or from the example that was agreed on; the
+        file is damaged, or of another client, method or model.
       FileNotFoundError: the file's folder is not there.
     """
 
     def __init__(
         self, agreement: Agreement, client: int, data: Mapping[str, Any], width: int = 0, memory: str | Path = ""
     ):
-        if not 0 <= client < agreement.parts.num_clients:
+        if not isinstance(client, int | np.integer) or not 0 <= client < agreement.parts.num_clients:
             raise ValueError(f"client: needed 0 to {agreement.parts.num_clients - 1}, got {client}")
         lengths = {len(field) for field in data.values()}
         if len(lengths) != 1 or not all(lengths):
             raise ValueError(f"data: needed as many examples in each field, one at least, got {sorted(lengths)}")
+        _check_fields(data, agreement.example)
         self._agreement, self._client, (number,) = agreement, client, lengths
         indices = np.zeros([1, max(width, number)], np.int32)
         indices[0, :number] = np.arange(number)
@@ -179,6 +180,20 @@ class Site:
         except ValueError as error:
             raise wire.Malformed(f"its arrays: {error}") from None
         return due, run, trees.replace(agreement.params, got["params"]), (got["told"], got["asked"])
+
+
+def _check_fields(data: Mapping[str, Any], example: Mapping[str, Any]) -> None:
+    """Refuses examples that are not as one that was agreed on: a loss of other shapes may well be a number."""
+    for name, form in example.items():
+        if name not in data:
+            raise ValueError(f"data: needed a field {name!r}, as in the example that was agreed on, got {sorted(data)}")
+        got, numbers = np.asarray(data[name]), (np.integer, np.floating)
+        alike = any(np.issubdtype(got.dtype, kind) and np.issubdtype(form.dtype, kind) for kind in numbers)
+        if got.shape[1:] != form.shape or not (alike or got.dtype == form.dtype):
+            raise ValueError(
+                f"data: needed {form.dtype} of shape {('N', *form.shape)} in {name!r}, as in the example that was "
+                f"agreed on, got {got.dtype} of {got.shape}"
+            )
 
 
 def arrays_of(one: Uploads, loss: Any) -> dict[str, np.ndarray]:

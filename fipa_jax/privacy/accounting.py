@@ -81,10 +81,12 @@ def epsilon_of(plan: Plan, rounds: int) -> float:
       epsilon_of(Plan(noise=3.0, delta=1e-3), 10)  # 3.350
 
     Raises:
-      ValueError: the noise, what is released besides or the rounds are negative or NaN.
+      ValueError: the noise, what is released besides or the rounds are negative or NaN; the rate is not in (0, 1], or
+        delta not in (0, 1).
       ImportError: clients are sampled, and dp-accounting is not installed.
     """
-    contracts.at_least(0, **{"plan.noise": plan.noise, "plan.released": plan.released, "rounds": rounds})
+    _check(plan, rounds)
+    contracts.at_least(0, **{"plan.noise": plan.noise})
     if rounds and not plan.noise:
         return math.inf
     if plan.rate == 1 or plan.noise < LEAST_NOISE:
@@ -100,9 +102,12 @@ def noise_for(epsilon: float, rounds: int, plan: Plan) -> float:
       plan: with all but its noise.
 
     Raises:
-      ValueError: what is released besides is too much alone.
+      ValueError: what is released besides is too much alone; epsilon is no finite number above 0, or see `epsilon_of`.
       ImportError: see `epsilon_of`.
     """
+    _check(plan, rounds)
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon: needed a finite number above 0, got {epsilon}")
     mu = mu_for(epsilon, plan.delta)
     if plan.released >= mu:
         raise ValueError(f"privacy.epsilon: what is released besides the rounds spends all of {epsilon} by itself")
@@ -115,6 +120,16 @@ def noise_for(epsilon: float, rounds: int, plan: Plan) -> float:
 
     least = max(everybody * plan.rate, LEAST_NOISE)
     return math.exp(_least(enough, math.log(min(least, everybody)), math.log(everybody), COARSE))
+
+
+def _check(plan: Plan, rounds: int) -> None:
+    """Refuses, with a ValueError, what is no plan, whatever its noise, or no number of rounds."""
+    contracts.at_least(0, **{"plan.released": plan.released, "rounds": rounds})
+    for name, value, held in (("delta", plan.delta, 0 < plan.delta < 1), ("rate", plan.rate, 0 < plan.rate <= 1)):
+        if not held:
+            raise ValueError(
+                f"plan.{name}: needed a number above 0 and {'below' if name == 'delta' else 'at most'} 1, got {value}"
+            )
 
 
 def mu_for(epsilon: float, delta: float) -> float:

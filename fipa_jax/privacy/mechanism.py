@@ -64,7 +64,13 @@ def noisy_sum(
 
     Returns:
       The sum in the rows' dtype, to which it is rounded at the end: clips, sum and noise are of float32 at least.
+
+    Raises:
+      ValueError: shapes do not fit; the bound or the noise, where it is not traced, is negative or NaN.
     """
+    if rows.ndim != 2 or present.shape != rows.shape[:1]:
+        raise ValueError(f"rows: needed shape [C, P] and present [C], got {rows.shape} and {present.shape}")
+    contracts.at_least(0, bound=bound, noise=noise)
     wide = trees.widened(rows)
     kept = trees.zero_unless(present, jax.vmap(clipped, in_axes=(0, None))(wide, bound))
     total = jnp.sum(kept, axis=0) + noise * bound * jax.random.normal(key, wide.shape[1:], wide.dtype)
@@ -112,6 +118,8 @@ def svec(matrix: jax.Array) -> jax.Array:
     So white noise on the vector is noise of the Gaussian orthogonal ensemble on the matrix: of variance sigma^2 on the
     diagonal and sigma^2 / 2 above it (Dwork et al. 2014, "Analyze Gauss").
     """
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"matrix: needed shape [s, s], got {matrix.shape}")
     rows, columns = jnp.triu_indices(matrix.shape[0])
     return matrix[rows, columns] * jnp.where(rows == columns, 1.0, math.sqrt(2)).astype(matrix.dtype)
 
@@ -119,6 +127,8 @@ def svec(matrix: jax.Array) -> jax.Array:
 def smat(vector: jax.Array, size: int) -> jax.Array:
     """The symmetric matrix [s, s] whose `svec` is the vector."""
     rows, columns = jnp.triu_indices(size)
+    if vector.shape != rows.shape:
+        raise ValueError(f"vector: needed shape {rows.shape}, of a matrix of {size} rows, got {vector.shape}")
     entries = vector / jnp.where(rows == columns, 1.0, math.sqrt(2)).astype(vector.dtype)
     upper = jnp.zeros([size, size], vector.dtype).at[rows, columns].set(entries)
     return upper + upper.T - jnp.diag(jnp.diag(upper))

@@ -15,6 +15,7 @@ from fipa_jax import files, trees
 from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
 from fipa_jax.config.checks import validate
+from fipa_jax.curvature import contracts
 from fipa_jax.data import partition
 from fipa_jax.federation.parallel import make_mesh, replicate
 from fipa_jax.federation.parts import Parts, model_of, trained_of
@@ -59,10 +60,13 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
         )
     phase_parts.check(config)  # before data are loaded, which may take long
     plots.check()  # its absence must show now
-    problem, people = personal_stage.set_apart(problem or tasks.build(config), config.personal, config.seed)
+    problem, root = problem or tasks.build(config), jax.random.key(config.seed)
+    params = first_params(config, problem.task, root)
+    tasks.check(problem, params)
+    problem, people = personal_stage.set_apart(problem, config.personal, config.seed)
     phase_checks.check_cohort(config, len(problem.clients))
     partition.sizes(problem.clients)  # which looks for clients without examples
-    mesh, root = make_mesh(config.devices), jax.random.key(config.seed)
+    mesh = make_mesh(config.devices)
 
     def on_device(tree):
         return replicate(jax.tree.map(np.asarray, tree), mesh)
@@ -73,7 +77,7 @@ def build(config: ConfigDict, problem: tasks.Problem | None = None) -> Experimen
         population=_population(config, problem, on_device),
         people=people,
         held={prefix: on_device(data) for prefix, data in _held(problem).items()},
-        params=first_params(config, problem.task, root),
+        params=params,
         evaluate=jax.jit(metrics.make_evaluate(problem.task, config.eval.batch_size, mesh)),
         evaluate_drawn=jax.jit(metrics.make_evaluate(averaged(problem.task), config.eval.batch_size, mesh)),
         compiled={},
@@ -105,7 +109,7 @@ def _population(config: ConfigDict, problem: tasks.Problem, on_device: Callable)
 def first_params(config: ConfigDict, task: tasks.Task, root: jax.Array) -> Any:
     """The parameters that the run starts from: drawn, or those of `config.init_from`, all or `config.init_paths`."""
     params = jax.jit(task.init)(jax.random.fold_in(root, 2**31))  # op by op it would compile each alone
-    params = jax.tree.map(lambda leaf: leaf.astype(config.precision), params)
+    params = jax.tree.map(lambda leaf: leaf.astype(config.precision), contracts.floating(params, "task.init"))
     if not config.init_from:
         return params
     try:

@@ -1,5 +1,5 @@
 """What is learned? The `Task` record, and the tasks known by name."""
 
-from fipa_jax.tasks.task import TASKS, Problem, Task, build, head_only
+from fipa_jax.tasks.task import TASKS, Problem, Task, build, check, head_only
 
-__all__ = ["TASKS", "Problem", "Task", "build", "head_only"]
+__all__ = ["TASKS", "Problem", "Task", "build", "check", "head_only"]

@@ -88,6 +88,56 @@ class Problem(NamedTuple):
     public: dict | None = None  # examples that are no client's, in the fields of `train`; their labels mean nothing
 
 
+def check(problem: Problem, params: Any) -> None:
+    """Refuses a problem whose data, owners and functions do not fit together, before anything is trained on it.
+
+    Args:
+      problem: one of this package's, or of a user's own.
+      params: the model's.
+
+    Raises:
+      ValueError: names the part of the problem, what was needed and what arrived.
+    """
+    sets = {"train": problem.train, "test": problem.test} | ({"holdout": problem.holdout} if problem.holdout else {})
+    for name, data in sets.items():
+        try:
+            contracts.num_examples(data)
+        except ValueError as error:
+            raise ValueError(str(error).replace("batch:", f"problem.{name}:", 1)) from None
+    _check_owners("clients", problem.clients, "train", contracts.num_examples(problem.train))
+    if problem.test_clients is not None:
+        _check_owners("test_clients", problem.test_clients, "test", contracts.num_examples(problem.test))
+    task = problem.task
+    few = {name: jax.ShapeDtypeStruct((2, *field.shape[1:]), field.dtype) for name, field in problem.train.items()}
+    made = jax.eval_shape(task.outputs, params, few)
+    if not (isinstance(made, tuple) and len(made) == 2):
+        raise ValueError(
+            "task.outputs: needed a pair (outputs [B, ..., K], features), with () for no features, got "
+            f"{contracts.kind(made)}"
+        )
+    for name, value in jax.eval_shape(task.metrics, made[0], few).items():
+        if value.shape[:1] != (2,):
+            raise ValueError(
+                f"task.metrics: needed an axis of examples, [B, ...], of {name!r}, got {value.shape} of two"
+            )
+
+
+def _check_owners(name: str, clients: Sequence[np.ndarray], of: str, number: int) -> None:
+    """Refuses owners whose examples are no places of `number` examples."""
+    owned = [np.asarray(own) for own in clients]
+    for client, own in enumerate(owned):
+        if own.ndim != 1 or (own.size and own.dtype.kind not in "iu"):
+            raise ValueError(
+                f"problem.{name}: needed the indices of a client's examples in `{of}`, integers [N_m], got "
+                f"{contracts.kind(own)} for client {client}; of a mask take np.flatnonzero(mask)"
+            )
+        if own.size and not (own.min() >= 0 and own.max() < number):
+            raise ValueError(
+                f"problem.{name}: `{of}` has the examples 0 to {number - 1}, and client {client} those from "
+                f"{own.min()} to {own.max()}"
+            )
+
+
 TASKS = {  # name in `config.task.name` -> the module whose `build(config)` makes its problem
     "sine": "fipa_jax.tasks.regression",
     "gaussians_2d": "fipa_jax.tasks.regression",

@@ -127,6 +127,7 @@ def test_the_pairs_above_the_level_are_sent_and_at_first_as_many_as_the_bytes_bu
         np.testing.assert_array_equal(got.basis, np.where(kept, whole.basis, 0))
     assert np.count_nonzero(sent(0.0, pair).eigenvalues) == 1
     assert np.count_nonzero(sent(0.0, 1).eigenvalues) == 1, "a level needs one"
+    assert np.count_nonzero(sent(0.0, 1e15).eigenvalues) == 3, "there are no more"
     report = curvature.Report(jnp.zeros(3, np.float32), *[jnp.ones([], np.float32)] * 4, {})
     whole = whole._replace(report=report)
     sketcher = curvature.Sketcher(lambda outputs, params, key, batch, mask: whole)

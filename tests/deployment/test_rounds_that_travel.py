@@ -216,8 +216,16 @@ def test_clients_may_come_in_any_order_and_strangers_count_for_nothing(federatio
     absent, _ = after(federation, {client: uploads[client] for client in (0, 2)})
     state, wrong = after(federation, {0: uploads[0], 2: uploads[2], 7: about(uploads[1], client=7)})
     assert state == absent and "none of the 3 clients" in wrong[7]
-    with pytest.raises(ValueError, match="at most 3 clients, got 4"):
-        federation.server().round({**uploads, 7: None})
+    server = federation.server()
+    for sent, words in (
+        ({**uploads, 7: None}, "at most 3 clients, got 4"),
+        ({"0": uploads[0]}, r"integers, got \['0'\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            server.round(sent)
+    assert server.number == 0
+    state, wrong = after(federation, {0: uploads[0], 1: 12, 2: uploads[2]})
+    assert state == absent and wrong == {1: "needed bytes, got int"}
 
 
 def test_a_round_of_nobody_changes_nothing_but_its_number(federation):
@@ -253,6 +261,14 @@ def test_sites_say_what_is_wrong_with_them(federation):
         Site(federation.agreement, 3, federation.data(0))
     with pytest.raises(ValueError, match="as many examples in each field"):
         Site(federation.agreement, 0, {"x": np.zeros([2, 1]), "y": np.zeros([3, 1])})
+    for data, words in (
+        ({"x": np.zeros([2, 1])}, "needed a field 'y'"),
+        ({"x": np.zeros([2, 1]), "y": np.zeros(2)}, r"shape \('N', 1\) in 'y', .* got float64 of \(2,\)"),
+        ({"x": np.zeros([2, 3]), "y": np.zeros([2, 1])}, r"in 'x', .* got float64 of \(2, 3\)"),
+        ({"x": np.zeros([2, 1]), "y": np.zeros([2, 1], int)}, "in 'y', .* got int64"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Site(federation.agreement, 0, data)
 
 
 def test_a_warm_site_answers_as_a_cold_one(federation, uploads):

@@ -104,6 +104,28 @@ def test_room_for_the_clients_that_sampling_draws():
     assert 20 < few < more < 100
 
 
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (Plan(0.1, 1e-3, rate=-0.1), "plan.rate"),
+        (Plan(0.1, 1e-3, rate=2.0), "plan.rate"),
+        (Plan(3.0, 1e-3, rate=math.nan), "plan.rate"),
+        (Plan(3.0, 1.5), "plan.delta"),
+        (Plan(3.0, 0.0), "plan.delta"),
+    ],
+)
+def test_what_is_no_plan_is_refused_whatever_its_noise(plan, words):
+    for call in (lambda: accounting.epsilon_of(plan, 10), lambda: accounting.noise_for(8.0, 10, plan)):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("epsilon", [-1.0, 0.0, math.nan, math.inf])
+def test_noise_is_found_for_a_finite_epsilon_alone(epsilon):
+    with pytest.raises(ValueError, match="epsilon: needed a finite number above 0"):
+        accounting.noise_for(epsilon, 20, Plan(0.0, 1e-3))
+
+
 @pytest.mark.parametrize("epsilon", [1.0, 60.0, 200.0])
 def test_rounds_that_are_too_small_cost_a_share_of_delta(epsilon):
     """(1 + e^epsilon) p T, p of the binomial distribution: or there is room for all."""

@@ -17,6 +17,26 @@ NUMBERS = st.one_of(
 CLIP = jax.jit(mechanism.clipped)
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: mechanism.smat(jnp.ones(1), 3), r"vector: needed shape \(6,\)"),
+        (lambda: mechanism.svec(jnp.ones([2, 3])), r"matrix: needed shape \[s, s\]"),
+        (lambda: noisy_sum(present=jnp.ones(1, bool)), r"rows: needed shape \[C, P\] and present \[C\]"),
+        (lambda: noisy_sum(bound=-1.0), "bound: "),
+        (lambda: noisy_sum(noise=-1.0), "noise: "),
+    ],
+)
+def test_what_would_be_another_sum_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def noisy_sum(**changes):
+    given = {"rows": jnp.ones([4, 3]), "present": jnp.ones(4, bool), "bound": 1.0, "noise": 1.0}
+    return mechanism.noisy_sum(jax.random.key(0), **given | changes)
+
+
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(NUMBERS, min_size=SIZE, max_size=SIZE), st.sampled_from([1e-3, 0.3, 1.0, 50.0]))
 def test_no_vector_is_longer_than_the_bound_once_it_is_clipped(entries, bound):

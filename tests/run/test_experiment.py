@@ -320,6 +320,39 @@ def test_a_set_without_examples_is_refused_before_a_round(name):
         experiment.build(config, problem._replace(**{name: nothing}))
 
 
+def misfits(problem):
+    """{what is wrong: (problem, the error)}"""
+    number, made = len(problem.train["x"]), problem.task
+    mask = np.arange(number) < number // 2
+    out = made.outputs
+    yield "masks", problem._replace(clients=[mask, ~mask]), "clients: needed the indices .* got bool .* of a mask take"
+    yield (
+        "beyond",
+        problem._replace(clients=[np.arange(number + 1)]),
+        rf"clients: `train` has the examples 0 to {number - 1}",
+    )
+    yield "padding", problem._replace(clients=[np.array([0, -1])]), "clients: `train` has .* those from -1 to 0"
+    yield "floats", problem._replace(clients=[np.array([0.0, 1.0])]), "clients: needed the indices .* got float64"
+    yield "of tests", problem._replace(test_clients=[np.array([10**6])]), "test_clients: `test` has the examples"
+    yield "no test", problem._replace(test=None), "problem.test: needed"
+    uneven = {**problem.train, "y": problem.train["y"][1:]}
+    yield "uneven", problem._replace(train=uneven), "problem.train: needed as many examples in every array"
+    alone = made._replace(outputs=lambda params, batch: out(params, batch)[0])
+    yield "no pair", problem._replace(task=alone), r"task\.outputs: needed a pair"
+    scalar = made._replace(metrics=lambda out, batch: {"mse": jnp.zeros(())})
+    yield "a mean", problem._replace(task=scalar), r"task\.metrics: needed an axis of examples, \[B, \.\.\.\], of 'mse'"
+    counter = made._replace(init=lambda key: {"net": made.init(key), "n": jnp.int32(3)})
+    yield "a counter", problem._replace(task=counter), r"task\.init: needed floating-point arrays, got int32 .*'n'"
+
+
+def test_a_problem_of_ones_own_that_does_not_fit_together_is_refused():
+    config = tiny()
+    for what, problem, words in misfits(task.build(config)):
+        with pytest.raises(ValueError, match=words):
+            experiment.build(config, problem)
+            pytest.fail(what)
+
+
 @pytest.mark.slow
 def test_a_phase_on_cached_features_is_the_same_phase(tmp_path):
     """Rule by rule, to rounding; and the other rules of the run, on the whole network, go on as before."""

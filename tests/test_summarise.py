@@ -1,0 +1,56 @@
+"""Figures of several runs: what diverged shows, what was stopped is named, and nothing counts twice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+VALUES = {0: [0.5, 0.25], 1: [0.75, 0.5]}  # seed -> of each round
+
+
+def write(folder, seed, **changes):
+    """A run of two methods, with the figures of `VALUES` or others."""
+    folder.mkdir()
+    methods = {"fedavg": VALUES[seed], "fipa": VALUES[seed]} | changes
+    rows = [{"run": run, "round": k, "test_mse": x} for run, values in methods.items() for k, x in enumerate(values)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def summarise(*given):
+    return subprocess.run([sys.executable, ROOT / "scripts/summarise.py", *given], capture_output=True, text=True)
+
+
+def test_a_run_that_diverged_is_not_a_number_and_the_others_are(tmp_path):
+    done = summarise(write(tmp_path / "0", 0, fedavg=[0.5, None]), write(tmp_path / "1", 1))
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines()[1:]}
+    assert done.returncode == 0, done.stderr
+    assert rows["fedavg"][2:6] == ["nan"] * 4
+    found = [0.25, 0.5]
+    wanted = [np.median(found), np.mean(found), np.std(found), max(found)]
+    assert [float(x) for x in rows["fipa"][2:6]] == pytest.approx(wanted)
+
+
+def test_runs_of_unlike_lengths_are_named(tmp_path):
+    done = summarise(write(tmp_path / "0", 0, fipa=[0.5]), write(tmp_path / "1", 1))
+    assert done.returncode == 0 and "the runs of 'fipa' differ in their rounds: 1 in" in done.stderr
+    assert "'fedavg'" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["{0}"], "a folder is given twice"),
+        (["--last=0"], "--last: needs at least 1"),
+        (["--last=-1"], "--last: needs at least 1"),
+        (["--figures=nope"], "--figures: no row has a figure"),
+    ],
+)
+def test_what_would_say_nothing_is_refused(options, words, tmp_path):
+    folder = write(tmp_path / "0", 0)
+    done = summarise(folder, *[option.format(folder) for option in options])
+    assert done.returncode == 1 and words in done.stderr
