@@ -65,10 +65,9 @@ def test_what_does_not_fit_is_named():
 def test_counts_beyond_32_bits_are_not_cut(counts):
     """NumPy's own, such as of tokens; jax without x64 holds none of these as an integer."""
     delta = {"w": np.float32([[1.0], [3.0]])}
-    received, _ = aggregate.receive(Uploads(delta, np.array(counts)), {"w": np.zeros(1, np.float32)})
-    step = aggregate.step_of(
-        aggregate.mean(), received, aggregate.mean().init({"w": jnp.zeros(1)}), {"w": jnp.zeros(1)}
-    )[0]
+    rule, params = aggregate.mean(), {"w": np.zeros(1, np.float32)}
+    received, screening = aggregate.receive(Uploads(delta, np.array(counts)), params)
+    step = aggregate.step_of(rule, received, rule.init(params), params, screening)[0]
     np.testing.assert_allclose(step["w"], np.average([1.0, 3.0], weights=counts), rtol=1e-6)
 
 
