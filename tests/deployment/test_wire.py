@@ -110,7 +110,7 @@ def lies():
     def entry(**fields):
         return with_header(header | {first: header[first] | fields}, data)
 
-    yield "another version", with_header(header | {wire.ABOUT: about | {"version": "2"}}, data)
+    yield "another version", with_header(header | {wire.ABOUT: about | {"version": "0"}}, data)
     yield "another format", with_header(header | {wire.ABOUT: about | {"format": "pt"}}, data)
     yield "another kind", with_header(header | {wire.ABOUT: about | {"kind": "pickle"}}, data)
     yield "a round in words", with_header(header | {wire.ABOUT: about | {"round": "soon"}}, data)
