@@ -83,6 +83,8 @@ def run_phase(
         shapes = programs.shapes_of_round(experiment, settings, parts, rates)
         largest = programs.largest_upload(settings, shapes, parts)
     phase = Phase(experiment, settings, parts, rates, first, first + budget.rounds - 1, largest, budget.of_row)
+    if (done := int(state.round) - first) > budget.rounds:  # by --resume=anyway
+        logging.warning("%s: has %d rounds, more than the %d that are asked for now", name, done, budget.rounds)
     in_one_call = experiment.config.rounds_per_call > 1
     advance = in_blocks(phase, state) if in_one_call else by_stage(phase, journal.asked)
     return result_of(parts, rounds_of(phase, name, advance, state, journal, note, at_checkpoint))

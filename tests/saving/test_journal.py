@@ -320,6 +320,17 @@ def test_a_stopped_run_of_another_origin_is_refused_field_by_field(monkeypatch, 
     ]
 
 
+@pytest.mark.slow
+def test_fewer_rounds_than_are_done_are_named(monkeypatch, tmp_path, caplog):
+    """The method that was stopped has more than those after it get."""
+    run_until(monkeypatch, tmp_path, 4, after=True)
+    monkeypatch.undo()
+    other = config_of()
+    other.fipa.rounds = 1
+    whole_run.run(other, tmp_path, resume="anyway")
+    assert f"{METHODS[0]}: has 2 rounds, more than the 1 that are asked for now" in caplog.text
+
+
 class InMemory:
     """Checkpoints of which the last one is at hand."""
 
