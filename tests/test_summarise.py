@@ -1,9 +1,10 @@
 """Figures of several runs: what diverged shows, what was stopped is named, and nothing counts twice."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,23 +22,43 @@ def write(folder, seed, **changes):
     return str(folder)
 
 
-def summarise(*given):
-    return subprocess.run([sys.executable, ROOT / "scripts/summarise.py", *given], capture_output=True, text=True)
+class Done(NamedTuple):
+    """What a call has printed, and its one line of error."""
+
+    stdout: str
+    stderr: str
+    error: str | None
 
 
-def test_a_run_that_diverged_is_not_a_number_and_the_others_are(tmp_path):
+@pytest.fixture
+def summarise(monkeypatch, capsys):
+    """(arguments) -> what the script makes of them."""
+
+    def call(*given):
+        monkeypatch.setattr(sys, "argv", ["summarise.py", *given])
+        error = None
+        try:
+            runpy.run_path(str(ROOT / "scripts/summarise.py"), run_name="__main__")
+        except SystemExit as left:
+            error = left.code
+        return Done(*capsys.readouterr(), error)
+
+    return call
+
+
+def test_a_run_that_diverged_is_not_a_number_and_the_others_are(summarise, tmp_path):
     done = summarise(write(tmp_path / "0", 0, fedavg=[0.5, None]), write(tmp_path / "1", 1))
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines()[1:]}
-    assert done.returncode == 0, done.stderr
+    assert done.error is None
     assert rows["fedavg"][2:6] == ["nan"] * 4
     found = [0.25, 0.5]
     wanted = [np.median(found), np.mean(found), np.std(found), max(found)]
     assert [float(x) for x in rows["fipa"][2:6]] == pytest.approx(wanted)
 
 
-def test_runs_of_unlike_lengths_are_named(tmp_path):
+def test_runs_of_unlike_lengths_are_named(summarise, tmp_path):
     done = summarise(write(tmp_path / "0", 0, fipa=[0.5]), write(tmp_path / "1", 1))
-    assert done.returncode == 0 and "the runs of 'fipa' differ in their rounds: 1 in" in done.stderr
+    assert done.error is None and "the runs of 'fipa' differ in their rounds: 1 in" in done.stderr
     assert "'fedavg'" not in done.stderr
 
 
@@ -50,7 +71,7 @@ def test_runs_of_unlike_lengths_are_named(tmp_path):
         (["--figures=nope"], "--figures: no row has a figure"),
     ],
 )
-def test_what_would_say_nothing_is_refused(options, words, tmp_path):
+def test_what_would_say_nothing_is_refused(options, words, summarise, tmp_path):
     folder = write(tmp_path / "0", 0)
     done = summarise(folder, *[option.format(folder) for option in options])
-    assert done.returncode == 1 and words in done.stderr
+    assert words in done.error
