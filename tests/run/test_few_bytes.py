@@ -212,6 +212,7 @@ def test_who_holds_all_examples_sends_nothing_and_takes_all_rounds(tmp_path):
     assert all(row["bytes_up"] == CLIENTS * 40 for row in of_each["fedavg"])
 
 
+@pytest.mark.slow
 def test_the_server_of_a_run_knows_in_how_many_bits_vectors_come(tmp_path):
     """Three vectors of ten entries in 4 bits are far from orthogonal, and come from no client at fault."""
     config = tiny(compare=(f"fipa_few_bytes:sketch.rank={RANK}:sketch.bits=4",), fipa={"rounds": 6})

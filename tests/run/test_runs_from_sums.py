@@ -11,6 +11,7 @@ from fipa_jax.run import experiment, whole_run
 GRADIENTS = "fipa_sums_of_gradients:aggregator.trust=True:aggregator.relative=False:aggregator.damping=0.1"
 
 
+@pytest.mark.slow
 def test_runs_from_sums_of_gradients_and_of_trained_updates(tmp_path):
     """Both lower the loss, gradients in fixed point."""
     specs = f"{GRADIENTS}:aggregator.sums.bits=24", "fipa_sums:aggregator.sums.columns=8"
