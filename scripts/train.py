@@ -83,7 +83,7 @@ def main(_):
     join()
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
     try:
-        for line in phase_parts.unread(CONFIG.value, command_line.set_fields(sys.argv)):
+        for line in phase_parts.without_effect(CONFIG.value, command_line.set_fields(sys.argv)):
             logging.warning(line)
         whole_run.main(CONFIG.value, files.local(WORKDIR.value or f"runs/{name}", "--workdir"), RESUME.value)
     except Stopped as stopped:

@@ -65,9 +65,9 @@ def fitting(uploads: Uploads, params: Any) -> Uploads:
         sketch = _fitting_layers(uploads.sketch, clients, params)
     else:
         sketch = _checked(uploads.sketch, clients, sum(np.size(leaf) for leaf in jax.tree.leaves(params)))
-    counts = uploads.num_examples if isinstance(uploads.num_examples, jax.Array) else np.asarray(uploads.num_examples)
+    counts = _uncut(uploads.num_examples)
     wide = jnp.promote_types(jax.dtypes.canonicalize_dtype(counts.dtype), jnp.float32)
-    numbers["num_examples"] = jnp.asarray(counts.astype(wide))  # before jax, without x64, cuts 64 bits to 32
+    numbers["num_examples"] = jnp.asarray(counts.astype(wide))
     return Uploads(delta=delta, sketch=sketch, moved=moved, **trees.widened(numbers))
 
 
@@ -75,9 +75,14 @@ def _ids_of(ids: Any, clients: int) -> jax.Array:
     """[C] int32, -1 for what is none: it must not be cut to the id of another client."""
     if not jnp.issubdtype(getattr(ids, "dtype", jnp.result_type(ids)), jnp.integer):
         raise ValueError(f"uploads.ids: needed {clients} integers, got {contracts.kind(ids)}")
-    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)  # which jax without x64 would cut
+    ids = _uncut(ids)
     fits = (ids >= 0) & (ids <= min(MOST_ID, np.iinfo(ids.dtype).max))
     return jnp.where(fits, ids.astype(np.int32), -1)
+
+
+def _uncut(numbers: Any) -> jax.Array | np.ndarray:
+    """NumPy's numbers as they are: jax without x64 would cut integers of 64 bits to 32."""
+    return numbers if isinstance(numbers, jax.Array) else np.asarray(numbers)
 
 
 def like_params(tree: Any, params: Any, leading: tuple[int, ...], name: str) -> Any:

@@ -187,8 +187,8 @@ def _check_fields(data: Mapping[str, Any], example: Mapping[str, Any]) -> None:
     for name, form in example.items():
         if name not in data:
             raise ValueError(f"data: needed a field {name!r}, as in the example that was agreed on, got {sorted(data)}")
-        got, numbers = np.asarray(data[name]), (np.integer, np.floating)
-        alike = any(np.issubdtype(got.dtype, kind) and np.issubdtype(form.dtype, kind) for kind in numbers)
+        got, numbers = np.asarray(data[name]), (jnp.integer, jnp.floating)
+        alike = any(jnp.issubdtype(got.dtype, kind) and jnp.issubdtype(form.dtype, kind) for kind in numbers)
         if got.shape[1:] != form.shape or not (alike or got.dtype == form.dtype):
             raise ValueError(
                 f"data: needed {form.dtype} of shape {('N', *form.shape)} in {name!r}, as in the example that was "

@@ -125,11 +125,10 @@ def noise_for(epsilon: float, rounds: int, plan: Plan) -> float:
 def _check(plan: Plan, rounds: int) -> None:
     """Refuses, with a ValueError, what is no plan, whatever its noise, or no number of rounds."""
     contracts.at_least(0, **{"plan.released": plan.released, "rounds": rounds})
-    for name, value, held in (("delta", plan.delta, 0 < plan.delta < 1), ("rate", plan.rate, 0 < plan.rate <= 1)):
-        if not held:
-            raise ValueError(
-                f"plan.{name}: needed a number above 0 and {'below' if name == 'delta' else 'at most'} 1, got {value}"
-            )
+    if not 0 < plan.delta < 1:
+        raise ValueError(f"plan.delta: needed a number above 0 and below 1, got {plan.delta}")
+    if not 0 < plan.rate <= 1:
+        raise ValueError(f"plan.rate: needed a number above 0 and at most 1, got {plan.rate}")
 
 
 def mu_for(epsilon: float, delta: float) -> float:

@@ -135,7 +135,7 @@ def check(config: ConfigDict) -> None:
             _check_taken(config, settings, overrides(config, spec, settings))
 
 
-def unread(config: ConfigDict, paths: Iterable[str]) -> list[str]:
+def without_effect(config: ConfigDict, paths: Iterable[str]) -> list[str]:
     """What to say of fields, set for a whole phase, that change none of the methods which it runs: a line for each.
 
     A method does not read the field, or sets it itself.

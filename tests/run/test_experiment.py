@@ -321,7 +321,7 @@ def test_a_set_without_examples_is_refused_before_a_round(name):
 
 
 def misfits(problem):
-    """{what is wrong: (problem, the error)}"""
+    """(what is wrong, the problem, the error) of each."""
     number, made = len(problem.train["x"]), problem.task
     mask = np.arange(number) < number // 2
     out = made.outputs

@@ -323,7 +323,7 @@ def test_a_flag_that_no_method_reads_is_named(compare, flag, words, where):
     config.compare = compare
     paths = command_line.set_fields(["train.py", "--config=sine", f"--config.{flag}", "--config.seed=1"])
     assert paths == [path]
-    lines = phase_parts.unread(config, paths)
+    lines = phase_parts.without_effect(config, paths)
     assert len(lines) == bool(words)
     assert all(re.match(rf"config\.{path}: {words}.* \({where}\)$", line) for line in lines)
 
@@ -345,7 +345,7 @@ def test_a_flag_that_every_method_overwrites_is_named(compare, flag, own):
     group, field = fields.find(config, path)
     group[field] = fields.parse(value, group[field])
     config.compare = compare
-    lines = phase_parts.unread(config, [path])
+    lines = phase_parts.without_effect(config, [path])
     assert len(lines) == bool(own)
     field = path.removeprefix("fipa.")
     for line in lines:
