@@ -89,16 +89,25 @@ class Aggregator(NamedTuple):
     spread: Spread = ask_nothing
 
 
-def step_of(rule: Aggregator, received: Received, state: State, params: Params, info: Info):
+def step_of(
+    rule: Aggregator,
+    received: Received,
+    state: State,
+    params: Params,
+    info: Info,
+    complete: Callable[[Received], Received] = lambda received: received,
+):
     """(step, state, info, received) of a rule, after it has left out whom it must; `info` is that of the screening.
 
     The rule works in float32 at least; the step has the parameters' own dtypes, and the state keeps those that it had.
 
     Args:
       received: as `screening.receive` gives it.
+      complete: what is done to the updates of those that are left, before the rule makes a step of them, as a
+        `client.Term` may want it; what is returned has them as they came.
     """
     received, refused = rule.admit(received, state)
-    step, after, told = rule.apply(received, state, trees.widened(params))
+    step, after, told = rule.apply(complete(received), state, trees.widened(params))
     step = jax.tree.map(lambda change, p: change.astype(jnp.result_type(p)), step, params)
     if jax.tree.structure(after) == jax.tree.structure(state):  # as of a rule that a scan can carry on
         after = jax.tree.map(_as_wide_as, after, state)

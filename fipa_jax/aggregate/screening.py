@@ -88,13 +88,15 @@ def receive(uploads: Uploads, params: Any, mesh: Mesh | None = None, bits: int =
       [C] bool, those with 0 examples, which is no fault).
 
     Raises:
-      ValueError: shapes do not fit.
+      ValueError: shapes do not fit, or there are no such bits.
 
     Example:
       received, info = receive(Uploads(delta, num_examples), params)
       weights = received.num_examples / jnp.sum(received.num_examples)
       step = trees.weighted_sum(weights, received.delta)
     """
+    if bits:
+        few_bits.check(bits, "bits")
     uploads = fitting(uploads, params)
     num_examples = uploads.num_examples
     present = num_examples != 0  # NaN is not 0

@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from fipa_jax.curvature import contracts
 
 
 class Client(NamedTuple):
@@ -11,6 +14,15 @@ class Client(NamedTuple):
 
     indices: jax.Array  # [N] int32, padded by valid indices
     num_examples: jax.Array  # [], so many of the indices, the first ones, are its own
+
+
+def check(client: Client, data: dict) -> None:
+    """Refuses, with a ValueError, a client whose examples are not in the data; what is traced passes."""
+    number, (indices, own) = contracts.num_examples(data), client
+    if contracts.is_known(indices) and not np.all((np.asarray(indices) >= 0) & (np.asarray(indices) < number)):
+        raise ValueError(f"client.indices: needed places of the {number} examples, 0 to {number - 1}, got {indices}")
+    if contracts.is_known(own) and not 0 <= own <= np.shape(indices)[0]:
+        raise ValueError(f"client.num_examples: needed at most the {np.shape(indices)[0]} indices it has, got {own}")
 
 
 def gather(data: dict, indices: jax.Array) -> dict:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from fipa_jax import trees
+from fipa_jax.client import examples
 from fipa_jax.client.examples import Client
 from fipa_jax.client.local_solver import Hyper, LocalResult, LocalSolver
 from fipa_jax.client.second_order import gauss_newton
@@ -188,9 +189,11 @@ def personalise(
       The parameters in their own dtypes; all is computed in float32 at least.
 
     Raises:
-      ValueError: the strength is not positive, or not finite; the parameters are not floating-point arrays.
+      ValueError: the strength is not positive, or not finite; the client's examples are not in the data; the parameters
+        are not floating-point arrays.
     """
     _check_positive(strength=strength)
+    examples.check(client, data)
     wide = trees.widened(contracts.floating(params, "params"))
     strength = jnp.asarray(strength, trees.ravel(wide).dtype)
     hyper = Hyper(lr=jnp.ones_like(strength), damping=jnp.zeros_like(strength), mu=strength)

@@ -54,10 +54,9 @@ class Needs(NamedTuple):
     gradient: bool = False  # `Done.gradient`
 
 
-class Served(NamedTuple):
-    """What a term may look at when the server has aggregated the updates. Its means weigh all clients alike."""
+class Stores(NamedTuple):
+    """What a term may look at at the server. Its means weigh all clients alike."""
 
-    step: Any
     before: Any  # mean of all T clients' stores before the round
     shared: Any  # and after it
     cohort_before: Any  # mean of the stores of the cohort, as far as it was accepted, before the round
@@ -77,15 +76,15 @@ def _keep_store(done: Done):
     return done.store
 
 
-def _keep_step(served: Served):
-    return served.step
+def _as_it_is(change, stores: Stores):
+    return change
 
 
 Penalty = Callable[[Local], ArrayLike]  # -> [], added to the mean loss
 
 
 class Term(NamedTuple):
-    """An additive term of the client's objective, or of the server's step, with a store of its own for every client.
+    """An additive term of the client's objective, of the updates or of the server's step, with a store for every client.
 
     The server keeps `shared`, the mean of all T clients' stores, up to date as the cohort's stores change.
     """
@@ -93,12 +92,18 @@ class Term(NamedTuple):
     init: Callable[[Any], Any] = _nothing  # params -> store of a client that has not taken part yet
     penalty: Penalty = _no_penalty
     update: Callable[[Done], Any] = _keep_store  # -> store
-    correct: Callable[[Served], Any] = _keep_step  # -> step
+    complete: Callable[[Any, Stores], Any] = _as_it_is  # a client's update -> the same as the rule gets it
+    correct: Callable[[Any, Stores], Any] = _as_it_is  # the rule's step -> the same as the server takes it
     whole_batch: bool = False  # whether the penalty is more than a mean over the batch's examples, or free of them
     travels: bool = False  # whether the store is sent to the server, and `shared` to the clients
     remember: Callable[[Any], Any] | None = None  # delta -> store, of a client as the server received its update
     needs: Needs = Needs()
     pulls: bool = False  # whether the penalty holds mu/2 |params - broadcast|^2, which damps a client's update
+
+
+def changes_the_step(term: Term) -> bool:
+    """Whether the server's step is another one with the term, for the same updates."""
+    return term.complete is not _as_it_is or term.correct is not _as_it_is
 
 
 def none() -> Term:
@@ -147,10 +152,10 @@ def dyn() -> Term:
     def update(done: Done):
         return jax.tree.map(lambda h, d: h - done.mu * d, done.store, done.delta)
 
-    def correct(served: Served):
-        return jax.tree.map(lambda s, h: s - h / served.mu, served.step, served.shared)
+    def correct(step, stores: Stores):
+        return jax.tree.map(lambda s, h: s - h / stores.mu, step, stores.shared)
 
-    return Term(optax.tree.zeros_like, penalty, update, correct, pulls=True)
+    return Term(optax.tree.zeros_like, penalty, update, correct=correct, pulls=True)
 
 
 def moon(temperature: float = 0.5) -> Term:
@@ -235,10 +240,11 @@ def logit_adjustment() -> Term:
 def mifa() -> Term:
     """MIFA (Gu et al. 2021, algorithm 1): an absent client counts with its latest update. It has no weight mu.
 
-    store is y_i, the latest update that the server received of the client; step + mean_i y_i - mean_cohort y_i, the
-    first mean over the clients that have taken part so far (published: after a round of all). Of FedAvg with uniform
-    weights, `aggregator.weighting`, that leaves mean_i y_i alone. An update stays as it came, also where the learning
-    rate decays (published: in units of the present one).
+    store is y_i, the latest update that the server received of the client. Every update of the cohort gets mean_i y_i -
+    mean_cohort y_i more, the first mean over the clients that have taken part so far (published: after a round of all).
+    Of FedAvg with uniform weights, `aggregator.weighting`, that leaves mean_i y_i alone; a rule by curvature
+    preconditions it. An update stays as it came, also where the learning rate decays (published: in units of the
+    present one).
     """
 
     def init(params):
@@ -247,31 +253,31 @@ def mifa() -> Term:
     def remember(delta):
         return {"update": delta, "known": jnp.ones([], trees.ravel(delta).dtype)}
 
-    def correct(served: Served):
-        def move(step, of_all, of_cohort):
-            return step + trees.ratio(of_all, served.shared["known"]) - of_cohort
+    def complete(update, stores: Stores):
+        def move(own, of_all, of_cohort):
+            return own + trees.ratio(of_all, stores.shared["known"]) - of_cohort
 
-        return jax.tree.map(move, served.step, served.shared["update"], served.cohort["update"])
+        return jax.tree.map(move, update, stores.shared["update"], stores.cohort["update"])
 
-    return Term(init, correct=correct, remember=remember)
+    return Term(init, complete=complete, remember=remember)
 
 
 def varp() -> Term:
     """FedVARP (Jhunjhunwala et al. 2022, algorithm 2): the cohort's part of the absent clients' sum is corrected for.
 
-    store is y_i, the latest update that the server received of the client, starting at 0; with the y_i before the
-    round step + mean_i y_i - mean_cohort y_i. Of FedAvg with uniform weights, `aggregator.weighting`, the mean over the
-    draw of the cohort is the step's. An update stays as it came, also where the learning rate decays. It has no weight
-    mu.
+    store is y_i, the latest update that the server received of the client, starting at 0. Every update of the cohort
+    gets mean_i y_i - mean_cohort y_i more, of the y_i before the round. Of FedAvg with uniform weights,
+    `aggregator.weighting`, the mean over the draw of the cohort stays what it was; a rule by curvature preconditions
+    it. An update stays as it came, also where the learning rate decays. It has no weight mu.
     """
 
-    def correct(served: Served):
-        def move(step, of_all, of_cohort):
-            return step + of_all - of_cohort
+    def complete(update, stores: Stores):
+        def move(own, of_all, of_cohort):
+            return own + of_all - of_cohort
 
-        return jax.tree.map(move, served.step, served.before, served.cohort_before)
+        return jax.tree.map(move, update, stores.before, stores.cohort_before)
 
-    return Term(optax.tree.zeros_like, correct=correct, remember=_itself)
+    return Term(optax.tree.zeros_like, complete=complete, remember=_itself)
 
 
 def _itself(tree):

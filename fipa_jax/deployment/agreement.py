@@ -209,7 +209,7 @@ def _check_parts(parts: Parts, late: int) -> None:
     if parts.sketcher is not None and parts.sketcher.sends_gradient:
         raise ValueError("sketch.gradient_scale: needs a second exchange in a round, which is not built; set it to 0")
     term = parts.term
-    if term.travels or (term.remember is None and term.correct is not terms.none().correct):
+    if term.travels or (term.remember is None and terms.changes_the_step(term)):
         raise ValueError(f"term.name: {SHARED}")
 
 

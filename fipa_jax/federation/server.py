@@ -12,7 +12,7 @@ from fipa_jax.aggregate.screening import Received, receive
 from fipa_jax.aggregate.server_optimizers import average_of
 from fipa_jax.aggregate.uploads import Message, Uploads
 from fipa_jax.client.local_solver import LocalResult
-from fipa_jax.client.terms import Served
+from fipa_jax.client.terms import Stores
 from fipa_jax.curvature.common_basis import Core
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.curvature.sketchers import are_sent
@@ -52,10 +52,17 @@ def serve(
     sent = uploads_of(parts, cohort, results, sketches)
     uploads, delivered = parts.channel.deliver(sent, chosen, state.history, cohort.orders, rates.channel)
     received, screening = receive(uploads, chosen, parts.mesh, parts.sketcher.bits if parts.sketcher else 0)
-    step, rule, info, received = step_of(parts.aggregator, received, state.aggregator, chosen, screening)
-    step, store, shared = remember(parts, state, rates, results, received, step)
+
+    def complete(received: Received) -> Received:
+        stores = remember(parts, state, rates, results, received)[1]
+        delta = jax.vmap(parts.term.complete, in_axes=(0, None))(received.delta, stores)
+        return received._replace(delta=trees.zero_unless(received.took_part, delta))
+
+    step, rule, info, received = step_of(parts.aggregator, received, state.aggregator, chosen, screening, complete)
+    store, stores = remember(parts, state, rates, results, received)
+    step = parts.term.correct(step, stores)
     chosen, server = move(parts, state, rates, chosen, step, received)
-    after = State(trees.replace(state.params, chosen), rule, server, store, shared, state.round, state.history)
+    after = State(trees.replace(state.params, chosen), rule, server, store, stores.shared, state.round, state.history)
     # A step back needs nobody: the one before it may have cost all clients.
     enough = (jnp.sum(received.took_part) >= parts.least_clients) | parts.aggregator.withdraws(rule)
     skipped = ~enough | ~_all_finite(chosen)
@@ -80,8 +87,10 @@ def uploads_of(parts: Parts, cohort: Cohort, results: LocalResult, sketches: Mes
     return Uploads(results.delta, cohort.clients.num_examples, sketches, loss, damping, cohort.ids)
 
 
-def remember(parts: Parts, state: State, rates: Rates, results: LocalResult, received: Received, step: Any):
-    """(the step as the term corrects it, the cohort's stores [C, ...], their mean over all T clients).
+def remember(
+    parts: Parts, state: State, rates: Rates, results: LocalResult, received: Received
+) -> tuple[Any, Stores]:
+    """(the cohort's stores after the round [C, ...], the means of stores that a term goes by).
 
     A client that takes no part keeps its old store, so that one bad upload does not poison the shared mean.
     """
@@ -93,7 +102,7 @@ def remember(parts: Parts, state: State, rates: Rates, results: LocalResult, rec
     shared = jax.tree.map(lambda mean, d: mean + jnp.sum(d, axis=0) / parts.num_clients, state.shared, change)
     even = trees.ratio(accepted.astype(float), jnp.sum(accepted))
     before, after = (trees.weighted_sum(even, trees.zero_unless(accepted, rows)) for rows in (state.store, store))
-    return term.correct(Served(step, state.shared, shared, before, after, rates.local.mu)), store, shared
+    return store, Stores(state.shared, shared, before, after, rates.local.mu)
 
 
 def move(parts: Parts, state: State, rates: Rates, chosen: dict, step: Any, received: Received):

@@ -121,7 +121,7 @@ def _check_trains(settings: ConfigDict, term: terms.Term) -> None:
 
 def _check_trust(settings: ConfigDict, term: terms.Term, augmented: bool, everyone: bool) -> None:
     plain = settings.server.optimizer == "sgd" and not settings.server.average
-    if not (everyone and plain and term.correct is terms.none().correct):
+    if not (everyone and plain and not terms.changes_the_step(term)):
         raise ValueError(
             "config.fipa.aggregator.trust: needs the losses of all clients in every round, server.optimizer = 'sgd', "
             "no server.average and a term that leaves the step as it is; set config.cohort = 0, or trust to False"
@@ -316,8 +316,13 @@ def _check_adaptive_damping(settings: ConfigDict) -> None:
 
 
 def _check_local_work(settings: ConfigDict, aggregator: Aggregator, term: terms.Term) -> None:
-    """Refuses terms whose slope the clients' local work never meets."""
+    """Refuses terms whose slope the clients' local work never meets, or whose correction is in units of another."""
     name, local = settings.term.name, settings.local
+    if local.optimizer == "gradient" and term.correct is not terms.none().correct:
+        raise ValueError(
+            f"config.fipa.term.name: {name!r} adds what clients have moved to the server's step, and with "
+            "local.optimizer = 'gradient' they send gradients, which are in other units; take another term or solver"
+        )
     if term.needs.several_steps and _one_step(settings, aggregator):
         raise ValueError(
             f"config.fipa.term.name: {name!r} pulls back to where a client starts, and with local.optimizer = "

@@ -16,7 +16,11 @@ def use_cpus(cpus: str) -> None:
     Must come before jax, numpy and torch start.
     """
     if cpus:
-        os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
+        there = os.sched_getaffinity(0)
+        try:
+            os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
+        except (ValueError, OSError):
+            raise SystemExit(f"--cpus={cpus}: needs cores of {sorted(there)}, as in 0 or 0,1") from None
     threads = len(os.sched_getaffinity(0))
     if threads == 1:
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"

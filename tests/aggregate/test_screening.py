@@ -265,3 +265,6 @@ def test_who_says_that_vectors_were_rounded_has_them_taken():
     params = {"w": jnp.zeros(500)}
     assert screening.receive(uploads, params)[1]["reasons"]["basis_not_orthonormal"].all()
     assert not screening.receive(uploads, params, bits=4)[1]["rejected"].any()
+    for value in (-1, 1, 17):
+        with pytest.raises(ValueError, match="bits: needs 2 to 16 bits, or 0"):
+            screening.receive(uploads, params, bits=value)

@@ -200,6 +200,14 @@ def test_a_spread_of_none_or_of_many_parameters_along_one_way_is_finite():
     np.testing.assert_allclose(personal._from_round(prior, way) @ way, (personal.NOT_SEEN / eps) ** 0.5, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("indices", "own"), [([0, 4], 2), ([-1, 0], 1), ([0, 1], 3), ([0, 1], -1)])
+def test_a_client_whose_examples_are_not_in_the_data_is_refused(setting, indices, own):
+    params, _, _, x, y = jax.tree.map(np.float32, setting)
+    client = Client(jnp.asarray(indices), jnp.asarray(own))
+    with pytest.raises(ValueError, match=r"client\.(indices|num_examples): needed"):
+        personal.personalise(outputs, loss, params, {"x": x[:4], "y": y[:4]}, client, personal.proximity(params), 1)
+
+
 @pytest.mark.parametrize("value", [0, -1.0, np.nan, np.inf, np.float32(0), jnp.float32(-1), jnp.float32(np.nan)])
 def test_a_strength_or_damping_that_is_not_positive_is_refused(setting, value):
     params, _, sketches, x, y = jax.tree.map(np.float32, setting)

@@ -126,6 +126,20 @@ LINEAR = tasks.Task(
 )
 
 
+def _turned():
+    """A rule that multiplies the mean update by a matrix, as one by curvature does."""
+
+    def apply(received, state, params):
+        even = received.took_part / jnp.maximum(jnp.sum(received.took_part), 1)
+        return {"w": MATRIX @ (even @ received.delta["w"])}, state, {}
+
+    return aggregate.Aggregator(lambda params: (), apply)
+
+
+MATRIX = _draw(7, WIDTH, WIDTH)
+RULES = aggregate.AGGREGATORS | {"turned": _turned}
+
+
 @functools.cache
 def _parts(term, aggregator="mean", optimizer="sgd", cohort=NUM_CLIENTS, steps=60, channel=NOTHING):
     return Parts(
@@ -133,7 +147,7 @@ def _parts(term, aggregator="mean", optimizer="sgd", cohort=NUM_CLIENTS, steps=6
         local=client_lib.first_order(LINEAR.loss, LINEAR.augment, batch_size=0, steps=steps, term=term),
         term=term,
         sketcher=None,
-        aggregator=aggregate.AGGREGATORS[aggregator](),
+        aggregator=RULES[aggregator](),
         server=server.make(optimizer, 0.9),
         num_clients=NUM_CLIENTS,
         cohort=cohort,
@@ -183,12 +197,14 @@ def test_dyn_reaches_the_pooled_optimum_where_averaging_does_not(x64):
 
 @pytest.mark.parametrize(
     "trouble",
-    ["none", pytest.param("absent", marks=pytest.mark.slow), "nan", pytest.param("flip", marks=pytest.mark.slow)],
+    ["none", "turned", pytest.param("absent", marks=pytest.mark.slow), "nan", pytest.param("flip", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("name", ["mifa", "varp"])
 def test_a_store_of_updates_by_hand(x64, name, trouble):
-    injected, server_lr = trouble in FAULTS, 0.7
-    parts = _parts(terms.TERMS[name](), cohort=2, steps=3, channel=FAULTY if injected else NOTHING)
+    """Also under a rule that multiplies the mean: what the term adds to the updates is multiplied as they are."""
+    injected, server_lr, matrix = trouble in FAULTS, 0.7, MATRIX if trouble == "turned" else np.eye(WIDTH)
+    rule = "turned" if trouble == "turned" else "mean"
+    parts = _parts(terms.TERMS[name](), rule, cohort=2, steps=3, channel=FAULTY if injected else NOTHING)
     counts = [NUM_EXAMPLES, NUM_EXAMPLES, 0 if trouble == "absent" else NUM_EXAMPLES, NUM_EXAMPLES]
     wrong = FaultRates(*(jnp.asarray(0.4 * (kind == trouble)) for kind in FaultRates._fields)) if injected else None
     rates, states = _run(parts, 8, server_lr=server_lr, counts=counts, wrong=wrong)
@@ -198,7 +214,7 @@ def test_a_store_of_updates_by_hand(x64, name, trouble):
         rows = lambda state: np.asarray(state.store["update"]["w"] if name == "mifa" else state.store["w"])
         own = {m: rows(after)[m] for m in ids if np.any(rows(after)[m] != rows(state)[m])}
         if not own:
-            assert trouble != "none"
+            assert trouble not in ("none", "turned")
             chex.assert_trees_all_equal(after.params, state.params)  # nobody took part: the round is skipped
             continue
         over_all = lambda: sum(latest.values()) / NUM_CLIENTS
@@ -207,7 +223,8 @@ def test_a_store_of_updates_by_hand(x64, name, trouble):
         latest |= own
         if name == "mifa":
             wanted = np.mean(list(latest.values()), axis=0)
-        np.testing.assert_allclose((after.params["w"] - state.params["w"]) / server_lr, wanted, rtol=1e-9, atol=1e-12)
+        step = (after.params["w"] - state.params["w"]) / server_lr
+        np.testing.assert_allclose(step, matrix @ wanted, rtol=1e-9, atol=1e-12)
     # What is remembered is what was sent: FedAvg on the same clients takes the same first step.
     plain = parts._replace(term=terms.none(), local=_parts(terms.none(), steps=3).local)
     first = _states(plain, 1, server_lr=server_lr, counts=counts, wrong=wrong)[-1]

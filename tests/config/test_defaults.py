@@ -324,6 +324,7 @@ def test_choices_that_leave_fields_unread_are_those_that_there_are():
         "local.gauss_newton.system": {*get_args(second_order.System)},
         "sketch.solver": {*SOLVERS},
     }
+    assert {*checks.OTHER_RULES} | {"fipa"} == known["aggregator.name"]
     config = tiny().fipa
     for path, where in checks.UNREAD_WHERE:
         fields.value(config, path)  # which refuses what is no field

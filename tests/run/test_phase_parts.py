@@ -234,6 +234,7 @@ def test_an_own_term_that_nothing_moves_is_refused(folder, monkeypatch):
 PRIOR = "aggregator.past.kind=prior:aggregator.past.adaptive=True"
 TRUSTED = "fipa:aggregator.trust=True:aggregator.relative=False:aggregator.limits.max_step=0"
 USELESS = {
+    "fipa_few_bytes:term.name=dyn": r"term\.name: 'dyn' adds what clients have moved .* send gradients, which are",
     "fedavg:local.optimizer=gradient:local.clip_norm=0.01": r"local\.optimizer = 'gradient' takes no local\.clip_norm",
     "fedivon:local.weight_decay=0.1": r"local\.optimizer = 'ivon' takes no local\.weight_decay",
     "fipa:aggregator.past.adaptive=True": r"past\.adaptive: .*'prior', got 'none'",
