@@ -24,6 +24,7 @@ OF_SPAN = "aggregator.span.columns=6:aggregator.span.fresh=2:aggregator.span.bit
 FEW_BITS = "fipa_span:aggregator.span.columns=6:aggregator.span.fresh=2:aggregator.span.bits=3:sketch.share=0.4"
 TOP_K = "fedavg:local.compress.name=top_k:local.compress.share=0.2:term.name=feedback"
 MOON = "fedavg:term.name=moon:term.mu=1:local.steps=2"
+KEPT = f"fipa_span:{OF_SPAN}:sketch.bits=0:local.compress.name=none:term.name=varp"
 KINDS = {
     "mean": ("fedavg", {}),
     "fipa": ("fipa", {}),
@@ -40,6 +41,7 @@ KINDS = {
     "averages_in_few_bits": ("fedavg:local.compress.name=few_bits:local.compress.bits=5", {}),
     "bfloat16": ("fipa:sketch.store=bfloat16", {}),
     "varp": ("fedavg:term.name=varp:server.lr=0.5", {"clients": 5, "cohort": 2, "fipa": {"rounds": 5}}),
+    "kept_gradients": (KEPT, {"clients": 5, "cohort": 2, "fipa": {"rounds": 5}}),
     "mifa": ("fedavg:term.name=mifa", {"clients": 5, "cohort": 2, "fipa": {"rounds": 5}}),
     "moon": (MOON, {"clients": 5, "cohort": 3, "fipa": {"rounds": 5}}),
     "top_k": (TOP_K, {"clients": 5, "cohort": 3, "fipa": {"rounds": 5}}),
