@@ -103,8 +103,8 @@ def step_of(
 
     Args:
       received: as `screening.receive` gives it.
-      complete: what is done to the updates of those that are left, before the rule makes a step of them, as a
-        `client.Term` may want it; what is returned has them as they came.
+      complete: what is done to the updates of those that are left before the rule makes a step of them, as a
+        `client.Term` may want it. In the `received` that is returned updates are as they came.
     """
     received, refused = rule.admit(received, state)
     step, after, told = rule.apply(complete(received), state, trees.widened(params))

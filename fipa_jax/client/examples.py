@@ -21,8 +21,8 @@ def check(client: Client, data: dict) -> None:
     number, (indices, own) = contracts.num_examples(data), client
     if contracts.is_known(indices) and not np.all((np.asarray(indices) >= 0) & (np.asarray(indices) < number)):
         raise ValueError(f"client.indices: needed places of the {number} examples, 0 to {number - 1}, got {indices}")
-    if contracts.is_known(own) and not 0 <= own <= np.shape(indices)[0]:
-        raise ValueError(f"client.num_examples: needed at most the {np.shape(indices)[0]} indices it has, got {own}")
+    if contracts.is_known(own) and not 0 <= np.asarray(own) <= np.shape(indices)[0]:
+        raise ValueError(f"client.num_examples: needed 0 to {np.shape(indices)[0]}, its indices, got {own}")
 
 
 def gather(data: dict, indices: jax.Array) -> dict:

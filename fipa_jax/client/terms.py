@@ -55,11 +55,11 @@ class Needs(NamedTuple):
 
 
 class Stores(NamedTuple):
-    """What a term may look at at the server. Its means weigh all clients alike."""
+    """What the server's side of a term goes by. Its means weigh all clients alike."""
 
     before: Any  # mean of all T clients' stores before the round
     shared: Any  # and after it
-    cohort_before: Any  # mean of the stores of the cohort, as far as it was accepted, before the round
+    cohort_before: Any  # mean of the stores of the cohort, as far as the rule lets it take part, before the round
     cohort: Any  # and after it
     mu: jax.Array  # []
 
@@ -84,7 +84,7 @@ Penalty = Callable[[Local], ArrayLike]  # -> [], added to the mean loss
 
 
 class Term(NamedTuple):
-    """An additive term of the client's objective, of the updates or of the server's step, with a store for every client.
+    """An additive term of the client's objective, of the updates or of the server's step; every client has a store.
 
     The server keeps `shared`, the mean of all T clients' stores, up to date as the cohort's stores change.
     """
@@ -92,8 +92,8 @@ class Term(NamedTuple):
     init: Callable[[Any], Any] = _nothing  # params -> store of a client that has not taken part yet
     penalty: Penalty = _no_penalty
     update: Callable[[Done], Any] = _keep_store  # -> store
-    complete: Callable[[Any, Stores], Any] = _as_it_is  # a client's update -> the same as the rule gets it
-    correct: Callable[[Any, Stores], Any] = _as_it_is  # the rule's step -> the same as the server takes it
+    complete: Callable[[Any, Stores], Any] = _as_it_is  # one client's update -> what the rule gets for it
+    correct: Callable[[Any, Stores], Any] = _as_it_is  # the rule's step -> what the server takes for it
     whole_batch: bool = False  # whether the penalty is more than a mean over the batch's examples, or free of them
     travels: bool = False  # whether the store is sent to the server, and `shared` to the clients
     remember: Callable[[Any], Any] | None = None  # delta -> store, of a client as the server received its update
@@ -101,9 +101,14 @@ class Term(NamedTuple):
     pulls: bool = False  # whether the penalty holds mu/2 |params - broadcast|^2, which damps a client's update
 
 
+def changes_the_updates(term: Term) -> bool:
+    """Whether the rule gets other updates with the term than the clients have sent."""
+    return term.complete is not _as_it_is
+
+
 def changes_the_step(term: Term) -> bool:
     """Whether the server's step is another one with the term, for the same updates."""
-    return term.complete is not _as_it_is or term.correct is not _as_it_is
+    return changes_the_updates(term) or term.correct is not _as_it_is
 
 
 def none() -> Term:
@@ -242,9 +247,8 @@ def mifa() -> Term:
 
     store is y_i, the latest update that the server received of the client. Every update of the cohort gets mean_i y_i -
     mean_cohort y_i more, the first mean over the clients that have taken part so far (published: after a round of all).
-    Of FedAvg with uniform weights, `aggregator.weighting`, that leaves mean_i y_i alone; a rule by curvature
-    preconditions it. An update stays as it came, also where the learning rate decays (published: in units of the
-    present one).
+    Of FedAvg with uniform weights, `aggregator.weighting`, that leaves mean_i y_i alone. An update stays as it came,
+    also where the learning rate decays (published: in units of the present one).
     """
 
     def init(params):
@@ -267,8 +271,9 @@ def varp() -> Term:
 
     store is y_i, the latest update that the server received of the client, starting at 0. Every update of the cohort
     gets mean_i y_i - mean_cohort y_i more, of the y_i before the round. Of FedAvg with uniform weights,
-    `aggregator.weighting`, the mean over the draw of the cohort stays what it was; a rule by curvature preconditions
-    it. An update stays as it came, also where the learning rate decays. It has no weight mu.
+    `aggregator.weighting`, the mean over the draw of the cohort stays what it was. A rule that averages adds this to
+    its step; one that multiplies gradients by an inverse curvature does so with this too. An update stays as it came,
+    also where the learning rate decays. It has no weight mu.
     """
 
     def complete(update, stores: Stores):

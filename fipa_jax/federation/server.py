@@ -12,7 +12,7 @@ from fipa_jax.aggregate.screening import Received, receive
 from fipa_jax.aggregate.server_optimizers import average_of
 from fipa_jax.aggregate.uploads import Message, Uploads
 from fipa_jax.client.local_solver import LocalResult
-from fipa_jax.client.terms import Stores
+from fipa_jax.client.terms import Stores, changes_the_updates
 from fipa_jax.curvature.common_basis import Core
 from fipa_jax.curvature.sketch import Sketch
 from fipa_jax.curvature.sketchers import are_sent
@@ -54,6 +54,8 @@ def serve(
     received, screening = receive(uploads, chosen, parts.mesh, parts.sketcher.bits if parts.sketcher else 0)
 
     def complete(received: Received) -> Received:
+        if not changes_the_updates(parts.term):
+            return received
         stores = remember(parts, state, rates, results, received)[1]
         delta = jax.vmap(parts.term.complete, in_axes=(0, None))(received.delta, stores)
         return received._replace(delta=trees.zero_unless(received.took_part, delta))
@@ -87,16 +89,17 @@ def uploads_of(parts: Parts, cohort: Cohort, results: LocalResult, sketches: Mes
     return Uploads(results.delta, cohort.clients.num_examples, sketches, loss, damping, cohort.ids)
 
 
-def remember(
-    parts: Parts, state: State, rates: Rates, results: LocalResult, received: Received
-) -> tuple[Any, Stores]:
+def remember(parts: Parts, state: State, rates: Rates, results: LocalResult, received: Received) -> tuple[Any, Stores]:
     """(the cohort's stores after the round [C, ...], the means of stores that a term goes by).
 
     A client that takes no part keeps its old store, so that one bad upload does not poison the shared mean.
     """
     term = parts.term
-    latest = results.store if term.remember is None else jax.vmap(term.remember)(received.delta)
-    accepted = received.took_part & trees.is_finite((results.loss, latest))
+    if term.remember is None:
+        latest, accepted = results.store, trees.is_finite((results.loss, results.store))
+    else:
+        latest, accepted = jax.vmap(term.remember)(received.delta), True
+    accepted &= received.took_part
     change = trees.zero_unless(accepted, optax.tree.sub(latest, state.store))
     store = optax.tree.add(state.store, change)
     shared = jax.tree.map(lambda mean, d: mean + jnp.sum(d, axis=0) / parts.num_clients, state.shared, change)

@@ -100,6 +100,7 @@ def check_fit(
         _check_trains(settings, term)
     _check_compression(settings)
     _check_local_work(settings, aggregator, term)
+    _check_kept(settings, aggregator, term)
     _check_faults(settings, aggregator, cohort)
 
 
@@ -320,7 +321,7 @@ def _check_local_work(settings: ConfigDict, aggregator: Aggregator, term: terms.
     name, local = settings.term.name, settings.local
     if local.optimizer == "gradient" and term.correct is not terms.none().correct:
         raise ValueError(
-            f"config.fipa.term.name: {name!r} adds what clients have moved to the server's step, and with "
+            f"config.fipa.term.name: {name!r} corrects the server's step by what clients send, and with "
             "local.optimizer = 'gradient' they send gradients, which are in other units; take another term or solver"
         )
     if term.needs.several_steps and _one_step(settings, aggregator):
@@ -332,6 +333,28 @@ def _check_local_work(settings: ConfigDict, aggregator: Aggregator, term: terms.
         raise ValueError(
             f"config.fipa.local.batch_size: the term {name!r} compares a batch's examples with each other, and needs "
             "2 or more, or 0 for all, got 1"
+        )
+
+
+def _check_kept(settings: ConfigDict, aggregator: Aggregator, term: terms.Term) -> None:
+    """Refuses kept updates beside a rule that sees none, keeps them itself, or goes by those of the cohort alone."""
+    name, past = settings.term.name, settings.aggregator.past
+    if term.remember is not None and aggregator.needs.curvature == "image":
+        raise ValueError(
+            f"config.fipa.term.name: {name!r} keeps what each client sends, and the rule 'sums' is for a server that "
+            "sees sums alone; set it to 'none'"
+        )
+    if not terms.changes_the_updates(term) or aggregator.needs.curvature != "sketch":
+        return
+    if past.kind in ("latest", "targets"):
+        raise ValueError(
+            f"config.fipa.term.name: with {name!r} the absent clients' last updates stand in for them, and with "
+            f"aggregator.past.kind = {past.kind!r} they take part already; set one of both to 'none'"
+        )
+    if past.adaptive:
+        raise ValueError(
+            f"config.fipa.aggregator.past.adaptive: goes by the gradients of the cohort, to which {name!r} adds those "
+            "of other clients; set it to False, or term.name = 'none'"
         )
 
 

@@ -16,11 +16,10 @@ def use_cpus(cpus: str) -> None:
     Must come before jax, numpy and torch start.
     """
     if cpus:
-        there = os.sched_getaffinity(0)
-        try:
-            os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
-        except (ValueError, OSError):
-            raise SystemExit(f"--cpus={cpus}: needs cores of {sorted(there)}, as in 0 or 0,1") from None
+        there = {str(cpu): cpu for cpu in os.sched_getaffinity(0)}
+        if not set(wanted := cpus.split(",")) <= set(there):
+            raise SystemExit(f"--cpus={cpus}: needs cores of {sorted(there.values())}, as in 0 or 0,1")
+        os.sched_setaffinity(0, {there[cpu] for cpu in wanted})
     threads = len(os.sched_getaffinity(0))
     if threads == 1:
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"

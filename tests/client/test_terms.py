@@ -197,7 +197,13 @@ def test_dyn_reaches_the_pooled_optimum_where_averaging_does_not(x64):
 
 @pytest.mark.parametrize(
     "trouble",
-    ["none", "turned", pytest.param("absent", marks=pytest.mark.slow), "nan", pytest.param("flip", marks=pytest.mark.slow)],
+    [
+        "none",
+        "turned",
+        pytest.param("absent", marks=pytest.mark.slow),
+        "nan",
+        pytest.param("flip", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("name", ["mifa", "varp"])
 def test_a_store_of_updates_by_hand(x64, name, trouble):

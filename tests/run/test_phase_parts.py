@@ -234,7 +234,12 @@ def test_an_own_term_that_nothing_moves_is_refused(folder, monkeypatch):
 PRIOR = "aggregator.past.kind=prior:aggregator.past.adaptive=True"
 TRUSTED = "fipa:aggregator.trust=True:aggregator.relative=False:aggregator.limits.max_step=0"
 USELESS = {
-    "fipa_few_bytes:term.name=dyn": r"term\.name: 'dyn' adds what clients have moved .* send gradients, which are",
+    "fipa_few_bytes:term.name=dyn": r"term\.name: 'dyn' corrects the server's step .* send gradients, which are",
+    "fipa:term.name=varp:aggregator.past.kind=latest": r"term\.name: with 'varp' .* 'latest' they take part already",
+    "fipa_memory:term.name=mifa:aggregator.past.kind=targets": r"term\.name: with 'mifa' .* 'targets' they take part",
+    "fipa_auto:term.name=varp": r"past\.adaptive: goes by the gradients of the cohort, to which 'varp' adds",
+    "fipa_sums:term.name=mifa": r"term\.name: 'mifa' keeps what each client sends, and the rule 'sums'",
+    "fipa_sums_of_gradients:term.name=varp": r"term\.name: 'varp' keeps what each client sends",
     "fedavg:local.optimizer=gradient:local.clip_norm=0.01": r"local\.optimizer = 'gradient' takes no local\.clip_norm",
     "fedivon:local.weight_decay=0.1": r"local\.optimizer = 'ivon' takes no local\.weight_decay",
     "fipa:aggregator.past.adaptive=True": r"past\.adaptive: .*'prior', got 'none'",
