@@ -3,13 +3,14 @@
 CIFAR-10 with a CNN of 24k parameters and Tiny-ImageNet-50 with one of 203k, five of 100 clients a round, balanced
 Dirichlet splits, from the last model of a warm-up (by FedAvg on CIFAR-10, by FedRCL on Tiny-ImageNet-50). All rules
 send their updates in 8 bits, and go on until clients have sent what plain FedAvg sends in 50 rounds on CIFAR-10, in 60
-on Tiny-ImageNet-50; on CIFAR-10 also four times as many, on Tiny-ImageNet-50 twice. FIPA in the span of gradients (`fipa_span`) has no setting
-that is tuned; its clients' gradients are of the images as they are or, in a row of its own, of random views, on which
-the other rules train (`local.views`). In rows that say "kept" the server keeps every client's last gradient for the
-rounds in which it is not asked, as FedVARP keeps updates (`term.name=varp`). First-order rules were tried on the
-held-out images of seed 9 at alpha 0.1 for half as many bytes, around the settings that {doc}`cifar10`, {doc}`few_bytes`
-and {doc}`larger_networks` have chosen by larger grids; the best rule and setting run to the end. Beside each rule's
-last models the average of its models is evaluated (`server.average`), one of j rounds before the last counting 0.95^j.
+on Tiny-ImageNet-50; on CIFAR-10 also four times as many, on Tiny-ImageNet-50 twice. FIPA in the span of gradients
+(`fipa_span`) has no setting that is tuned; its clients' gradients are of the images as they are or, in a row of its
+own, of random views, on which the other rules train (`local.views`). In rows that say "kept" the server keeps every
+client's last gradient for the rounds in which it is not asked, as FedVARP keeps updates (`term.name=varp`).
+First-order rules were tried on the held-out images of seed 9 at alpha 0.1 for half as many bytes, around the settings
+that {doc}`cifar10`, {doc}`few_bytes` and {doc}`larger_networks` have chosen by larger grids; the best rule and setting
+run to the end. Beside each rule's last models the average of its models is evaluated (`server.average`), one of j
+rounds before the last counting 0.95^j.
 """
 
 from collections.abc import Mapping
