@@ -12,14 +12,16 @@ import pytest
 
 from fipa_jax import aggregate, tasks
 from fipa_jax.aggregate import server_optimizers as server
+from fipa_jax.aggregate.screening import Received
 from fipa_jax.client import first_order as client_lib
 from fipa_jax.client import terms
 from fipa_jax.client.examples import Client
-from fipa_jax.client.local_solver import Hyper
+from fipa_jax.client.local_solver import Hyper, LocalResult
 from fipa_jax.federation import parts as parts_lib
 from fipa_jax.federation import round as rounds
 from fipa_jax.federation.channel import FAULTS, Channel, ChannelRates, FaultRates, faulty
 from fipa_jax.federation.parts import Parts, Rates
+from fipa_jax.federation.server import remember
 from fipa_jax.models import networks as models
 
 NUM_CLIENTS, NUM_EXAMPLES, WIDTH = 4, 6, 3
@@ -235,6 +237,19 @@ def test_a_store_of_updates_by_hand(x64, name, trouble):
     plain = parts._replace(term=terms.none(), local=_parts(terms.none(), steps=3).local)
     first = _states(plain, 1, server_lr=server_lr, counts=counts, wrong=wrong)[-1]
     np.testing.assert_allclose(states[1].params["w"], first.params["w"], rtol=1e-12)
+
+
+def test_what_is_kept_of_an_update_does_not_hang_on_the_training_loss(x64):
+    parts = _parts(terms.varp(), cohort=3, steps=3)
+    rates, (state,) = _run(parts, 0)
+    state = state._replace(store=jax.tree.map(lambda rows: rows[:3], state.store))
+    delta, took_part = {"w": jnp.ones([3, WIDTH])}, jnp.array([True, True, False])
+    results = LocalResult(delta, state.store, jnp.array([jnp.nan, 1.0, 1.0]), None, None)
+    received = Received(took_part, jnp.ones(3), delta)
+    store, stores = remember(parts, state, rates, results, received)
+    np.testing.assert_array_equal(store["w"][:, 0], [1, 1, 0])
+    np.testing.assert_allclose(stores.shared["w"], 2 / NUM_CLIENTS)
+    np.testing.assert_array_equal(stores.cohort["w"], 1)
 
 
 @pytest.mark.parametrize("name", [pytest.param("mifa", marks=pytest.mark.slow), "varp"])
