@@ -11,10 +11,10 @@ less with their age: over the rounds k, of n_k examples and with age a_k,
     step = -(Hs + beta I)^{-1} g                   beta: the least eigenvalue of Hs among the directions known
            -max(beta, h(u))^{-1} g'                u = g' / |g'|
 
-of the part g of sum_m w_m g_m within the span and the part g' outside. With the term FedVARP or MIFA all g_m are as it
-completes them. Each direction is averaged over the rounds in
-which it was in the basis. About a direction q that is new nobody has answered yet, and a few clients that are asked
-first may have none of its curvature: they would make it look flat. So there is a guess,
+of the part g of sum_m w_m g_m within the span and the part g' outside. (With the term FedVARP or MIFA
+all g_m are as it completes them.) Each direction is averaged over the rounds in which it was in the basis. About a
+direction q that is new nobody has answered yet, and a few clients that are asked first may have none of its curvature:
+they would make it look flat. So there is a guess,
 
     h(q) = c f(q),    f(q) = sum_m w_m (q^T g_m)^2 / sum_m w_m |g_m|^2
 

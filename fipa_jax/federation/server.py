@@ -1,5 +1,6 @@
 """What does the server do in a round? It takes what has arrived, makes a step of it, and keeps what the next needs."""
 
+import functools
 from typing import Any
 
 import jax
@@ -52,14 +53,7 @@ def serve(
     sent = uploads_of(parts, cohort, results, sketches)
     uploads, delivered = parts.channel.deliver(sent, chosen, state.history, cohort.orders, rates.channel)
     received, screening = receive(uploads, chosen, parts.mesh, parts.sketcher.bits if parts.sketcher else 0)
-
-    def complete(received: Received) -> Received:
-        if not changes_the_updates(parts.term):
-            return received
-        stores = remember(parts, state, rates, results, received)[1]
-        delta = jax.vmap(parts.term.complete, in_axes=(0, None))(received.delta, stores)
-        return received._replace(delta=trees.zero_unless(received.took_part, delta))
-
+    complete = functools.partial(completed, parts, state, rates, results)
     step, rule, info, received = step_of(parts.aggregator, received, state.aggregator, chosen, screening, complete)
     store, stores = remember(parts, state, rates, results, received)
     step = parts.term.correct(step, stores)
@@ -87,6 +81,15 @@ def uploads_of(parts: Parts, cohort: Cohort, results: LocalResult, sketches: Mes
     needs = parts.aggregator.needs
     loss, damping = results.before if needs.loss else None, results.damping if needs.damping else None
     return Uploads(results.delta, cohort.clients.num_examples, sketches, loss, damping, cohort.ids)
+
+
+def completed(parts: Parts, state: State, rates: Rates, results: LocalResult, received: Received) -> Received:
+    """What the rule gets: the updates as the term completes them, see `client.Term`."""
+    if not changes_the_updates(parts.term):
+        return received
+    _, stores = remember(parts, state, rates, results, received)
+    delta = jax.vmap(parts.term.complete, in_axes=(0, None))(received.delta, stores)
+    return received._replace(delta=trees.zero_unless(received.took_part, delta))
 
 
 def remember(parts: Parts, state: State, rates: Rates, results: LocalResult, received: Received) -> tuple[Any, Stores]:

@@ -317,7 +317,7 @@ def _check_adaptive_damping(settings: ConfigDict) -> None:
 
 
 def _check_local_work(settings: ConfigDict, aggregator: Aggregator, term: terms.Term) -> None:
-    """Refuses terms whose slope the clients' local work never meets, or whose correction is in units of another."""
+    """Refuses terms whose slope the clients' local work never meets, or whose correction is in other units."""
     name, local = settings.term.name, settings.local
     if local.optimizer == "gradient" and term.correct is not terms.none().correct:
         raise ValueError(
