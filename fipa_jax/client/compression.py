@@ -1,8 +1,8 @@
 """How does a client send its update in fewer bytes? Wrappers of a local solver: few bits, or few entries.
 
 few_bits   each entry in some bits, rounded at random (QSGD, Alistarh et al. 2017, arXiv 1610.02132, with a scale for
-           each block of entries). Under `mean`, with several local steps and a part of the clients in a round, this
-           is FedPAQ (Reisizadeh et al. 2020, arXiv 1909.13014)
+           each block of entries, which is turned before, see `curvature.few_bits`). Under `mean`, with several local
+           steps and a part of the clients in a round, this is FedPAQ (Reisizadeh et al. 2020, arXiv 1909.13014)
 top_k      the k largest entries. What is left out stays with the client, which adds it to its next update (error
            feedback, Stich et al. 2018, arXiv 1809.07599)
 """
@@ -58,7 +58,8 @@ def _few_bits(how: Compression) -> Compressor:
     few_bits.check(how.bits, "local.compress.bits")
 
     def apply(key, update):
-        return few_bits.rounded(key, update, how.bits)
+        turned = few_bits.turned(update.astype(jnp.promote_types(update.dtype, jnp.float32)))
+        return few_bits.turned_back(few_bits.rounded(key, turned, how.bits)).astype(update.dtype)
 
     return Compressor(apply, functools.partial(few_bits.bytes_of, bits=how.bits))
 

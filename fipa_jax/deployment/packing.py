@@ -11,8 +11,8 @@ whatever made them, and unpacked before whatever reads them; neither knows of it
 
 of these vectors:
 
-    delta           the whole update, K = 1: all parameters one after another; of few entries, delta/places [k] int32,
-                    ascending, and delta/values [k] float32 of those that are not zero
+    delta           the whole update, K = 1: all parameters one after another, turned (`few_bits.turned`); of few
+                    entries, delta/places [k] int32, ascending, and delta/values [k] float32 of those that are not zero
     sketch/basis    its K columns
     core/values     K = 1: M_ij / sqrt(M_ii M_jj) above the diagonal, column by column; core/diagonal [k] beside it
     asked/0         the columns of the common basis that are in use
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fipa_jax.curvature.common_basis import above_diagonal
-from fipa_jax.curvature.few_bits import BLOCK, levels_of
+from fipa_jax.curvature.few_bits import BLOCK, levels_of, turned, turned_back
 from fipa_jax.deployment.wire import Malformed
 
 DELTA, BASIS, CORE, DIAGONAL, ASKED = "delta", "sketch/basis", "core/values", "core/diagonal", "asked/0"
@@ -59,7 +59,7 @@ def packed(arrays: Arrays, bits: Bits) -> dict[str, np.ndarray]:
     sent = dict(arrays)
     if (bits.update or bits.kept) and (paths := _paths(arrays)):
         whole = np.concatenate([sent.pop(path).reshape(-1) for path in paths])
-        sent |= _integers(DELTA, whole[None], bits.update) if bits.update else _entries(whole)
+        sent |= _of_update(whole, bits.update) if bits.update else _entries(whole)
     if bits.curvature and BASIS in sent:
         sent |= _integers(BASIS, sent.pop(BASIS).T, bits.curvature)
     if CORE in sent:
@@ -87,7 +87,7 @@ def unpacked(arrays: Arrays, bits: Bits, forms: Forms) -> dict[str, np.ndarray]:
         sizes = [int(np.prod(shape)) for shape in shapes]
         dtype = np.result_type(*(forms[path].dtype for path in paths))
         if bits.update:
-            whole = _vectors(read, DELTA, sum(sizes), bits.update, dtype, 1)[0]
+            whole = turned_back(_vectors(read, DELTA, sum(sizes), bits.update, np.float64, 1)[0])
         else:
             whole = _of_entries(read, sum(sizes), bits.kept, dtype)
         parts = np.split(whole, np.cumsum(sizes)[:-1])
@@ -105,6 +105,12 @@ def unpacked(arrays: Arrays, bits: Bits, forms: Forms) -> dict[str, np.ndarray]:
         columns = _vectors(read, ASKED, size, bits.asked, forms[ASKED].dtype, most, fewer=True).T
         read[ASKED] = np.pad(columns, [(0, 0), (0, most - columns.shape[1])])
     return read
+
+
+def _of_update(whole: np.ndarray, bits: int) -> dict[str, np.ndarray]:
+    """{name: array} of an update [P]."""
+    with np.errstate(invalid="ignore"):  # what is not finite shows in the scale of its block
+        return _integers(DELTA, turned(whole.astype(np.float64))[None], bits)
 
 
 def _of_core(core: np.ndarray, bits: int) -> dict[str, np.ndarray]:

@@ -27,6 +27,40 @@ def test_rounding_has_no_bias_and_is_off_by_less_than_a_scale():
     assert len(whole) <= 2**BITS - 1, "so many integers are sent"
 
 
+@pytest.mark.parametrize("size", [0, 255, 256, 600])
+@pytest.mark.parametrize("of", [np, jnp])
+def test_whole_blocks_are_turned_by_an_orthogonal_matrix_and_back(of, size):
+    vector = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    turned = few_bits.turned(of.asarray(vector))
+    whole = size // few_bits.BLOCK * few_bits.BLOCK
+    np.testing.assert_array_equal(turned[whole:], vector[whole:])
+    for start in range(0, whole, few_bits.BLOCK):
+        block = slice(start, start + few_bits.BLOCK)
+        np.testing.assert_allclose(np.linalg.norm(turned[block]), np.linalg.norm(vector[block]), rtol=1e-6)
+    np.testing.assert_allclose(few_bits.turned_back(turned), vector, atol=1e-6)
+    assert turned.dtype == np.float32 and isinstance(turned, type(of.asarray(vector)))
+
+
+def test_turning_shares_out_one_large_entry_and_equal_ones():
+    """Against a Hadamard matrix of 256 rows and signs written out."""
+    ones = np.ones(few_bits.BLOCK)
+    np.testing.assert_allclose(np.abs(few_bits.turned(ones)), 1)
+    np.testing.assert_allclose(np.abs(few_bits.turned(256.0 * np.eye(few_bits.BLOCK)[7])), 16)
+    parity = np.array([[bin(row & column).count("1") % 2 for column in range(256)] for row in range(256)])
+    signs = [(-1) ** bin((place >> 4) & place & 15).count("1") for place in range(256)]
+    vector = np.random.default_rng(1).normal(size=256)
+    np.testing.assert_allclose(few_bits.turned(vector), (-1.0) ** parity @ (signs * vector) / 16, atol=1e-12)
+
+
+def test_a_turned_block_with_few_large_entries_is_rounded_less():
+    vector = np.random.default_rng(3).standard_t(2, size=512).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 50)
+    plain = jax.vmap(lambda key: few_bits.rounded(key, vector, BITS))(keys)
+    turned = jax.vmap(lambda key: few_bits.turned_back(few_bits.rounded(key, few_bits.turned(vector), BITS)))(keys)
+    errors = [float(np.sum((np.asarray(found) - vector) ** 2)) for found in (plain, turned)]
+    assert errors[1] < errors[0] / 4
+
+
 def test_the_bytes_are_those_of_packed_integers_and_scales():
     assert few_bits.bytes_of(SIZE, BITS) == SIZE * BITS / 8 + 2 * 4
     assert few_bits.bytes_of(3, 3) == 2 + 4

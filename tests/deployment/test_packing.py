@@ -23,10 +23,22 @@ def rounded(seed, size, bits, dtype="float32"):
     return np.asarray(few_bits.rounded(jax.random.key(seed), vector, bits))
 
 
+def update_of(seed, size, bits, dtype="float32"):
+    """An update as it arrives: turned, rounded, turned back."""
+    vector = jnp.asarray(np.random.default_rng(seed).standard_t(2, size=size), dtype)
+    compressor = compression.compressor_of(compression.Compression("few_bits", bits=bits))
+    return np.asarray(compressor.apply(jax.random.key(seed), vector))
+
+
+def same(got, wanted, rtol=RTOL):
+    """But for roundings of the largest entries, which turning shares out."""
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=rtol * np.abs(wanted).max(initial=0))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 5, 8, 12, 16])
 @pytest.mark.parametrize("size", [1, 255, 257, 1000])
 def test_an_update_arrives_as_it_was_rounded_in_the_bytes_that_are_counted(bits, size):
-    vector = rounded(size, size, bits)
+    vector = update_of(size, size, bits)
     update = {
         "delta/a": vector[: size // 2],
         "delta/b": vector[size // 2 :].reshape(-1, 1),
@@ -37,16 +49,16 @@ def test_an_update_arrives_as_it_was_rounded_in_the_bytes_that_are_counted(bits,
     assert sum(array.nbytes for name, array in sent.items() if "delta" in name) == few_bits.bytes_of(size, bits)
     got = unpacked(sent, Bits(update=bits), update)
     for name, array in update.items():
-        np.testing.assert_allclose(got[name], array, rtol=RTOL, err_msg=name)
+        same(got[name], array)
         assert got[name].dtype == array.dtype and got[name].shape == array.shape
 
 
 def test_in_float64_too():
     with jax.enable_x64(True):
-        vector = rounded(0, 700, 8, "float64")
+        vector = update_of(0, 700, 8, "float64")
     got = unpacked(packed({"delta/a": vector}, Bits(update=8)), Bits(update=8), {"delta/a": vector})
     assert vector.dtype == np.float64
-    np.testing.assert_allclose(got["delta/a"], vector, rtol=1e-14)
+    same(got["delta/a"], vector, rtol=1e-14)
 
 
 @pytest.mark.parametrize("bits", [0, 4, 8])
@@ -75,7 +87,7 @@ def test_columns_that_are_not_in_use_do_not_travel(used):
 
 
 def test_a_number_that_is_not_finite_spoils_its_block_and_is_seen():
-    vector = rounded(0, 600, 8).copy()
+    vector = update_of(0, 600, 8).copy()
     vector[300] = np.nan
     got = unpacked(packed({"delta/a": vector}, Bits(update=8)), Bits(update=8), {"delta/a": vector})["delta/a"]
     assert np.isnan(got[256:512]).all() and np.isfinite(got[:256]).all() and np.isfinite(got[512:]).all()
@@ -96,7 +108,7 @@ def faults(sent):
 
 
 def test_what_no_client_packs_is_refused():
-    vector = rounded(0, 600, 3)
+    vector = update_of(0, 600, 3)
     sent = packed({"delta/a": vector}, Bits(update=3))
     for what, arrays in faults(sent):
         with pytest.raises(wire.Malformed, match="delta"):
@@ -174,7 +186,7 @@ def test_large_numbers_and_half_precision_arrive():
     for bits in (8, 16):
         got = unpacked(packed({"delta/a": huge}, Bits(update=bits)), Bits(update=bits), {"delta/a": huge})
         np.testing.assert_allclose(got["delta/a"], huge, rtol=RTOL)
-    half, full = np.asarray(jnp.full(200, 0.3, jnp.bfloat16)), rounded(0, 100, 12)
+    half, full = np.asarray(jnp.full(200, 0.3, jnp.bfloat16)), update_of(0, 100, 12)
     update = {"delta/a": half, "delta/b": full}
     got = unpacked(packed(update, Bits(update=12)), Bits(update=12), update)
     assert got["delta/a"].dtype == half.dtype and got["delta/b"].dtype == full.dtype
