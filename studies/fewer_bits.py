@@ -1,4 +1,4 @@
-"""At equal bytes up, with updates in 4 bits in place of 8: who makes more of twice as many rounds?
+"""At equal bytes up, with updates in 4 or 3 bits in place of 8: who makes more of the rounds that it saves?
 
 The tasks of {doc}`equal_bytes`: CIFAR-10 with a CNN of 24k parameters and Tiny-ImageNet-50 with one of 203k, five of
 100 clients a round, balanced Dirichlet splits, all from the last model of the same warm-up, until clients have sent
@@ -25,7 +25,7 @@ RULES = {
 OF_SPAN = "sketch.solver=rows:sketch.loss_rank=1:sketch.micro_batch=5:local.micro_batch=5:"  # one direction of a loss
 AVERAGE = "server.average=0.95:"  # evaluated beside the last model
 OWN = ("local.compress.bits", "server.lr")  # what was tried
-LAST, BITS, RATE = 3, (8, 4), 0.3  # evaluations; of an entry; of FedVARP's server
+LAST, BITS, RATE = 3, (8, 4, 3), 0.3  # evaluations; of an entry; of FedVARP's server
 
 
 class Place(NamedTuple):
@@ -86,7 +86,7 @@ def tables(found):
         for method in _tried(rule)
         if (values := final(found, f"tune, {rule}", method, "holdout_accuracy", last=LAST)).size
     ]
-    made = [Table(f"{TUNED}, half of the bytes, seed {TUNED_ON}: what was tried.", rows)]
+    made = [Table(f"{TUNED}, half of the bytes, seed {TUNED_ON}: what was tried.", rows)] if rows else []
     for of in PLACES:
         rows = []
         for label, line in _lines(of).items():

@@ -18,6 +18,7 @@ from fipa_jax.tasks.task import Figures, Task, means
 
 # (params, {field: [N, ...]}) -> arrays with the examples' axis, [N, ...].
 OfExamples = Callable[[Any, dict], Any]
+HIGHER = {"accuracy", "auc", "dice", "f1", "iou", "precision", "r2", "recall"}  # words of figures: higher is better
 FEW = 10  # clients, up to which each one's figures on its own test set are reported
 
 
@@ -254,7 +255,7 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def direction(name: str) -> int:
-    """+1 for accuracies and areas under curves, -1 for other figures of evaluation, 0 for what is not one.
+    """+1 for accuracies and the like (`HIGHER`), -1 for other figures of evaluation, 0 for what is not one.
 
     The spread over clients counts where they have models of their own: there it is the aim that nobody is left behind.
     """
@@ -263,4 +264,4 @@ def direction(name: str) -> int:
         return 0
     if name.endswith("_std"):
         return -1 if name.startswith("personal_") else 0
-    return 1 if "accuracy" in name or "auc" in name.split("_") else -1
+    return 1 if "accuracy" in name or HIGHER & {*name.lower().split("_")} else -1

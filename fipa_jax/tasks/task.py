@@ -44,7 +44,7 @@ class Task(NamedTuple):
     init: Init
     outputs: Outputs
     loss: Loss
-    metrics: Metrics  # of each example; `accuracy` and `auc` in a figure's name say that higher is better
+    metrics: Metrics  # of each example; a figure's name says if higher is better, see `reporting.metrics.HIGHER`
     augment: Augment = unaugmented  # of training batches
     figures: Figures = means  # of a set of examples; a client's are the means of those metrics that go by their names
     head: Head | None = None  # the head of the model alone, where it has one

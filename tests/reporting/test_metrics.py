@@ -68,6 +68,26 @@ def test_each_of_few_clients_has_the_figures_of_its_own_test_set(values, x64):
     assert metrics.of_each_client(values, many, figures) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("test_f1", 1),
+        ("holdout_macro_F1", 1),
+        ("test_r2_score", 1),
+        ("test_balanced_accuracy", 1),
+        ("test_average_precision", 1),
+        ("test_relative_l2", -1),
+        ("test_loss", -1),
+        ("test_brier_score", -1),
+        ("personal_recall_std", -1),
+        ("client_auc_std", 0),
+        ("f1", 0),
+    ],
+)
+def test_a_figures_name_says_whether_higher_is_better(name, wanted):
+    assert metrics.direction(name) == wanted
+
+
 def test_worst_decile_is_a_mean_over_a_tenth_of_the_clients(x64):
     """Of thirty clients with one example each, the three worst."""
     each = Client(jnp.arange(30)[:, None], jnp.ones(30, int))
