@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -54,6 +55,18 @@ def read_text(path: Path) -> str:
     """
     content = path.read_bytes()
     return content.decode(next((coding for mark, coding in MARKS.items() if content.startswith(mark)), "utf-8"))
+
+
+def read_json(path: Path):
+    """What a JSON file holds.
+
+    Raises:
+      ValueError: it is no JSON; names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
 
 
 def digest_of_file(path: Path) -> str:

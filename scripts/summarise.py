@@ -9,7 +9,6 @@ python scripts/summarise.py runs/sine-* --plot=sine.svg --metric=test_mse
 """
 
 import argparse
-import json
 import math
 import sys
 from collections import Counter
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fipa_jax import files
 from fipa_jax.reporting import curves, metrics
 from fipa_jax.saving.provenance import differences
 
@@ -40,6 +40,9 @@ def main():
     args = parser.parse_args()
     if args.last < 1:
         sys.exit(f"error: --last: needs at least 1, got {args.last}")
+    for name in ("width", *metrics.COSTS):
+        if not getattr(args, name) > 0:
+            sys.exit(f"error: --{name}: needs a number above 0, got {getattr(args, name)}")
     if len({workdir.resolve() for workdir in args.workdirs}) < len(args.workdirs):
         sys.exit("error: a folder is given twice, and would count as two runs")
     values, seeds, rounds = {}, [], {}
@@ -48,8 +51,6 @@ def main():
             rows = metrics.read(workdir / "metrics.jsonl")
         except FileNotFoundError as error:
             sys.exit(f"error: no run in {workdir}: {error}")
-        except ValueError as error:
-            sys.exit(f"error: {error}")
         for cost in metrics.COSTS:
             rows = metrics.within(rows, getattr(args, cost), cost)
         seeds.append(curves.start_of(workdir) + rows)
@@ -60,7 +61,11 @@ def main():
                 last = [math.nan if x is None else x for x in series[-args.last :]]
                 values.setdefault((run, name), []).append(float(np.mean(last)))
     if not values:
-        sys.exit(f"error: --figures: no row has a figure that begins with one of {args.figures!r}")
+        limits = [f"--{cost}" for cost in metrics.COSTS if getattr(args, cost) != math.inf]
+        within = f" within {' and '.join(limits)}" if limits else ""
+        sys.exit(f"error: --figures: no row{within} has a figure that begins with one of {args.figures!r}")
+    for numbers in rounds.values():
+        numbers |= {str(workdir): numbers.get(str(workdir), 0) for workdir in args.workdirs}
     warn_of_other_configs(args.workdirs)
     warn_of_other_lengths(rounds)
     if args.plot:
@@ -88,7 +93,7 @@ def draw(seeds, args):
 
 def warn_of_other_configs(workdirs):
     """Says in which fields, besides seeds, the runs differ: then their spread is not over seeds alone."""
-    configs = [json.loads(path.read_text()) for workdir in workdirs if (path := workdir / "config.json").is_file()]
+    configs = [files.read_json(path) for workdir in workdirs if (path := workdir / "config.json").is_file()]
     lines = [line for other in configs[1:] for line in differences({"config": configs[0]}, {"config": other})]
     differ = {line.partition(":")[0] for line in lines}
     if differ := sorted(name for name in differ if not name.endswith("seed")):
@@ -109,4 +114,7 @@ def run_of(row):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -15,7 +15,11 @@ from pathlib import Path
 def say(kind, error, where):
     """Writes what ends the program: one line for Ctrl-C, at whatever moment it comes."""
     if issubclass(kind, KeyboardInterrupt):
-        print("stopped by Ctrl-C; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+        but = " without --resume=no" if "--resume=no" in sys.argv else ""
+        print(
+            f"stopped by Ctrl-C; the same command{but} goes on from the last checkpoint, if there is one",
+            file=sys.stderr,
+        )
     else:
         sys.__excepthook__(kind, error, where)
 

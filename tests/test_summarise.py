@@ -75,3 +75,29 @@ def test_what_would_say_nothing_is_refused(options, words, summarise, tmp_path):
     folder = write(tmp_path / "0", 0)
     done = summarise(folder, *[option.format(folder) for option in options])
     assert words in done.error
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", "{", "config.json is no JSON"),
+        ("start.json", "", "start.json is no JSON"),
+        ("metrics.jsonl", "[1]\n", "metrics.jsonl: line 1 is no row of metrics: it needs a run and a round"),
+    ],
+)
+def test_a_file_that_is_broken_is_named(summarise, tmp_path, file, content, said):
+    folders = [write(tmp_path / str(seed), seed) for seed in VALUES]
+    (tmp_path / "0" / file).write_text(content)
+    assert said in summarise(*folders).error
+
+
+@pytest.mark.parametrize("option", ["--rounds=0", "--seconds=nan", "--width=-3", "--megabytes=-1"])
+def test_limits_and_widths_are_above_zero(summarise, tmp_path, option):
+    error = summarise(write(tmp_path / "0", 0), option).error
+    assert error.startswith(f"error: {option.partition('=')[0]}: needs a number above 0")
+
+
+def test_a_run_that_wrote_no_row_is_named(summarise, tmp_path):
+    folders = [write(tmp_path / str(seed), seed) for seed in VALUES]
+    (tmp_path / "1" / "metrics.jsonl").write_text("")
+    assert "0 in" in summarise(*folders).stderr

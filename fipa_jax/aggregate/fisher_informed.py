@@ -124,7 +124,8 @@ def from_solver(
         cohort = Messages(weights, fill_up(received.deltas, rows), sketch, moved, damping)
         now = Now(theta, size, received.ids, received.loss)
         solution, hyper, kept, info = solver.solve([cohort], state.hyper, state.solver, now)
-        step, average = unravel(solution.step[:length]), unravel(solution.mean[:length])
+        step = unravel(solution.step[:length])
+        average = trees.weighted_sum(weights, trees.widened(received.delta))  # without what is remembered
         info |= _describe(solution, sketch, weights) | compare(step, average, received)
         return step, FipaState(hyper, kept), info
 

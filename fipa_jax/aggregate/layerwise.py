@@ -165,7 +165,11 @@ def kronecker(
             step, bounded = _bounded(systems, found, mean, received, hyper)
             remembered = _kept(remembered, factors, weights, size, hyper)
         info = told | told_past | bounded | {"damping": beta, "solve_residual": residual}
-        return step, (hyper, remembered), info | compare(step, mean, received)
+        return (
+            step,
+            (hyper, remembered),
+            info | compare(step, trees.weighted_sum(clients, trees.widened(received.delta)), received),
+        )
 
     def announce(state):
         return {"damping": state[0]["damping"]}

@@ -57,6 +57,7 @@ def public_bound(stacked: jax.Array) -> jax.Array:
     [], and of matrices [C, P, s] one for each column [1, s], as columns are of very different size.
     """
     of_columns = stacked.ndim == 3
+    stacked = jnp.where(jnp.isfinite(stacked), stacked, 0)  # as in `encode`
     largest = jnp.max(jnp.abs(stacked), axis=(0, 1) if of_columns else None, keepdims=of_columns)
     largest = largest[0] if of_columns else largest
     exponent = jnp.frexp(largest)[1]

@@ -137,13 +137,14 @@ def averaged(optimizer: optax.GradientTransformation, decay: float) -> optax.Gra
     rule = optax.with_extra_args_support(optimizer)
 
     def init(params):
-        zero = jnp.zeros([], trees.ravel(params).dtype)
-        return Averaged(rule.init(params), optax.tree.zeros_like(params), zero, zero + decay)
+        wide = trees.widened(params)  # in half precision late models would not count
+        zero = jnp.zeros([], trees.ravel(wide).dtype)
+        return Averaged(rule.init(params), optax.tree.zeros_like(wide), zero, zero + decay)
 
     def update(updates, state, params=None, **sent):
         updates, inner = rule.update(updates, state.inner, params, **sent)
         state = state._replace(decay=jnp.zeros_like(state.decay) + decay)  # the run that goes on may have another
-        return updates, Averaged(inner, *_with(state, params), state.decay)
+        return updates, Averaged(inner, *_with(state, trees.widened(params)), state.decay)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -189,7 +189,7 @@ def sum_solver(
                 beta = jnp.maximum(beta, least)
             full = form(mean, seen, state.basis, beta)
             step, curve = _bounded(full, seen, state.hyper["limits.max_divergence"])
-            described = _describe(step, mean, seen, beta, least, state)
+            described = _describe(step, total, seen, beta, least, state)
             hyper, judged = state.hyper, ()
             if trust:
                 step, hyper, judged, told = _judged(step, curve, mean, total, beta, state)
@@ -197,7 +197,7 @@ def sum_solver(
             active = _columns(seen, beta, state.active, sums)
             basis = next_basis(seen, active, state.round + 1, sums)
             if past.kind != "none":
-                past_state = _kept(seen, past_state, total)
+                past_state = _kept(seen, past_state, total, state.hyper["past.decay"])
         after = SumState(hyper, basis, active, state.round + 1, past_state, judged)
         return step, _unless_empty(total, after, state), info | described
 
@@ -325,9 +325,10 @@ def _mean_of(total: Row, state: SumState) -> tuple[Row, Any, Info]:
     return jax.tree.map(lambda part: trees.ratio(part, both.weight), both), past, {"past_share": share}
 
 
-def _kept(seen: Seen, past: Remembered, total: Row) -> Remembered:
-    """The past and the present as one."""
-    return Remembered(seen.vectors, seen.values, past.weight + total.weight)
+def _kept(seen: Seen, past: Remembered, total: Row, decay: jax.Array) -> Remembered:
+    """The past and the present as one; in the first round, what the cohort stood in for too."""
+    grown = jnp.where(past.weight > 0, past.weight + total.weight, total.weight / (1 - decay))
+    return Remembered(seen.vectors, seen.values, grown)
 
 
 def _least(seen: Seen, active: jax.Array) -> jax.Array:
@@ -362,14 +363,15 @@ def _judged(step, curve, mean: Row, total: Row, beta, state: SumState):
     return step, state.hyper | {"damping": verdict.damping}, last, info
 
 
-def _describe(step, mean: Row, seen: Seen, beta, least, state: SumState) -> Info:
-    length, other = trees.length(step), trees.length(mean.update)
+def _describe(step, total: Row, seen: Seen, beta, least, state: SumState) -> Info:
+    average = trees.ratio(total.update, total.weight)
+    length, other = trees.length(step), trees.length(average)
     return {
         "columns": state.active,
         "damping": beta,
         "divergence": jnp.sum(seen.values * (seen.vectors.T @ step) ** 2) / 2,
         "effective_rank": jnp.sum(trees.ratio(seen.values, seen.values + beta)),
-        "fedavg_cosine": trees.ratio(jnp.vdot(step, mean.update), length * other),
+        "fedavg_cosine": trees.ratio(jnp.vdot(step, average), length * other),
         "fedavg_norm_ratio": trees.ratio(length, other),
         "spectrum": seen.values,
         "tail": trees.ratio(least, beta),

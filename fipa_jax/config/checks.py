@@ -168,7 +168,7 @@ IMAGES = tuple(f"data.{name}" for name in ("name", "train_split", "test_split", 
 IMAGES += tuple(f"data.{name}" for name in ("rotation", "flip", "public", "public_split"))
 READ_BY_TASKS = {  # names -> the fields that they read
     ("images",): (*IMAGES, *SPLITS),
-    (*FUNCTIONS, "pde", "own_data"): ("task.num_clients",),
+    ("sine", "pde", "own_data"): ("task.num_clients",),
     (*FUNCTIONS, "pde"): ("task.examples_per_client",),
     ("pde",): ("task.equation", "task.boundary_points", "task.boundary_weight", "task.test_points"),
     OF_USERS: ("task.file", "task.test_fraction", "task.holdout"),

@@ -30,6 +30,7 @@ def parse(argv: list[str], config: flags.FlagHolder, default: Path, values: flag
     """
     argv, file = _with_config_file(argv, default)
     _check_fields(argv)
+    argv = _last_of_tuples(argv)
     try:
         rest = _read(argv, config, values)
     except Exception as error:  # the config file is code, and may raise anything
@@ -96,6 +97,17 @@ def _check_fields(argv):
                 fields.find(defaults.default(), match[1])
             except KeyError as error:
                 raise ValueError(_one_line(f"config.{match[1]}: {error.args[0]}")) from None
+
+
+def _last_of_tuples(argv):
+    """Without flags of tuples that a later one sets again: together they would be one long tuple."""
+    places = {}  # field -> where its flags are, each with its value
+    for place, arg in enumerate(argv):
+        match = re.match(r"--?config\.([^=]*)(=?)", arg)
+        if match and isinstance(fields.value(defaults.default(), match[1]), tuple):
+            places.setdefault(match[1], []).append(range(place, place + (1 if match[2] else 2)))
+    earlier = {place for flags_of in places.values() for words in flags_of[:-1] for place in words}
+    return [arg for place, arg in enumerate(argv) if place not in earlier]
 
 
 def _read(argv, config, values):

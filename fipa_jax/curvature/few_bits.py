@@ -73,7 +73,7 @@ def turned_back(vector):
 def _by_block(turn, vector):
     """[P]: `turn` of the whole blocks [n, 16, 16], divided by 16, and what is behind them."""
     whole = vector.shape[0] // BLOCK * BLOCK
-    blocks = turn(vector[:whole].reshape(-1, SIDE, SIDE)) / SIDE
+    blocks = turn(vector[:whole].reshape(-1, SIDE, SIDE) / SIDE)  # divided first, as a sum of 256 may overflow
     return vector.__array_namespace__().concatenate([blocks.reshape(-1), vector[whole:]])
 
 

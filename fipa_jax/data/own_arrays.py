@@ -69,6 +69,11 @@ def _check_no_columns(file: str, columns: tables.Columns) -> None:
                 f"config.task.{field}: names columns of a table, and {file!r} holds arrays, all of x and y; set it to "
                 f"(), got {named}"
             )
+    if columns.client != "client":
+        raise ValueError(
+            f"config.task.client: names a column of a table, and {file!r} holds arrays, the owners in client; leave it "
+            f"at 'client', got {columns.client!r}"
+        )
 
 
 def _arrays(file: str, path: Path) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 A new kind of table is an entry of `READERS`.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -11,6 +12,7 @@ import numpy as np
 
 from fipa_jax import installed
 
+NUMBERING = r"|__index_level_\d+__"  # what pandas calls the numbers of a table's rows
 MOST_WORDS = 50  # different ones in a column that becomes inputs, one for each
 
 
@@ -40,6 +42,10 @@ def read(file: str, path: Path, columns: Columns) -> dict[str, np.ndarray]:
     taken = {*targets, columns.client}
     _check_once(targets, columns)
     names, column = _open(file, path)
+    if columns.client != "client" and columns.client not in names:
+        _refuse(file, f"has no column {columns.client!r}; it has {', '.join(names)}: see config.task.client")
+    if not columns.inputs and (numbers := [name for name in names if re.fullmatch(NUMBERING, name)]):
+        _refuse(file, f"has a column {numbers[0]!r}, a table's row numbers; leave it out (in pandas: index=False)")
     inputs = columns.inputs or tuple(name for name in names if name not in taken)
     for name in (*targets, *inputs):
         if name not in names:

@@ -63,7 +63,7 @@ def init(parts: Parts, params: Any, round: int = 0, on_host: bool = False) -> St
     chosen = trees.select(params, parts.trainable)
     # What is kept of parameters of half precision is kept in float32: sums and moments would not move otherwise.
     wide = trees.widened(chosen)
-    blank = parts.term.init(wide)
+    blank = jax.tree.map(jnp.copy, parts.term.init(wide))  # MOON's is the parameters themselves: no donation twice
     store = () if on_host else jax.tree.map(lambda leaf: _repeated(leaf, parts.num_clients), blank)
     rule, server, history = parts.aggregator.init(wide), parts.server.init(wide), parts.channel.init(chosen)
     state = State(params, rule, server, store, blank, jnp.asarray(round, jnp.int32), history)

@@ -103,7 +103,7 @@ class OnHost:
 
     def cohort(self, ids) -> Cohort:
         """The clients `ids` [C] and their examples, moved to the device."""
-        own = [np.asarray(self.owned[client]) for client in np.asarray(ids).tolist()]
+        own = [np.asarray(self.owned[client], np.int64) for client in np.asarray(ids).tolist()]
         counts: HostArray = np.array([len(indices) for indices in own], np.int32)
         first = np.cumsum(counts, dtype=np.int32) - counts
         column = np.arange(self._width, dtype=np.int32)[None]
@@ -137,7 +137,8 @@ class OnHost:
 
     def means(self, values: dict) -> dict:
         """{name: [T]}, the means over each client's own examples of {name: [N]}."""
-        over = lambda value: np.fromiter((value[own].mean() for own in self.owned), value.dtype, len(self.owned))
+        mean = lambda value, own: value[own].mean() if len(own) else 0
+        over = lambda value: np.fromiter((mean(value, own) for own in self.owned), value.dtype, len(self.owned))
         return jax.tree.map(over, values)
 
 

@@ -139,6 +139,8 @@ def whole_round(
 ) -> tuple[State, dict]:
     """One round of all clients, on the device: (state, info). Jit it, or scan over it.
 
+    Without jit the clients' stores in `state` are written in place, so that it serves once.
+
     Args:
       data: the training set {field: [N, ...]}.
       clients: all clients, stacked [T, ...].

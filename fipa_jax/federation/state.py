@@ -56,7 +56,10 @@ def fetch(state: State, ids: jax.Array) -> State:
 
 
 def keep(state: State, seen: State, ids: jax.Array) -> State:
-    """The state after a round: `seen`, with the stores of all clients; those on the host are written in place."""
+    """The state after a round: `seen`, with the stores of all clients.
+
+    They are written in place, on the host and on the device: but within jit, the stores of `state` are gone.
+    """
     if isinstance(state.store, HostStore):
         state.store.put(ids, seen.store)
         return seen._replace(store=state.store)

@@ -73,9 +73,11 @@ def private(expected: float, sampled: bool = False, frame_of: FrameOf = no_frame
 
     def init(params):
         dtype = jnp.result_type(*jax.tree.leaves(params))
-        inputs = trees.ravel(params).size // jax.tree.leaves(params)[0].shape[-1]
         plan = Plan(*[jnp.zeros([], dtype)] * len(Plan._fields))
-        return Spent(jnp.int32(0), plan, plain_frame(inputs, inputs, dtype) if released else ())
+        if not released:
+            return Spent(jnp.int32(0), plan, ())
+        inputs = trees.ravel(params).size // jax.tree.leaves(params)[0].shape[-1]
+        return Spent(jnp.int32(0), plan, plain_frame(inputs, inputs, dtype))
 
     def draw(order: Order, key, ids, rates: ChannelRates) -> Order:
         if not sampled:

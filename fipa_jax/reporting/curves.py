@@ -4,13 +4,13 @@ A method has the same name and colour in every picture, whatever it is compared 
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fipa_jax import files
 from fipa_jax.reporting import plots
 from fipa_jax.reporting.plots import GREY
 
@@ -195,7 +195,7 @@ def draw(
 def start_of(workdir: Path) -> list[dict]:
     """The row of the model before any round, as a run leaves it in start.json; none for one that has not."""
     path = Path(workdir) / "start.json"
-    return [json.loads(path.read_text())] if path.is_file() else []
+    return [files.read_json(path)] if path.is_file() else []
 
 
 def line(seeds: Sequence[list[dict]], run: str, figure: str, sent: Sequence[str] = ()) -> Line:

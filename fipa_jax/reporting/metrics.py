@@ -160,9 +160,12 @@ def read(path: Path, size: int | None = None) -> list[dict]:
     rows = []
     for number, line in enumerate(Path(path).read_bytes()[:size].splitlines(), 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if not isinstance(row, dict) or not {"run", "round"} <= row.keys():
+                raise ValueError("it needs a run and a round")
         except ValueError as error:
             raise ValueError(f"{path}: line {number} is no row of metrics: {error}") from None
+        rows.append(row)
     return rows
 
 

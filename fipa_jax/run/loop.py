@@ -161,7 +161,7 @@ def by_stage(phase: Phase, asked: Callable[[], bool] = lambda: False) -> Advance
     With `config.stage_seconds` each stage is waited for and timed; without, the host looks at nothing before the end.
 
     Args:
-      asked: whether to end after the round that is under way.
+      asked: whether to end after the round that is under way, as where a checkpoint is due.
     """
     config, people, root = phase.experiment.config, phase.experiment.population, phase.experiment.root
     stages = programs.compiled(phase.experiment.compiled, phase.settings, phase.parts)

@@ -69,6 +69,11 @@ def set_apart(problem: Problem, settings: ConfigDict, seed: int) -> tuple[Proble
         raise ValueError(f"config.personal.newcomers: {apart} of {number} clients, but some need to be on either side")
     new = np.sort(np.random.default_rng([seed, number]).permutation(number)[:apart])
     ids = [i for i in tested if i in new] if apart else tested
+    if not ids:
+        who = f"the {apart} clients that are kept apart" if apart else "the clients"
+        raise ValueError(
+            f"config.personal.{'newcomers' if apart else 'compare'}: none of {who} has test examples of its own"
+        )
     owned, tests = ([of[i] for i in ids] for of in (problem.clients, problem.test_clients))
     if not apart:
         return problem, People(owned, tests)

@@ -7,6 +7,7 @@ It leaves in the work directory: the models, metrics.jsonl, start.json, summary.
 import contextlib
 import io
 import json
+import re
 import shlex
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from fipa_jax.run.experiment import Experiment, build, pooled
 from fipa_jax.saving import provenance
 from fipa_jax.saving.journal import Journal
 from fipa_jax.saving.model_files import export, stems
-from fipa_jax.saving.resume import open_at
+from fipa_jax.saving.resume import again, open_at
 from fipa_jax.saving.signals import Stopped
 
 WARMUP = "warmup"  # the name of its rows
@@ -95,7 +96,7 @@ def run(config: ConfigDict, workdir: Path, resume: str = "yes", on_row: hooks.Ho
                     return run_phases(experiment, workdir, journal)
         except OSError as error:
             if error.errno in files.FULL:
-                hint = "free some room, and the same command goes on from the last checkpoint"
+                hint = f"free some room, and {again(resume)} goes on from the last checkpoint"
                 raise OSError(error.errno, f"{error.strerror}; {hint}") from error
             raise
 
@@ -267,7 +268,8 @@ def write_report(phases: dict[str, ConfigDict], rows: list[dict], summary: dict,
     pictures |= {of_models[name]: f"What the model of {name} says" for name in names}
     script = Path(sys.argv[0]).name == "train.py"
     rounds = {name: settings.rounds for name, settings in settings_by_phase(phases).items()}
-    report.write(workdir, rows, summary, pictures, rounds, shlex.join(["python", *sys.argv]) if script else "")
+    command = re.sub(r" --?resume[= ]no\b", "", shlex.join(["python", *sys.argv])) if script else ""
+    report.write(workdir, rows, summary, pictures, rounds, command)
 
 
 def draw_curves(rows: list[dict], workdir: Path) -> None:

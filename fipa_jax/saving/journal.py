@@ -40,6 +40,7 @@ class Journal:
       saved: the same, without its arrays once they are in use.
       start: parameters that all methods start from, if they are the warm-up's; else ().
       done: names of the phases that are done.
+      again: what goes on with the run once it is stopped, in words.
       last_phase: of the one after which the run is finished.
       on_row: is called with every row once it is written.
     """
@@ -54,6 +55,7 @@ class Journal:
         signals: Signals,
     ):
         self.saved, self.start, self.on_row = saved, (), lambda row: None
+        self.again = "the same command"
         self.done, self.last_phase = list(saved.note["done"]) if saved else [], ""
         self._workdir, self._origin, self._signals = workdir, origin, signals
         self._checkpoints, self._seconds, self._saved_at = checkpoints, settings.seconds, time.monotonic()
@@ -123,8 +125,12 @@ class Journal:
         return int.from_bytes(hashlib.sha256(said.encode()).digest()[: SECRET_BITS // 8], "big")
 
     def asked(self) -> bool:
-        """Whether this process, alone, has been asked to stop."""
-        return bool(self._signals.asked) and jax.process_count() == 1
+        """Whether this process, alone, has been asked to stop, or is to write a checkpoint."""
+        return jax.process_count() == 1 and (bool(self._signals.asked) or self._is_time())
+
+    def _is_time(self) -> bool:
+        """Whether the last checkpoint is `checkpoint.seconds` old."""
+        return self._checkpoints is not None and time.monotonic() - self._saved_at >= self._seconds
 
     def keep(self, phase: str, state: State, row: dict, note: dict, ended: bool) -> bool:
         """Saves the state where it is due: at the phase's end, after some time, or as the run is asked to stop.
@@ -145,13 +151,13 @@ class Journal:
         number, due = self._asked_of_any(), False
         if self._checkpoints is not None:
             self._checkpoints.check()
-            due = ended or bool(number) or time.monotonic() - self._saved_at >= self._seconds
+            due = ended or bool(number) or self._is_time()
             if due:
                 self._save(phase, state, row, note, ended)
         if number:
             if self._checkpoints is not None:
                 self._checkpoints.wait()
-            raise Stopped(number, f"after round {row['round']} of {phase}; the same command goes on from there")
+            raise Stopped(number, f"after round {row['round']} of {phase}; {self.again} goes on from there")
         return due
 
     def _asked_of_any(self) -> int:

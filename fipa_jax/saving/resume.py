@@ -42,6 +42,7 @@ RESUMES = {  # what --resume may say: what becomes of a run that is there alread
     "anyway": "goes on whatever its origin",
     "no": "is moved aside",
 }
+AGAIN = "the same command"  # goes on, as messages say it
 SHOWN = 20  # differences between two runs that a person is shown
 
 
@@ -74,8 +75,14 @@ def open_at(workdir: Path, config: ConfigDict, come_from: dict, resume: str = "y
             checkpoints = held.enter_context(contextlib.closing(kept))
         signals = held.enter_context(Signals())
         journal = Journal(workdir, config.checkpoint, checkpoints, saved, origin, signals)
+        journal.again = again(resume)
         journal.last_phase = config.compare[-1] if config.fipa.rounds else "warmup"
         yield held.enter_context(contextlib.closing(journal))
+
+
+def again(resume: str) -> str:
+    """What goes on with a run that was begun with this `--resume`, in words."""
+    return f"{AGAIN} without --resume=no" if resume == "no" else AGAIN
 
 
 def _nothing() -> None:

@@ -76,8 +76,8 @@ def figures(values: dict) -> dict:
 def area_under_curve(score: jax.Array, positive: jax.Array) -> jax.Array:
     """[], the probability that a positive example has a higher score than another one, equal ones counting half.
 
-    It is the area under the receiver operating characteristic, by ranks (Mann and Whitney 1947): (sum of the positives'
-    ranks - n (n + 1) / 2) / (n m), with n positives and m others.
+    It is the area under the receiver operating characteristic, by ranks (Mann and Whitney 1947): (the mean of
+    the positives' ranks - (n + 1) / 2) / m, with n positives and m others.
 
     Args:
       score: [N].
@@ -89,10 +89,11 @@ def area_under_curve(score: jax.Array, positive: jax.Array) -> jax.Array:
     ordered = jnp.sort(score)
     below, not_above = (jnp.searchsorted(ordered, score, side=side) for side in ("left", "right"))
     rank = (below + not_above + 1) / 2  # from 1 on; the mean of theirs for equal scores
-    n = jnp.sum(positive)
-    pairs = n * (positive.size - n)
-    above = jnp.sum(jnp.where(positive, rank, 0)) - n * (n + 1) / 2
-    return jnp.where(pairs > 0, above / jnp.maximum(pairs, 1), jnp.nan).astype(score.dtype)
+    n = jnp.sum(positive).astype(rank.dtype)
+    m = positive.size - n
+    # By means: of 100,000 examples sums have more than 32 bits.
+    above = jnp.sum(jnp.where(positive, rank / jnp.maximum(n, 1), 0)) - (n + 1) / 2
+    return jnp.where((n > 0) & (m > 0), above / jnp.maximum(m, 1), jnp.nan).astype(score.dtype)
 
 
 def calibration_error(confidence: jax.Array, correct: jax.Array, bins: int = 15) -> jax.Array:

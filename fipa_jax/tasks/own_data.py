@@ -157,6 +157,8 @@ def _as_words(file: str, y: np.ndarray) -> np.ndarray:
         refuse(
             file, f"has {y.shape[1]} targets for each example; classes need one: set config.task.kind to 'regression'"
         )
+    if np.any(np.abs(y) >= 2**53):
+        refuse(file, "has classes of 2^53 and above, which float64 does not tell apart; name them by words")
     if np.any(y != np.round(y)):
         refuse(file, "has targets that are no whole numbers; classes need to be: set config.task.kind to 'regression'")
     return y[:, 0].astype(np.int64).astype(str)
@@ -302,6 +304,11 @@ def _sets(arrays: dict, task) -> dict[str, dict[str, np.ndarray]]:
     else:
         order = np.random.default_rng(task.seed).permutation(len(rows["x"]))
         count = max(1, round(task.test_fraction * len(order)))
+        if count == len(order):
+            refuse(
+                task.file,
+                f"has {count} examples, of which config.task.test_fraction = {task.test_fraction} leaves none",
+            )
         test, train = ({name: rows[name][np.sort(part)] for name in names} for part in (order[:count], order[count:]))
     train, holdout = set_apart(train, task.holdout, task.seed, "config.task.holdout")
     if task.split == "given" and "client" in rows:

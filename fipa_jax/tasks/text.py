@@ -1,5 +1,6 @@
 """The next character of texts that have owners, such as the speakers of plays: windows of a text, split in time."""
 
+import sys
 from typing import NamedTuple
 
 import jax
@@ -126,6 +127,11 @@ def read(file: str, least: int) -> Texts:
         )
     if length.sum() != len(text) or len(length) != len(client) or np.any(length < 0):
         refuse(file, f"has {len(text)} characters in text, {length.sum()} by the lengths of {len(client)} clients")
+    if text.max(initial=0) > sys.maxunicode:
+        refuse(file, f"has a character {text.max()} in text, which is no code point; write it {RECIPE}")
+    names, owned = np.unique(client, return_counts=True)
+    if np.any(owned > 1):
+        refuse(file, f"names client {str(names[owned > 1][0])!r} {owned.max()} times; join the texts of each")
     letters, symbols = np.unique(text, return_inverse=True)
     long = np.flatnonzero(length >= least)
     if not len(long):

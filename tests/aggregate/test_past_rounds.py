@@ -48,6 +48,16 @@ def test_the_prior_is_one_more_client_that_stays(x64, form):
     np.testing.assert_allclose(past_of(state).weights, [weight])
 
 
+@each_past
+def test_the_step_is_compared_with_fedavgs_without_what_is_remembered(x64, past):
+    found, infos, _ = run(COHORTS, past, "damped", ids=IDS)
+    for k, cohort in enumerate(COHORTS):
+        step, average = found[k + 1] - found[k], Dense(*cohort).mean
+        length, other = np.linalg.norm(step), np.linalg.norm(average)
+        np.testing.assert_allclose(infos[k]["fedavg_norm_ratio"], length / other, rtol=1e-8)
+        np.testing.assert_allclose(infos[k]["fedavg_cosine"], step @ average / (length * other), rtol=1e-8)
+
+
 @pytest.mark.parametrize("form", ["damped", "tikhonov"])
 def test_targets_stay_where_they_were(x64, form):
     """The last three cohorts besides this one, each with its own curvature and where it alone would have gone."""

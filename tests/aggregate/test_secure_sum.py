@@ -107,3 +107,9 @@ def test_what_has_no_words_is_refused_or_zero():
     words = encode(jnp.asarray([jnp.nan, jnp.inf, 9.0], jnp.float32), bound, grid, 16)
     np.testing.assert_array_equal(decode(words, grid, 16, jnp.float32), [0, 0, 4])
     assert secure_sum.MOST_BITS == 32
+
+
+def test_one_clients_nan_or_infinity_counts_as_zero_and_the_others_count():
+    for fault in (np.nan, np.inf):
+        total = _total(jnp.array([[1.0, 2.0], [fault, 3.0], [1.0, 1.0]]), 16)
+        np.testing.assert_allclose(total, [2, 6], atol=1e-2)

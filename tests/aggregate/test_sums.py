@@ -151,10 +151,11 @@ def test_columns_come_and_go_by_the_tail(x64):
 def test_a_decayed_sum_resists_as_a_client_whose_update_is_zero(x64):
     first, second = Dense(0), Dense(1)
     rule = _rule("galerkin", sums={"columns": SIZE, "fresh": 0}, past=aggregate.PastRounds("prior", decay=0.5))
-    step, state, _ = _apply(rule, first)
+    step, state, told = _apply(rule, first)
     np.testing.assert_allclose(step, 0.5 * _solve(BETA, first.total, first.pull + BETA * first.mean), atol=1e-7)
+    np.testing.assert_allclose(told["fedavg_norm_ratio"], np.linalg.norm(step) / np.linalg.norm(first.mean), rtol=1e-7)
     step, _, info = _apply(rule, second, state=state)
-    past, now = 0.5 * first.counts.sum(), second.counts.sum()
+    past, now = 0.5 * first.counts.sum() / (1 - 0.5), second.counts.sum()  # it was a stand-in for all before it
     matrix = (past * first.total + now * second.total) / (past + now)
     wanted = now / (past + now) * (second.pull + BETA * second.mean)
     np.testing.assert_allclose(step, _solve(BETA, matrix, wanted), atol=1e-6)

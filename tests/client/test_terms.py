@@ -157,6 +157,14 @@ def _parts(term, aggregator="mean", optimizer="sgd", cohort=NUM_CLIENTS, steps=6
     )
 
 
+@pytest.mark.parametrize("name", terms.TERMS)
+def test_the_first_state_can_be_donated(name):
+    """MOON's store is the model itself: one buffer, it would be given twice."""
+    state = parts_lib.init(_parts(terms.TERMS[name]()), {"w": jnp.zeros(3, jnp.float32)})
+    given = jax.jit(lambda state: state, donate_argnums=0)(state)
+    np.testing.assert_array_equal(given.params["w"], 0)
+
+
 @functools.cache
 def _round(parts):
     return jax.jit(functools.partial(rounds.whole_round, parts))
@@ -372,6 +380,16 @@ def test_an_average_of_models_changes_no_step(x64, decay):
         np.testing.assert_array_equal(update["w"], wanted["w"])
         theta = {"w": theta["w"] - 0.1 * update["w"]}
     assert server.average_of(inner, theta) is theta
+
+
+def test_late_models_of_half_precision_count_as_much():
+    rule, theta = server.averaged(server.make("sgd", 0.0), 1.0), {"w": jnp.zeros(1, jnp.bfloat16)}
+    state, models = rule.init(theta), []
+    for k in range(600):
+        theta = {"w": jnp.full(1, k, jnp.bfloat16)}
+        models.append(float(theta["w"][0]))
+        _, state = rule.update({"w": jnp.zeros(1, jnp.bfloat16)}, state, theta)
+    np.testing.assert_allclose(state.mean["w"], np.mean(models), rtol=1e-4)
 
 
 def test_a_wrong_server_optimiser_names_the_field():

@@ -246,6 +246,13 @@ def test_a_field_that_nothing_reads_is_refused(field, value, words):
         checks.validate(config)
 
 
+def test_the_number_of_clients_of_the_gaussians_is_not_chosen():
+    config = tiny()
+    config.task.name, config.task.num_clients = "gaussians_2d", 12
+    with pytest.raises(ValueError, match=r"config\.task\.num_clients: task\.name = 'gaussians_2d' does not read it"):
+        experiment.build(config)
+
+
 def test_fields_are_read_by_the_tasks_and_models_that_there_are():
     assert set(checks.TASKS) == set(TASKS) and set(checks.MODELS) == set(MODELS)
     read = [path for paths in (*checks.READ_BY_TASKS.values(), *checks.READ_BY_MODELS.values()) for path in paths]

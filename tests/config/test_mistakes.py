@@ -75,6 +75,13 @@ def test_a_mistake_in_the_script_is_one_line_and_nothing_is_written(mistake, tmp
     assert not row.wrong, row
 
 
+@pytest.mark.parametrize("words", [["--config.model.widths=(8,)"], ["--config.model.widths", "(8, 2)"]])
+def test_the_last_of_two_flags_counts_for_tuples_too(words):
+    config = parse([*words, "--config.seed=1", "--config.model.widths=(4,)", "--config.seed=2"])
+    assert config.model.widths == (4,) and config.seed == 2
+    assert parse(["--config.model.widths=(4,)", *words]).model.widths[0] == 8
+
+
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(command_line.os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
     with pytest.raises(ValueError, match=f"--workdir: .* but {tmp_path} cannot be written to"):

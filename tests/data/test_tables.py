@@ -78,6 +78,9 @@ def test_words_may_be_targets(tmp_path):
         (ROWS | {"age": [63.0, float("nan"), 57, 1]}, Columns(), "NaN or infinity in 1 rows of x, first in row 1"),
         (ROWS, Columns(targets=("chest", "y")), "words in one of the targets chest, y"),
         ({"y": [1, 2]}, Columns(), "no column besides its targets"),
+        (ROWS, Columns(client="hospitl"), r"no column 'hospitl'; it has age, smokes, .*config\.task\.client"),
+        (ROWS | {"": [0, 1, 2, 3]}, Columns(), "a column '', a table's row numbers; leave it out"),
+        (ROWS | {"__index_level_0__": [0, 1, 2, 3]}, Columns(), "column '__index_level_0__', a table's row numbers"),
         ({"x": [[1], [2]], "y": [1, 2]}, Columns(), "column 'x' of type list"),
         (
             {"x": [f"w{i}" for i in range(60)], "y": [1] * 60},

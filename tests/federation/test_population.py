@@ -174,3 +174,14 @@ def test_absent_clients_do_not_exist_on_the_device(people):
     cohort = people[0].cohort(np.array([1, 5]))
     np.testing.assert_array_equal(jax.vmap(present)(cohort.clients).sum(axis=1), [1, 1])
     assert cohort.data["x"].shape == (9, 2)
+
+
+def test_a_client_without_examples_has_zero_for_a_mean_and_an_empty_row():
+    data = {"x": np.arange(6.0, dtype=np.float32)}
+    owned = [[4, 5], [], [1]]
+    padded = Client(jnp.array([[4, 5], [0, 0], [1, 0]]), jnp.array([2, 0, 1]))
+    host, device = OnHost(data, owned, 2, jax.device_put), Resident(data, padded)
+    np.testing.assert_array_equal(host.means({"x": data["x"]})["x"], [4.5, 0, 1])
+    np.testing.assert_array_equal(device.means({"x": jnp.asarray(data["x"])})["x"], [4.5, 0, 1])
+    cohort = host.cohort(jnp.array([1, 0]))
+    assert cohort.clients.num_examples.tolist() == [0, 2]

@@ -163,3 +163,8 @@ def test_an_audit_agrees_with_the_accountant_and_finds_that_the_clip_is_missing(
     assert 0.4 * claimed < audited() <= claimed
     monkeypatch.setattr(mechanism, "clipped", lambda row, bound: row)
     assert audited() > claimed
+
+
+def test_a_parameter_may_be_a_number():
+    state = noisy_sum.private(2.0).init({"a": jnp.zeros(()), "b": jnp.zeros(3)})
+    assert state.rounds == 0

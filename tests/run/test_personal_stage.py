@@ -178,6 +178,17 @@ def test_newcomers_are_in_no_round_and_alone_get_models():
     assert len(problem.clients) == 4 and [rows[0] for rows in people.owned] == [0, 6, 9]  # the second has no tests
 
 
+def test_newcomers_without_test_examples_are_refused_before_anything_is_trained():
+    config = tiny().personal
+    config.compare, config.newcomers = ("ditto",), 0.25
+    tests = [np.arange(0)] * 4
+    with pytest.raises(ValueError, match=r"config\.personal\.newcomers: none of the 1 clients that are kept apart has"):
+        personal_stage.set_apart(problem_of(tests), config, seed=3)
+    config.newcomers = 0.0
+    with pytest.raises(ValueError, match=r"config\.personal\.compare: none of the clients has test examples"):
+        personal_stage.set_apart(problem_of(tests), config, seed=3)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

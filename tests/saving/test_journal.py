@@ -340,6 +340,16 @@ class InMemory:
         self.saved = checkpoint.Saved(step, trees.paths(tree), note)
 
 
+def test_rounds_that_run_ahead_are_looked_at_where_a_checkpoint_is_due(tmp_path):
+    config = tiny()
+    for seconds, wanted in ((0, True), (1e6, False)):
+        config.checkpoint.seconds = seconds
+        kept = InMemory()
+        book = journal.Journal(tmp_path, config.checkpoint, kept, None, {"config": {}}, stopping.Signals())
+        assert book.asked() == wanted
+        book.close()
+
+
 @pytest.mark.parametrize("spec", ["fipa", "fipa:sketch.budget=1e3", "fisher_diagonal", "fedpm", "fipa_sums"])
 def test_a_rules_number_that_the_config_changes_acts_in_the_run_that_goes_on(tmp_path, spec):
     """One that the rule has moved by itself stays, if the config has it as it was."""

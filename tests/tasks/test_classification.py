@@ -94,3 +94,11 @@ def test_calibration_error_by_hand():
             wanted += chosen.mean() * abs(correct[chosen].mean() - confidence[chosen].mean())
     found = classification.calibration_error(jnp.asarray(confidence), jnp.asarray(correct))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_the_area_under_the_curve_of_a_large_test_set_in_float32():
+    """Of 120,000 examples the pairs do not fit into 32 bits."""
+    positive = np.arange(120_000) % 6 < 5
+    score = (np.random.default_rng(0).normal(size=positive.size) + positive).astype(np.float32)
+    found = jax.jit(classification.area_under_curve)(jnp.asarray(score), jnp.asarray(positive))
+    np.testing.assert_allclose(found, scores.roc_auc_score(positive, score), rtol=1e-6)

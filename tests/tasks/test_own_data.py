@@ -162,6 +162,10 @@ def _with(name, row, value):
         ({"x_test": np.zeros((5, 9)), "y_test": np.zeros((5, 2))}, "3 columns in x but 9 in x_test"),
         ({"x_test": np.zeros((5, WIDTH)), "y_test": np.zeros(5)}, "2 columns in y but 1 in y_test"),
         ({"x_test": np.zeros((5, WIDTH)), "y_test": np.full((5, 2), np.nan)}, "5 rows of y_test, first in row 0"),
+        (
+            {"x": np.zeros((1, 2)), "y": np.zeros(1)},
+            r"has 1 examples, of which config\.task\.test_fraction = 0\.2 leaves",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_told_what_to_change(config, arrays, said):
@@ -396,3 +400,14 @@ def test_inputs_of_nobody_scale_those_of_clients_and_are_public(config):
         tasks.build(config(_arrays(), standardise="public"))
     with pytest.raises(ValueError, match="3 columns in x but 2 in x_public"):
         tasks.build(config(_arrays(x_public=nobodys[:, :2])))
+
+
+def test_arrays_have_no_columns_whose_owner_could_be_named(config):
+    with pytest.raises(ValueError, match=r"config\.task\.client: names a column of a table, .* got 'hospitl'"):
+        tasks.build(config(_arrays(client=np.arange(NUM_EXAMPLES) % 4), client="hospitl"))
+
+
+def test_classes_that_float64_does_not_tell_apart_are_refused(config):
+    y = 2.0**53 + 2 * (np.arange(NUM_EXAMPLES) % 3)
+    with pytest.raises(ValueError, match=r"classes of 2\^53 and above"):
+        tasks.build(config(_arrays(y=y), kind="classes"))

@@ -218,3 +218,15 @@ def test_the_speakers_config_has_valid_methods_of_each_part(variant, least):
 def test_a_transformer_of_what_is_no_sequence_is_refused():
     with pytest.raises(ValueError, match=r"'transformer' needs whole numbers \[B, T\], got float32 of 3"):
         MODULE.init(jax.random.key(0), jnp.zeros([1, 3]))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        (_arrays(client=np.array(["ANNE", "BERT", "ANNE"])), "names client 'ANNE' 2 times; join the texts of each"),
+        (_arrays(text=np.full(85, 0x110000, np.uint32)), "has a character 1114112 in text, which is no code point"),
+    ],
+)
+def test_owners_are_told_apart_and_characters_are_some(config, arrays, said):
+    with pytest.raises(ValueError, match=rf"^config\.task\.file: .*{said}"):
+        tasks.build(config(arrays))
