@@ -197,7 +197,7 @@ def sum_solver(
             active = _columns(seen, beta, state.active, sums)
             basis = next_basis(seen, active, state.round + 1, sums)
             if past.kind != "none":
-                past_state = _kept(seen, past_state, total, state.hyper["past.decay"])
+                past_state = _kept(seen, past_state, total)
         after = SumState(hyper, basis, active, state.round + 1, past_state, judged)
         return step, _unless_empty(total, after, state), info | described
 
@@ -307,7 +307,8 @@ def _mean_of(total: Row, state: SumState) -> tuple[Row, Any, Info]:
     """(means over clients and past, the past after its decay, what to say of it).
 
     The past is one more client, with the update zero: it only resists. In the first round the cohort's own curvature
-    stands in for it, as in `past_rounds.prior`.
+    stands in for it, as in `past_rounds.prior`; but it is not remembered as more than it was, so that the steps of the
+    next rounds are longer than there.
     """
     if state.past == ():
         return jax.tree.map(lambda part: trees.ratio(part, total.weight), total), (), {}
@@ -325,10 +326,9 @@ def _mean_of(total: Row, state: SumState) -> tuple[Row, Any, Info]:
     return jax.tree.map(lambda part: trees.ratio(part, both.weight), both), past, {"past_share": share}
 
 
-def _kept(seen: Seen, past: Remembered, total: Row, decay: jax.Array) -> Remembered:
-    """The past and the present as one; in the first round, what the cohort stood in for too."""
-    grown = jnp.where(past.weight > 0, past.weight + total.weight, total.weight / (1 - decay))
-    return Remembered(seen.vectors, seen.values, grown)
+def _kept(seen: Seen, past: Remembered, total: Row) -> Remembered:
+    """The past and the present as one."""
+    return Remembered(seen.vectors, seen.values, past.weight + total.weight)
 
 
 def _least(seen: Seen, active: jax.Array) -> jax.Array:

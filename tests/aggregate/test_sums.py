@@ -155,7 +155,7 @@ def test_a_decayed_sum_resists_as_a_client_whose_update_is_zero(x64):
     np.testing.assert_allclose(step, 0.5 * _solve(BETA, first.total, first.pull + BETA * first.mean), atol=1e-7)
     np.testing.assert_allclose(told["fedavg_norm_ratio"], np.linalg.norm(step) / np.linalg.norm(first.mean), rtol=1e-7)
     step, _, info = _apply(rule, second, state=state)
-    past, now = 0.5 * first.counts.sum() / (1 - 0.5), second.counts.sum()  # it was a stand-in for all before it
+    past, now = 0.5 * first.counts.sum(), second.counts.sum()  # the first round's counts alone
     matrix = (past * first.total + now * second.total) / (past + now)
     wanted = now / (past + now) * (second.pull + BETA * second.mean)
     np.testing.assert_allclose(step, _solve(BETA, matrix, wanted), atol=1e-6)
