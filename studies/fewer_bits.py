@@ -5,9 +5,9 @@ The tasks of {doc}`equal_bytes`: CIFAR-10 with a CNN of 24k parameters and Tiny-
 what plain FedAvg sends in 50 rounds on CIFAR-10, in 60 on Tiny-ImageNet-50. FIPA in the span of gradients (`fipa_span`)
 keeps every client's last gradient at the server (`term.name=varp`); its gradients are of the images as they are or, in
 a row of its own, of random views, on which FedVARP trains (`local.views`). FedVARP was the best compressed first-order
-rule in 8 bits, and has the rates that were chosen for it there; the first table shows whether they are right in 4 bits,
-on the held-out images of seed 9 of Tiny-ImageNet-50 at alpha 0.1 after half of the bytes. A block of 256 entries is
-turned before it is rounded (Suresh et al. 2017), which in {doc}`equal_bytes` it was not yet. Beside each rule's last
+rule in 8 bits, and has the rates that were chosen for it there. (The runs called "tune" try others in 4 bits, for half
+as many bytes on the held-out images of seed 9 of Tiny-ImageNet-50 at alpha 0.1.) A block of 256 entries is turned
+before it is rounded (Suresh et al. 2017), which in {doc}`equal_bytes` it was not yet. Beside each rule's last
 models the average of its models is evaluated (`server.average`), one of j rounds before the last counting 0.95^j.
 """
 

@@ -165,11 +165,8 @@ def kronecker(
             step, bounded = _bounded(systems, found, mean, received, hyper)
             remembered = _kept(remembered, factors, weights, size, hyper)
         info = told | told_past | bounded | {"damping": beta, "solve_residual": residual}
-        return (
-            step,
-            (hyper, remembered),
-            info | compare(step, trees.weighted_sum(clients, trees.widened(received.delta)), received),
-        )
+        average = trees.weighted_sum(clients, trees.widened(received.delta))  # without what is remembered
+        return step, (hyper, remembered), info | compare(step, average, received)
 
     def announce(state):
         return {"damping": state[0]["damping"]}

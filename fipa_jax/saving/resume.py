@@ -42,7 +42,6 @@ RESUMES = {  # what --resume may say: what becomes of a run that is there alread
     "anyway": "goes on whatever its origin",
     "no": "is moved aside",
 }
-AGAIN = "the same command"  # goes on, as messages say it
 SHOWN = 20  # differences between two runs that a person is shown
 
 
@@ -82,7 +81,7 @@ def open_at(workdir: Path, config: ConfigDict, come_from: dict, resume: str = "y
 
 def again(resume: str) -> str:
     """What goes on with a run that was begun with this `--resume`, in words."""
-    return f"{AGAIN} without --resume=no" if resume == "no" else AGAIN
+    return "the same command without --resume=no" if resume == "no" else "the same command"
 
 
 def _nothing() -> None:

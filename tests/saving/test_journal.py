@@ -523,3 +523,12 @@ def test_signals_are_left_alone_outside_the_main_thread():
     thread.start()
     thread.join()
     assert found == [0]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("no", "the same command without --resume=no"), ("yes", "the same command")]
+)
+def test_a_run_knows_what_goes_on_with_it(tmp_path, how, words):
+    """Given again, --resume=no would move it aside."""
+    with resume.open_at(tmp_path, tiny(), {}, how) as book:
+        assert book.again == words
