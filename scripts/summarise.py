@@ -80,7 +80,9 @@ def main():
 
 def draw(seeds, args):
     """Draws what the arguments ask for of the runs, or says which figure or method there is not."""
-    there = [dict.fromkeys(name for rows in seeds for row in rows for name in names(row)) for names in (list, run_of)]
+    there = [
+        dict.fromkeys(name for rows in seeds for row in rows for name in names(row)) for names in (numbers_of, run_of)
+    ]
     wanted = [args.metric and args.metric.split(","), args.methods and args.methods.split(",")]
     wanted[0] = wanted[0] or [name for name in there[0] if name.startswith("test_")]
     for what, asked, known in zip(("--metric", "--methods"), wanted, there, strict=True):
@@ -106,6 +108,11 @@ def warn_of_other_lengths(rounds):
         if len(set(numbers.values())) > 1:
             words = ", ".join(f"{number} in {workdir}" for workdir, number in numbers.items())
             print(f"warning: the runs of {run!r} differ in their rounds: {words}", file=sys.stderr)
+
+
+def numbers_of(row):
+    """The names of a row's numbers."""
+    return [name for name, value in row.items() if not isinstance(value, str | list | dict)]
 
 
 def run_of(row):

@@ -101,3 +101,8 @@ def test_a_run_that_wrote_no_row_is_named(summarise, tmp_path):
     folders = [write(tmp_path / str(seed), seed) for seed in VALUES]
     (tmp_path / "1" / "metrics.jsonl").write_text("")
     assert "0 in" in summarise(*folders).stderr
+
+
+def test_what_is_no_number_is_not_drawn(summarise, tmp_path):
+    error = summarise(write(tmp_path / "0", 0), f"--plot={tmp_path / 'drawn'}", "--metric=run").error
+    assert error.startswith("error: --metric: no ['run'] in these runs; there are: round, test_mse")
