@@ -157,7 +157,7 @@ def _parts(term, aggregator="mean", optimizer="sgd", cohort=NUM_CLIENTS, steps=6
     )
 
 
-@pytest.mark.parametrize("name", terms.TERMS)
+@pytest.mark.parametrize("name", ["moon", "scaffold"])
 def test_the_first_state_can_be_donated(name):
     """MOON's store is the model itself: one buffer, it would be given twice."""
     state = parts_lib.init(_parts(terms.TERMS[name]()), {"w": jnp.zeros(3, jnp.float32)})
@@ -384,12 +384,13 @@ def test_an_average_of_models_changes_no_step(x64, decay):
 
 def test_late_models_of_half_precision_count_as_much():
     rule, theta = server.averaged(server.make("sgd", 0.0), 1.0), {"w": jnp.zeros(1, jnp.bfloat16)}
-    state, models = rule.init(theta), []
-    for k in range(600):
-        theta = {"w": jnp.full(1, k, jnp.bfloat16)}
-        models.append(float(theta["w"][0]))
-        _, state = rule.update({"w": jnp.zeros(1, jnp.bfloat16)}, state, theta)
-    np.testing.assert_allclose(state.mean["w"], np.mean(models), rtol=1e-4)
+    models = jnp.arange(600, dtype=jnp.bfloat16)
+
+    def update(state, model):
+        return rule.update({"w": jnp.zeros(1, jnp.bfloat16)}, state, {"w": model[None]})[1], None
+
+    state, _ = jax.lax.scan(update, rule.init(theta), models)
+    np.testing.assert_allclose(state.mean["w"][0], np.mean(np.asarray(models, float)), rtol=1e-4)
 
 
 def test_a_wrong_server_optimiser_names_the_field():
