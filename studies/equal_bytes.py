@@ -26,7 +26,7 @@ from evidence.records import (
     draw_lines,
     every,
     final,
-    number,
+    of_average,
     own_fields,
     percent,
     sent,
@@ -181,13 +181,10 @@ def tables(found):
             reached: dict[str, Spread] = {}
             for share in [share for share in (1, 2, 4) if 1 < part >= share]:
                 reached |= after_bytes(found, run, spec, share * task.most, LAST, ("bytes_up",))
-            mean, loss = (
-                final(found, run, spec, f"test_average_{figure}", last=LAST) for figure in ("accuracy", "loss")
-            )
             rows.append(
                 usual_row(found, run, spec, rule, LAST)
                 | reached
-                | {"accuracy of the average": Spread(mean, percent), "its loss": Spread(loss, number)}
+                | of_average(found, run, spec, LAST)
                 | {"chosen": own_fields(spec, OWN)}
             )
         if rows:

@@ -5,15 +5,14 @@ The tasks of {doc}`equal_bytes`: CIFAR-10 with a CNN of 24k parameters and Tiny-
 what plain FedAvg sends in 50 rounds on CIFAR-10, in 60 on Tiny-ImageNet-50. FIPA in the span of gradients (`fipa_span`)
 keeps every client's last gradient at the server (`term.name=varp`); its gradients are of the images as they are or, in
 a row of its own, of random views, on which FedVARP trains (`local.views`). FedVARP was the best compressed first-order
-rule in 8 bits, and has the rates that were chosen for it there. (The runs called "tune" try others in 4 bits, for half
-as many bytes on the held-out images of seed 9 of Tiny-ImageNet-50 at alpha 0.1.) A block of 256 entries is turned
-before it is rounded (Suresh et al. 2017), which in {doc}`equal_bytes` it was not yet. Beside each rule's last
+rule in 8 bits, and has the rates that were chosen for it there. A block of 256 entries is turned by an orthogonal
+matrix before it is rounded ({doc}`/maths/bytes`), which in {doc}`equal_bytes` it was not yet. Beside each rule's last
 models the average of its models is evaluated (`server.average`), one of j rounds before the last counting 0.95^j.
 """
 
 from typing import Any, NamedTuple
 
-from evidence.records import Run, Spread, Study, Table, draw_lines, final, number, own_fields, percent, usual_row
+from evidence.records import Run, Study, Table, draw_lines, final, of_average, usual_row
 
 SPAN, VIEWS = "FIPA in the span of gradients, kept", "FIPA in the span of gradients, random views, kept"
 VARP = "FedVARP"
@@ -24,8 +23,7 @@ RULES = {
 }
 OF_SPAN = "sketch.solver=rows:sketch.loss_rank=1:sketch.micro_batch=5:local.micro_batch=5:"  # one direction of a loss
 AVERAGE = "server.average=0.95:"  # evaluated beside the last model
-OWN = ("local.compress.bits", "server.lr")  # what was tried
-LAST, BITS, RATE = 3, (8, 4, 3), 0.3  # evaluations; of an entry; of FedVARP's server
+LAST, BITS = 3, (8, 4, 3)  # evaluations; of an entry
 
 
 class Place(NamedTuple):
@@ -43,26 +41,20 @@ PLACES = {CIFAR.format(alpha): Place("cifar10", alpha, 23.71e6) for alpha in (0.
     IMAGENET.format(alpha): Place("tiny_imagenet:cpu", alpha, 244e6, "trainable=.*:cache_body=False:", OF_SPAN)
     for alpha in (0.1, 0.05)
 }
-TUNED, TUNED_ON, HALF = IMAGENET.format(0.1), 9, 0.5  # a place; a seed; of the bytes
-TRIED = {VIEWS: ((8, 0), (4, 0)), VARP: ((8, RATE), (4, RATE), (4, 0.1))}  # a rule -> bits and server rates
 
 
-def _method(place, rule, bits, rate=RATE, part=1.0):
-    """A compared method, for a part of the bytes."""
-    own = f"server.lr={rate:g}:" if rule == VARP else place.of_span
-    own += AVERAGE if part == 1 else ""
-    return f"{RULES[rule]}local.compress.bits={bits}:{place.shared}{own}rounds=3000:most_bytes_up={part * place.most:g}"
+def _method(place, rule, bits):
+    """A compared method."""
+    own = "server.lr=0.3:" if rule == VARP else place.of_span
+    ends = f"{AVERAGE}rounds=3000:most_bytes_up={place.most:g}"
+    return f"{RULES[rule]}local.compress.bits={bits}:{place.shared}{own}{ends}"
 
 
-def _tried(rule):
-    return [_method(PLACES[TUNED], rule, *how, HALF) for how in TRIED[rule]]
-
-
-def _run(place, methods, **others):
+def _run(place, method):
     """From a warm-up, one for each split."""
     fields: dict[str, Any] = {"partition.alpha": place.alpha, "eval.every": 10, "eval.clients_every": 0}
     warm = Run(place.config, fields | {"fipa.rounds": 0}, seeds=(0,))
-    return Run(place.config, fields | {"compare": tuple(methods)}, start=warm, **others)
+    return Run(place.config, fields | {"compare": (method,)}, start=warm)
 
 
 def _lines(of):
@@ -71,47 +63,34 @@ def _lines(of):
     return {label: (f"{of}, {label}", _method(PLACES[of], *how)) for label, how in labels.items()}
 
 
-def _runs():
-    for rule in TRIED:
-        yield f"tune, {rule}", _run(PLACES[TUNED], _tried(rule), seeds=(TUNED_ON,))
-    for of, place in PLACES.items():
-        yield from ((run, _run(place, [method])) for run, method in _lines(of).values())
+def _done(found, of):
+    """Those of `_lines` that have run."""
+    return {label: line for label, line in _lines(of).items() if final(found, *line, "test_accuracy").size}
 
 
 def tables(found):
-    """What was tried; accuracy, loss, bytes and seconds at each place."""
-    rows = [
-        {"method": rule, "setting": own_fields(method, OWN), "held-out accuracy, %": Spread(values, percent)}
-        for rule in TRIED
-        for method in _tried(rule)
-        if (values := final(found, f"tune, {rule}", method, "holdout_accuracy", last=LAST)).size
-    ]
-    made = [Table(f"{TUNED}, half of the bytes, seed {TUNED_ON}: what was tried.", rows)]
-    for of in PLACES:
-        rows = []
-        for label, line in _lines(of).items():
-            mean, loss = (final(found, *line, f"test_average_{figure}", last=LAST) for figure in ("accuracy", "loss"))
-            if mean.size:
-                averages = {"accuracy of the average": Spread(mean, percent), "its loss": Spread(loss, number)}
-                rows.append(usual_row(found, *line, label, LAST) | averages)
-        words = f"{of}: mean of the last three evaluations, and the standard deviation over seeds."
-        made.append(Table(words, rows))
-    return [table for table in made if table.rows] or made[:1]
+    """Accuracy, loss, bytes and seconds at each place."""
+    words = "mean of the last three evaluations, and the standard deviation over seeds."
+    rows = {
+        of: [
+            usual_row(found, *line, label, LAST) | of_average(found, *line, LAST)
+            for label, line in _done(found, of).items()
+        ]
+        for of in PLACES
+    }
+    return [Table(f"{of}: {words}", those) for of, those in rows.items() if those] or [Table("Nothing has run.", [])]
 
 
 def draw(found, path):
     """The accuracies by what the clients send."""
-    panels = {
-        of: [(*line, label) for label, line in _lines(of).items() if final(found, *line, "test_accuracy").size]
-        for of in PLACES
-    }
+    panels = {of: [(*line, label) for label, line in _done(found, of).items()] for of in PLACES}
     panels = {of: lines for of, lines in panels.items() if lines} or {"nothing": []}
     draw_lines(panels, "test_accuracy", path, found, by=("bytes_up",))
 
 
 STUDY = Study(
     words=__doc__,
-    runs=dict(_runs()),
+    runs={run: _run(PLACES[of], method) for of in PLACES for run, method in _lines(of).values()},
     tables=tables,
     draw=draw,
     caption="Test accuracy by the bytes that clients send up, mean and one standard deviation over the seeds",

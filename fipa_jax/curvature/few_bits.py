@@ -12,11 +12,13 @@ A block of an update is turned before, and back where it arrives,
     Y = H (H o X) H / 16,    X = H o (H Y H) / 16        X [16, 16]: 256 entries; H: the Hadamard matrix of 16 rows
 
 an orthogonal map by which a few large entries are shared out among all, so that m is smaller, and the rounding with it
-(Suresh et al. 2017, arXiv 1611.00429, who draw the signs; the signs H o are those of a bent function, by which equal
-entries stay as even as any).
+(Suresh et al. 2017, arXiv 1611.00429, who draw the signs). The signs H o are the same everywhere; with them a block of
+equal entries is shared out evenly too, where H X H alone would put all of it into one entry.
 """
 
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ import numpy as np
 from fipa_jax.curvature.sketch import Sketch, SketchFunction
 from fipa_jax.trees import ratio
 
+Vector = TypeVar("Vector", jax.Array, np.ndarray)
 SIDE = 16
 BLOCK = SIDE**2  # entries that share a scale
 HADAMARD = functools.reduce(np.kron, 4 * [np.array([[1, 1], [1, -1]], np.int8)])  # [16, 16]
@@ -54,7 +57,7 @@ def rounded(key: jax.Array, vector: jax.Array, bits: int) -> jax.Array:
     return (scale * (places / levels)).reshape(-1)[:size]
 
 
-def turned(vector):
+def turned(vector: Vector) -> Vector:
     """The vector [P], of jax or NumPy, with its whole blocks turned; the entries behind them are as they were.
 
     Example:
@@ -64,13 +67,13 @@ def turned(vector):
     return _by_block(lambda blocks: HADAMARD @ (SIGNS * blocks) @ HADAMARD, vector)
 
 
-def turned_back(vector):
+def turned_back(vector: Vector) -> Vector:
     """The vector [P] of which a vector is what `turned` makes."""
     return _by_block(lambda blocks: SIGNS * (HADAMARD @ blocks @ HADAMARD), vector)
 
 
 @jax.default_matmul_precision("highest")
-def _by_block(turn, vector):
+def _by_block(turn: Callable, vector: Vector) -> Vector:
     """[P]: `turn` of the whole blocks [n, 16, 16], divided by 16, and what is behind them."""
     whole = vector.shape[0] // BLOCK * BLOCK
     blocks = turn(vector[:whole].reshape(-1, SIDE, SIDE) / SIDE)  # divided first, as a sum of 256 may overflow

@@ -135,7 +135,7 @@ def write(
 
 def _read(path: Path) -> dict:
     """What a JSON file holds; nothing where it is not there."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return files.read_json(path) if path.is_file() else {}
 
 
 def title_of(config: dict) -> str:

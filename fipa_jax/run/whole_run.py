@@ -266,10 +266,14 @@ def write_report(phases: dict[str, ConfigDict], rows: list[dict], summary: dict,
     names = [name for name in phases if name != WARMUP]
     of_models = stems([WARMUP, *names])
     pictures |= {of_models[name]: f"What the model of {name} says" for name in names}
-    script = Path(sys.argv[0]).name == "train.py"
     rounds = {name: settings.rounds for name, settings in settings_by_phase(phases).items()}
-    command = re.sub(r" --?resume[= ]no\b", "", shlex.join(["python", *sys.argv])) if script else ""
-    report.write(workdir, rows, summary, pictures, rounds, command)
+    report.write(workdir, rows, summary, pictures, rounds, _goes_on_by(sys.argv))
+
+
+def _goes_on_by(argv: list[str]) -> str:
+    """The command that goes on with a run of scripts/train.py, see `resume.again`; "" for one of other code."""
+    command = shlex.join(["python", *argv])
+    return re.sub(r" --?resume[= ]no\b", "", command) if Path(argv[0]).name == "train.py" else ""
 
 
 def draw_curves(rows: list[dict], workdir: Path) -> None:

@@ -148,6 +148,15 @@ def usual_row(found: Found, run: str, method: str, label: str, last: int) -> dic
     }
 
 
+def of_average(found: Found, run: str, method: str, last: int) -> dict[str, Spread]:
+    """A table's further cells: the figures of the mean of past models (`server.average`)."""
+    names = {"accuracy of the average": ("accuracy", percent), "its loss": ("loss", number)}
+    return {
+        words: Spread(final(found, run, method, f"test_average_{figure}", last=last), show)
+        for words, (figure, show) in names.items()
+    }
+
+
 def after_bytes(
     found: Found, run: str, method: str, most: float, last: int, columns: Sequence[str] = SENT
 ) -> dict[str, Spread]:

@@ -158,3 +158,11 @@ def test_flags_of_processes_come_together(given, monkeypatch):
         flags.FLAGS(["train.py", *given])
         with pytest.raises(SystemExit, match=r"^error: --coordinator=.*, --processes and --process come together"):
             script.join()
+
+
+@pytest.mark.parametrize("flag", [["--resume=no"], ["-resume", "no"], []])
+def test_the_page_names_the_command_that_goes_on(flag):
+    """With --resume=no it would move the run aside."""
+    found = whole_run._goes_on_by(["scripts/train.py", "--config=sine", *flag, "--workdir=runs/a b"])
+    assert found == "python scripts/train.py --config=sine '--workdir=runs/a b'"
+    assert not whole_run._goes_on_by(["mine.py", *flag])
