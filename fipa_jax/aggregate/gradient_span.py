@@ -336,6 +336,4 @@ def _as_sent(state: SpanState, span: SpanOptions) -> jax.Array:
     if not span.bits:
         return state.basis
     key = jax.random.fold_in(jax.random.key(span.seed), state.round)
-    keys = jax.random.split(key, state.basis.shape[1])
-    rounded: Callable = jax.vmap(few_bits.rounded, in_axes=(0, 1, None), out_axes=1)
-    return rounded(keys, state.basis, span.bits)
+    return few_bits.columns_sent(key, state.basis, span.bits)

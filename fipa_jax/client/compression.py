@@ -56,12 +56,8 @@ def _none(how: Compression) -> None:
 
 def _few_bits(how: Compression) -> Compressor:
     few_bits.check(how.bits, "local.compress.bits")
-
-    def apply(key, update):
-        turned = few_bits.turned(update.astype(jnp.promote_types(update.dtype, jnp.float32)))
-        return few_bits.turned_back(few_bits.rounded(key, turned, how.bits)).astype(update.dtype)
-
-    return Compressor(apply, functools.partial(few_bits.bytes_of, bits=how.bits))
+    bytes_of = functools.partial(few_bits.bytes_of, bits=how.bits)
+    return Compressor(functools.partial(few_bits.sent, bits=how.bits), bytes_of)
 
 
 def _top_k(how: Compression) -> Compressor:

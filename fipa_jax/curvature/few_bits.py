@@ -7,7 +7,7 @@ norm for a block), and |m q / l - x| < m / l. What is sent are the integers q, f
 block. The largest entry of a block always has |q| = l, so that m can be read from what arrives, see
 `deployment.packing`.
 
-A block of an update is turned before, and back where it arrives,
+A block of an update or of a basis vector is turned before, and back where it arrives,
 
     Y = H (H o X) H / 16,    X = H o (H Y H) / 16        X [16, 16]: 256 entries; H: the Hadamard matrix of 16 rows
 
@@ -17,8 +17,9 @@ equal entries is shared out evenly too, where H X H alone would put all of it in
 """
 
 import functools
+import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,11 @@ from fipa_jax.curvature.sketch import Sketch, SketchFunction
 from fipa_jax.trees import ratio
 
 Vector = TypeVar("Vector", jax.Array, np.ndarray)
+Vector = TypeVar("Vector", jax.Array, np.ndarray)
 SIDE = 16
 BLOCK = SIDE**2  # entries that share a scale
 HADAMARD = functools.reduce(np.kron, 4 * [np.array([[1, 1], [1, -1]], np.int8)])  # [16, 16]
-SIGNS = HADAMARD[None]  # of a block, as it is turned
+SIGNS = HADAMARD[None, ..., None]  # of blocks [n, 16, 16, K], as they are turned
 
 
 def check(bits: int, field: str) -> None:
@@ -57,27 +59,51 @@ def rounded(key: jax.Array, vector: jax.Array, bits: int) -> jax.Array:
     return (scale * (places / levels)).reshape(-1)[:size]
 
 
-def turned(vector: Vector) -> Vector:
-    """The vector [P], of jax or NumPy, with its whole blocks turned; the entries behind them are as they were.
+def sent(key: jax.Array, vector: jax.Array, bits: int) -> jax.Array:
+    """A vector [P] that is turned, rounded, and turned back where it arrives.
 
     Example:
-      turned_back(rounded(key, turned(update), 4)) is off by less than rounded(key, update, 4) is: of gradients the
-      squared error is a third.
+      sent(key, update, 4) is off by less than rounded(key, update, 4) is: of gradients the squared error is a third.
     """
-    return _by_block(lambda blocks: HADAMARD @ (SIGNS * blocks) @ HADAMARD, vector)
+    wide = vector.astype(jnp.promote_types(vector.dtype, jnp.float32))
+    return turned_back(rounded(key, turned(wide), bits)).astype(vector.dtype)
 
 
-def turned_back(vector: Vector) -> Vector:
-    """The vector [P] of which a vector is what `turned` makes."""
-    return _by_block(lambda blocks: SIGNS * (HADAMARD @ blocks @ HADAMARD), vector)
+def columns_sent(key: jax.Array, columns: jax.Array, bits: int) -> jax.Array:
+    """Vectors [P, K] as each is `sent`, their roundings independent."""
+    keys = jax.random.split(key, columns.shape[1])
+    by_column = jax.vmap(rounded, in_axes=(0, 1, None), out_axes=1)
+    return turned_back(by_column(keys, turned(columns), bits))
+
+
+def turned(vectors: Vector) -> Vector:
+    """The vector [P], or vectors [P, K], of jax or NumPy, with whole blocks turned; what is behind them is as it was.
+
+    Example:
+      turned_back(turned(update)) is the update again, but for the rounding of floating point.
+    """
+    return _by_block(lambda blocks: _between(SIGNS * blocks), vectors)
+
+
+def turned_back(vectors: Vector) -> Vector:
+    """The vectors of which these are what `turned` makes."""
+    return _by_block(lambda blocks: SIGNS * _between(blocks), vectors)
+
+
+def _by_block(turn: Callable, vectors: Vector) -> Vector:
+    """[P, ...]: `turn` of the whole blocks [n, 16, 16, K], divided by 16, and what is behind them."""
+    number, columns = vectors.shape[0] // BLOCK, math.prod(vectors.shape[1:])
+    whole, rest = vectors[: number * BLOCK], vectors[number * BLOCK :]
+    blocks = whole.reshape(number, SIDE, SIDE, columns) / SIDE  # divided first, as a sum of 256 may overflow
+    return vectors.__array_namespace__().concatenate([turn(blocks).reshape(whole.shape), rest])
 
 
 @jax.default_matmul_precision("highest")
-def _by_block(turn: Callable, vector: Vector) -> Vector:
-    """[P]: `turn` of the whole blocks [n, 16, 16], divided by 16, and what is behind them."""
-    whole = vector.shape[0] // BLOCK * BLOCK
-    blocks = turn(vector[:whole].reshape(-1, SIDE, SIDE) / SIDE)  # divided first, as a sum of 256 may overflow
-    return vector.__array_namespace__().concatenate([blocks.reshape(-1), vector[whole:]])
+def _between(blocks: Any) -> Any:
+    """[n, 16, 16, K], H X H of each X [16, 16]."""
+    number, _, _, columns = blocks.shape
+    rows = HADAMARD @ blocks.reshape(number, SIDE, SIDE * columns)
+    return (HADAMARD @ rows.reshape(number * SIDE, SIDE, columns)).reshape(blocks.shape)
 
 
 def levels_of(bits: int) -> int:
@@ -104,11 +130,10 @@ def in_few_bits(sketch: SketchFunction, bits: int) -> SketchFunction:
     """
     check(bits, "sketch.bits")
 
-    def sent(key, params, batch, mask=None, start=None) -> Sketch:
+    def arriving(key, params, batch, mask=None, start=None) -> Sketch:
         solve_key, round_key = jax.random.split(key)
         whole = sketch(solve_key, params, batch, mask, start)
-        keys = jax.random.split(round_key, whole.basis.shape[1])
-        basis = jax.vmap(rounded, in_axes=(0, 1, None), out_axes=1)(keys, whole.basis, bits)
+        basis = columns_sent(round_key, whole.basis, bits)
         return whole._replace(basis=ratio(basis, jnp.linalg.norm(basis, axis=0, keepdims=True)))
 
-    return sent
+    return arriving

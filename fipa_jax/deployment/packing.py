@@ -11,11 +11,13 @@ whatever made them, and unpacked before whatever reads them; neither knows of it
 
 of these vectors:
 
-    delta           the whole update, K = 1: all parameters one after another, turned (`few_bits.turned`); of few
-                    entries, delta/places [k] int32, ascending, and delta/values [k] float32 of those that are not zero
+    delta           the whole update, K = 1: all parameters one after another; of few entries, delta/places [k] int32,
+                    ascending, and delta/values [k] float32 of those that are not zero
     sketch/basis    its K columns
     core/values     K = 1: M_ij / sqrt(M_ii M_jj) above the diagonal, column by column; core/diagonal [k] beside it
     asked/0         the columns of the common basis that are in use
+
+All but a core's are turned (`few_bits.turned`).
 
 Of a core there are the k columns up to the last with any curvature, and nothing where all of it is zero: that client
 was not asked. In floating point core/values [k (k + 1) / 2] is its upper half, row by row.
@@ -59,7 +61,7 @@ def packed(arrays: Arrays, bits: Bits) -> dict[str, np.ndarray]:
     sent = dict(arrays)
     if (bits.update or bits.kept) and (paths := _paths(arrays)):
         whole = np.concatenate([sent.pop(path).reshape(-1) for path in paths])
-        sent |= _of_update(whole, bits.update) if bits.update else _entries(whole)
+        sent |= _integers(DELTA, whole[None], bits.update) if bits.update else _entries(whole)
     if bits.curvature and BASIS in sent:
         sent |= _integers(BASIS, sent.pop(BASIS).T, bits.curvature)
     if CORE in sent:
@@ -87,7 +89,7 @@ def unpacked(arrays: Arrays, bits: Bits, forms: Forms) -> dict[str, np.ndarray]:
         sizes = [int(np.prod(shape)) for shape in shapes]
         dtype = np.result_type(*(forms[path].dtype for path in paths))
         if bits.update:
-            whole = turned_back(_vectors(read, DELTA, sum(sizes), bits.update, np.float64, 1)[0])
+            whole = _vectors(read, DELTA, sum(sizes), bits.update, np.float64, 1)[0]
         else:
             whole = _of_entries(read, sum(sizes), bits.kept, dtype)
         parts = np.split(whole, np.cumsum(sizes)[:-1])
@@ -105,12 +107,6 @@ def unpacked(arrays: Arrays, bits: Bits, forms: Forms) -> dict[str, np.ndarray]:
         columns = _vectors(read, ASKED, size, bits.asked, forms[ASKED].dtype, most, fewer=True).T
         read[ASKED] = np.pad(columns, [(0, 0), (0, most - columns.shape[1])])
     return read
-
-
-def _of_update(whole: np.ndarray, bits: int) -> dict[str, np.ndarray]:
-    """{name: array} of an update [P]."""
-    with np.errstate(invalid="ignore"):  # what is not finite shows in the scale of its block
-        return _integers(DELTA, turned(whole.astype(np.float64))[None], bits)
 
 
 def _of_core(core: np.ndarray, bits: int) -> dict[str, np.ndarray]:
@@ -184,7 +180,9 @@ def _integers(name: str, vectors: np.ndarray, bits: int) -> dict[str, np.ndarray
     integers = np.zeros([number, -(-size * bits // 8)], np.uint8)
     scales = np.zeros([number, -(-size // BLOCK)], np.float32)
     for vector, written, scale in zip(vectors, integers, scales, strict=True):  # one by one, for the memory
-        blocks = np.pad(vector.astype(np.float64), (0, -size % BLOCK)).reshape(-1, BLOCK)
+        with np.errstate(invalid="ignore"):  # what is not finite shows in the scale of its block
+            turns = vector.astype(np.float64) if name == CORE else turned(vector.astype(np.float64))
+        blocks = np.pad(turns, (0, -size % BLOCK)).reshape(-1, BLOCK)
         longest = np.max(np.abs(blocks), axis=1, initial=0)
         usable = np.isfinite(longest) & (longest > 0)
         places = np.rint(
@@ -217,7 +215,8 @@ def _vectors(read: dict, name: str, size: int, bits: int, dtype: Any, most: int,
         places = _whole(integers, size, bits) - levels
         if np.any(places > levels) or np.any(scales < 0) or np.any(np.isinf(scales)):
             raise Malformed(f"{name}: an integer or a scale is out of its range")
-        vector[:] = np.repeat(scales.astype(np.float64), BLOCK)[:size] * (places / levels)
+        turns = np.repeat(scales.astype(np.float64), BLOCK)[:size] * (places / levels)
+        vector[:] = turns if name == CORE else turned_back(turns)
     return vectors
 
 

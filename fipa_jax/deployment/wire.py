@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMAT, VERSION = "fipa_jax", "3"
+FORMAT, VERSION = "fipa_jax", "4"
 KINDS = ("broadcast", "upload")
 NOBODY = -1  # the client of a broadcast, which is for all of them
 LONGEST_HEADER = 2**24  # bytes

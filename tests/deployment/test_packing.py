@@ -17,10 +17,11 @@ SPAN = "fipa_span:aggregator.span.columns=6:aggregator.span.fresh=2:aggregator.s
 RTOL = 1e-6  # some roundings of float32
 
 
-def rounded(seed, size, bits, dtype="float32"):
-    vector = np.random.default_rng(seed).normal(size=size).astype(dtype)
-    vector[: size // 3] *= 1e-5  # blocks of different scales
-    return np.asarray(few_bits.rounded(jax.random.key(seed), vector, bits))
+def columns_of(size, number, bits):
+    """Columns as they arrive."""
+    whole = np.random.default_rng(number).normal(size=(size, number)).astype(np.float32)
+    whole[: size // 3] *= 1e-5  # blocks of different scales
+    return np.asarray(few_bits.columns_sent(jax.random.key(number), whole, bits))
 
 
 def update_of(seed, size, bits, dtype="float32"):
@@ -79,11 +80,20 @@ def test_a_core_arrives_as_it_was_rounded(bits, size, columns):
 @pytest.mark.parametrize("used", [0, 2, 4])
 def test_columns_that_are_not_in_use_do_not_travel(used):
     basis = np.zeros([300, 4], np.float32)
-    for column in range(used):
-        basis[:, column] = rounded(column, 300, 4)
+    basis[:, :used] = columns_of(300, used, 4)
     sent = packed({packing.ASKED: basis}, Bits(asked=4))
     assert sum(array.nbytes for array in sent.values()) == used * few_bits.bytes_of(300, 4)
-    np.testing.assert_allclose(unpacked(sent, Bits(asked=4), {packing.ASKED: basis})[packing.ASKED], basis, rtol=RTOL)
+    got = unpacked(sent, Bits(asked=4), {packing.ASKED: basis})[packing.ASKED]
+    same(got, basis)
+    assert not np.any(got[:, used:])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_eigenvectors_arrive_as_they_were_rounded(bits):
+    basis = columns_of(700, 3, bits)
+    sent = packed({packing.BASIS: basis}, Bits(curvature=bits))
+    assert sum(array.nbytes for array in sent.values()) == 3 * few_bits.bytes_of(700, bits)
+    same(unpacked(sent, Bits(curvature=bits), {packing.BASIS: basis})[packing.BASIS], basis)
 
 
 def test_a_number_that_is_not_finite_spoils_its_block_and_is_seen():
@@ -153,7 +163,7 @@ def test_cores_and_bases_that_are_too_large_are_refused():
         sent = packed({packing.CORE: core}, Bits(curvature=bits))
         with pytest.raises(wire.Malformed, match="core"):
             unpacked(sent, Bits(curvature=bits), {packing.CORE: core[:2, :2]})
-    basis = np.stack([rounded(column, 50, 8) for column in range(3)], axis=1)
+    basis = columns_of(50, 3, 8)
     for name, bits in ((packing.BASIS, Bits(curvature=8)), (packing.ASKED, Bits(asked=8))):
         with pytest.raises(wire.Malformed, match=name):
             unpacked(packed({name: basis}, bits), bits, {name: basis[:, :2]})
