@@ -23,7 +23,7 @@ RULES = {
 }
 OF_SPAN = "sketch.solver=rows:sketch.loss_rank=1:sketch.micro_batch=5:local.micro_batch=5:"  # one direction of a loss
 AVERAGE = "server.average=0.95:"  # evaluated beside the last model
-LAST, BITS = 3, (8, 4, 3)  # evaluations; of an entry
+LAST, BITS = 3, (4, 3)  # evaluations; of an entry
 
 
 class Place(NamedTuple):
@@ -32,13 +32,15 @@ class Place(NamedTuple):
     config: str
     alpha: float
     most: float  # bytes that all clients may send
+    rules: tuple[str, ...]
     shared: str = ""  # fields of all methods
     of_span: str = ""  # fields of FIPA
 
 
 CIFAR, IMAGENET = "CIFAR-10, alpha {:g}", "Tiny-ImageNet-50, alpha {:g}"
-PLACES = {CIFAR.format(alpha): Place("cifar10", alpha, 23.71e6) for alpha in (0.1, 0.05)} | {
-    IMAGENET.format(alpha): Place("tiny_imagenet:cpu", alpha, 244e6, "trainable=.*:cache_body=False:", OF_SPAN)
+WHOLE = "trainable=.*:cache_body=False:"
+PLACES = {CIFAR.format(alpha): Place("cifar10", alpha, 23.71e6, (SPAN, VIEWS, VARP)) for alpha in (0.1, 0.05)} | {
+    IMAGENET.format(alpha): Place("tiny_imagenet:cpu", alpha, 244e6, (VIEWS, VARP), WHOLE, OF_SPAN)
     for alpha in (0.1, 0.05)
 }
 
@@ -59,7 +61,7 @@ def _run(place, method):
 
 def _lines(of):
     """{rule and bits: (its run, its method)} at a place."""
-    labels = {f"{rule}, {bits} bits": (rule, bits) for rule in RULES for bits in BITS}
+    labels = {f"{rule}, {bits} bits": (rule, bits) for rule in PLACES[of].rules for bits in BITS}
     return {label: (f"{of}, {label}", _method(PLACES[of], *how)) for label, how in labels.items()}
 
 

@@ -1,6 +1,7 @@
 """How do a study's runs get done? As processes side by side, each in a folder that its config names."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -133,13 +134,18 @@ def _digest(told) -> str:
 
 def _own(config) -> dict:
     """What a config says beyond the defaults, {path: value}: a new field changes no folder's name."""
+    usual = _usual()
+    return {path: value for path, value in _flat(config.to_dict()) if value != usual.get(path)}
 
-    def flat(group, prefix=""):
-        for name, value in group.items():
-            yield from flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
 
-    usual = dict(flat(default().to_dict()))
-    return {path: value for path, value in flat(config.to_dict()) if value != usual.get(path)}
+@functools.cache
+def _usual() -> dict:
+    return dict(_flat(default().to_dict()))
+
+
+def _flat(group: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in group.items():
+        yield from _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
 
 
 def _sized(study: Study, run: Run, options: Options) -> Run:
@@ -178,9 +184,14 @@ def _config_of(name: str, changed: Mapping[str, Any]):
     Raises:
       ValueError: there is no such config or field, or a value does not fit.
     """
+    return _checked_config(name, tuple(changed.items()))
+
+
+@functools.cache  # checking takes most of a large study's start, and runs that begin alike ask for the same
+def _checked_config(name: str, changed: tuple[tuple[str, Any], ...]):
     name, _, variant = name.partition(":")
     config = runpy.run_path(str(command_line.config_file(name)))["get_config"](*([variant] if variant else []))
-    for path, value in changed.items():
+    for path, value in changed:
         try:
             group, field = fields.find(config, path)
         except KeyError as error:
