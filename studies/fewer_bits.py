@@ -1,4 +1,4 @@
-"""At equal bytes up, with updates in 4 or 3 bits in place of 8: who makes more of the rounds that it saves?
+"""At equal bytes up, with updates in 1 to 4 bits in place of 8: who makes more of the rounds that it saves?
 
 The tasks of {doc}`equal_bytes`: CIFAR-10 with a CNN of 24k parameters and Tiny-ImageNet-50 with one of 203k, five of
 100 clients a round, balanced Dirichlet splits, all from the last model of the same warm-up, until clients have sent
@@ -6,8 +6,10 @@ what plain FedAvg sends in 50 rounds on CIFAR-10, in 60 on Tiny-ImageNet-50. FIP
 keeps every client's last gradient at the server (`term.name=varp`); its gradients are of the images as they are or, in
 a row of its own, of random views, on which FedVARP trains (`local.views`). FedVARP was the best compressed first-order
 rule in 8 bits, and has the rates that were chosen for it there. A block of 256 entries is turned by an orthogonal
-matrix before it is rounded ({doc}`/maths/bytes`), which in {doc}`equal_bytes` it was not yet. Beside each rule's last
-models the average of its models is evaluated (`server.average`), one of j rounds before the last counting 0.95^j.
+matrix before it is rounded ({doc}`/maths/bytes`), which in {doc}`equal_bytes` it was not yet. In 1 and 2
+bits clients send the change since their last update, which the server has (`local.compress.name=change`). Beside each
+rule's last models the average of its models is evaluated (`server.average`), one of j rounds before the last counting
+0.95^j.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +25,13 @@ RULES = {
 }
 OF_SPAN = "sketch.solver=rows:sketch.loss_rank=1:sketch.micro_batch=5:local.micro_batch=5:"  # one direction of a loss
 AVERAGE = "server.average=0.95:"  # evaluated beside the last model
-LAST, BITS = 3, (4, 3)  # evaluations; of an entry
+LAST = 3  # evaluations
+BITS = {
+    "4 bits": "local.compress.bits=4:",
+    "3 bits": "local.compress.bits=3:",
+    "changes in 2 bits": "local.compress.name=change:local.compress.bits=2:",
+    "changes in 1 bit": "local.compress.name=change:local.compress.bits=1:",
+}
 
 
 class Place(NamedTuple):
@@ -49,7 +57,7 @@ def _method(place, rule, bits):
     """A compared method."""
     own = "server.lr=0.3:" if rule == VARP else place.of_span
     ends = f"{AVERAGE}rounds=3000:most_bytes_up={place.most:g}"
-    return f"{RULES[rule]}local.compress.bits={bits}:{place.shared}{own}{ends}"
+    return f"{RULES[rule]}{BITS[bits]}{place.shared}{own}{ends}"
 
 
 def _run(place, method):
@@ -61,7 +69,7 @@ def _run(place, method):
 
 def _lines(of):
     """{rule and bits: (its run, its method)} at a place."""
-    labels = {f"{rule}, {bits} bits": (rule, bits) for rule in PLACES[of].rules for bits in BITS}
+    labels = {f"{rule}, {bits}": (rule, bits) for rule in PLACES[of].rules for bits in BITS}
     return {label: (f"{of}, {label}", _method(PLACES[of], *how)) for label, how in labels.items()}
 
 

@@ -3,6 +3,8 @@
 few_bits   each entry in some bits, rounded at random (QSGD, Alistarh et al. 2017, arXiv 1610.02132, with a scale for
            each block of entries, which is turned before, see `curvature.few_bits`). Under `mean`, with several local
            steps and a part of the clients in a round, this is FedPAQ (Reisizadeh et al. 2020, arXiv 1909.13014)
+change     the change since the client's last update, each entry at the nearest of few levels; the server, which keeps
+           that, adds it (EF21, Richtarik et al. 2021, arXiv 2106.05203). What is lost shrinks with the change
 top_k      the k largest entries. What is left out stays with the client, which adds it to its next update (error
            feedback, Stich et al. 2018, arXiv 1809.07599)
 """
@@ -21,14 +23,15 @@ from fipa_jax.curvature import few_bits
 from fipa_jax.lookup import lookup
 
 STREAM = 0xC0DE  # of the rounding, apart from the keys of the training
-Compress = Callable[[jax.Array, jax.Array], jax.Array]  # (key, update [P]) -> [P], as it arrives
+# (key, update [P], the client's store [P]) -> (the update as it arrives [P], the store [P])
+Compress = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Compression(NamedTuple):
     """What becomes of an update on its way; the group `local.compress` of a config."""
 
-    name: Literal["none", "few_bits", "top_k"] = "none"
-    bits: int = 8  # of an entry, for `few_bits`
+    name: Literal["none", "few_bits", "change", "top_k"] = "none"
+    bits: int = 8  # of an entry, for `few_bits`, 2 to 16, and `change`, 1 to 8
     share: float = 0.01  # of the entries that `top_k` keeps
 
 
@@ -37,7 +40,7 @@ class Compressor(NamedTuple):
 
     apply: Compress
     bytes_of: Callable[[int], int]  # P -> bytes
-    keeps_rest: bool = False  # whether what is left out waits for the next update
+    term: str = ""  # whose store it goes by, see `client.terms`; "" for any, whose store stays as it is
 
 
 def compressor_of(how: Compression) -> Compressor | None:
@@ -46,7 +49,7 @@ def compressor_of(how: Compression) -> Compressor | None:
     Raises:
       ValueError: the name is not known, or a number is out of its range.
     """
-    kinds = {"none": _none, "few_bits": _few_bits, "top_k": _top_k}
+    kinds = {"none": _none, "few_bits": _few_bits, "change": _change, "top_k": _top_k}
     return lookup(kinds, how.name, "config.local.compress.name")(how)
 
 
@@ -56,8 +59,21 @@ def _none(how: Compression) -> None:
 
 def _few_bits(how: Compression) -> Compressor:
     few_bits.check(how.bits, "local.compress.bits")
-    bytes_of = functools.partial(few_bits.bytes_of, bits=how.bits)
-    return Compressor(functools.partial(few_bits.sent, bits=how.bits), bytes_of)
+
+    def apply(key, update, store):
+        return few_bits.sent(key, update, how.bits), store
+
+    return Compressor(apply, functools.partial(few_bits.bytes_of, bits=how.bits))
+
+
+def _change(how: Compression) -> Compressor:
+    if not 1 <= how.bits <= len(few_bits.STEPS):
+        raise ValueError(f"local.compress.bits: 'change' needs 1 to {len(few_bits.STEPS)} bits, got {how.bits}")
+
+    def apply(key, update, last):
+        return last + few_bits.nearest(update - last, how.bits), last  # the server remembers what arrives
+
+    return Compressor(apply, functools.partial(few_bits.bytes_of, bits=how.bits), term="varp")
 
 
 def _top_k(how: Compression) -> Compressor:
@@ -67,20 +83,21 @@ def _top_k(how: Compression) -> Compressor:
     def kept(size: int) -> int:
         return math.ceil(how.share * size)
 
-    def apply(key, update):
-        places = jax.lax.top_k(jnp.abs(update), kept(update.size))[1]
-        values = update[places].astype(jnp.float32).astype(update.dtype)
-        return jnp.zeros_like(update).at[places].set(values)
+    def apply(key, update, waiting):
+        whole = update + waiting
+        places = jax.lax.top_k(jnp.abs(whole), kept(whole.size))[1]
+        values = whole[places].astype(jnp.float32).astype(whole.dtype)
+        arrives = jnp.zeros_like(whole).at[places].set(values)
+        return arrives, whole - arrives
 
-    return Compressor(apply, lambda size: 8 * kept(size), keeps_rest=True)  # an int32 and a float32 for each
+    return Compressor(apply, lambda size: 8 * kept(size), term="feedback")  # an int32 and a float32 for each
 
 
 def compressed(local: LocalSolver, compressor: Compressor) -> LocalSolver:
     """The local solver whose update is what the server receives of it.
 
     Args:
-      local: any; with the term `feedback`, whose store is what the client has not sent yet, where the compressor keeps
-        the rest.
+      local: any; with the term whose store the compressor goes by, if there is one.
       compressor: see `compressor_of`.
 
     Example:
@@ -90,11 +107,9 @@ def compressed(local: LocalSolver, compressor: Compressor) -> LocalSolver:
     def solve(outputs, params, data, client, key, hyper, store, shared) -> LocalResult:
         result = local(outputs, params, data, client, key, hyper, store, shared)
         update, unravel = ravel_pytree(result.delta)
-        waiting = ravel_pytree(store)[0] if compressor.keeps_rest else jnp.zeros_like(update)
-        sent = compressor.apply(jax.random.fold_in(key, STREAM), update + waiting)
-        result = result._replace(delta=unravel(sent))
-        if not compressor.keeps_rest:
-            return result
-        return result._replace(store=ravel_pytree(store)[1](update + waiting - sent))
+        kept, unravel_store = ravel_pytree(store) if compressor.term else (jnp.zeros_like(update), None)
+        arrives, kept = compressor.apply(jax.random.fold_in(key, STREAM), update, kept)
+        result = result._replace(delta=unravel(arrives))
+        return result._replace(store=unravel_store(kept)) if unravel_store else result
 
     return solve

@@ -189,8 +189,9 @@ def local() -> ConfigDict:
             "damping": 1e-4,  # of the gauss_newton, natural_gradient or kronecker step
             "matched": False,  # of these: under FIPA their damping is the server's, the step untested
             "compress": {  # client.compression.Compression
-                "name": "none",  # of the update: none, few_bits (QSGD; FedPAQ), top_k (with the term feedback)
-                "bits": 8,  # of an entry, 2 to 16, for few_bits
+                # of the update: none, few_bits (QSGD; FedPAQ), change (with the term varp), top_k (with feedback)
+                "name": "none",
+                "bits": 8,  # of an entry, for few_bits (2 to 16) and change (1 to 8)
                 "share": 0.01,  # of the entries, for top_k
             },
             "adaptive": {  # client.local_solver.adaptive_steps

@@ -32,6 +32,8 @@ Vector = TypeVar("Vector", jax.Array, np.ndarray)
 Vector = TypeVar("Vector", jax.Array, np.ndarray)
 SIDE = 16
 BLOCK = SIDE**2  # entries that share a scale
+# The steps, in standard deviations, of the uniform quantiser of a Gaussian with 2, 4, ... 256 levels (Max 1960).
+STEPS = (1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 HADAMARD = functools.reduce(np.kron, 4 * [np.array([[1, 1], [1, -1]], np.int8)])  # [16, 16]
 SIGNS = HADAMARD[None, ..., None]  # of blocks [n, 16, 16, K], as they are turned
 
@@ -49,7 +51,7 @@ def rounded(key: jax.Array, vector: jax.Array, bits: int) -> jax.Array:
       rounded(jax.random.key(0), vector, 8) is off by less than 1 / 127 of the largest entry of each block.
     """
     size, levels = vector.shape[0], levels_of(bits)
-    blocks = jnp.pad(vector, (0, -size % BLOCK)).reshape(-1, BLOCK)
+    blocks = _padded(vector).reshape(-1, BLOCK)
     longest = jnp.max(jnp.abs(blocks), axis=1, keepdims=True)
     scale = longest.astype(jnp.float32).astype(blocks.dtype)
     places = levels * jnp.clip(ratio(blocks, scale), -1, 1)
@@ -67,6 +69,28 @@ def sent(key: jax.Array, vector: jax.Array, bits: int) -> jax.Array:
     """
     wide = vector.astype(jnp.promote_types(vector.dtype, jnp.float32))
     return turned_back(rounded(key, turned(wide), bits)).astype(vector.dtype)
+
+
+def nearest(vector: jax.Array, bits: int) -> jax.Array:
+    """A vector [P] that is turned, each entry taken to the nearest of 2^bits levels, and turned back: without chance.
+
+        q = floor(x / (t r)) + 1/2,  at most 2^(bits - 1) - 1/2 in size,  r^2 = mean x^2 over a block
+        what arrives is s q,  s = x . q / q . q
+
+    with the t of least error for a Gaussian (Max 1960), which a turned block nearly is. The mean is not x: with s of
+    least squares the error is |x|^2 - |s q|^2, always below |x|^2, and of a Gaussian 0.36, 0.12, 0.04 of it with one,
+    two and three bits. A block travels as `rounded`'s does: integers and a float32, the bytes of `bytes_of`.
+
+    Example:
+      last + nearest(update - last, 1) is nearer to the update than `last` was.
+    """
+    wide = vector.astype(jnp.promote_types(vector.dtype, jnp.float32))
+    blocks, there = (_padded(each).reshape(-1, BLOCK) for each in (turned(wide), jnp.ones_like(wide)))
+    size = jnp.sqrt(ratio(jnp.sum(blocks**2, 1, keepdims=True), jnp.sum(there, 1, keepdims=True)))
+    most = 2 ** (bits - 1) - 0.5
+    pattern = there * jnp.clip(jnp.floor(ratio(blocks, STEPS[bits - 1] * size)) + 0.5, -most, most)
+    scale = ratio(jnp.sum(blocks * pattern, 1, keepdims=True), jnp.sum(pattern**2, 1, keepdims=True))
+    return turned_back((scale * pattern).reshape(-1)[: vector.size]).astype(vector.dtype)
 
 
 def columns_sent(key: jax.Array, columns: jax.Array, bits: int) -> jax.Array:
@@ -88,6 +112,11 @@ def turned(vectors: Vector) -> Vector:
 def turned_back(vectors: Vector) -> Vector:
     """The vectors of which these are what `turned` makes."""
     return _by_block(lambda blocks: SIGNS * _between(blocks), vectors)
+
+
+def _padded(vector: jax.Array) -> jax.Array:
+    """[P], by zeros up to whole blocks."""
+    return jnp.pad(vector, (0, -vector.shape[0] % BLOCK))
 
 
 def _by_block(turn: Callable, vectors: Vector) -> Vector:

@@ -192,6 +192,11 @@ def check(settings: ConfigDict) -> None:
         raise ValueError(
             "most_bytes_up: ends a simulation's phase; stop a server when its rows say so, and set it to 0"
         )
+    if settings.local.compress.name == "change":
+        raise ValueError(
+            "local.compress.name: 'change' needs what a client sent last at both ends, which differ once an answer is "
+            "lost; set it to 'few_bits'"
+        )
     if settings.term.name == "duals":  # which the rule follows by itself
         raise ValueError(f"term.name: {SHARED}")
     for field in ("pooled", "cache_body"):

@@ -261,11 +261,16 @@ def _check_gradients(settings: ConfigDict, aggregator: Aggregator) -> None:
 
 def _check_compression(settings: ConfigDict) -> None:
     """Refuses compressed updates of which something is lost, or read as what it is not."""
-    keeps_rest, term = settings.local.compress.name == "top_k", settings.term.name
-    if keeps_rest != (term == "feedback"):
+    name, term = settings.local.compress.name, settings.term.name
+    if (name == "top_k") != (term == "feedback"):
         raise ValueError(
             "config.fipa.term.name: local.compress.name = 'top_k' and the term 'feedback', which keeps what it leaves "
-            f"out, go together; got {settings.local.compress.name!r} and {term!r}"
+            f"out, go together; got {name!r} and {term!r}"
+        )
+    if name == "change" and term != "varp":
+        raise ValueError(
+            "config.fipa.term.name: local.compress.name = 'change' needs the term 'varp', which keeps each client's "
+            f"last update; got {term!r}"
         )
     if settings.local.compress.name != "none" and settings.also_trained:
         raise ValueError("config.fipa.also_trained: compressed updates are of all that is trained; set it to ''")

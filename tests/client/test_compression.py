@@ -1,5 +1,7 @@
 """Updates in fewer bytes: nothing is lost that is not sent later, and what is counted is what is sent."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +52,23 @@ def test_few_bits_leave_the_store_alone():
     assert np.any(received[0]["a"] != UPDATE["a"])
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_what_changes_lose_dies_away_where_updates_stay(bits):
+    """The server adds what comes to what it keeps, the first time nothing."""
+    how, update = Compression("change", bits=bits), jax.flatten_util.ravel_pytree(UPDATE)[0]
+    last, errors = jax.tree.map(jnp.zeros_like, UPDATE), [float(jnp.linalg.norm(update))]
+    for _ in range(6):
+        received, store = sent_in(1, how, last)
+        jax.tree.map(np.testing.assert_array_equal, store, last)  # the server's rule writes it: `Term.remember`
+        last = received[0]
+        errors.append(float(jnp.linalg.norm(jax.flatten_util.ravel_pytree(last)[0] - update)))
+    for before, after in itertools.pairwise(errors):
+        assert after < 0.9 * before
+    assert errors[-1] < 0.1 * errors[0]
+
+
 def test_the_bytes():
+    assert compressor_of(Compression("change", bits=4)).bytes_of(1000) == 500 + 4 * 4
     assert compressor_of(Compression("top_k", share=0.01)).bytes_of(1000) == 10 * 8
     assert compressor_of(Compression("few_bits", bits=8)).bytes_of(1000) == 1000 + 4 * 4
     assert compressor_of(Compression()) is None
@@ -61,6 +79,7 @@ def test_the_bytes():
     [
         (Compression("zip"), "config.local.compress.name"),
         (Compression("few_bits", bits=1), "local.compress.bits: needs 2 to 16"),
+        (Compression("change", bits=9), "local.compress.bits: 'change' needs 1 to 8 bits, got 9"),
         (Compression("top_k", share=0.0), "local.compress.share: needs a number above 0"),
     ],
 )

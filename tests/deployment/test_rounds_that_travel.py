@@ -306,6 +306,7 @@ def server_rows(folder):
         ("fipa.late.share", 0.5, "config.fipa.late.share"),
         ("fipa.faults.nan", 0.5, "config.fipa.faults"),
         ("fipa.term.name", "scaffold", "config.fipa.term.name"),
+        ("fipa.local.compress.name", "change", "config.fipa.local.compress.name: 'change' needs what a client sent"),
         ("fipa.sketch.gradient_scale", 1.0, "config.fipa.sketch.gradient_scale"),
         ("warmup.rounds", 1, "config.warmup.rounds"),
         ("personal.compare", ("global",), "config.personal.compare"),

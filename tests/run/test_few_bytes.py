@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from helpers.runs import tiny
 
@@ -107,6 +108,18 @@ def test_within_the_span_the_bytes_are_those_of_gradients_cores_and_the_columns_
     assert rows[-1]["test_mse"] < rows[0]["test_mse"]
 
 
+def test_changes_in_two_bits_come_to_rest_and_whole_updates_do_not(tmp_path):
+    """Clients differ, so that their updates stay long, and change less and less."""
+    two = "fedavg:local.steps=20:term.name=varp:local.compress.bits=2:local.compress.name"
+    specs = (f"{two}=change", f"{two}=few_bits")
+    config = tiny(compare=specs, fipa={"rounds": 40})
+    config.task.num_clients, config.eval.every = CLIENTS, 1
+    whole_run.run(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    moves = [max(np.abs(np.diff([row["test_mse"] for row in rows if row["run"] == spec][-10:]))) for spec in specs]
+    assert moves[0] < moves[1] / 4
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -127,6 +140,7 @@ def test_within_the_span_the_bytes_are_those_of_gradients_cores_and_the_columns_
         ("fipa_few_bytes:late.share=0.5", r"late\.share: past\.kind = 'curvature' takes gradients for those"),
         ("fedavg:local.compress.name=top_k", r"term\.name: local\.compress\.name = 'top_k' and the term 'feedback'"),
         ("fedavg:term.name=feedback", r"term\.name: local\.compress\.name = 'top_k' and the term 'feedback'"),
+        ("fedavg:local.compress.name=change", r"term\.name: local\.compress\.name = 'change' needs the term 'varp'"),
         ("fipa:sketch.share=1.5", r"sketch\.share: needs a share in \(0, 1\]"),
     ],
 )

@@ -74,7 +74,7 @@ def test_many_rounds_in_a_call_are_the_same_rounds(monkeypatch, rule):
     for mine, theirs in zip(map(plain, found), map(plain, wanted), strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
-            if isinstance(value, float):
+            if isinstance(value, float | list):
                 np.testing.assert_allclose(mine[name], value, rtol=1e-8, atol=1e-10, err_msg=name)
             else:
                 assert mine[name] == value, name
@@ -193,7 +193,7 @@ def test_a_centralised_rule_takes_the_step_of_all_examples_and_those_beside_it_d
     config.fipa.rounds = config.eval.clients_every = 1
     whole_run.run(config, tmp_path)
     pooled, split = metrics.read(tmp_path / "metrics.jsonl")
-    assert pooled["bytes_down"] * 2 == split["bytes_down"]
+    assert pooled["bytes_down"] == pooled["bytes_up"] == 0 < split["bytes_down"], "nothing is sent"
     assert pooled["client_mse_std"] == 0 < split["client_mse_std"]
 
     with jax.enable_x64(True):
