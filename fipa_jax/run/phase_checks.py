@@ -269,8 +269,7 @@ def _check_compression(settings: ConfigDict) -> None:
         )
     if name == "change" and term != "varp":
         raise ValueError(
-            "config.fipa.term.name: local.compress.name = 'change' needs the term 'varp', which keeps each client's "
-            f"last update; got {term!r}"
+            f"config.fipa.term.name: local.compress.name = 'change' needs 'varp', which keeps updates; got {term!r}"
         )
     if settings.local.compress.name != "none" and settings.also_trained:
         raise ValueError("config.fipa.also_trained: compressed updates are of all that is trained; set it to ''")

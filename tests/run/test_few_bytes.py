@@ -140,7 +140,7 @@ def test_changes_in_two_bits_come_to_rest_and_whole_updates_do_not(tmp_path):
         ("fipa_few_bytes:late.share=0.5", r"late\.share: past\.kind = 'curvature' takes gradients for those"),
         ("fedavg:local.compress.name=top_k", r"term\.name: local\.compress\.name = 'top_k' and the term 'feedback'"),
         ("fedavg:term.name=feedback", r"term\.name: local\.compress\.name = 'top_k' and the term 'feedback'"),
-        ("fedavg:local.compress.name=change", r"term\.name: local\.compress\.name = 'change' needs the term 'varp'"),
+        ("fedavg:local.compress.name=change", r"term\.name: local\.compress\.name = 'change' needs 'varp', which"),
         ("fipa:sketch.share=1.5", r"sketch\.share: needs a share in \(0, 1\]"),
     ],
 )
