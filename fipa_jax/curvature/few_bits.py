@@ -14,6 +14,8 @@ A block of an update or of a basis vector is turned before, and back where it ar
 an orthogonal map by which a few large entries are shared out among all, so that m is smaller, and the rounding with it
 (Suresh et al. 2017, arXiv 1611.00429, who draw the signs). The signs H o are the same everywhere; with them a block of
 equal entries is shared out evenly too, where H X H alone would put all of it into one entry.
+
+Where the receiver keeps what came before, bias is no harm, and `nearest` loses less: what it leaves out comes later.
 """
 
 import functools
