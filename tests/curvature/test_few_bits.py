@@ -76,6 +76,8 @@ def test_the_nearest_levels_are_those_of_least_squares(bits, size):
     np.testing.assert_allclose(found, few_bits.turned_back(turned), atol=1e-4 * np.abs(vector).max(initial=0))
     np.testing.assert_allclose(found @ vector, found @ found, rtol=1e-5)
     assert not np.any(few_bits.nearest(jnp.zeros(size), bits))
+    for wrong in (np.nan, np.inf):
+        assert not size or np.any(~np.isfinite(few_bits.nearest(jnp.asarray(vector).at[0].set(wrong), bits)))
 
 
 @pytest.mark.parametrize(("bits", "share"), [(1, 0.363), (2, 0.119), (3, 0.0374), (4, 0.0115)])

@@ -106,5 +106,5 @@ def test_no_solver_claims_wrongly_over_twenty_keys(monkeypatch, kind):
         for row in benchmark.measure(make(), rank=10, keys=20, tolerance=1e-3):
             assert row["wrong"] == 0, (name, row)
             if row["solver"] in ("lanczos", "head") and kind != "trained":
-                silent = (name, row["claims"]) == ("targets_20_gap_1e-3", 0)  # twenty within 2 %: it says that it has not
+                silent = (name, row["claims"]) == ("targets_20_gap_1e-3", 0)  # and says so
                 assert row["error"] < 1e-3 or silent, (name, row)
